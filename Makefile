@@ -1,0 +1,78 @@
+# One set of verbs for people and CI. Each makes what it needs: after a clone `make demo` or `make test` is enough.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+V := .venv
+BIN := $(V)/bin
+# The editable install links file by file (pyproject.toml says why): a module added, renamed or deleted means linking anew,
+# so the stamp bears a checksum of the names. It costs 2 s then, and nothing otherwise.
+NAMES := $(shell find framework brokers middleware \( -name '*.py' -o -name py.typed \) | LC_ALL=C sort | cksum | tr -d ' ')
+RUNTIME := $(V)/stamp-runtime-$(NAMES)
+DEV := $(V)/stamp-dev
+.PRECIOUS: %/bin/python
+
+ifneq ($(shell command -v uv),)
+  MAKE_VENV = uv venv -q --seed --python "$$(command -v $(PYTHON))" $(1)
+  INSTALL = uv pip install -q --python $(1)/bin/python
+else
+  MAKE_VENV = $(PYTHON) -m venv $(1) || { rm -rf $(1); echo "make: $(PYTHON) can't make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+  INSTALL = $(1)/bin/python -m pip install -q --disable-pip-version-check
+endif
+
+# setuptools warns of what pyproject.toml has chosen (strict editable); errors are still shown.
+LINK = PYTHONWARNINGS=ignore
+
+.PHONY: help install demo check lint types test fault examples bench clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+install: $(DEV)  ## .venv with leveret (editable) and the tools of its developers
+
+demo: $(RUNTIME)  ## index a folder of text through queues, on SQLite or on what LEVERET_BROKER names
+	$(BIN)/python examples/index_files.py
+
+check: $(DEV)  ## ruff, mypy and pyright
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+test: $(DEV)  ## all tests but the fault tests, on a real RabbitMQ
+	$(BIN)/pytest -m "not fault" $(PYTEST_ARGS)
+
+fault: $(DEV)  ## the tests that kill workers, links and brokers
+	$(BIN)/pytest -m fault $(PYTEST_ARGS)
+
+examples: $(V)-examples/stamp  ## each example, in an environment with what the examples need
+	$(V)-examples/bin/python examples/run_all.py
+
+bench: $(DEV)  ## throughput of each broker, beside raw aio-pika
+	$(BIN)/python benchmarks/throughput.py $(BENCH_ARGS)
+
+clean:  ## remove what the verbs made
+	rm -rf $(V) $(V)-examples build dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find framework brokers middleware tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(V)-examples/stamp: pyproject.toml examples/requirements.txt | $(V)-examples/bin/python $(RUNTIME)
+	@echo "installing leveret and what the examples need into $(V)-examples"
+	@$(call INSTALL,$(V)-examples) "setuptools>=80"
+	@$(LINK) $(call INSTALL,$(V)-examples) --no-build-isolation -e . -r examples/requirements.txt
+	@touch $@
+
+%/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON); set PYTHON to a Python of 3.11 or later" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old; set PYTHON to a Python of 3.11 or later" >&2; exit 1; }
+	@$(call MAKE_VENV,$*)
+
+$(RUNTIME): pyproject.toml | $(BIN)/python
+	@echo "installing leveret into $(V)"
+	@$(call INSTALL,$(V)) "setuptools>=80"
+	@$(LINK) $(call INSTALL,$(V)) --no-build-isolation -e .
+	@rm -f $(V)/stamp-runtime-*; touch $@
+
+$(DEV): pyproject.toml | $(RUNTIME)
+	@echo "installing the development tools into $(V)"
+	@$(call INSTALL,$(V)) "pip>=25.1"    # the first with dependency groups
+	@$(call INSTALL,$(V)) --group dev
+	@touch $@

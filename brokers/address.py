@@ -1,0 +1,98 @@
+"""Where a RabbitMQ is, out of its URL."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import msgspec
+
+from leveret.errors import ConfigurationError
+from leveret.settings import redact
+
+_KNOWN = ("heartbeat", "cafile", "certfile", "keyfile", "auth_mechanism")
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Host, port, vhost and login; printed without the password."""
+
+    host: str
+    port: int
+    vhost: str
+    user: str
+    password: str
+    secure: bool
+    heartbeat_s: int
+    cafile: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    external: bool = False
+    """The client certificate is the login (SASL EXTERNAL)."""
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"Address({self})"
+
+    def login(self) -> tuple[str, str]:
+        """Return SASL mechanism and response."""
+        return ("EXTERNAL", "") if self.external else ("PLAIN", f"\0{self.user}\0{self.password}")
+
+    def tls(self) -> ssl.SSLContext | None:
+        """Return the TLS context; None for amqp://. FileNotFoundError or SSLError for a file that can't be used."""
+        if not self.secure:
+            return None
+        context = ssl.create_default_context(cafile=self.cafile)
+        if self.certfile is not None:
+            context.load_cert_chain(self.certfile, self.keyfile)
+        return context
+
+
+def addresses(text: str, heartbeat_s: float) -> tuple[Address, ...]:
+    """Return the addresses in `text`: one URL, or several with commas between. ConfigurationError for one that can't be.
+
+    amqp(s)://user:password@host:port/vhost?heartbeat=seconds; of TLS also cafile, certfile, keyfile, and
+    auth_mechanism=external, which logs in by the certificate. The vhost may be empty or / (both are /), or percent-encoded.
+    """
+    return tuple(_address(part.strip(), heartbeat_s) for part in re.split(r",(?=\s*amqps?://)", text))
+
+
+def _address(text: str, heartbeat_s: float) -> Address:
+    shown = redact(text)
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+        query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+    except ValueError as error:
+        msg = f"the broker's URL {shown!r} can't be read: {redact(str(error))}"
+        raise ConfigurationError(msg) from None
+    if parts.scheme not in ("amqp", "amqps") or not host:
+        msg = f"the broker's URL {shown!r} names no host: amqp://user:password@host:port/vhost is the form"
+        raise ConfigurationError(msg)
+    for name in query:
+        if name not in _KNOWN:
+            msg = f"the broker's URL {shown!r}: {name!r} is no parameter; there are {', '.join(_KNOWN)}"
+            raise ConfigurationError(msg)
+    heartbeat = query.get("heartbeat") or str(max(1, round(heartbeat_s)))
+    if not heartbeat.isdecimal() or not 1 <= int(heartbeat) <= 3600:
+        msg = f"the broker's URL {shown!r}: heartbeat is 1 to 3600 whole seconds, not {heartbeat!r}"
+        raise ConfigurationError(msg)
+    if query.get("auth_mechanism", "plain").lower() not in ("plain", "external"):
+        msg = f"the broker's URL {shown!r}: auth_mechanism is plain or external, not {query['auth_mechanism']!r}"
+        raise ConfigurationError(msg)
+    secure = parts.scheme == "amqps"
+    return Address(
+        host=host,
+        port=port or (5671 if secure else 5672),
+        vhost="/" if parts.path in ("", "/") else unquote(parts.path[1:]),
+        user=unquote(parts.username) if parts.username is not None else "guest",
+        password=unquote(parts.password) if parts.password is not None else "guest",
+        secure=secure,
+        heartbeat_s=int(heartbeat),
+        cafile=query.get("cafile"),
+        certfile=query.get("certfile"),
+        keyfile=query.get("keyfile"),
+        external=query.get("auth_mechanism", "").lower() == "external",
+    )

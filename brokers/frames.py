@@ -1,0 +1,374 @@
+"""AMQP 0-9-1 frames. What is hot (deliver, content, confirms, publish, acks) is parsed and built here; all else by pamqp.
+
+    frame   = type octet, channel short, size long, payload, frame-end octet 0xCE           (section 4.2.3)
+    content = a method frame, one header frame (class, weight, body size, properties), body frames until the size is reached
+
+The parser reads from whatever the socket gave, however it was cut, and calls a `Receiver`. Whatever comes in, it either
+calls the receiver or raises `ProtocolError`, which says with which code the connection is to be closed (section 4.10.2).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import pamqp.frame
+from pamqp import commands
+from pamqp.base import Frame
+
+FRAME_END = 0xCE
+OVERHEAD = 8
+"""Octets of a frame beside its payload."""
+FRAME_MIN = 4096
+"""A peer must take frames of at least this size (section 4.9)."""
+
+_METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
+_DELIVER, _RETURN, _ACK, _NACK, _GET_OK = (struct.pack(">HH", 60, method) for method in (60, 50, 80, 120, 71))
+_frame_head = struct.Struct(">BHI")
+_u64 = struct.Struct(">Q")
+_unpack_head = _frame_head.unpack_from
+_unpack_u64 = _u64.unpack_from
+_END = b"\xce"
+
+HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
+PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol; `code` is what the connection is closed with."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Receiver(Protocol):
+    """Who hears what was parsed; nothing of it may block or raise."""
+
+    def on_method(self, channel: int, method: Frame) -> None:
+        """A method that isn't hot."""
+        ...
+
+    def on_confirm(self, channel: int, tag: int, multiple: bool, ack: bool) -> None:
+        """basic.ack or basic.nack of the broker's, for what was published."""
+        ...
+
+    def on_deliver(self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+        """basic.deliver, whole; `properties` are the header frame's flags and values as they came."""
+        ...
+
+    def on_got(self, channel: int, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+        """basic.get-ok, whole."""
+        ...
+
+    def on_return(self, channel: int, code: int, text: str, exchange: bytes, key: bytes, properties: bytes) -> None:
+        """basic.return, whole: no queue took it."""
+        ...
+
+
+class _Content:
+    """A content that is still coming: what its method said, its properties, and the body so far."""
+
+    __slots__ = ("body", "method", "properties", "size")
+
+    def __init__(self, method: tuple[Any, ...]) -> None:
+        self.method = method
+        self.properties: bytes | None = None
+        self.size = 0
+        self.body = bytearray()
+
+
+class Parser:
+    """Cuts a stream of octets into frames, and frames into what a `Receiver` hears.
+
+    `frame_max` is the largest frame that was agreed on, 0 for none; `body_max` the largest body that is kept in memory:
+    a longer one is a protocol error too, since a broker of 4.x never sends it.
+    """
+
+    __slots__ = ("_contents", "_receiver", "_rest", "body_max", "frame_max")
+
+    def __init__(self, receiver: Receiver, *, frame_max: int = 131_072, body_max: int = 1 << 29) -> None:
+        self._receiver = receiver
+        self._rest = b""
+        self._contents: dict[int, _Content] = {}
+        self.frame_max = frame_max
+        self.body_max = body_max
+
+    def forget(self, channel: int) -> None:
+        """Drop the content that is still coming on `channel`, which was closed."""
+        self._contents.pop(channel, None)
+
+    def feed(self, data: bytes) -> None:  # noqa: C901, PLR0915 - one loop: a call a frame costs as much as its parse
+        """Parse what came; ProtocolError ends the connection."""
+        if self._rest:
+            data = self._rest + data
+        position, size = 0, len(data)
+        contents, receiver = self._contents, self._receiver
+        largest = self.frame_max - OVERHEAD if self.frame_max else 1 << 32
+        try:
+            while size - position >= OVERHEAD:
+                kind, channel, length = _unpack_head(data, position)
+                if length > largest or kind not in _KINDS:
+                    self._refuse(kind, length, data[position : position + 8])
+                start = position + 7
+                end = start + length
+                if end >= size:
+                    break
+                if data[end] != FRAME_END:
+                    raise ProtocolError(501, f"a frame of {length} octets on channel {channel} doesn't end with 0xCE")
+                if kind == _METHOD:
+                    if channel in contents:
+                        raise ProtocolError(505, f"a method on channel {channel} in the middle of a content")
+                    method = data[start : start + 4]
+                    if method == _DELIVER:
+                        at = start + 5 + data[start + 4]
+                        consumer = data[start + 5 : at]
+                        if at + 9 > end:
+                            raise ProtocolError(502, "a basic.deliver that ends too early")
+                        contents[channel] = _Content((consumer, _unpack_u64(data, at)[0], data[at + 8] & 1))
+                    elif method in (_ACK, _NACK):
+                        if length < 13:
+                            raise ProtocolError(502, "a confirm that ends too early")
+                        receiver.on_confirm(channel, _unpack_u64(data, start + 4)[0], bool(data[start + 12] & 1), method == _ACK)
+                    elif method == _RETURN:
+                        contents[channel] = _Content(_returned(data[start:end]))
+                    elif method == _GET_OK:
+                        contents[channel] = _Content((_unpack_u64(data, start + 4)[0], data[start + 12] & 1))
+                    else:
+                        receiver.on_method(channel, _method(data[position : end + 1]))
+                elif kind == _HEADER:
+                    content = contents.get(channel)
+                    if content is None or content.properties is not None:
+                        raise ProtocolError(505, f"a content header on channel {channel} without its method")
+                    if length < 14:
+                        raise ProtocolError(502, "a content header that ends too early")
+                    content.size = _unpack_u64(data, start + 4)[0]
+                    if content.size > self.body_max:
+                        raise ProtocolError(501, f"a body of {content.size} octets, the limit is {self.body_max}")
+                    content.properties = data[start + 12 : end]
+                    if not content.size:
+                        del contents[channel]
+                        self._complete(channel, content, b"")
+                elif kind == _BODY:
+                    content = contents.get(channel)
+                    if content is None or content.properties is None:
+                        raise ProtocolError(505, f"a content body on channel {channel} without its header")
+                    if length == content.size and not content.body:
+                        del contents[channel]
+                        self._complete(channel, content, data[start:end])
+                    else:
+                        content.body += data[start:end]
+                        if len(content.body) >= content.size:
+                            if len(content.body) > content.size:
+                                raise ProtocolError(501, f"a body longer than the {content.size} octets that its header said")
+                            del contents[channel]
+                            self._complete(channel, content, bytes(content.body))
+                elif length or channel:
+                    raise ProtocolError(501, "a heartbeat with a payload or a channel")
+                position = end + 1
+        except (IndexError, struct.error) as error:
+            raise ProtocolError(502, f"a frame whose fields don't fit into it: {error}") from error
+        self._rest = data[position:] if position else data
+
+    def _complete(self, channel: int, content: _Content, body: bytes) -> None:
+        properties = content.properties or b""
+        if len(content.method) == 3:
+            consumer, tag, redelivered = content.method
+            self._receiver.on_deliver(channel, consumer, tag, bool(redelivered), properties, body)
+        elif len(content.method) == 2:
+            tag, redelivered = content.method
+            self._receiver.on_got(channel, tag, bool(redelivered), properties, body)
+        else:
+            code, text, exchange, key = content.method
+            self._receiver.on_return(channel, code, text, exchange, key, properties)
+
+    def _refuse(self, kind: int, length: int, head: bytes) -> None:
+        if head[:4] == b"AMQP":
+            raise ProtocolError(501, f"the peer speaks another version of AMQP: it answered {head!r}")
+        if kind not in _KINDS:
+            raise ProtocolError(501, f"no frame begins with {head!r}; is that port AMQP's?")
+        raise ProtocolError(501, f"a frame of {length} octets, {self.frame_max} is the agreed limit")
+
+
+_KINDS = frozenset((_METHOD, _HEADER, _BODY, _HEARTBEAT))
+
+
+def _method(frame: bytes) -> Frame:
+    try:
+        _, _, method = pamqp.frame.unmarshal(frame)
+    except Exception as error:  # pamqp raises its own, struct.error, KeyError, UnicodeDecodeError …
+        raise ProtocolError(502, f"a method that can't be read: {error!r:.120}") from error
+    if not isinstance(method, Frame):
+        raise ProtocolError(502, f"a method frame that holds {type(method).__name__}")
+    return method
+
+
+def _returned(payload: bytes) -> tuple[int, str, bytes, bytes]:
+    code = int.from_bytes(payload[4:6], "big")
+    at, texts = 6, list[bytes]()
+    for _ in range(3):
+        until = at + 1 + payload[at]
+        if until > len(payload):
+            raise ProtocolError(502, "a basic.return that ends too early")
+        texts.append(payload[at + 1 : until])
+        at = until
+    return code, texts[0].decode("utf-8", "replace"), texts[1], texts[2]
+
+
+# --- out
+
+
+def method_frame(channel: int, method: Frame) -> bytes:
+    """Return the frame of a method that isn't hot."""
+    return pamqp.frame.marshal(method, channel)
+
+
+def publish_frame(channel: int, exchange: str, key: str) -> bytes:
+    """Return the method frame of a mandatory basic.publish; the same for every publish to one key, so keep it."""
+    return method_frame(channel, commands.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True))
+
+
+_content_head = struct.Struct(">BHIHHQ").pack
+_body_head = _frame_head.pack
+
+
+def content_frames(channel: int, properties: bytes, body: bytes, frame_max: int) -> list[bytes | memoryview]:
+    """Return the header frame and as many body frames as `frame_max` makes of it; to be joined by who writes."""
+    size = len(body)
+    out: list[bytes | memoryview] = [_content_head(_HEADER, channel, 12 + len(properties), 60, 0, size), properties]
+    room = frame_max - OVERHEAD if frame_max else size
+    if size <= room:
+        if size:
+            out += (b"\xce" + _body_head(_BODY, channel, size), body)
+    else:
+        view = memoryview(body)
+        for at in range(0, size, room):
+            piece = view[at : at + room]
+            out += (b"\xce" + _body_head(_BODY, channel, len(piece)), piece)
+    out.append(_END)
+    return out
+
+
+_ack = struct.Struct(">BHIHHQBB").pack
+
+
+def ack_frame(channel: int, tag: int, *, multiple: bool) -> bytes:
+    """Return a basic.ack."""
+    return _ack(_METHOD, channel, 13, 60, 80, tag, multiple, FRAME_END)
+
+
+def nack_frame(channel: int, tag: int) -> bytes:
+    """Return a basic.nack that requeues one delivery."""
+    return _ack(_METHOD, channel, 13, 60, 120, tag, 0b10, FRAME_END)
+
+
+def reject_frame(channel: int, tag: int) -> bytes:
+    """Return a basic.reject that dead-letters one delivery."""
+    return _ack(_METHOD, channel, 13, 60, 90, tag, 0, FRAME_END)
+
+
+# --- properties of a content header
+
+# In the order of the wire, with their flag bits (section 4.2.6.1). A shortstr unless it says otherwise.
+CONTENT_TYPE, CONTENT_ENCODING, HEADERS, DELIVERY_MODE, PRIORITY = 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11
+CORRELATION_ID, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP = 1 << 10, 1 << 9, 1 << 8, 1 << 7, 1 << 6
+TYPE, USER_ID, APP_ID, CLUSTER_ID, _MORE = 1 << 5, 1 << 4, 1 << 3, 1 << 2, 1
+
+
+def short(text: str) -> bytes:
+    """Return a shortstr; ValueError above 255 bytes."""
+    raw = text.encode()
+    if len(raw) > 255:
+        msg = f"{text[:40]!r}… has {len(raw)} bytes, AMQP's short strings have at most 255"
+        raise ValueError(msg)
+    return bytes((len(raw),)) + raw
+
+
+_TEXTS = (
+    (CORRELATION_ID, "correlation_id"), (REPLY_TO, "reply_to"), (EXPIRATION, "expiration"), (MESSAGE_ID, "message_id"),
+)
+
+
+def decode_properties(raw: bytes) -> dict[str, Any]:  # noqa: PLR0915 - the list of section 4.2.6.1, one after another
+    """Return the properties that are there, by AMQP's names; `headers` as the table's octets, `timestamp` in Unix seconds.
+
+    ValueError for what isn't UTF-8 or doesn't fit: the message is still whole, only what it says of itself can't be read.
+    """
+    found: dict[str, Any] = {}
+    try:
+        flags = raw[0] << 8 | raw[1]
+        at = 2
+        if flags & _MORE:
+            msg = "more than 15 property flags"
+            raise ValueError(msg)
+        if flags & CONTENT_TYPE:
+            end = at + 1 + raw[at]
+            found["content_type"] = raw[at + 1 : end].decode()
+            at = end
+        if flags & CONTENT_ENCODING:
+            end = at + 1 + raw[at]
+            found["content_encoding"] = raw[at + 1 : end].decode()
+            at = end
+        if flags & HEADERS:
+            end = at + 4 + int.from_bytes(raw[at : at + 4], "big")
+            found["headers"] = raw[at + 4 : end]
+            at = end
+        if flags & DELIVERY_MODE:
+            at += 1
+        if flags & PRIORITY:
+            found["priority"] = raw[at]
+            at += 1
+        if flags & (CORRELATION_ID | REPLY_TO | EXPIRATION):
+            for flag, name in _TEXTS[:3]:
+                if flags & flag:
+                    end = at + 1 + raw[at]
+                    found[name] = raw[at + 1 : end].decode()
+                    at = end
+        if flags & MESSAGE_ID:
+            end = at + 1 + raw[at]
+            found["message_id"] = raw[at + 1 : end].decode()
+            at = end
+        if flags & TIMESTAMP:
+            found["timestamp"] = _unpack_u64(raw, at)[0]
+            at += 8
+        if flags & TYPE:
+            end = at + 1 + raw[at]
+            found["type"] = raw[at + 1 : end].decode()
+            at = end
+        if flags & USER_ID:
+            at += 1 + raw[at]
+        if flags & APP_ID:
+            end = at + 1 + raw[at]
+            found["app_id"] = raw[at + 1 : end].decode()
+            at = end
+        if flags & CLUSTER_ID:
+            at += 1 + raw[at]
+    except (IndexError, struct.error):
+        msg = "they end too early"
+        raise ValueError(msg) from None
+    if at > len(raw):
+        msg = "they end too early"
+        raise ValueError(msg)
+    return found
+
+
+def table_of(octets: bytes) -> Mapping[str, Any]:
+    """Return the table in `octets` (without its length); ValueError where it can't be read."""
+    from pamqp import decode
+
+    try:
+        _, table = decode.field_table(len(octets).to_bytes(4, "big") + octets)
+    except Exception as error:
+        msg = f"the headers table can't be read: {error!r:.120}"
+        raise ValueError(msg) from error
+    return table
+
+
+def message_id_of(raw: bytes) -> str | None:
+    """Return the message id among encoded properties; None where there is none or they can't be read."""
+    try:
+        found = decode_properties(raw)
+    except ValueError:
+        return None
+    return found.get("message_id")

@@ -1,0 +1,229 @@
+"""Envelope ↔ AMQP properties. The body is the payload alone; the headers table is there only when something needs it.
+
+What comes in may be anybody's: whatever is odd becomes an `Envelope` and a problem's text, never an exception.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, cast
+
+import msgspec
+
+from leveret.envelope import JSON, Envelope, Failure, pack_headers, unpack_headers
+from leveret.ids import new_job_id
+from leveret.job import Priority, Queue
+
+from . import frames
+from .topology import PRIORITY_PROPERTY, level_of
+
+_LEVEL_OF_PROPERTY = {value: level for level, value in PRIORITY_PROPERTY.items()}
+_NO_HEADERS: Mapping[str, object] = {}
+
+
+# --- the headers table
+
+
+def encode_table(table: Mapping[str, Any]) -> bytearray:
+    """Return the items of an AMQP table, without the length before them. TypeError for a value that AMQP has no type for."""
+    out = bytearray()
+    for name, value in table.items():
+        key = name.encode()
+        if len(key) > 255:
+            msg = f"header {name!r:.80}: a name has at most 255 bytes"
+            raise TypeError(msg)
+        out.append(len(key))
+        out += key
+        out += _encode_value(value)
+    return out
+
+
+def _encode_value(value: Any) -> bytes:
+    match value:
+        case bool():
+            return b"t\x01" if value else b"t\x00"
+        case int() if -(1 << 63) <= value < 1 << 63:
+            return b"l" + value.to_bytes(8, "big", signed=True)
+        case str():
+            raw = value.encode()
+            return b"S" + struct.pack(">I", len(raw)) + raw
+        case float():
+            return b"d" + struct.pack(">d", value)
+        case None:
+            return b"V"
+        case bytearray():
+            return b"x" + struct.pack(">I", len(value)) + value
+        case bytes():  # a long string that isn't UTF-8, as pamqp decodes it
+            return b"S" + struct.pack(">I", len(value)) + value
+        case datetime():
+            return b"T" + struct.pack(">Q", int(value.timestamp()))
+        case Decimal():
+            _, digits, exponent = value.as_tuple()
+            if isinstance(exponent, int) and -255 <= exponent <= 0 and value >= 0:
+                mantissa = int("".join(map(str, digits)))
+                if mantissa < 1 << 32:
+                    return b"D" + struct.pack(">BI", -exponent, mantissa)
+        case dict():
+            inner = encode_table(cast("dict[str, Any]", value))
+            return b"F" + struct.pack(">I", len(inner)) + inner
+        case list():
+            values: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
+            items = b"".join(map(_encode_value, values))
+            return b"A" + struct.pack(">I", len(items)) + items
+        case _:
+            pass
+    msg = f"AMQP has no type for {value!r:.80}"
+    raise TypeError(msg)
+
+
+# --- out
+
+_shorts: dict[str, bytes] = {}
+_flags = struct.Struct(">H").pack
+_u64 = struct.Struct(">Q").pack
+
+
+def _cached(text: str) -> bytes:
+    """Return the shortstr of a name that comes again and again: of a job, an app, a content type."""
+    known = _shorts.get(text)
+    if known is None:
+        if len(_shorts) > 1000:
+            _shorts.clear()
+        known = _shorts[text] = frames.short(text)
+    return known
+
+
+def encode(envelope: Envelope, priority: int | None) -> bytes:
+    """Return flags and values of `envelope`'s properties; `priority` for classic job queues only, None leaves it unset.
+
+    A priority of 0 isn't the same as none: on 4.3 quorum queues it puts a job behind its peers.
+    Never sent: `expiration` (lost on the first hop, and dead-lettering would look like a failure), `user_id`.
+    Raises TypeError or ValueError for what AMQP can't carry.
+    """
+    flags = frames.CONTENT_TYPE | frames.DELIVERY_MODE | frames.MESSAGE_ID
+    out: list[bytes | bytearray] = [b"", _cached(envelope.content_type)]
+    if envelope.content_encoding is not None:
+        flags |= frames.CONTENT_ENCODING
+        out.append(frames.short(envelope.content_encoding))
+    headers = pack_headers(envelope)
+    if headers:
+        flags |= frames.HEADERS
+        table = encode_table(headers)
+        out += (len(table).to_bytes(4, "big"), table)
+    if priority is None:
+        out.append(b"\x02")
+    else:
+        flags |= frames.PRIORITY
+        out.append(bytes((2, priority)))
+    if envelope.correlation_id is not None:
+        flags |= frames.CORRELATION_ID
+        out.append(frames.short(envelope.correlation_id))
+    if envelope.reply_to is not None:
+        flags |= frames.REPLY_TO
+        out.append(frames.short(envelope.reply_to))
+    out.append(frames.short(envelope.job_id))
+    if envelope.created_s:
+        flags |= frames.TIMESTAMP
+        out.append(_u64(envelope.created_s))
+    if envelope.job:
+        flags |= frames.TYPE
+        out.append(_cached(envelope.job))
+    if envelope.app is not None:
+        flags |= frames.APP_ID
+        out.append(_cached(envelope.app))
+    out[0] = _flags(flags)
+    return b"".join(out)
+
+
+def priority_property(queue: Queue, level: Priority) -> int | None:
+    """Return AMQP's priority for a job of `queue`; None where the level is the queue."""
+    return PRIORITY_PROPERTY[level] if queue.type == "classic" and queue.priorities else None
+
+
+# --- in
+
+
+def from_job_queue(properties: bytes, body: bytes, queue: str, level: Priority | None) -> tuple[Envelope, str | None]:
+    """Return what came out of job queue `queue`, and what is wrong with it; `level` None: the priority property says it."""
+    found, fields, problem = _read(properties)
+    if level is None:
+        level = _level_of_property(found.get("priority"))
+    fields["priority"] = level
+    fields.pop("origin", None)  # a header of dead letters: somebody moved one back by hand
+    return _envelope(found, fields, queue, body), problem
+
+
+def from_dead_queue(properties: bytes, body: bytes, queue: str) -> tuple[Envelope, str | None]:
+    """Return what came out of the dead-letter queue of `queue`: buried by leveret, or dead-lettered by the broker itself."""
+    found, fields, problem = _read(properties)
+    if fields.get("origin") is None:
+        fields["origin"] = queue
+        death = _death(found.get("table"), queue)
+        if death is not None:
+            level, reason = death
+            fields.setdefault("priority", level or _level_of_property(found.get("priority")))
+            # so that `dead list` can say why
+            failure = Failure(attempt=fields.get("attempt", 1), at_ms=0, host="", error="dead-lettered", message=f"by the broker: {reason}")
+            fields["errors"] = fields.get("errors") or msgspec.json.encode([failure]).decode()
+    return _envelope(found, fields, fields["origin"], body), problem
+
+
+def _level_of_property(priority: int | None) -> Priority:
+    if priority is None:
+        return Priority.NORMAL
+    return _LEVEL_OF_PROPERTY[min(max(priority, 3), 6)]
+
+
+def _read(properties: bytes) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """Return the properties that are there, `Envelope`'s fields out of the headers table, and what is wrong, if anything."""
+    try:
+        found = frames.decode_properties(properties)
+        octets = found.get("headers")
+        if not octets:
+            return found, {}, None
+        table = found["table"] = frames.table_of(octets)
+    except ValueError as error:
+        return {}, {}, f"its AMQP properties can't be read: {error}"[:300]
+    fields, problem = unpack_headers(table)
+    return found, fields, problem
+
+
+def _envelope(found: Mapping[str, Any], fields: dict[str, Any], queue: str, body: bytes) -> Envelope:
+    """Return the envelope of what came; what a foreign producer left out has the documented default."""
+    get = found.get
+    return Envelope(
+        job_id=get("message_id") or new_job_id(),
+        job=get("type") or "",
+        queue=queue,
+        body=body,
+        content_type=get("content_type") or JSON,
+        content_encoding=get("content_encoding") or None,
+        created_s=get("timestamp") or 0,
+        app=get("app_id"),
+        correlation_id=get("correlation_id"),
+        reply_to=get("reply_to"),
+        **fields,
+    )
+
+
+def _death(headers: Mapping[str, Any] | None, queue: str) -> tuple[Priority | None, str] | None:
+    """Return level and reason of the broker's own dead-lettering out of `queue`.
+
+    `x-first-death-queue` would name a delay queue for a job that had waited; the newest entry is this one's. None for a
+    message that was put there by hand.
+    """
+    deaths = (headers or {}).get("x-death")
+    if not isinstance(deaths, list):
+        return None
+    entries: list[Any] = deaths  # pyright: ignore[reportUnknownVariableType]
+    for death in entries:
+        if isinstance(death, dict):
+            entry = cast("dict[str, Any]", death)
+            level = level_of(queue, str(entry.get("queue")))
+            if level is not None:
+                # a classic queue has the name of the NORMAL sibling: the property says its level
+                return (None if level is Priority.NORMAL else level), str(entry.get("reason"))
+    return None

@@ -1,0 +1,353 @@
+"""RabbitMQ 3.10 and later: one connection publishes, another consumes, so that a blocked publish doesn't touch the acks.
+
+    publish ─► connection (made once, by whoever comes first) ─► topology declared ─► window ─► basic.publish ─► confirm
+    queue ─► a channel a logical queue, a consumer a physical one ─► sink.deliver … done / again / bury / give_back ─► acks, batched
+
+The consuming side is `rabbitmq_consuming`, the protocol `amqp` and `frames`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import msgspec
+from pamqp import commands
+
+from leveret.backoff import full_jitter
+from leveret.broker import Admin, Broker, Consumption, Delivery, Features, Sink, Subscription
+from leveret.envelope import Envelope
+from leveret.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    InvalidJob,
+    MessageTooLarge,
+    PublishTimeout,
+    Unroutable,
+)
+from leveret.job import Priority, Queue
+from leveret.settings import Runtime
+
+from . import amqp, topology
+from .address import Address, addresses
+from .properties import encode, priority_property
+from .rabbitmq_consuming import RabbitConsumption, RabbitDelivery
+from .session import FAULTS, ConnectionLost, connect, declare, reason_of
+
+logger = logging.getLogger("leveret.rabbitmq")
+
+MAX_PROPERTIES_BYTES = 120 << 10
+"""All properties travel in one frame of at most 128 KiB; a larger one costs the connection."""
+
+
+def open_broker(url: str, runtime: Runtime) -> Broker:
+    """Return the broker at `url` (amqp or amqps; several with commas between); ConfigurationError for one that can't be. Connects to nothing."""
+    return RabbitBroker(addresses(url, runtime.settings.heartbeat_s), runtime)
+
+
+def open_admin(url: str, runtime: Runtime) -> Admin:
+    """Return the admin of the broker at `url`. Connects to nothing."""
+    from .rabbitmq_admin import RabbitAdmin
+
+    return RabbitAdmin(addresses(url, runtime.settings.heartbeat_s), runtime)
+
+
+class RabbitBroker:
+    """A broker on RabbitMQ; see `leveret.broker.Broker`."""
+
+    def __init__(self, where: tuple[Address, ...], runtime: Runtime) -> None:
+        self._where = where
+        self._runtime = runtime
+        self._publishing = Publishing(where, runtime, f"leveret {runtime.app} publish")
+        self._consumptions: set[RabbitConsumption] = set()
+        self._routes: dict[tuple[str, Priority], Route] = {}
+
+    @property
+    def features(self) -> Features:
+        """What it promises."""
+        return Features(durable=True, shared=True, counts_redelivery=True)
+
+    async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
+        """Return once the broker has confirmed it, persistent and routed."""
+        if delay_s > 0:
+            try:
+                exchange, key = topology.route(queue, envelope.priority, delay_s)
+            except ValueError as error:
+                msg = f"{envelope.job} to queue {queue.name}: {error}"
+                raise InvalidJob(msg, job_id=envelope.job_id) from None
+            route = Route(exchange, key, priority_property(queue, envelope.priority), queue, queue.type)
+        else:
+            known = self._routes.get((queue.name, envelope.priority))
+            if known is None or known.queue is not queue:
+                exchange, key = topology.route(queue, envelope.priority, 0)
+                known = Route(exchange, key, priority_property(queue, envelope.priority), queue, None)
+                self._routes[queue.name, envelope.priority] = known
+            route = known
+        await self._publishing.send(route, envelope, deadline)
+
+    async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
+        """Start to take; returns after the first try to connect."""
+        consumption = RabbitConsumption(self._where, self._runtime, subscriptions, sink)
+        await consumption.start()
+        self._consumptions.add(consumption)
+        return consumption
+
+    def done(self, delivery: Delivery) -> None:
+        """Ack it, at the end of this loop turn."""
+        if isinstance(delivery, RabbitDelivery):
+            delivery.taker.ack(delivery)
+
+    async def again(self, delivery: Delivery, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
+        """Publish `envelope` to the delivery's queue, confirmed, then ack; no effect on a delivery that isn't live."""
+        if not delivery.live:
+            return
+        await self.publish(delivery.queue, envelope, delay_s=delay_s, deadline=deadline)
+        self.done(delivery)
+
+    async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
+        """Publish it to the queue's dead letters, confirmed, then ack; no effect on a delivery that isn't live."""
+        if not delivery.live:
+            return
+        queue = delivery.queue
+        buried = envelope if envelope.origin else msgspec.structs.replace(envelope, origin=queue.name)
+        await self._publishing.send(Route(topology.DEAD, queue.name, None, queue, None, topology.dead_queue(queue.name)), buried, deadline)
+        self.done(delivery)
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Requeue it, at the end of this loop turn."""
+        if isinstance(delivery, RabbitDelivery):
+            delivery.taker.nack(delivery)
+
+    async def close(self) -> None:
+        """End both connections."""
+        for consumption in list(self._consumptions):
+            await consumption.close()
+        self._consumptions.clear()
+        await self._publishing.close()
+
+
+class Route(msgspec.Struct, frozen=True, eq=False):
+    """Where a publish goes, and what must have been declared for it."""
+
+    exchange: str
+    key: str
+    priority: int | None
+    queue: Queue | None
+    ladder: str | None
+    dead: str | None = None
+    """The dead-letter queue it is meant for, for errors."""
+
+    @property
+    def target(self) -> str:
+        """The queue, for people."""
+        return self.dead or (self.queue.name if self.queue is not None else self.key)
+
+
+class _Link:
+    """An open publishing connection, its channel, and what was declared on it."""
+
+    def __init__(self, connection: amqp.Connection, channel: amqp.Channel) -> None:
+        self.connection = connection
+        self.channel = channel
+        self.declared: set[Queue | str | None] = {None}
+        self.declaring: dict[Queue | str, asyncio.Task[None]] = {}
+
+    @property
+    def usable(self) -> bool:
+        return self.channel.closed is None
+
+
+class Publishing:
+    """Confirmed publishes on one connection, which is made when needed, by whoever comes first, for all who wait."""
+
+    def __init__(self, where: tuple[Address, ...], runtime: Runtime, name: str) -> None:
+        self._where = where
+        self._runtime = runtime
+        self._name = name
+        self._link: _Link | None = None
+        self._opening: asyncio.Task[_Link] | None = None
+        self._waiting = 0
+        self._reason = "not tried yet"
+        self._refused: tuple[float, ConfigurationError] | None = None
+        self._closed = False
+
+    async def send(self, route: Route, envelope: Envelope, deadline: float) -> None:
+        """Return once `envelope` is confirmed; raises a `PublishError` by `deadline`."""
+        try:
+            properties = encode(envelope, route.priority)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidJob(_says(route, envelope, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id) from error
+        if len(properties) > MAX_PROPERTIES_BYTES:
+            msg = _says(route, envelope, f"its headers have {len(properties)} bytes, the limit is {MAX_PROPERTIES_BYTES}")
+            raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=MAX_PROPERTIES_BYTES)
+        link = self._link
+        # the way of nearly all: everything is there, and nothing but the confirm is waited for
+        if link is None or not link.usable or route.queue not in link.declared or route.ladder not in link.declared or link.channel.full:
+            link = await self._prepared(route, envelope, deadline)
+        try:
+            await link.channel.publish(route.exchange, route.key, properties, envelope.body, envelope.job_id, deadline)
+        except amqp.Returned as error:
+            link.declared -= {route.queue, route.ladder}  # it was deleted: the next publish declares it again
+            link.declared.add(None)
+            msg = _says(route, envelope, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}")
+            raise Unroutable(msg, job_id=envelope.job_id, queue=route.target) from error
+        except amqp.Nacked as error:
+            raise BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id) from error
+        except amqp.Late as error:
+            msg = _says(route, envelope, f"no confirm in time{self._blocked}. It may be there; publish again under the same id")
+            raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=True) from error
+        except amqp.Closed as error:
+            msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
+            raise PublishTimeout(_says(route, envelope, msg), job_id=envelope.job_id, maybe_published=True) from error
+
+    async def _prepared(self, route: Route, envelope: Envelope, deadline: float) -> _Link:
+        """Return a link on which `route` is declared and there is room, or raise a `PublishError` by `deadline`: nothing was sent."""
+        why: str | None = "no connection yet"
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    try:
+                        link = await self._linked()
+                        why = None
+                        for what in (route.queue, route.ladder):
+                            if what is not None:
+                                await self._declared(link, what)
+                        await link.channel.room()
+                    except ConfigurationError as error:
+                        raise BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id) from error
+                    except ConnectionLost as error:
+                        why = str(error)
+                        if self._closed:
+                            raise BrokerUnavailable(_says(route, envelope, why), job_id=envelope.job_id) from error
+                        await self._pause(1)
+                    else:
+                        if link.usable:
+                            return link
+        except TimeoutError:
+            self._nothing_sent(route, envelope, why)
+
+    def _nothing_sent(self, route: Route, envelope: Envelope, why: str | None) -> NoReturn:
+        if why is not None and not (self._link is not None and self._link.usable):
+            raise BrokerUnavailable(_says(route, envelope, f"no broker in time: {self._reason}"), job_id=envelope.job_id)
+        said = why or f"{amqp.WINDOW} publishes are unconfirmed, or its queue was being declared"
+        msg = _says(route, envelope, f"nothing was sent in time: {said}{self._blocked}")
+        raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
+
+    @property
+    def _blocked(self) -> str:
+        link = self._link
+        if link is None or link.connection.blocked is None:
+            return ""
+        return f"; the broker blocks publishers (connection.blocked: {link.connection.blocked})"
+
+    async def _pause(self, attempt: int) -> None:
+        settings = self._runtime.settings
+        wait_s = full_jitter(attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng)
+        await self._runtime.clock.sleep(wait_s)
+
+    # -- the connection
+
+    async def _linked(self) -> _Link:
+        """Return the open link, or wait until there is one; ConfigurationError where waiting won't help."""
+        if self._link is not None and self._link.usable:
+            return self._link
+        if self._closed:
+            raise ConnectionLost("the broker is closed")
+        if self._refused is not None and time.monotonic() - self._refused[0] < self._runtime.settings.reconnect_base_s:
+            raise self._refused[1]
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+            self._opening.add_done_callback(self._opened)
+        opening = self._opening
+        self._waiting += 1
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            if opening.cancelled():  # by `close`
+                raise ConnectionLost("the broker is closed") from None
+            raise
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                opening.cancel()  # nobody waits for it now; no effect where it is done
+
+    def _opened(self, task: asyncio.Task[_Link]) -> None:
+        self._opening = None
+        if not task.cancelled() and isinstance(error := task.exception(), ConfigurationError):
+            self._refused = (time.monotonic(), error)
+
+    async def _open(self) -> _Link:
+        attempt = 0
+        timeout_s = self._runtime.settings.connect_timeout_s
+        while True:
+            try:
+                connection = await connect(self._where, self._name, timeout_s)
+                try:
+                    channel = await connection.channel(timeout_s)
+                    await channel.call(commands.Confirm.Select(), timeout_s)
+                except BaseException:
+                    connection.abort()
+                    raise
+                break
+            except (ConnectionLost, *FAULTS) as error:
+                self._reason = reason_of(error)
+            attempt += 1
+            await self._pause(attempt)
+        link = self._link = _Link(connection, channel)
+        channel.on_closed = partial(self._lost, link)
+        return link
+
+    def _lost(self, link: _Link, why: amqp.Closed) -> None:
+        if self._link is link:
+            self._link = None
+            self._reason = reason_of(why)
+            if not self._closed:
+                logger.warning("the publishing connection to RabbitMQ at %s is lost: %s", link.connection.address, self._reason)
+        if link.connection.usable:  # the channel is all that closed
+            _keep(asyncio.get_running_loop().create_task(link.connection.close()))
+
+    # -- declaring
+
+    async def _declared(self, link: _Link, what: Queue | str) -> None:
+        """Declare `what` (a queue's topology, or a ladder by its kind) once a link; many may wait for it."""
+        if what in link.declared:
+            return
+        task = link.declaring.get(what)
+        if task is None:
+            task = link.declaring[what] = asyncio.create_task(self._declare(link, what))
+            task.add_done_callback(lambda ended: (link.declaring.pop(what, None), ended.cancelled() or ended.exception()))
+        await asyncio.shield(task)
+
+    async def _declare(self, link: _Link, what: Queue | str) -> None:
+        if isinstance(what, Queue):
+            name, records = what.name, topology.SHARED + topology.of_queue(what)
+        else:
+            name, records = topology.ladder(what, 0), topology.of_ladder(what)
+        await declare(link.connection, records, name, self._runtime.settings.connect_timeout_s)
+        link.declared.add(what)
+
+    async def close(self) -> None:
+        """Close the connection; publishes that wait for it fail."""
+        self._closed = True
+        if self._opening is not None:
+            self._opening.cancel()
+        link, self._link = self._link, None
+        if link is not None:
+            await link.connection.close()
+
+
+def _says(route: Route, envelope: Envelope, text: str) -> str:
+    return f"{envelope.job or 'a job'} to queue {route.target}: {text}"
+
+
+_background: set[asyncio.Task[Any]] = set()
+
+
+def _keep(task: asyncio.Task[Any]) -> None:
+    """Hold on to a task that nobody awaits: the loop keeps weak references only."""
+    _background.add(task)
+    task.add_done_callback(_background.discard)

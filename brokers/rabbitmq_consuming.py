@@ -1,0 +1,414 @@
+"""The consuming side of RabbitMQ: one supervised loop that connects, declares, sets the windows and consumes, whole.
+
+A lost connection, a closed channel or a cancelled consumer ends the whole consuming connection; it is made again whole,
+with back-off. What was unsettled is then no longer `live`: the broker delivers it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+from pamqp import commands
+
+from leveret.backoff import full_jitter
+from leveret.broker import Sink, Subscription
+from leveret.envelope import Envelope
+from leveret.errors import ConfigurationError
+from leveret.job import Priority, Queue
+from leveret.settings import Runtime
+
+from . import amqp, topology
+from .address import Address
+from .properties import from_job_queue
+from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of
+
+logger = logging.getLogger("leveret.rabbitmq")
+
+MAX_INBOUND_PROPERTIES_BYTES = 60 << 10
+"""A message with more can't be published again with what a retry adds."""
+HELD_BYTES = 64 << 20
+"""Most bytes of unsettled bodies of a queue; above, its consumers are cancelled until half is settled."""
+_TELL_EVERY_S = 60.0
+
+
+class RabbitDelivery:
+    """What a queue delivered; see `leveret.broker.Delivery`."""
+
+    __slots__ = ("envelope", "problem", "redelivered", "tag", "taker")
+
+    def __init__(self, taker: _Taker, tag: int, envelope: Envelope, problem: str | None, redelivered: bool) -> None:
+        self.taker = taker
+        self.tag = tag
+        self.envelope = envelope
+        self.problem = problem
+        self.redelivered = redelivered
+
+    @property
+    def queue(self) -> Queue:
+        """The queue it came from."""
+        return self.taker.queue
+
+    @property
+    def live(self) -> bool:
+        """Whether its channel is open."""
+        return self.taker.live
+
+
+class _Taker:
+    """The channel of one logical queue: its consumers, and which of its delivery tags are settled.
+
+    Acks are written once a loop turn: one `multiple` for the run of finished tags from the lowest unsettled one, single
+    ones above a gap, so that one long job doesn't hold back the others'. A `multiple` must name a tag that isn't acked
+    yet: one that is, is a 406 and costs the channel.
+    """
+
+    def __init__(self, session: _Session, subscription: Subscription, channel: amqp.Channel) -> None:
+        self.queue = subscription.queue
+        self.live = True
+        self._prefetch = subscription.prefetch
+        self._session = session
+        self._channel = channel
+        self._consumer_tags: list[str] = []
+        self._lowest = 1
+        """Every tag below is settled."""
+        self._acks: set[int] = set()
+        self._nacks: list[int] = []
+        self._settled: set[int] = set()
+        """Tags above `_lowest` whose settlement is written."""
+        self._flushing = False
+        self._held_bytes = 0
+        self._largest = 0
+        self._generation = 0
+        self._paused = False
+
+    async def start(self, timeout_s: float) -> None:
+        """Register a consumer on each physical queue, each with the window of its own."""
+        await self._channel.call(commands.Basic.Qos(prefetch_count=self._prefetch), timeout_s)
+        self._generation += 1
+        for name, levels in topology.physicals(self.queue).items():
+            level = levels[0] if self.queue.type == "quorum" else None
+            tag = f"{socket.gethostname()}.{os.getpid()}.{self._generation}.{name}"[:255]
+            await self._channel.consume(name, tag, partial(self._take, level), timeout_s)
+            self._consumer_tags.append(tag)
+
+    async def stop(self) -> None:
+        """Cancel the consumers; what was delivered stays ackable."""
+        tags, self._consumer_tags = self._consumer_tags, []
+        for tag in tags:
+            await self._channel.cancel(tag, amqp.CLOSE_TIMEOUT_S)
+
+    async def close(self) -> None:
+        """Flush, and close the channel: its answer says that the broker has the acks, and the rest goes back."""
+        self.flush()
+        self.live = False
+        await self._channel.close()
+
+    # ---- what is held stays bounded: the consumers are cancelled, never the socket left unread
+
+    async def _pause(self) -> None:
+        """Cancel the consumers until half of what is held is settled, then consume again with a window that fits the bodies."""
+        held = self._held_bytes
+        self._prefetch = max(1, min(self._prefetch, HELD_BYTES // 2 // max(1, self._largest * len(topology.physicals(self.queue)))))
+        await self.stop()
+        logger.warning(
+            "queue %s: %d MiB of unsettled bodies are held here; it goes on with a prefetch of %d", self.queue.name, held >> 20, self._prefetch
+        )
+        self._paused = True
+        await self._resume()
+
+    async def _resume(self) -> None:
+        if self._paused and self._held_bytes <= HELD_BYTES // 2 and self._session.taking and self.live:
+            self._paused = False
+            await self.start(self._session.runtime.settings.connect_timeout_s)
+
+    def _take(self, level: Priority | None, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+        if not self.live:
+            return
+        size = len(body)
+        self._held_bytes += size
+        session = self._session
+        if not session.taking:
+            self._nacks.append(tag)
+            self._held_bytes -= size
+            self._flush_soon()
+            return
+        if size > session.runtime.settings.max_body_bytes or len(properties) > MAX_INBOUND_PROPERTIES_BYTES:
+            self._reject(tag, size)
+            return
+        envelope, problem = from_job_queue(properties, body, self.queue.name, level)
+        self._largest = max(self._largest, size)
+        if self._held_bytes > HELD_BYTES and self._consumer_tags and not self._paused:
+            session.spawn(self._pause())
+        session.sink.deliver(RabbitDelivery(self, tag, envelope, problem, redelivered))
+
+    def _reject(self, tag: int, size: int) -> None:
+        logger.error(
+            "a message of %d bytes from queue %s is over the limits, so it can't be published again: RabbitMQ moves it to %s.dead",
+            size, self.queue.name, self.queue.name,
+        )
+        self._channel.reject(tag)
+        self._held_bytes -= size
+        self._settled.add(tag)
+
+    # ---- settled: acks and nacks of one loop turn together
+
+    def ack(self, delivery: RabbitDelivery) -> None:
+        """Ack it at the end of this loop turn."""
+        if self.live:
+            self._acks.add(delivery.tag)
+            self._settle(delivery)
+
+    def nack(self, delivery: RabbitDelivery) -> None:
+        """Requeue it at the end of this loop turn."""
+        if self.live:
+            self._nacks.append(delivery.tag)
+            self._settle(delivery)
+
+    def _settle(self, delivery: RabbitDelivery) -> None:
+        self._held_bytes -= len(delivery.envelope.body)
+        if not self._flushing:
+            self._flushing = True
+            self._channel.connection.loop.call_soon(self.flush)
+        if self._paused and self._held_bytes <= HELD_BYTES // 2:
+            self._session.spawn(self._resume())
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._channel.connection.loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write what was settled since the last time."""
+        self._flushing = False
+        if not self.live or not (self._acks or self._nacks):
+            return
+        channel = self._channel
+        acks, settled, lowest, top = self._acks, self._settled, self._lowest, 0
+        if self._nacks:
+            for tag in self._nacks:
+                channel.nack(tag)
+            settled.update(self._nacks)
+            self._nacks.clear()
+        while True:
+            if lowest in acks:
+                acks.remove(lowest)
+                top = lowest
+            elif lowest in settled:
+                settled.remove(lowest)
+            else:
+                break
+            lowest += 1
+        self._lowest = lowest
+        if top:
+            channel.ack(top, multiple=True)
+        if acks:
+            for tag in sorted(acks):
+                channel.ack(tag, multiple=False)
+            settled |= acks
+            acks.clear()
+        channel.connection.flush()
+
+
+class _Session:
+    """One consuming connection from its start to its loss."""
+
+    def __init__(self, connection: amqp.Connection, runtime: Runtime, sink: Sink) -> None:
+        self.connection = connection
+        self.runtime = runtime
+        self.sink = sink
+        self.taking = True
+        self.takers: list[_Taker] = []
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Resolved with the reason."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def lose(self, reason: str) -> None:
+        """It can't go on: the supervisor makes a new one."""
+        if not self.lost.done():
+            self.lost.set_result(reason)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something on the connection; its failure loses the session."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.lose(reason_of(error))
+
+    async def start(self, subscriptions: Sequence[Subscription]) -> None:
+        """Declare, set the windows and register every consumer: all or nothing."""
+        step_s = self.runtime.settings.connect_timeout_s
+        self.connection.on_closed = lambda why: self.lose(reason_of(why))
+        for subscription in subscriptions:
+            queue = subscription.queue
+            await declare(self.connection, topology.SHARED + topology.of_queue(queue), queue.name, step_s)
+        for subscription in subscriptions:
+            name = subscription.queue.name
+            channel = await self.connection.channel(step_s)
+            taker = _Taker(self, subscription, channel)
+            self.takers.append(taker)
+            channel.on_closed = partial(self._channel_closed, name)
+            channel.on_cancelled = partial(self._cancelled, name)
+            await taker.start(step_s)
+
+    def _channel_closed(self, name: str, why: amqp.Closed) -> None:
+        self.lose(f"the channel of queue {name} was closed: {reason_of(why)}" if why.scope == "channel" else reason_of(why))
+
+    def _cancelled(self, name: str, _: str) -> None:
+        self.lose(f"the broker cancelled a consumer of queue {name} (the queue was deleted, or a delivery was held too long)")
+
+    def end(self) -> None:
+        """What is settled and not yet written is written where a channel is still open; the rest is lost."""
+        for taker in self.takers:
+            taker.flush()
+            taker.live = False
+        for task in self._tasks:
+            task.cancel()
+
+
+class RabbitConsumption:
+    """A running consumption: connects, declares, consumes; and again, whole, when any of it is lost."""
+
+    def __init__(self, where: tuple[Address, ...], runtime: Runtime, subscriptions: Sequence[Subscription], sink: Sink) -> None:
+        self._where = where
+        self._runtime = runtime
+        self._subscriptions = tuple(subscriptions)
+        self._sink = sink
+        self._session: _Session | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
+        self._failure.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        self._was_ready = False
+        self._stopping = False
+        self._told: tuple[str, float] = ("", 0.0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every consumer is registered now."""
+        return self._session is not None and not self._session.lost.done()
+
+    async def failed(self) -> None:
+        """Wait until it can't go on, and raise why. Once it was ready, it goes on trying whatever comes."""
+        await asyncio.shield(self._failure)
+
+    async def start(self) -> None:
+        """Try once, then supervise; ConfigurationError where waiting won't help."""
+        try:
+            await self._establish()
+        except ConnectionLost as error:
+            self._tell(str(error))
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def _establish(self) -> None:
+        connection = await connect(self._where, f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s)
+        session = _Session(connection, self._runtime, self._sink)
+        try:
+            await session.start(self._subscriptions)
+            if session.lost.done():
+                raise ConnectionLost(session.lost.result())
+        except BaseException as error:
+            session.end()
+            self._sink.lost()
+            await connection.close()  # not dropped: some consumers may have delivered, and what was acked must arrive
+            if isinstance(error, FAULTS):
+                self._raise(error, connection.address)
+            raise
+        if self._told[0]:
+            logger.info("RabbitMQ at %s: consuming again" if self._was_ready else "RabbitMQ at %s: consuming", connection.address)
+        self._told = ("", 0.0)
+        self._session = session
+        self._was_ready = True
+
+    def _raise(self, error: BaseException, address: Address) -> NoReturn:
+        if kind_of(error) == "refused":
+            msg = f"RabbitMQ at {address} refuses user {address.user!r} to consume: {reason_of(error)}"
+            raise ConfigurationError(msg) from error
+        raise ConnectionLost(f"RabbitMQ at {address}: {reason_of(error)}") from error
+
+    async def _supervise(self) -> None:
+        settings, attempt = self._runtime.settings, 1
+        while True:
+            if self._session is not None:
+                since = time.monotonic()
+                reason = await asyncio.shield(self._session.lost)
+                await self._lost(self._session, reason)
+                if time.monotonic() - since > settings.reconnect_cap_s:
+                    attempt = 1
+                if self._stopping:
+                    return
+            await self._runtime.clock.sleep(
+                full_jitter(attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng)
+            )
+            attempt += 1
+            try:
+                await self._establish()
+            except ConnectionLost as error:
+                self._tell(str(error))
+            except ConfigurationError as error:
+                if not self._was_ready:  # the broker has come up, and says no
+                    self._failure.set_exception(error)
+                    return
+                self._tell(str(error))
+                await self._runtime.clock.sleep(settings.reconnect_cap_s)
+
+    async def _lost(self, session: _Session, reason: str) -> None:
+        session.end()
+        self._session = None
+        logger.warning("the consuming connection to RabbitMQ at %s is lost: %s", session.connection.address, reason)
+        self._told = (reason, time.monotonic())
+        self._sink.lost()
+        await session.connection.close()
+
+    def _tell(self, reason: str) -> None:
+        """Log what it waits for: when that changes, and once a minute."""
+        now = time.monotonic()
+        if reason != self._told[0] or now - self._told[1] >= _TELL_EVERY_S:
+            self._told = (reason, now)
+            logger.warning("waiting to consume: %s; trying again", reason)
+
+    async def stop_taking(self) -> None:
+        """Cancel the consumers; what still arrives is given back."""
+        self._stopping = True
+        session = self._session
+        if session is None:
+            await self._end_supervisor()
+            return
+        session.taking = False
+        try:
+            await asyncio.gather(*(taker.stop() for taker in session.takers))
+        except FAULTS as error:
+            session.lose(f"its consumers couldn't be cancelled: {reason_of(error)}")
+
+    async def close(self) -> None:
+        """Flush the acks, wait until the broker has them, and disconnect; a dead peer costs seconds, not for ever."""
+        self._stopping = True
+        await self._end_supervisor()
+        session, self._session = self._session, None
+        if session is None:
+            return
+        session.taking = False
+        session.connection.on_closed = None
+        try:
+            await asyncio.gather(*(taker.close() for taker in session.takers))
+        except FAULTS as error:
+            logger.warning(
+                "RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", session.connection.address, reason_of(error)
+            )
+        session.end()
+        await session.connection.close()
+
+    async def _end_supervisor(self) -> None:
+        task, self._supervisor = self._supervisor, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})

@@ -1,0 +1,232 @@
+"""Looking into the queues of a SQLite file and repairing; for the command line."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+from leveret.broker import DeadLetter, DeadLetters, Depth
+from leveret.envelope import Envelope
+from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.job import Queue
+from leveret.settings import Runtime
+
+from .sqlite import CLOSE_S, packed
+from .sqlite_file import Call, Taker, Write
+from .sqlite_schema import INSERTS, READ, Row, unpack
+from .sqlite_store import Store
+
+log = logging.getLogger("leveret.sqlite")
+
+_PAGE = 100
+_PURGED_AT_ONCE = 5000
+
+# each is answered by one of the partial indexes, without a look at the jobs
+_READY = "SELECT level, count(*) FROM jobs WHERE queue = ? AND claimed_by IS NULL AND due_ms IS NULL GROUP BY level"
+_DUE = "SELECT level, due_ms <= ?, count(*) FROM jobs WHERE due_ms IS NOT NULL AND queue = ? GROUP BY 1, 2"
+_HELD = "SELECT count(*) FROM jobs WHERE claimed_by IS NOT NULL AND queue = ?"
+_PURGE = (
+    "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs WHERE queue = ? AND claimed_by IS NULL AND due_ms IS NULL"
+    " UNION ALL SELECT seq FROM jobs WHERE queue = ? AND due_ms <= ? LIMIT ?)"
+)
+_PAGE_OF_DEAD = (
+    "UPDATE dead SET claimed_by = ? WHERE seq IN ("  # noqa: S608 - columns of ours
+    "SELECT seq FROM dead WHERE queue = ? AND claimed_by IS NULL AND seq > ? AND seq <= ? ORDER BY seq LIMIT ?)"
+    f" RETURNING seq, {READ}"
+)
+
+
+def _changed(statement: str, arguments: tuple[object, ...], file: sqlite3.Connection) -> int:
+    return file.execute(statement, arguments).rowcount
+
+
+@final
+class _Letter:
+    """A row of `dead` that is held open."""
+
+    __slots__ = ("envelope", "seq")
+
+    def __init__(self, seq: int, envelope: Envelope) -> None:
+        self.seq = seq
+        self.envelope = envelope
+
+
+@final
+class _Letters:
+    """The dead letters of one queue, claimed page by page under a lease of their own."""
+
+    def __init__(self, admin: SqliteAdmin, queue: Queue, taker: Taker) -> None:
+        self._admin = admin
+        self._queue = queue.name
+        self._taker = taker
+
+    def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        return self._pages()
+
+    async def _pages(self) -> AsyncIterator[DeadLetter]:
+        if self._taker.lease.id is None:
+            return  # there is no file
+        # what is buried while they are read isn't read: a replay that fails at once would come round for ever
+        last = await self._admin.run(
+            "the dead letters", lambda file: file.execute("SELECT max(seq) FROM dead WHERE queue = ?", (self._queue,)).fetchone()[0]
+        )
+        seen = 0
+        while last is not None:
+            page: list[Any] = await self._admin.run("the dead letters", partial(self._claim, seen, last))
+            for seq, *row in page:
+                yield _Letter(seq, unpack(row)[0])
+            if len(page) < _PAGE:
+                return
+            seen = page[-1][0]
+
+    def _claim(self, seen: int, last: int, file: sqlite3.Connection) -> list[Any]:
+        return sorted(file.execute(_PAGE_OF_DEAD, (self._taker.lease.id, self._queue, seen, last, _PAGE)).fetchall())
+
+    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
+        """As `DeadLetters.replay`, in one transaction. BrokerUnavailable where it went back meanwhile: nothing was published."""
+        await self._take(letter, f"the replay of job {envelope.job_id}", packed(letter.envelope.queue, envelope, None))
+
+    async def drop(self, letter: DeadLetter) -> None:
+        """As `DeadLetters.drop`."""
+        await self._take(letter, f"the drop of job {letter.envelope.job_id}", None)
+
+    async def _take(self, letter: DeadLetter, about: str, row: Row | None) -> None:
+        if not isinstance(letter, _Letter):
+            msg = f"{letter!r} isn't a dead letter of the SQLite broker"
+            raise TypeError(msg)
+        seq = letter.seq
+
+        def take(file: sqlite3.Connection) -> bool:
+            if not file.execute("DELETE FROM dead WHERE seq = ? AND claimed_by = ?", (seq, self._taker.lease.id)).rowcount:
+                return False
+            if row is not None:
+                file.execute(INSERTS["jobs"][-1][1], row)
+            return True
+
+        if not await self._admin.run(about, take):
+            msg = f"{about} wasn't done: it is no longer among the letters that are open here"
+            raise BrokerUnavailable(msg, job_id=letter.envelope.job_id)
+
+
+@final
+class _Open(AbstractAsyncContextManager[DeadLetters, None]):
+    """The time in which dead letters are held."""
+
+    def __init__(self, admin: SqliteAdmin, queue: Queue) -> None:
+        self._admin = admin
+        self._queue = queue
+        self._taker = Taker((), None)
+
+    async def __aenter__(self) -> DeadLetters:
+        try:
+            await self._admin.hold(self._taker)
+        except BaseException:
+            await self._admin.release(self._taker, self._queue)
+            raise
+        return _Letters(self._admin, self._queue, self._taker)
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._admin.release(self._taker, self._queue)
+
+
+@final
+class SqliteAdmin:
+    """An `Admin` on the SQLite file at `path`; a file that isn't there is one without queues, and isn't made.
+
+    Every call ends within the setting `connect_timeout_s`: BrokerUnavailable where the file stays locked.
+    """
+
+    def __init__(self, path: str, runtime: Runtime) -> None:
+        self._path = Path(path)
+        self._runtime = runtime
+        self._store = Store(path, runtime, create=False)
+
+    async def run(self, about: str, call: Call) -> Any:
+        """Run `call` in a transaction that writes."""
+        return await self._run(Write(about, deadline=self._deadline(), call=call))
+
+    async def _run(self, write: Write) -> Any:
+        try:
+            return await self._store.run(write)
+        except PublishTimeout as error:
+            raise BrokerUnavailable(str(error)) from error
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._runtime.settings.connect_timeout_s
+
+    async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
+        """As `Admin.depths`; nobody's lock stops it. What a dead worker held counts as unsettled until another worker runs."""
+        if not self._path.exists():
+            return [_depth(queue, {}, 0, 0, 0, exists=False) for queue in queues]
+        now_ms = self._runtime.clock.now() * 1000
+
+        def read(file: sqlite3.Connection) -> list[Depth]:
+            return [self._read(file, queue, now_ms) for queue in queues]
+
+        rows: list[Depth] = await self._run(Write("a look at the queues", deadline=self._deadline(), reads=read))
+        return rows
+
+    def _read(self, file: sqlite3.Connection, queue: Queue, now_ms: float) -> Depth:
+        def count(statement: str) -> int:
+            found: int = file.execute(statement, (queue.name,)).fetchone()[0]
+            return found
+
+        levels = Counter[str](dict(file.execute(_READY, (queue.name,)).fetchall()))
+        delayed = 0
+        for level, due, jobs in file.execute(_DUE, (now_ms, queue.name)).fetchall():
+            if due:
+                levels[level] += jobs
+            else:
+                delayed += jobs
+        dead, known = count("SELECT count(*) FROM dead WHERE queue = ?"), count("SELECT count(*) FROM queues WHERE name = ?")
+        return _depth(queue, levels, count(_HELD), delayed, dead, exists=known > 0)
+
+    async def purge(self, queue: Queue) -> int:
+        """As `Admin.purge`, some thousands in a transaction, so that workers get their turn between."""
+        if not self._path.exists():
+            return 0
+        purged = 0
+        while True:
+            now_ms = self._runtime.clock.now() * 1000
+            arguments = (queue.name, queue.name, now_ms, _PURGED_AT_ONCE)
+            count: int = await self.run(f"the purge of queue {queue.name!r}", partial(_changed, _PURGE, arguments))
+            purged += count
+            if count < _PURGED_AT_ONCE:
+                return purged
+
+    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+        """As `Admin.dead`; where this process dies they come back as the jobs of a dead worker do."""
+        return _Open(self, queue)
+
+    async def hold(self, taker: Taker) -> None:
+        """Get a lease, if there is a file."""
+        if self._path.exists():
+            await self._run(Write("opening the dead letters", deadline=self._deadline(), opens=taker))
+
+    async def release(self, taker: Taker, queue: Queue) -> None:
+        """Give back what is held under the lease."""
+        if not self._path.exists():
+            return
+        try:
+            await self._run(Write("closing the dead letters", deadline=self._deadline(), closes=taker))
+        except (BrokerUnavailable, ConfigurationError) as error:
+            # they come back when this process has ended, as those of a killed one do
+            log.warning("the dead letters of queue %r stay closed to others for now: %s", queue.name, error)
+
+    async def close(self) -> None:
+        """As `Admin.close`."""
+        await self._store.close(CLOSE_S)
+
+
+def _depth(queue: Queue, levels: dict[str, int], held: int, delayed: int, dead: int, *, exists: bool) -> Depth:
+    by_level = {level.value: levels.get(level.value, 0) for level in queue.levels} | levels
+    return Depth(
+        queue=queue.name, ready=sum(by_level.values()), levels=by_level, unsettled=held, delayed=delayed, dead=dead, consumers=None, exists=exists
+    )

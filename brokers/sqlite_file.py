@@ -1,0 +1,501 @@
+"""One connection to the SQLite file: what stands in a transaction, and what is known of the file between two of them.
+
+A worker is a row in `workers`, and what it holds bears that row's id. Its lease is `LEASE_S` long, and no clock is shared for it:
+each worker raises its row's `beat` every `BEAT_S` and looks at the others' in the same transaction; one that stood still over
+`LEASE_S / BEAT_S` of the observer's own beats is dead, and what it held is free again. So neither a jump of the wall clock, nor a
+suspended laptop, nor a lock that stops everybody makes a living worker lose what it holds. Where a row's process is known to be gone
+(same boot, same process namespace, no such process or another one of that number) its jobs are free within `LOOK_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeAlias, final
+
+from leveret.broker import Subscription
+from leveret.clock import Clock
+from leveret.errors import ConfigurationError
+from leveret.job import Queue
+
+from .sqlite_schema import INSERTS, READ, Row, known_dead, my_identity, open_file, unpack
+
+log = logging.getLogger("leveret.sqlite")
+
+LEASE_S = 15.0
+"""A worker that showed no life for so long has lost what it holds."""
+BEAT_S = 5.0
+"""How often a worker shows life; LEASE_S is a multiple of it."""
+LOOK_S = 1.0
+"""How often a worker looks for processes of this machine that are gone."""
+_PROMOTED_AT_ONCE = 1000
+_FREE_PAGES = 1000
+
+# `+column` keeps an index out of it: the rowids say it all.
+_CLAIM = (
+    "UPDATE jobs SET claimed_by = ?, deliveries = deliveries + 1 WHERE seq IN ("  # noqa: S608 - columns of ours
+    "SELECT seq FROM jobs WHERE queue = ? AND level = ? AND claimed_by IS NULL AND due_ms IS NULL ORDER BY seq LIMIT ?)"
+    f" RETURNING seq, deliveries, {READ}"
+)
+_SETTLE = "DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
+_GIVE_BACK = (
+    "UPDATE jobs SET claimed_by = NULL, deliveries = deliveries - 1 WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
+)
+_DUE = "SELECT json_group_array(seq) FROM (SELECT seq FROM jobs WHERE due_ms <= ? ORDER BY due_ms, seq LIMIT ?)"
+_COLUMNS = "job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers"
+_PROMOTED = (
+    f"INSERT INTO jobs (queue, level, {_COLUMNS}) SELECT queue, level, {_COLUMNS} FROM jobs"  # noqa: S608 - columns of ours
+    " WHERE seq IN (SELECT value FROM json_each(?)) ORDER BY due_ms, seq"
+)
+
+PENDING, TAKEN, OVER = range(3)
+"""States of a `Write`: it can be called back; it is in a transaction; it was told how it went."""
+
+
+@final
+class Lease:
+    """One row of `workers`: what is claimed under it is this process's own while it is `alive`."""
+
+    __slots__ = ("alive", "id")
+
+    def __init__(self) -> None:
+        self.id: int | None = None
+        self.alive = True
+
+
+@final
+class Window:
+    """One level of one queue: how much of it is held, and whether more may wait in the file. The thread's own."""
+
+    __slots__ = ("held", "level", "maybe", "prefetch", "queue")
+
+    def __init__(self, queue: Queue, level: str, prefetch: int) -> None:
+        self.queue = queue
+        self.level = level
+        self.prefetch = prefetch
+        self.held = 0
+        self.maybe = True
+
+
+class Listener(Protocol):
+    """Who hears, on the loop, what becomes of a `Taker`."""
+
+    def arrived(self, deliveries: Sequence[SqliteDelivery], /) -> None:
+        """These were claimed."""
+        ...
+
+    def lost(self) -> None:
+        """The lease was lost."""
+        ...
+
+    def cannot(self, error: ConfigurationError, /) -> None:
+        """It was given up for good."""
+        ...
+
+
+@final
+class Taker:
+    """Somebody with a lease: a consumption with its windows, or an admin with dead letters open."""
+
+    __slots__ = ("lease", "listener", "ready", "taking", "windows")
+
+    def __init__(self, subscriptions: Iterable[Subscription], listener: Listener | None) -> None:
+        self.lease = Lease()
+        self.listener = listener
+        self.windows = [Window(each.queue, level.value, each.prefetch) for each in subscriptions for level in each.queue.levels]
+        self.taking = bool(self.windows)
+        self.ready = False
+
+
+@final
+class SqliteDelivery:
+    """A claimed row."""
+
+    __slots__ = ("envelope", "lease", "problem", "queue", "redelivered", "seq", "settled", "window")
+
+    def __init__(self, window: Window, lease: Lease, row: Sequence[Any]) -> None:
+        self.seq: int = row[0]
+        self.redelivered: bool = row[1] > 1
+        self.envelope, self.problem = unpack(row[2:])
+        self.queue = window.queue
+        self.window = window
+        self.lease = lease
+        self.settled = False
+
+    @property
+    def live(self) -> bool:
+        """Whether its lease holds and nobody settled it."""
+        return self.lease.alive and not self.settled
+
+
+Call: TypeAlias = Callable[[sqlite3.Connection], Any]
+
+
+@final
+class Write:
+    """One thing to do in the next transaction, all or nothing, and the future that hears how it went."""
+
+    __slots__ = ("about", "call", "closes", "deadline", "delivery", "future", "job", "job_id", "letter", "opens", "reads", "state")
+
+    def __init__(
+        self, about: str, *, deadline: float = float("inf"), job_id: str | None = None, job: Row | None = None, letter: Row | None = None,
+        delivery: SqliteDelivery | None = None, opens: Taker | None = None, closes: Taker | None = None, call: Call | None = None,
+        reads: Call | None = None,
+    ) -> None:  # fmt: skip
+        self.about = about
+        """For messages: "job … for queue 'emails'"."""
+        self.deadline = deadline
+        self.job_id = job_id
+        self.job = job
+        """A row for `jobs`."""
+        self.letter = letter
+        """A row for `dead`."""
+        self.delivery = delivery
+        """Is settled by it."""
+        self.opens = opens
+        self.closes = closes
+        self.call = call
+        """Anything else; what it returns is the future's result."""
+        self.reads = reads
+        """As `call`, but in a transaction that only reads, and that no lock stops."""
+        self.future: asyncio.Future[Any] | None = None
+        self.state = PENDING
+
+
+@final
+class Turn:
+    """What one transaction did, to be told once it is committed."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[tuple[Write, Any]] = []
+        self.claimed: list[tuple[Taker, list[SqliteDelivery]]] = []
+        self.lost: list[Taker] = []
+        self.closed: list[Taker] = []
+        self.freed: Counter[Window] = Counter()
+        self.settled: list[SqliteDelivery] = []
+        self.names: set[str] = set()
+        self.beats: dict[int, tuple[int, int]] | None = None
+        self.added = False
+
+
+@final
+class File:
+    """The file at `path`, through one connection; the store's thread alone uses it."""
+
+    def __init__(self, path: str, clock: Clock, *, create: bool) -> None:
+        self.path = path
+        self.takers: list[Taker] = []
+        self.next_beat = 0.0
+        self._clock = clock
+        self._create = create
+        self._connection: sqlite3.Connection | None = None
+        self._inode: tuple[int, int] | None = None
+        self._version = -1
+        self._names: set[str] = set()
+        self._next_due_ms: float | None = None
+        self._next_look = 0.0
+        self._beats: dict[int, tuple[int, int]] = {}
+        self._dead: list[int] = []
+        self._opened: list[Lease] = []
+        self._lost: list[Taker] = []
+
+    # ---- connection
+
+    def connect(self) -> sqlite3.Connection:
+        """Return the connection to what is at `path` now. ConfigurationError where that can't be used."""
+        if self._connection is not None:
+            with suppress(OSError):
+                found = os.stat(self.path)  # noqa: PTH116 - each turn: a Path costs more than the call
+                if (found.st_dev, found.st_ino) == self._inode:
+                    return self._connection
+            log.warning("%s was deleted or replaced under a running program; opening what is there now", self.path)
+            self.disconnect()
+            for taker in self.takers:
+                taker.lease.id = -1  # a row of the old file; one of that number in the new is somebody else's
+        self._connection = open_file(self.path, create=self._create)
+        found = os.stat(self.path)  # noqa: PTH116
+        self._inode = (found.st_dev, found.st_ino)
+        self._version = -1
+        self._names = set()
+        return self._connection
+
+    def disconnect(self) -> None:
+        """Close the connection; what wasn't committed is rolled back."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def abandon(self) -> sqlite3.Connection | None:
+        """In a forked child: forget the parent's connection without closing it, and whatever was held."""
+        connection, self._connection = self._connection, None
+        for taker in self.takers:
+            taker.lease.alive = taker.ready = False
+        return connection
+
+    def rollback(self) -> None:
+        """Undo a transaction that failed."""
+        self._any_may_wait()
+        self._next_due_ms = None
+        for lease in self._opened:
+            lease.id = None
+        self._opened.clear()
+        if self._connection is not None and self._connection.in_transaction:
+            try:
+                self._connection.execute("ROLLBACK")
+            except sqlite3.Error:
+                self.disconnect()  # which rolls back
+
+    def release_all(self) -> None:
+        """Free what is held here, if that can be done now: others see otherwise that this one is dead."""
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
+                for taker in self.takers:
+                    if taker.lease.id is not None:
+                        self._reap(self._connection, taker.lease.id)
+
+    # ---- between two transactions
+
+    @property
+    def takes(self) -> bool:
+        """Whether somebody consumes here."""
+        return any(taker.taking for taker in self.takers)
+
+    def has_news(self, connection: sqlite3.Connection, now: float) -> bool:
+        """Whether a transaction is due without anybody asking for it: a beat, a death, a job to claim."""
+        if not self.takers:
+            return False
+        if now >= self.next_beat or any(taker.lease.id is None for taker in self.takers):
+            return True
+        if now >= self._next_look:
+            self._next_look = now + LOOK_S
+            mine = {taker.lease.id for taker in self.takers}
+            rows = connection.execute("SELECT id, identity FROM workers").fetchall()
+            self._dead = [worker for worker, identity in rows if worker not in mine and known_dead(identity)]
+        self._look(connection)
+        return bool(self._dead) or self._is_due(connection) or self._may_claim(connection)
+
+    def _look(self, connection: sqlite3.Connection) -> None:
+        """See whether another connection wrote since; then anything may wait."""
+        version: int = connection.execute("PRAGMA data_version").fetchone()[0]
+        if version != self._version:
+            self._version = version
+            self._next_due_ms = None
+            self._any_may_wait()
+
+    def _is_due(self, connection: sqlite3.Connection) -> bool:
+        if not self.takes:
+            return False
+        if self._next_due_ms is None:
+            due: int | None = connection.execute("SELECT min(due_ms) FROM jobs WHERE due_ms IS NOT NULL").fetchone()[0]
+            self._next_due_ms = float("inf") if due is None else float(due)
+        return self._next_due_ms <= self._clock.now() * 1000
+
+    def _may_claim(self, connection: sqlite3.Connection) -> bool:
+        """Whether there is something to claim; looked at before the lock is taken, so that idle workers don't fight for it."""
+        for taker in self.takers:
+            for window in taker.windows if taker.taking else ():
+                if window.maybe and window.held < window.prefetch:
+                    there = connection.execute(
+                        "SELECT 1 FROM jobs WHERE queue = ? AND level = ? AND claimed_by IS NULL AND due_ms IS NULL LIMIT 1",
+                        (window.queue.name, window.level),
+                    ).fetchone()
+                    if there:
+                        return True
+                    window.maybe = False
+        return False
+
+    def _any_may_wait(self) -> None:
+        for taker in self.takers:
+            for window in taker.windows:
+                window.maybe = True
+
+    # ---- one transaction
+
+    def transact(
+        self, connection: sqlite3.Connection, writes: list[Write], done: list[SqliteDelivery], back: list[SqliteDelivery]
+    ) -> Turn:  # fmt: skip
+        """Do everything that is to be done, in the transaction that was begun."""
+        turn = Turn()
+        self._look(connection)
+        for taker in self.takers:
+            turn.names |= self._hold(connection, taker)
+        if self.takers and time.monotonic() >= self.next_beat:
+            self._beat(connection, turn)
+        for worker in self._dead:
+            self._reap(connection, worker)
+        writes = self._settle(connection, writes, done, back, turn)
+        self._add(connection, writes, turn)
+        for write in writes:
+            value = write.call(connection) if write.call is not None else None
+            if write.closes is not None:
+                self._release(connection, write.closes, turn)
+            turn.outcomes.append((write, value))
+        if self._is_due(connection):
+            self._promote(connection)
+        for taker in self.takers:
+            if taker.taking and taker not in turn.closed:
+                self._claim(connection, taker, turn)
+        return turn
+
+    def _hold(self, connection: sqlite3.Connection, taker: Taker) -> set[str]:
+        """See that the lease is still ours; get one where there is none. Return the queues that are new by it."""
+        if taker.lease.id is not None:
+            if connection.execute("SELECT 1 FROM workers WHERE id = ?", (taker.lease.id,)).fetchone():
+                return set()
+            self._lose(taker)
+        taker.lease.id = connection.execute("INSERT INTO workers (identity) VALUES (?)", (my_identity(),)).lastrowid
+        self._opened.append(taker.lease)
+        return {window.queue.name for window in taker.windows} - self._names
+
+    def _lose(self, taker: Taker) -> None:
+        log.warning("the lease on %s was lost: this process showed no life for %g s; what it held is delivered again", self.path, LEASE_S)
+        taker.lease.alive = False
+        taker.lease = Lease()
+        for window in taker.windows:
+            window.held = 0
+            window.maybe = True
+        self._lost.append(taker)
+
+    def _beat(self, connection: sqlite3.Connection, turn: Turn) -> None:
+        """Show life, and take from the dead what they held."""
+        mine = [taker.lease.id for taker in self.takers]
+        connection.execute("UPDATE workers SET beat = beat + 1 WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(mine),))
+        turn.beats = {}
+        for worker, beat in connection.execute("SELECT id, beat FROM workers").fetchall():
+            if worker in mine:
+                continue
+            before, missed = self._beats.get(worker, (beat - 1, 0))
+            missed = missed + 1 if before == beat else 0
+            if missed * BEAT_S >= LEASE_S:
+                log.warning("a worker on %s showed no life for %g s; what it held is delivered again", self.path, LEASE_S)
+                self._reap(connection, worker)
+            else:
+                turn.beats[worker] = (beat, missed)
+
+    def _reap(self, connection: sqlite3.Connection, worker: int) -> None:
+        connection.execute("UPDATE jobs SET claimed_by = NULL WHERE claimed_by = ?", (worker,))
+        connection.execute("UPDATE dead SET claimed_by = NULL WHERE claimed_by = ?", (worker,))
+        connection.execute("DELETE FROM workers WHERE id = ?", (worker,))
+        self._any_may_wait()
+
+    def _release(self, connection: sqlite3.Connection, taker: Taker, turn: Turn) -> None:
+        if taker.lease.id is not None:
+            self._reap(connection, taker.lease.id)
+        turn.closed.append(taker)
+        turn.added = True
+
+    def _settle(
+        self, connection: sqlite3.Connection, writes: list[Write], done: list[SqliteDelivery], given_back: list[SqliteDelivery], turn: Turn
+    ) -> list[Write]:  # fmt: skip
+        """Delete and free the rows that were settled; return the writes that are left to do."""
+        gone: defaultdict[Lease, list[int]] = defaultdict(list)
+        back: defaultdict[Lease, list[int]] = defaultdict(list)
+        lost = 0
+        for delivery in done:
+            if delivery.lease.alive:
+                gone[delivery.lease].append(delivery.seq)
+                turn.freed[delivery.window] += 1
+            else:
+                lost += 1
+        for delivery in given_back:
+            if delivery.lease.alive:
+                back[delivery.lease].append(delivery.seq)
+                turn.freed[delivery.window] += 1
+        left: list[Write] = []
+        for write in writes:
+            if write.delivery is not None:
+                if not write.delivery.live:  # lost, or done by a try before whose caller gave up waiting: there is nothing to do
+                    turn.outcomes.append((write, None))
+                    continue
+                gone[write.delivery.lease].append(write.delivery.seq)
+                turn.freed[write.delivery.window] += 1
+                turn.settled.append(write.delivery)
+            left.append(write)
+        for lease, rows in gone.items():
+            connection.execute(_SETTLE, (json.dumps(rows), lease.id))
+        for lease, rows in back.items():
+            connection.execute(_GIVE_BACK, (json.dumps(rows), lease.id))
+            turn.added = True
+            self._any_may_wait()
+        if lost:
+            log.warning("%d finished jobs of %s will run again: their lease was lost", lost, self.path)
+        return left
+
+    def _add(self, connection: sqlite3.Connection, writes: list[Write], turn: Turn) -> None:
+        jobs = [write.job for write in writes if write.job is not None]
+        letters = [write.letter for write in writes if write.letter is not None]
+        turn.names |= {row[0] for rows in (jobs, letters) for row in rows} - self._names
+        if turn.names:
+            connection.executemany("INSERT OR IGNORE INTO queues (name) VALUES (?)", [(name,) for name in turn.names])
+        for table, rows in (("jobs", jobs), ("dead", letters)):
+            start = 0
+            for count, statement in INSERTS[table]:
+                while len(rows) - start >= count:
+                    connection.execute(statement, [value for row in rows[start : start + count] for value in row])
+                    start += count
+        if jobs:
+            turn.added = True
+            self._next_due_ms = None
+            self._any_may_wait()
+
+    def _promote(self, connection: sqlite3.Connection) -> None:
+        """Make ready what is due: it joins the tail of its level, as a job that is published now would."""
+        rows = connection.execute(_DUE, (self._clock.now() * 1000, _PROMOTED_AT_ONCE)).fetchone()[0]
+        connection.execute(_PROMOTED, (rows,))
+        connection.execute("DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?))", (rows,))
+        self._next_due_ms = None
+        self._any_may_wait()
+
+    def _claim(self, connection: sqlite3.Connection, taker: Taker, turn: Turn) -> None:
+        claimed: list[SqliteDelivery] = []
+        for window in taker.windows:
+            free = window.prefetch - window.held + turn.freed[window]
+            if not window.maybe or free <= 0:
+                continue
+            rows = connection.execute(_CLAIM, (taker.lease.id, window.queue.name, window.level, free)).fetchall()
+            window.maybe = len(rows) == free
+            rows.sort()  # by seq: RETURNING has no order
+            claimed += [SqliteDelivery(window, taker.lease, row) for row in rows]
+        if claimed:
+            turn.claimed.append((taker, claimed))
+
+    def committed(self, turn: Turn) -> None:
+        """Now that it stands: know it."""
+        self._dead.clear()
+        self._opened.clear()
+        turn.lost, self._lost = self._lost, []
+        self._names |= turn.names
+        if turn.beats is not None:
+            self._beats = turn.beats
+            self.next_beat = time.monotonic() + BEAT_S
+        for delivery in turn.settled:
+            delivery.settled = True
+        for window, count in turn.freed.items():
+            window.held -= count
+        for _, deliveries in turn.claimed:
+            for delivery in deliveries:
+                delivery.window.held += 1
+        for taker in turn.closed:
+            taker.lease.alive = taker.ready = False
+            if taker in self.takers:
+                self.takers.remove(taker)
+        for taker in self.takers:
+            taker.ready = True
+        if turn.beats is not None:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Give some of the file's free pages back to the disk, where there are many."""
+        assert self._connection is not None
+        with suppress(sqlite3.Error):  # it was locked: there is a next time
+            free, pages = (self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count"))
+            if free > max(_FREE_PAGES, pages // 4):
+                # a script, since `execute` would stop after the first page
+                self._connection.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")

@@ -1,0 +1,491 @@
+"""One SQLite file as this process uses it: the schema, and the one thread that touches it.
+
+Everything that a process wants of the file (publishes, settlements, claims) meets in `Store`, whose thread does all of it that has
+gathered in one transaction: the cost of a durable commit is shared by whatever came while the last one was being written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, final
+
+from leveret.backoff import full_jitter
+from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
+from leveret.settings import Runtime
+
+from .sqlite_file import OVER, PENDING, TAKEN, File, SqliteDelivery, Turn, Write
+from .sqlite_schema import BODY
+
+log = logging.getLogger("leveret.sqlite")
+
+POLL_S = 0.025
+"""How often a worker looks whether another process changed the file, and whether a delayed job is due."""
+BATCH_BYTES = 32 << 20
+"""Most bytes of bodies in one transaction, the first job apart."""
+_SAY_AFTER_S = 1.0
+"""A file that can't be written for so long is worth a line in the log."""
+_BUSY_PAUSE_S = 0.005
+
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+_MACHINE = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM,
+}  # fmt: skip
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+_NO_ROW: tuple[Any, ...] = (b"",) * (BODY + 1)
+
+
+@final
+class Store:
+    """The file at `path`, as one loop of this process uses it through one thread."""
+
+    def __init__(self, path: str, runtime: Runtime, *, create: bool = True) -> None:
+        self.path = path
+        self._runtime = runtime
+        self._create = create
+        self._reset()
+        with _registry_lock:
+            _registry.add(self)
+
+    def _reset(self) -> None:
+        """Begin anew: at first, and in a forked child, which has no thread and must not use the connection."""
+        self._wake = threading.Condition(threading.Lock())
+        self.in_sqlite = threading.Lock()  # held while the thread is inside SQLite; a fork waits for it
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # the loop's: gathered in this turn
+        self._out: list[Write] = []
+        self._out_done: list[SqliteDelivery] = []
+        self._out_back: list[SqliteDelivery] = []
+        self._flushing = False
+        # under the lock: on its way to the thread
+        self._in: list[Write] = []
+        self._in_done: list[SqliteDelivery] = []
+        self._in_back: list[SqliteDelivery] = []
+        self._noticed = False
+        self._stop_by: float | None = None
+        self._stopped: asyncio.Future[None] | None = None
+        # the thread's
+        self._writes: list[Write] = []
+        self._done: list[SqliteDelivery] = []
+        self._back: list[SqliteDelivery] = []
+        self._file = File(self.path, self._runtime.clock, create=self._create)
+        self._failures = 0
+        self._not_before = 0.0
+        self._failing_since: float | None = None
+        self._said = False
+        self._why = ""
+
+    # ---- on the loop
+
+    async def run(self, write: Write) -> Any:
+        """Do `write`, and return what it returned; raises by its deadline, and then it isn't done later."""
+        loop = self._attach()
+        if self.closed:
+            raise self._unavailable(write, "the broker was closed")
+        if write.deadline <= time.monotonic():
+            raise self._late(write, maybe=False)
+        write.future = loop.create_future()
+        timer = loop.call_at(write.deadline, self._expire, write) if write.deadline != float("inf") else None
+        self._out.append(write)
+        self._flush_soon(loop)
+        try:
+            return await write.future
+        except asyncio.CancelledError:
+            with self._wake:
+                if write.state == PENDING:
+                    write.state = OVER
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def post(self, write: Write) -> None:
+        """Do `write`, whenever it can be done; nobody waits for it."""
+        loop = self._attach()
+        self._out.append(write)
+        self._flush_soon(loop)
+
+    def done(self, delivery: SqliteDelivery) -> None:
+        """Delete its row, in the next transaction; tried until it was done."""
+        delivery.settled = True
+        loop = self._attach()
+        self._out_done.append(delivery)
+        self._flush_soon(loop)
+
+    def give_back(self, delivery: SqliteDelivery) -> None:
+        """Free its row, in the next transaction; tried until it was done."""
+        delivery.settled = True
+        loop = self._attach()
+        self._out_back.append(delivery)
+        self._flush_soon(loop)
+
+    def _attach(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            self._flushing = False
+        return loop
+
+    def _flush_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        # the thread is woken once a turn of the loop, with everything that the turn brought
+        if not self._flushing:
+            self._flushing = True
+            loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        with self._wake:
+            self._in += self._out
+            self._in_done += self._out_done
+            self._in_back += self._out_back
+            self._out, self._out_done, self._out_back = [], [], []
+            if self._stop_by is None and (self._thread is None or not self._thread.is_alive()):
+                self._thread = threading.Thread(target=self._main, name=f"leveret-sqlite {self.path}", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def _expire(self, write: Write) -> None:
+        assert write.future is not None
+        if write.future.done():
+            return
+        with self._wake:
+            maybe = write.state == TAKEN
+            write.state = OVER
+        write.future.set_exception(self._late(write, maybe=maybe))
+
+    def _late(self, write: Write, *, maybe: bool) -> PublishTimeout:
+        why = "it is being written" if maybe else self._why or "its deadline had passed before it could be written"
+        return PublishTimeout(f"{write.about} wasn't confirmed in time by {self.path}: {why}", job_id=write.job_id, maybe_published=maybe)
+
+    def forked(self) -> None:
+        """In a child: nothing of the parent's goes on here. Its connection is kept unused: closing it could end the parent's locks."""
+        _abandoned.append(self._file.abandon())
+        self._reset()
+
+    async def close(self, timeout_s: float) -> None:
+        """End the thread: it does what it still can within `timeout_s`. Idempotent."""
+        loop = self._attach()
+        if self._thread is None or not self._thread.is_alive():
+            self._stop_by = 0.0
+            return
+        self._flush()
+        stopped = loop.create_future()
+        with self._wake:
+            self._stop_by = time.monotonic() + timeout_s
+            self._stopped = stopped
+            self._wake.notify()
+        with suppress(TimeoutError):
+            # the thread ends by itself, unless the disk hangs: then it is left behind, a daemon
+            await asyncio.wait_for(stopped, timeout_s + 1.0)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._stop_by is not None
+
+    # ---- the thread
+
+    def notice(self) -> None:
+        """Look at the file now: another store of this process wrote to it."""
+        with self._wake:
+            self._noticed = True
+            self._wake.notify()
+
+    @property
+    def takes(self) -> bool:
+        """Whether somebody consumes here."""
+        return self._file.takes
+
+    def _main(self) -> None:
+        try:
+            while self._collect():
+                with self.in_sqlite:
+                    self._turn()
+        except Exception as error:
+            log.exception("the thread of %s ended; what it held is delivered again", self.path)
+            self._give_up(ConfigurationError(f"the thread of {self.path} ended by a bug in leveret: {error!r}"))
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._file.release_all()
+        self._file.disconnect()
+        kept = sum(delivery.lease.alive for delivery in self._done)
+        if kept:
+            log.warning("%d finished jobs couldn't be deleted from %s and will run again: %s", kept, self.path, self._why)
+        for taker in self._file.takers:
+            taker.lease.alive = taker.ready = False
+        with self._wake:
+            left = [*self._writes, *self._in]
+        turn = Turn()
+        turn.outcomes = [(write, self._unavailable(write, "the broker was closed")) for write in left]
+        self._post(self._tell, turn)
+        self._post(self._ended)
+
+    def _ended(self) -> None:
+        if self._stopped is not None and not self._stopped.done():
+            self._stopped.set_result(None)
+
+    def _collect(self) -> bool:
+        """Wait for something to do; False when it is time to end."""
+        with self._wake:
+            if not (self._in or self._in_done or self._in_back or self._noticed):
+                patience = self._patience()
+                if self._stop_by is not None:
+                    patience = min(self._stop_by - time.monotonic(), self._not_before - time.monotonic())
+                if patience is None or patience > 0:
+                    self._wake.wait(patience)
+            self._noticed = False
+            self._writes += self._in
+            self._done += self._in_done
+            self._back += self._in_back
+            self._in, self._in_done, self._in_back = [], [], []
+            if self._stop_by is None:
+                return True
+            return bool(self._writes or self._done or self._back) and time.monotonic() < self._stop_by
+
+    def _patience(self) -> float | None:
+        """Seconds to wait for news; None: for ever."""
+        now = time.monotonic()
+        if self._not_before > now:
+            return self._not_before - now
+        if self._writes or self._done or self._back:
+            return 0.0
+        if self.takes:
+            return POLL_S
+        return max(0.0, self._file.next_beat - now) if self._file.takers else None
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        # one whose deadline passed is never taken, though the loop may be too busy to say so yet
+        self._writes = [write for write in self._writes if write.state == PENDING and write.deadline > now]
+        takers = self._file.takers
+        takers += [write.opens for write in self._writes if write.opens is not None and write.opens not in takers]
+        taken: list[Write] = []
+        try:
+            connection = self._file.connect()
+            self._read(connection)
+            asked = any(write.reads is None for write in self._writes) or self._done or self._back
+            if not asked and not self._file.has_news(connection, now):
+                if not self._said:
+                    self._failing_since = None
+                return
+            connection.execute("BEGIN IMMEDIATE")
+            taken = self._take()
+            turn = self._file.transact(connection, taken, self._done, self._back)
+            try:
+                connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR:
+                    self._doubt(taken, error)  # what reached the disk then is anybody's guess
+                raise
+        except ConfigurationError as error:
+            self._give_up(error)
+        except sqlite3.Error as error:
+            self._rollback()
+            self._failed(error, taken)
+        except (ValueError, OverflowError) as error:  # a text that has no UTF-8, a number of more than 64 bits
+            self._rollback()
+            self._refused(error, taken)
+        else:
+            self._committed(turn)
+
+    def _rollback(self) -> None:
+        self._file.rollback()
+        with self._wake:
+            for write in self._writes:
+                if write.state == TAKEN:
+                    write.state = PENDING
+
+    def _read(self, connection: sqlite3.Connection) -> None:
+        turn = Turn()
+        for write in self._writes:
+            if write.reads is not None:
+                connection.execute("BEGIN")
+                turn.outcomes.append((write, write.reads(connection)))
+                connection.execute("COMMIT")
+        if turn.outcomes:
+            self._writes = [write for write in self._writes if write.reads is None]
+            self._post(self._tell, turn)
+
+    def _take(self) -> list[Write]:
+        """Take what goes into this transaction; from here on its deadline can't call it back."""
+        taken: list[Write] = []
+        size = 0
+        now = time.monotonic()  # waiting for the lock may have taken a while
+        with self._wake:
+            for write in self._writes:
+                size += len((write.job or write.letter or _NO_ROW)[BODY])
+                if taken and size > BATCH_BYTES:
+                    break
+                if write.state == PENDING and write.deadline > now:
+                    write.state = TAKEN
+                    taken.append(write)
+        return taken
+
+    # ---- one transaction
+
+    # ---- after it
+
+    def _committed(self, turn: Turn) -> None:
+        self._writes = [write for write in self._writes if write.state == PENDING]
+        self._done.clear()
+        self._back.clear()
+        self._file.committed(turn)
+        self._failures = 0
+        self._not_before = 0.0
+        self._why = ""
+        if self._said:
+            assert self._failing_since is not None
+            log.info("%s can be written again, after %.1f s", self.path, time.monotonic() - self._failing_since)
+        self._failing_since, self._said = None, False
+        self._post(self._tell, turn)
+        if turn.added:
+            for other in stores():
+                if other is not self and other.path == self.path and other.takes:
+                    other.notice()
+
+    def _tell(self, turn: Turn) -> None:
+        """On the loop: say what became of everything."""
+        for write, outcome in turn.outcomes:
+            if write.future is None or write.future.done():
+                continue
+            if isinstance(outcome, LeveretError):
+                write.future.set_exception(outcome)
+            else:
+                write.future.set_result(outcome)
+        for taker in turn.lost:
+            if taker.listener is not None:
+                taker.listener.lost()
+        for taker, deliveries in turn.claimed:
+            assert taker.listener is not None
+            taker.listener.arrived(deliveries)
+
+    def _post(self, function: Callable[..., object], *args: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            # the loop was closed, and nobody called close(): end, and let others have what is held here
+            with self._wake:
+                self._stop_by = self._stop_by or 0.0
+
+    # ---- failures
+
+    def _unavailable(self, write: Write, why: str) -> BrokerUnavailable:
+        return BrokerUnavailable(f"{write.about} wasn't written to {self.path}: {why}", job_id=write.job_id)
+
+    def _fail(self, writes: list[Write], error: Callable[[Write], LeveretError]) -> None:
+        with self._wake:
+            for write in writes:
+                write.state = OVER
+        self._writes = [write for write in self._writes if write.state != OVER]
+        turn = Turn()
+        turn.outcomes = [(write, error(write)) for write in writes]
+        self._post(self._tell, turn)
+
+    def _doubt(self, taken: list[Write], error: sqlite3.Error) -> None:
+        self._fail(
+            taken,
+            lambda write: PublishTimeout(
+                f"{write.about}: the disk of {self.path} failed while it was being written: {error}",
+                job_id=write.job_id, maybe_published=True,
+            ),
+        )  # fmt: skip
+
+    def _failed(self, error: sqlite3.Error, taken: list[Write]) -> None:
+        code = getattr(error, "sqlite_errorcode", -1) & 0xFF
+        if code in _DAMAGED:
+            self._file.disconnect()
+            self._give_up(ConfigurationError(f"{self.path} is damaged: {error}; restore it, or move it away and start with a new one"))
+            return
+        if code not in _BUSY | _MACHINE and taken:
+            self._refused(error, taken)
+            return
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        if code in _BUSY:
+            # nothing is refused and nothing is lost: it is tried again until somebody's deadline passes
+            self._why = "the file is locked by another process"
+            self._not_before = now + _BUSY_PAUSE_S
+        else:
+            self._why = str(error)
+            self._failures += 1
+            base_s, cap_s = self._runtime.settings.reconnect_base_s, self._runtime.settings.reconnect_cap_s
+            self._not_before = now + full_jitter(self._failures, base_s=base_s, cap_s=cap_s, rng=self._runtime.rng)
+            failed = [write for write in self._writes if write.future is not None and write.opens is None]
+            self._fail(failed, lambda write: self._unavailable(write, self._why))
+            self._file.disconnect()
+        if (self._file.takers or self._done) and not self._said and (code not in _BUSY or now - self._failing_since > _SAY_AFTER_S):
+            self._said = True
+            for taker in self._file.takers:
+                taker.ready = False
+            log.warning("waiting for %s, which can't be written: %s; trying again", self.path, self._why)
+
+    def _refused(self, error: Exception, taken: list[Write]) -> None:
+        """One of these can't be stored: try them one by one, so that it fails alone."""
+        if len(taken) == 1:
+            self._fail(taken, lambda write: self._unavailable(write, f"SQLite refuses it: {error}"))
+            return
+        waiting, left = self._writes, list[Write]()
+        for write in waiting:
+            self._writes = [write]
+            self._turn()
+            left += self._writes
+        self._writes = left
+
+    def _give_up(self, error: ConfigurationError) -> None:
+        """The file can't be used, and waiting won't help."""
+        takers, self._file.takers = self._file.takers, []
+        self._fail(self._writes, lambda _: error)
+        if self._done:
+            log.warning("%d finished jobs couldn't be deleted from %s: %s", len(self._done), self.path, error)
+        self._done.clear()
+        self._back.clear()
+        for taker in takers:
+            taker.lease.alive = taker.ready = False
+            if taker.listener is not None:
+                self._post(taker.listener.cannot, error)
+
+
+_registry: weakref.WeakSet[Store] = weakref.WeakSet()
+_registry_lock = threading.Lock()
+_abandoned: list[sqlite3.Connection | None] = []
+
+
+def stores() -> list[Store]:
+    """The stores of this process."""
+    with _registry_lock:
+        return list(_registry)
+
+
+def _before_fork() -> None:
+    # a fork in the middle of a call would leave SQLite's own locks taken for ever in the child
+    global _paused  # noqa: PLW0603
+    _paused = [store for store in stores() if store.in_sqlite.acquire(timeout=1.0)]
+
+
+def _after_fork_in_parent() -> None:
+    for store in _paused:
+        store.in_sqlite.release()
+
+
+def _after_fork_in_child() -> None:
+    global _registry_lock  # noqa: PLW0603
+    _registry_lock = threading.Lock()
+    for store in stores():
+        store.forked()
+
+
+_paused: list[Store] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,0 +1,1 @@
+"""The publishing service: it knows the contract, and none of the code that does the work."""

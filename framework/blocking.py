@@ -1,0 +1,180 @@
+"""A thin, blocking face on the same publisher: one background thread with its own loop a process."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, final
+
+from .envelope import HeaderValue, Receipt
+from .errors import PublishTimeout
+from .job import Job, Priority
+
+if TYPE_CHECKING:
+    from .publisher import Outgoing, Publisher
+
+_T = TypeVar("_T")
+
+FLUSH_S = 5.0
+"""How long `close()` and the interpreter's exit wait for what is on its way."""
+_MARGIN_S = 1.0
+
+
+class _Thread:
+    """The process's one background loop; made anew after a fork, since threads don't cross it."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="leveret-publisher", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def submit(self, make: Callable[[], Awaitable[_T]]) -> Future[_T]:
+        """Run `make()` on the loop, in a copy of the caller's context: correlation and trace are inherited."""
+
+        async def run() -> _T:
+            return await make()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop)
+
+
+_lock = threading.Lock()
+_thread: _Thread | None = None
+
+
+def _background() -> _Thread:
+    global _thread  # noqa: PLW0603 - one thread a process is the point
+    with _lock:
+        if _thread is None or _thread.pid != os.getpid():
+            _thread = _Thread()
+        return _thread
+
+
+def _new_lock() -> None:
+    # in a child a lock that another thread held at the fork would stay locked for ever
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
+class _Opened:
+    """An entered `app.publisher()` of this process."""
+
+    def __init__(self, make: Callable[[], AbstractAsyncContextManager[Publisher, None]]) -> None:
+        self.pid = os.getpid()
+        self.thread = _background()
+        self._stack = AsyncExitStack()
+        self.flying: set[Future[Any]] = set()
+
+        async def enter() -> Publisher:
+            return await self._stack.enter_async_context(make())
+
+        self.publisher = self.thread.submit(enter).result(FLUSH_S)
+
+    def close(self) -> None:
+        # outside of this process (after a fork) there is nothing of ours to close
+        if self.pid != os.getpid():
+            return
+        for future in tuple(self.flying):
+            with suppress(Exception):
+                future.result(FLUSH_S)
+        with suppress(FutureTimeoutError):
+            self.thread.submit(self._stack.aclose).result(FLUSH_S)
+
+
+@final
+class BlockingPublisher:
+    """Publishes from threads and `def` code; no set-up, `close()` and `with` are optional.
+
+    A module's variable: nothing starts before the first use, it may be used from many threads, and it starts anew
+    after `fork` (gunicorn's prefork). In an `async def` use `App.publisher` instead: this one blocks the loop.
+    """
+
+    def __init__(self, make: Callable[[], AbstractAsyncContextManager[Publisher, None]]) -> None:
+        self._make = make
+        self._opened: _Opened | None = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush within a deadline; exit does it too. A later publish opens it again."""
+        opened, self._opened = self._opened, None
+        atexit.unregister(self.close)
+        if opened is not None:
+            opened.close()
+
+    def _ready(self) -> _Opened:
+        if self._pid != os.getpid():
+            self._lock, self._opened, self._pid = threading.Lock(), None, os.getpid()
+        with self._lock:
+            if self._opened is None:
+                self._opened = _Opened(self._make)
+                atexit.register(self.close)
+            return self._opened
+
+    def _call(self, make: Callable[[Publisher], Awaitable[_T]], timeout_s: float, job_id: str | None = None) -> _T:
+        opened = self._ready()
+        if asyncio._get_running_loop() is opened.thread.loop:
+            msg = "the blocking publisher was called on its own loop, from a publish layer; it would wait for itself"
+            raise RuntimeError(msg)
+        future = opened.thread.submit(lambda: make(opened.publisher))
+        opened.flying.add(future)
+        future.add_done_callback(opened.flying.discard)
+        # a timeout_s that is no number is refused by the publisher itself, at once
+        limit = timeout_s + _MARGIN_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else FLUSH_S  # pyright: ignore[reportUnnecessaryIsInstance]
+        try:
+            return future.result(limit)
+        except FutureTimeoutError:
+            if future.done():
+                raise
+            future.cancel()
+            msg = "no answer from the publishing thread within timeout_s; a publish layer may be blocking it"
+            raise PublishTimeout(msg, job_id=job_id, maybe_published=True) from None
+
+    def publish(
+        self,
+        job: Job,
+        *,
+        priority: Priority | None = None,
+        delay_s: float | None = None,
+        at: datetime | None = None,
+        job_id: str | None = None,
+        correlation_id: str | None = None,
+        headers: Mapping[str, HeaderValue] | None = None,
+        expires_s: float | None = None,
+        timeout_s: float = 5.0,
+    ) -> Receipt:
+        """As `Publisher.publish`, blocking."""
+        return self._call(
+            lambda publisher: publisher.publish(
+                job, priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id,
+                headers=headers, expires_s=expires_s, timeout_s=timeout_s,
+            ),
+            timeout_s,
+            job_id,
+        )
+
+    def publish_many(self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0) -> list[Receipt]:
+        """As `Publisher.publish_many`, blocking."""
+        return self._call(lambda publisher: publisher.publish_many(jobs, timeout_s=timeout_s), timeout_s)

@@ -1,0 +1,251 @@
+"""The contract of a broker: it moves envelopes, and knows nothing of jobs, handlers or middleware.
+
+Every broker passes one conformance suite (tests/contract). What one doesn't promise it declares in its `Features`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+import msgspec
+
+from .envelope import Envelope
+from .errors import ConfigurationError
+from .job import Queue
+from .settings import NO_BROKER, Runtime, redact
+
+
+class Features(msgspec.Struct, frozen=True, kw_only=True):
+    """What a broker promises, for `describe` and for the conformance suite."""
+
+    durable: bool
+    """A confirmed job survives the death of every process and of the broker."""
+    shared: bool
+    """Several processes may use it at once."""
+    counts_redelivery: bool
+    """`Delivery.redelivered` is True after a worker died with it."""
+
+
+class Delivery(Protocol):
+    """An envelope that the broker waits to hear about. The consumer settles it exactly once."""
+
+    @property
+    def queue(self) -> Queue:
+        """The queue it came from."""
+        ...
+
+    @property
+    def envelope(self) -> Envelope:
+        """What came; always there, whatever came."""
+        ...
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether the broker says that it delivered this before."""
+        ...
+
+    @property
+    def problem(self) -> str | None:
+        """Why it can't be run, where that shows before decoding: a header of leveret's that is no number."""
+        ...
+
+    @property
+    def live(self) -> bool:
+        """Whether it can still be settled; False once its channel or lease is gone: the broker delivers it again."""
+        ...
+
+
+class Sink(Protocol):
+    """Who hears of deliveries: the consumer. Both are called on the loop and must not block."""
+
+    def deliver(self, delivery: Delivery, /) -> None:
+        """A delivery arrived. Within one level of one queue they come in the broker's order."""
+        ...
+
+    def lost(self) -> None:
+        """Some deliveries are no longer `live`; those that haven't started are to be forgotten."""
+        ...
+
+
+class Subscription(msgspec.Struct, frozen=True):
+    """A queue to take from."""
+
+    queue: Queue
+    prefetch: int
+    """Most unsettled deliveries at once, of each level."""
+
+
+class Consumption(Protocol):
+    """A running consumption; the broker connects again by itself, whole, with back-off."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether every intended consumer is registered now."""
+        ...
+
+    async def failed(self) -> None:
+        """Wait until it can't go on, and raise why (a `ConfigurationError`); transient faults never end here."""
+        ...
+
+    async def stop_taking(self) -> None:
+        """Deliver nothing more once this returned; what is held can still be settled."""
+        ...
+
+    async def close(self) -> None:
+        """Flush what was settled, then end; what wasn't settled goes back to its queue."""
+        ...
+
+
+class Broker(Protocol):
+    """A broker, as one process and one loop use it. Nothing connects before the first use.
+
+    Deadlines are `time.monotonic()` seconds, which is what loops count in. A publish raises a `PublishError` by then, never a bare
+    `CancelledError` but the caller's own.
+    """
+
+    @property
+    def features(self) -> Features:
+        """What it promises."""
+        ...
+
+    async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
+        """Return once the broker has confirmed it, durable if it is; not deliverable before `delay_s` seconds.
+
+        Safe to call concurrently: a bounded window of unconfirmed ones gives back-pressure. Raises
+        `BrokerUnavailable`, `PublishTimeout` (it may be there), `Unroutable` (no queue took it).
+        """
+        ...
+
+    async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
+        """Start to take. Returns after the first try to connect, which may have failed for now.
+
+        Raises `ConfigurationError` (a refused login, a queue that differs) where waiting wouldn't help.
+        """
+        ...
+
+    def done(self, delivery: Delivery) -> None:
+        """Ack it: batched, flushed once a loop turn. No effect on a delivery that isn't live."""
+        ...
+
+    async def again(self, delivery: Delivery, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
+        """Publish `envelope` to the delivery's own queue, confirmed, then ack; raises as `publish` does, and then it isn't acked."""
+        ...
+
+    async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
+        """Publish it to the queue's dead letters, body byte for byte, confirmed, then ack; raises as `publish` does, and then it isn't acked."""
+        ...
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Let another worker have it, at once; it wasn't started."""
+        ...
+
+    async def close(self) -> None:
+        """End every connection, within a deadline of its own. Idempotent."""
+        ...
+
+
+class Depth(msgspec.Struct, frozen=True, kw_only=True):
+    """How many jobs a queue holds; None where the broker can't tell."""
+
+    queue: str
+    ready: int
+    """Waiting to be delivered, all levels."""
+    levels: dict[str, int]
+    """The same by level; one entry "all" where the broker keeps them in one."""
+    unsettled: int | None
+    """Held by workers."""
+    delayed: int | None
+    """Waiting for their time."""
+    dead: int
+    consumers: int | None
+    exists: bool
+
+
+class DeadLetter(Protocol):
+    """One buried job. `envelope.queue` is its origin, `envelope.priority` its level there."""
+
+    @property
+    def envelope(self) -> Envelope:
+        """As it was buried: attempts, errors, body."""
+        ...
+
+
+class DeadLetters(Protocol):
+    """The dead letters of one queue, oldest first. What is neither replayed nor dropped goes back as it was."""
+
+    def __aiter__(self) -> AsyncIterator[DeadLetter]: ...
+
+    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
+        """Publish `envelope` to its origin at its own level, confirmed; then ack the letter."""
+        ...
+
+    async def drop(self, letter: DeadLetter) -> None:
+        """Forget it for good."""
+        ...
+
+
+class Admin(Protocol):
+    """Looking into queues and repairing; for the command line, apart from the pipeline."""
+
+    async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
+        """One row a queue, in order; a queue that isn't there says so."""
+        ...
+
+    async def purge(self, queue: Queue) -> int:
+        """Delete what waits in `queue`, all levels; return how many. Delayed, unsettled and dead jobs stay."""
+        ...
+
+    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+        """Open the dead letters of `queue`; while open, nobody else sees those already read."""
+        ...
+
+    async def close(self) -> None:
+        """End its connection."""
+        ...
+
+
+class BrokerModule(Protocol):
+    """What a module that serves a URL scheme has."""
+
+    def open_broker(self, url: str, runtime: Runtime) -> Broker:
+        """Make a broker; ConfigurationError for a URL that can't be. Connects to nothing."""
+        ...
+
+    def open_admin(self, url: str, runtime: Runtime) -> Admin:
+        """Make an admin; ConfigurationError for a URL that can't be. Connects to nothing."""
+        ...
+
+
+# Strings, so that a broker is imported when used; an entry point only for other schemes, since reading them costs 15 ms.
+_SCHEMES = {
+    "amqp": "leveret.brokers.rabbitmq",
+    "amqps": "leveret.brokers.rabbitmq",
+    "sqlite": "leveret.brokers.sqlite",
+    "memory": "leveret.brokers.memory",
+}
+ENTRY_POINTS = "leveret.brokers"
+
+
+def broker_module(url: str | None) -> BrokerModule:
+    """Return the module that serves `url`'s scheme; ConfigurationError with the choices where none does."""
+    if not url:
+        raise ConfigurationError(NO_BROKER)
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError as error:
+        msg = f"the broker's URL {redact(url)!r} can't be read: {error}"
+        raise ConfigurationError(msg) from None
+    name = _SCHEMES.get(scheme)
+    if name is None:
+        from importlib.metadata import entry_points
+
+        for point in entry_points(group=ENTRY_POINTS, name=scheme):
+            name = point.module
+    if name is None:
+        msg = f"the broker's URL {redact(url)!r} has no known scheme; it begins with one of {', '.join(f'{known}://' for known in _SCHEMES)}"
+        raise ConfigurationError(msg)
+    return cast("BrokerModule", importlib.import_module(name))

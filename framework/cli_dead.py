@@ -1,0 +1,271 @@
+"""`leveret dead`: look at what was buried, run it again, or throw it away."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from .broker import DeadLetter, DeadLetters
+from .cli_letter import LetterRecord, Summary, show_letter, summary_of
+from .cli_print import ask, json_option, moment, print_json, print_table, progress
+from .cli_target import Target, run, target_options
+from .consumer import failures_of
+from .envelope import Envelope, Failure
+from .errors import ConfigurationError, LeveretError
+from .settings import redact
+
+_T = TypeVar("_T")
+_REPLAY_S = 10.0
+_SHOWN = 100
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """Which letters a command is for."""
+
+    job: str | None
+    error: str | None
+    ids: tuple[str, ...]
+    limit: int | None
+
+    def __contains__(self, envelope: Envelope) -> bool:
+        """Whether it is for this one."""
+        if self.job is not None and envelope.job != self.job:
+            return False
+        if self.ids and envelope.job_id not in self.ids:
+            return False
+        return self.error is None or _has_error(failures_of(envelope)[-1:], self.error)
+
+
+def _has_error(failures: list[Failure], text: str) -> bool:
+    """Whether the last failure is of the class `text`, or has `text` in its message."""
+    return any(text in (failure.error, failure.error.rpartition(".")[2]) or text.lower() in failure.message.lower() for failure in failures)
+
+
+def wanted_options(command: Callable[..., _T]) -> Callable[..., _T]:
+    """Give a command the filters; it gets them as `wanted`."""
+
+    @click.option("--job", metavar="NAME", help="Only jobs of this name, such as invoice.send.")
+    @click.option("--error", metavar="CLASS-OR-TEXT", help="Only what failed at last with this class of error, or with this text in its message.")
+    @click.option("--id", "ids", metavar="ID", multiple=True, help="Only this job; may be repeated.")
+    @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="At most so many, oldest first.")
+    @functools.wraps(command)
+    def with_wanted(*args: Any, job: str | None, error: str | None, ids: tuple[str, ...], limit: int | None, **options: Any) -> _T:
+        return command(*args, wanted=Wanted(job, error, ids, limit), **options)
+
+    return with_wanted
+
+
+class _Reading:
+    """The dead letters of a queue, those that are wanted, with progress."""
+
+    def __init__(self, letters: DeadLetters, wanted: Wanted, step: Callable[[], None]) -> None:
+        self.letters = letters
+        self._wanted = wanted
+        self._step = step
+
+    async def __aiter__(self) -> AsyncGenerator[DeadLetter, None]:
+        count = 0
+        async for letter in self.letters:
+            self._step()
+            if letter.envelope in self._wanted:
+                yield letter
+                count += 1
+                if count == self._wanted.limit:
+                    return
+
+
+@asynccontextmanager
+async def _reading(target: Target, name: str, wanted: Wanted, what: str) -> AsyncGenerator[_Reading, None]:
+    async with target.admin() as admin:
+        depth = await target.depth_of(admin, name)
+        async with admin.dead(target.queue(name)) as letters:
+            with progress(what, depth.dead) as step:
+                yield _Reading(letters, wanted, step)
+
+
+@click.group()
+def dead() -> None:
+    """Look at what was buried, run it again, or throw it away.
+
+    A job is buried in its queue's dead letters when its tries are used up, its handler says so, or it can't be read. It stays there,
+    byte for byte, until it is replayed or dropped.
+
+    \b
+    Example:
+      leveret dead list emails --app shop:app
+    """  # noqa: D301
+
+
+@dead.command("list")
+@click.argument("queue")
+@wanted_options
+@target_options
+@json_option
+def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> None:
+    """List the dead letters of QUEUE, oldest first; 100 of them unless --limit says more. Nothing changes.
+
+    \b
+    Example:
+      leveret dead list emails --error TimeoutError --app shop:app
+    """  # noqa: D301
+    limit = wanted.limit or _SHOWN
+    # one more than is shown tells whether there are more
+    asked = msgspec.structs.replace(wanted, limit=limit + 1)
+
+    async def read() -> list[Summary]:
+        async with _reading(target, queue, asked, "reading") as reading:
+            return [summary_of(letter.envelope) async for letter in reading]
+
+    found = run(read())
+    if as_json:
+        print_json(found[:limit])
+        return
+    print_table(
+        ["id", "job", "level", ">runs", "buried at", "reason"],
+        [[one.id, one.job, one.priority, one.attempt, moment(one.buried_at_ms), one.reason] for one in found[:limit]],
+    )
+    if len(found) > limit:
+        click.echo(f"… and more; --limit N shows more than {limit}", err=True)
+
+
+@dead.command()
+@click.argument("queue")
+@click.argument("job_id", metavar="ID")
+@target_options
+@json_option
+def show(queue: str, job_id: str, target: Target, as_json: bool) -> None:
+    """Show all of one dead letter of QUEUE: its headers, every failed run with its traceback, its body.
+
+    \b
+    Example:
+      leveret dead show emails 0198e2a4-5b6c-7d8e-9f01-23456789abcd --app shop:app
+    """  # noqa: D301
+
+    async def read() -> list[LetterRecord]:
+        async with _reading(target, queue, Wanted(None, None, (job_id,), None), "reading") as reading:
+            return [LetterRecord.of(letter.envelope) async for letter in reading]
+
+    found = run(read())
+    if not found:
+        raise ConfigurationError(_nothing(queue, job_id))
+    if as_json:
+        print_json(found[0] if len(found) == 1 else found)
+    else:
+        click.echo("\n\n".join(map(show_letter, found)))
+
+
+def _nothing(queue: str, job_id: str) -> str:
+    return f"queue {queue!r} has no dead letter of the id {job_id!r}; `leveret dead list {queue}` shows those it has"
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the letters that a command was for."""
+
+    queue: str
+    done: int
+    """Replayed or dropped; would be, where `dry_run`."""
+    failed: list[dict[str, str]]
+    """Id and error of each that is still there."""
+    dry_run: bool
+
+
+def replayed(envelope: Envelope) -> Envelope:
+    """Return a dead letter as it is published again: same id, body, headers and level, run 1, one pass more.
+
+    Its errors stay, as history. When it was to run and to expire is over: it runs now, whatever it said.
+    """
+    return msgspec.structs.replace(
+        envelope, attempt=1, passes=envelope.passes + 1, origin=None, due_ms=None, expires_at_ms=None, unknown_since_ms=None, cause=None,
+        deadline=time.monotonic() + _REPLAY_S,
+    )
+
+
+@dead.command()
+@click.argument("queue")
+@wanted_options
+@click.option("--dry-run", is_flag=True, help="Only say which.")
+@target_options
+@json_option
+def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: bool) -> int:
+    """Put dead letters of QUEUE back into the queue that they came from, at their own level: all, or those that the options pick.
+
+    Each keeps its id, headers and the history of its errors, and starts with its first run again; it runs now, even where it was
+    delayed or would have expired. It leaves the dead letters once the broker has confirmed it, so that none is lost: a crash in between
+    leaves it in both places. One that fails stays and doesn't stop the rest; then the exit code is 1.
+
+    \b
+    Example:
+      leveret dead replay emails --error TimeoutError --limit 10 --app shop:app
+    """  # noqa: D301
+
+    async def act(letters: DeadLetters, letter: DeadLetter) -> None:
+        await letters.replay(letter, replayed(letter.envelope))
+
+    result = run(_each(target, queue, wanted, None if dry_run else act, "replaying"))
+    return _tell(result, "replayed", as_json=as_json)
+
+
+@dead.command()
+@click.argument("queue")
+@wanted_options
+@click.option("--dry-run", is_flag=True, help="Only say which.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@target_options
+@json_option
+def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, as_json: bool) -> int:
+    """Delete dead letters of QUEUE for good: all, or those that the options pick.
+
+    \b
+    Example:
+      leveret dead drop emails --job invoice.send --error InvalidAddress --app shop:app
+    """  # noqa: D301
+
+    async def act(letters: DeadLetters, letter: DeadLetter) -> None:
+        await letters.drop(letter)
+
+    if not dry_run and not yes:
+        picked = run(_each(target, queue, wanted, None, "counting"))
+        if not picked.done:
+            return _tell(msgspec.structs.replace(picked, dry_run=False), "dropped", as_json=as_json)
+        ask(f"Delete {picked.done} dead letters of queue {queue} on {redact(target.url)} for good?", yes=yes)
+        # those that were counted, and none that was buried while the question stood
+        wanted = msgspec.structs.replace(wanted, limit=picked.done)
+    result = run(_each(target, queue, wanted, None if dry_run else act, "dropping"))
+    return _tell(result, "dropped", as_json=as_json)
+
+
+async def _each(
+    target: Target, queue: str, wanted: Wanted, act: Callable[[DeadLetters, DeadLetter], Any] | None, what: str
+) -> Result:
+    """Do `act` to each letter that is wanted (None: only count); an error of one doesn't stop the rest."""
+    done, failed = 0, list[dict[str, str]]()
+    async with _reading(target, queue, wanted, what) as reading:
+        async for letter in reading:
+            try:
+                if act is not None:
+                    await act(reading.letters, letter)
+            except LeveretError as error:
+                failed.append({"id": letter.envelope.job_id, "error": redact(str(error))})
+            else:
+                done += 1
+    if wanted.ids and not done and not failed:
+        raise ConfigurationError(_nothing(queue, ", ".join(wanted.ids)))
+    return Result(queue=queue, done=done, failed=failed, dry_run=act is None)
+
+
+def _tell(result: Result, verb: str, *, as_json: bool) -> int:
+    if as_json:
+        print_json({"queue": result.queue, verb: result.done, "failed": result.failed, "dry_run": result.dry_run})
+    else:
+        for one in result.failed:
+            click.echo(f"leveret: job {one['id']} stays in {result.queue}.dead: {one['error']}", err=True)
+        would = "would be " if result.dry_run else ""
+        stay = f", {len(result.failed)} failed and stay" if result.failed else ""
+        click.echo(f"{result.done} dead letter{'' if result.done == 1 else 's'} of queue {result.queue} {would}{verb}{stay}")
+    return 1 if result.failed else 0

@@ -1,0 +1,113 @@
+"""`leveret describe`: what an app is made of, for people and as JSON."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+import click
+
+from .broker import Features
+from .cli_print import json_option, lines, print_json, seconds
+from .cli_target import app_path, run
+from .describe import MOST_WAITS, AppRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
+from .describe import describe as describe_app
+from .loading import load_app
+
+
+@click.command(short_help="Show what an app is made of: chains, limits, waits, queues, schedules.")
+@click.argument("app", required=False, metavar="[APP]")
+@json_option
+def describe(app: str | None, as_json: bool) -> None:
+    """Show what APP (module:attribute, else LEVERET_APP) is made of: handlers with their chain of layers, limits and retry waits;
+    queues and what holds them on its broker; schedules and their next slots.
+
+    It checks all that a worker checks before it connects: a wrong annotation, layer, expression or URL is one line and exit 2. It doesn't
+    connect, so it can't tell whether the broker is there.
+
+    \b
+    Example:
+      leveret describe shop:app
+    """  # noqa: D301
+    record = run(describe_app(load_app(app_path(app)), datetime.now(timezone.utc)))
+    if as_json:
+        print_json(record)
+    else:
+        click.echo(lines(text_of(record)))
+
+
+def text_of(record: AppRecord) -> str:
+    """Return `record` as text for people."""
+    parts = [f"app {record.app} on {record.broker} ({_features(record.features)})"]
+    if record.publish_layers:
+        parts.append(f"  every publish passes: {' → '.join(record.publish_layers)} → broker")
+    for queue in record.queues:
+        parts += ["", *_queue(queue)]
+        for handler in record.handlers:
+            if handler.queue == queue.name:
+                parts += _handler(handler)
+    if record.schedules:
+        parts += ["", "schedules"]
+        for schedule in record.schedules:
+            parts += _schedule(schedule)
+    return "\n".join(parts)
+
+
+def _features(features: Features) -> str:
+    return ", ".join((
+        "durable" if features.durable else "not durable: nothing survives its process",
+        "shared by processes" if features.shared else "inside one process",
+        "tells redeliveries" if features.counts_redelivery else "doesn't tell redeliveries",
+    ))
+
+
+def _queue(queue: QueueRecord) -> list[str]:
+    said = [f"queue {queue.name} ({queue.type}; {', '.join(queue.levels)}; {queue.order})"]
+    if queue.physical:
+        said.append(f"  held in {', '.join(queue.physical)}")
+    return said
+
+
+def _handler(handler: HandlerRecord) -> list[str]:
+    version = f" version {handler.version}" if handler.version > 1 else ""
+    chain = [layer.name for layer in handler.layers if layer.consume]
+    limits = [f"{handler.concurrency} at once in a process"]
+    if handler.timeout_s is not None:
+        limits.append(f"ended after {seconds(handler.timeout_s)}")
+    if handler.starts_per_s is not None:
+        limits.append(f"{handler.starts_per_s:g} starts a second")
+    if handler.expires_s is not None:
+        limits.append(f"expires {seconds(handler.expires_s)} after its publish")
+    said = [
+        f"  job {handler.job}{version} ({handler.job_class}), {handler.runs}",
+        f"    chain    {' → '.join([*chain, handler.handler])}",
+        f"    limits   {'; '.join(limits)}",
+    ]
+    if not handler.retries:
+        said.append("    retries  none: a failure buries it at once")
+    for number, waits in enumerate(handler.retries):
+        said.append(f"    {'retries ' if number == 0 else '        '} {_waits(waits, alone=len(handler.retries) == 1)}")
+    return said
+
+
+def _waits(waits: Waits, *, alone: bool) -> str:
+    what = "" if alone else f"{waits.on or 'any other failure'}: "
+    first = f"{waits.immediate} more tries in place, then " if waits.immediate else ""
+    if waits.max_attempts == 1:
+        return f"{what}{first}buried at once"
+    ceilings = waits.ceilings_s
+    shown: list[str] = []
+    for number, ceiling in enumerate(ceilings):
+        if ceiling == ceilings[-1] and len(ceilings) - number > 2:
+            shown.append(f"≤{seconds(ceiling)} each time")
+            break
+        shown.append(f"≤{seconds(ceiling)}")
+    else:
+        if waits.max_attempts - 1 > MOST_WAITS:
+            shown.append("…")
+    return f"{what}{first}waits of {', '.join(shown)}, then buried (after {waits.max_attempts} runs)"
+
+
+def _schedule(schedule: ScheduleRecord) -> list[str]:
+    state = "" if schedule.enabled else " (off)"
+    slots = ", ".join(schedule.next) or "none: it never comes again"
+    return [f"  {schedule.name}{state}: {schedule.expression} in {schedule.tz}", f"    next     {slots}"]

@@ -1,0 +1,180 @@
+"""A dead letter as commands show it: one line of a list, or all of it."""
+
+from __future__ import annotations
+
+import base64
+
+import msgspec
+
+from .cli_print import lines, moment
+from .consumer import failures_of
+from .envelope import MSGPACK, Envelope, Failure
+from .logs import one_line
+from .settings import redact
+
+_HEAD_BYTES = 512
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `dead list`."""
+
+    id: str
+    job: str
+    queue: str
+    """Where it came from."""
+    priority: str
+    attempt: int
+    """The run that was its last."""
+    passes: int
+    buried_at_ms: int | None
+    """Unix ms; None where the broker itself dead-lettered it."""
+    error: str
+    """The class of its last error; "" where it was buried without one."""
+    reason: str
+    bytes: int
+
+
+class LetterRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a letter."""
+
+    id: str
+    job: str
+    queue: str
+    priority: str
+    app: str | None
+    created_s: int
+    attempt: int
+    passes: int
+    version: int
+    first_seen_ms: int | None
+    expires_at_ms: int | None
+    correlation_id: str | None
+    reply_to: str | None
+    content_type: str
+    content_encoding: str | None
+    headers: dict[str, object]
+    failures: list[Failure]
+    body: object
+    """Decoded where it is JSON or MessagePack; else null, and `body_base64` has it."""
+    body_base64: str | None
+    bytes: int
+
+    @classmethod
+    def of(cls, envelope: Envelope) -> LetterRecord:
+        """Return the record of `envelope`; a URL's password is hidden in headers and failures. The body is as it came."""
+        body, readable = _decoded(envelope)
+        return cls(
+            id=envelope.job_id,
+            job=envelope.job,
+            queue=envelope.queue,
+            priority=envelope.priority.value,
+            app=envelope.app,
+            created_s=envelope.created_s,
+            attempt=envelope.attempt,
+            passes=envelope.passes,
+            version=envelope.version,
+            first_seen_ms=envelope.first_seen_ms,
+            expires_at_ms=envelope.expires_at_ms,
+            correlation_id=envelope.correlation_id,
+            reply_to=envelope.reply_to,
+            content_type=envelope.content_type,
+            content_encoding=envelope.content_encoding,
+            headers={name: _plain(value) for name, value in envelope.headers.items()},
+            failures=[_redacted(failure) for failure in failures_of(envelope)],
+            body=body,
+            body_base64=None if readable else base64.b64encode(envelope.body).decode(),
+            bytes=len(envelope.body),
+        )
+
+
+def summary_of(envelope: Envelope) -> Summary:
+    """Return one line of a list."""
+    last = next(reversed(failures_of(envelope)), None)
+    return Summary(
+        id=envelope.job_id,
+        job=envelope.job,
+        queue=envelope.queue,
+        priority=envelope.priority.value,
+        attempt=envelope.attempt,
+        passes=envelope.passes,
+        buried_at_ms=None if last is None else last.at_ms or None,
+        error="" if last is None else last.error,
+        reason="" if last is None else redact(_reason(last)),
+        bytes=len(envelope.body),
+    )
+
+
+def show_letter(record: LetterRecord) -> str:
+    """Return all of a letter as text for people."""
+    facts: list[tuple[str, object]] = [
+        ("id", record.id),
+        ("job", f"{record.job or '(none)'}{f' version {record.version}' if record.version > 1 else ''}"),
+        ("queue", f"{record.queue}, {record.priority}"),
+        ("published", _joined(moment(record.created_s * 1000), record.app and f"by {record.app}")),
+        ("first seen", moment(record.first_seen_ms)),
+        ("expires", moment(record.expires_at_ms)),
+        ("runs", f"{record.attempt}, published anew {record.passes} times"),
+        ("correlation", record.correlation_id),
+        ("reply to", record.reply_to),
+    ]
+    said = [f"{name:<12} {one_line(str(value))}" for name, value in facts if value]
+    said += [f"header       {one_line(f'{name}: {value}')}" for name, value in record.headers.items()]
+    for failure in record.failures:
+        said += ["", f"run {failure.attempt}  {one_line(_joined(moment(failure.at_ms), failure.host and f'on {failure.host}', _reason(failure)))}"]
+        said += [f"  {line}" for line in lines(failure.traceback).rstrip().splitlines()]
+    encoding = f", content encoding {record.content_encoding}" if record.content_encoding else ""
+    said += ["", f"body         {record.bytes} bytes, {one_line(record.content_type + encoding)}"]
+    return "\n".join([*said, *_body_lines(record)])
+
+
+def _body_lines(record: LetterRecord) -> list[str]:
+    if record.body_base64 is None:
+        return [f"  {line}" for line in lines(msgspec.json.format(msgspec.json.encode(record.body)).decode()).splitlines()]
+    raw = base64.b64decode(record.body_base64)
+    rows = [(offset, raw[offset : offset + 16]) for offset in range(0, min(len(raw), _HEAD_BYTES), 16)]
+    shown = [f"  {offset:06x}  {row.hex(' '):<47}  {_ascii(row)}" for offset, row in rows]
+    return [*shown, f"  … --json has all {len(raw)} bytes, in base64"] if len(raw) > _HEAD_BYTES else shown
+
+
+def _ascii(raw: bytes) -> str:
+    return "".join(chr(byte) if 32 <= byte < 127 else "." for byte in raw)
+
+
+def _decoded(envelope: Envelope) -> tuple[object, bool]:
+    """Return what the body says, and whether that can be printed as JSON."""
+    if envelope.content_encoding:
+        return None, False
+    kind = envelope.content_type.partition(";")[0].strip().lower()
+    try:
+        body: object = (msgspec.msgpack if kind == MSGPACK else msgspec.json).decode(envelope.body)
+        msgspec.json.encode(body)
+    except (msgspec.MsgspecError, RecursionError, TypeError, ValueError, OverflowError):
+        return None, False
+    return body, True
+
+
+def _plain(value: object) -> object:
+    """Return a header's value as JSON can say it; headers may hold anything that AMQP can."""
+    if isinstance(value, str):
+        return redact(value)
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return redact(repr(value))
+    return value
+
+
+def _redacted(failure: Failure) -> Failure:
+    return msgspec.structs.replace(failure, message=redact(failure.message), reason=redact(failure.reason), traceback=redact(failure.traceback))
+
+
+def _reason(failure: Failure) -> str:
+    """Return the error, and why it was given up where that says more."""
+    error = ": ".join(part for part in (failure.error, failure.message) if part)
+    if not failure.reason or failure.reason in error:
+        return error
+    return failure.reason if error in failure.reason else f"{error} ({failure.reason})"
+
+
+def _joined(*parts: str | None) -> str:
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,103 @@
+"""How commands print: tables and JSON to standard output; progress and questions to standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+
+import click
+import msgspec
+
+from .errors import ConfigurationError
+from .logs import one_line
+
+_WIDE = 1000
+"""Columns where nobody looks: a pipe or a file gets whole lines, for grep and cut."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, to standard output.")
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document."""
+    click.echo(msgspec.json.format(msgspec.json.encode(document)))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; columns whose name begins with > are numbers, right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold", header_style="bold")
+    for row in rows:
+        # Text, not str: a job's error may hold what rich takes for markup
+        table.add_row(*(Text(one_line("-" if cell is None else str(cell))) for cell in row))
+    console.print(table)
+
+
+def lines(text: str) -> str:
+    """Return `text` without control characters but its line breaks and tabs."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def moment(at_ms: float | None) -> str:
+    """Return Unix milliseconds as a UTC time for people; "" for none, or for what is no time."""
+    if not at_ms:
+        return ""
+    try:
+        return datetime.fromtimestamp(at_ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
+def seconds(value: float) -> str:
+    """Return a time for people, such as 90 s or 1.5 s."""
+    return f"{value:g} s"
+
+
+def ask(question: str, *, yes: bool) -> None:
+    """Go on only after a yes; where nobody can answer, --yes must say it."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        msg = f"{question} Nobody can answer here: say --yes"
+        raise ConfigurationError(msg)
+    click.confirm(question, abort=True, err=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Generator[Callable[[], None], None, None]:
+    """Show how far it is, on a terminal's standard error; call what it yields once for each step."""
+    if total < 2 or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def number_of_seconds(*, zero: bool) -> Callable[[click.Context, click.Parameter, str | None], float | None]:
+    """Return a callback for an option that is a number of seconds: finite, and above 0, or at least 0 with `zero`."""
+
+    def convert(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not (number >= 0 if zero else number > 0) or number == float("inf"):
+            msg = f"it is a number of seconds, {'0 or more' if zero else 'above 0'}, not {value!r}"
+            raise click.BadParameter(msg, param=parameter)
+        return number
+
+    return convert

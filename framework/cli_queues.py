@@ -1,0 +1,110 @@
+"""`leveret queues`: how much waits where, and emptying a queue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .broker import Depth
+from .cli_print import ask, json_option, print_json, print_table
+from .cli_target import Target, run, target_options
+from .errors import ConfigurationError
+from .settings import redact
+
+
+class _Names(click.Group):
+    """A group whose first argument may be a queue's name as well as a subcommand's: `leveret queues emails`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the subcommand `show` before what isn't one."""
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Names, subcommand_metavar="[NAME]... | purge NAME")
+def queues() -> None:
+    """Show how many jobs wait in each queue, by level; or `purge` one.
+
+    \b
+    Examples:
+      leveret queues --app shop:app
+      leveret queues emails pdf --broker amqp://guest:guest@localhost/ --json
+      leveret queues purge emails --app shop:app
+
+    `leveret queues show --help` lists the options.
+    """  # noqa: D301
+
+
+@queues.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@target_options
+@json_option
+def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
+    """Show the depths of the queues NAME…, or of all that the app has handlers for; `show` may be left out.
+
+    `ready` waits to be delivered, `held` is in the hands of workers, `delayed` waits for its time (a retry does), `dead` was buried.
+    A dash: the broker can't tell.
+
+    \b
+    Example:
+      leveret queues emails --app shop:app
+    """  # noqa: D301
+    if not names and not target.queues:
+        msg = "which queues? Name them, or the app that has them (--app module:app)"
+        raise click.UsageError(msg)
+
+    async def read() -> list[Depth]:
+        async with target.admin() as admin:
+            return [await target.depth_of(admin, name) for name in names or target.queues]
+
+    depths = run(read())
+    if as_json:
+        print_json(depths)
+        return
+    print_table(
+        ["queue", ">ready", "by level", ">held", ">delayed", ">dead", ">workers", ""],
+        [
+            [depth.queue, depth.ready, _levels(depth), depth.unsettled, depth.delayed, depth.dead, depth.consumers, "" if depth.exists else "not made yet"]
+            for depth in depths
+        ],
+    )
+
+
+def _levels(depth: Depth) -> str:
+    return " ".join(f"{level}={count}" for level, count in depth.levels.items() if count)
+
+
+@queues.command()
+@click.argument("name")
+@target_options
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@json_option
+def purge(name: str, target: Target, yes: bool, as_json: bool) -> None:
+    """Delete every job that waits in queue NAME, on all levels. Jobs that run, wait for their time or are dead stay.
+
+    \b
+    Example:
+      leveret queues purge emails --app shop:app
+    """  # noqa: D301
+
+    async def count() -> Depth:
+        async with target.admin() as admin:
+            return await target.depth_of(admin, name)
+
+    async def delete() -> int:
+        async with target.admin() as admin:
+            return await admin.purge(target.queue(name))
+
+    depth = run(count())
+    if not depth.exists:
+        msg = f"queue {name!r} isn't made yet on {redact(target.url)}: nothing waits there"
+        raise ConfigurationError(msg)
+    ask(f"Delete {depth.ready} waiting jobs of queue {name} on {redact(target.url)} for good?", yes=yes)
+    purged = run(delete())
+    if as_json:
+        answer: dict[str, Any] = {"queue": name, "purged": purged}
+        print_json(answer)
+    else:
+        click.echo(f"purged {purged} jobs of queue {name}")

@@ -1,0 +1,130 @@
+"""What a command works on: a broker, by the app that uses it or by its URL; and the queues there."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import functools
+import os
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from .app import App
+from .broker import Admin, Depth, broker_module
+from .errors import ConfigurationError
+from .job import Queue
+from .loading import load_app
+from .settings import NO_BROKER, Runtime, environment, redact
+
+_T = TypeVar("_T")
+_CLOSE_S = 5.0
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A broker, and the app that was named, if one was."""
+
+    url: str
+    runtime: Runtime
+    app: App[Any] | None
+    queues: dict[str, Queue]
+    """The app's own, by name."""
+
+    def queue(self, name: str) -> Queue:
+        """Return the queue `name`: the app's where it has one of that name; ConfigurationError for what can't be a queue's name."""
+        if name in self.queues:
+            return self.queues[name]
+        try:
+            return Queue(name)
+        except ValueError as error:
+            base, dot, ending = name.rpartition(".")
+            hint = f"; `leveret dead list {base}` shows the dead letters of {base}" if dot and base and ending == "dead" else ""
+            raise ConfigurationError(f"{error}{hint}") from None
+
+    @asynccontextmanager
+    async def admin(self) -> AsyncGenerator[Admin, None]:
+        """Open the broker's admin."""
+        admin = broker_module(self.url).open_admin(self.url, self.runtime)
+        try:
+            yield admin
+        finally:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(admin.close(), _CLOSE_S)
+
+    async def depth_of(self, admin: Admin, name: str) -> Depth:
+        """Return the depths of queue `name`; ConfigurationError, with the names that are near, where there is no such queue."""
+        [depth] = await admin.depths([self.queue(name)])
+        if depth.exists or depth.dead or name in self.queues:
+            return depth
+        msg = f"there is no queue {name!r} on {redact(self.url)}{near(name, self.queues)}"
+        raise ConfigurationError(msg)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" with what is near, or what there is; "" where there is nothing."""
+    names = list(known)
+    if close := difflib.get_close_matches(name, names, 3, cutoff=0.6):
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; there is: {', '.join(names)}" if 0 < len(names) <= 20 else ""
+
+
+def target_options(command: Callable[..., _T]) -> Callable[..., _T]:
+    """Give a command --app and --broker; it gets what they name as `target`, with the app's modules imported."""
+
+    @click.option("--app", metavar="MODULE:APP", help="The app whose broker and queues are meant; else LEVERET_APP.")
+    @click.option("--broker", metavar="URL", help="The broker, where no app is at hand; else LEVERET_BROKER.")
+    @functools.wraps(command)
+    def with_target(*args: Any, app: str | None, broker: str | None, **options: Any) -> _T:
+        return command(*args, target=find_target(app, broker), **options)
+
+    return with_target
+
+
+def find_target(app_path: str | None, url: str | None, *, modules: bool = True) -> Target:
+    """Return what a command is to work on: what it was told, else what the environment says; ConfigurationError where it can't be."""
+    if app_path is not None and url is not None:
+        msg = "--app and --broker exclude each other: an app has a broker"
+        raise click.UsageError(msg)
+    known = environment(os.environ)
+    if url is None and (app_path := app_path or known.app) is not None:
+        app = load_app(app_path, modules=modules)
+        url = app.broker_url()
+        queues = {handler.queue.name: handler.queue for handler in app.handlers()} if modules else {}
+        runtime = app.runtime()
+    else:
+        app, queues, runtime = None, {}, Runtime(app="leveret")
+        url = url or known.broker
+    if not url:
+        msg = f"{NO_BROKER}; or name an app (--app module:app, or LEVERET_APP)"
+        raise ConfigurationError(msg)
+    target = Target(url, runtime, app, queues)
+    run(_check_shared(target))
+    return target
+
+
+async def _check_shared(target: Target) -> None:
+    """Refuse a broker that lives inside one process: this one, which is about to end."""
+    broker = broker_module(target.url).open_broker(target.url, target.runtime)
+    try:
+        if not broker.features.shared:
+            msg = f"{redact(target.url)} lives inside the process that opens it, so a command sees nothing of it: use a sqlite:// or amqp:// broker"
+            raise ConfigurationError(msg)
+    finally:
+        await broker.close()
+
+
+def app_path(given: str | None) -> str:
+    """Return the app that a command was given, or LEVERET_APP; a usage error without either."""
+    path = given or environment(os.environ).app
+    if path is None:
+        msg = "which app? Give module:app, such as `shop:app`, or set LEVERET_APP"
+        raise click.UsageError(msg)
+    return path
+
+
+def run(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run `work` on a loop of its own."""
+    return asyncio.run(work)

@@ -1,0 +1,127 @@
+"""Time, passed in: the system's clock, and one that a test moves by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Timer(Protocol):
+    """What `Clock.call_later` gives back."""
+
+    def cancel(self) -> None:
+        """Don't call; no effect once called."""
+        ...
+
+
+class Clock(Protocol):
+    """Two times and a way to wait; all in seconds."""
+
+    def now(self) -> float:
+        """Unix time, UTC: for stamps that others read. It may jump."""
+        ...
+
+    def monotonic(self) -> float:
+        """A time that never goes back: for waits and deadlines."""
+        ...
+
+    def call_later(self, delay_s: float, function: Callable[[], object], /) -> Timer:
+        """Call `function` on the running loop after `delay_s`."""
+        ...
+
+    async def sleep(self, delay_s: float, /) -> None:
+        """Return after `delay_s`."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock and the running loop's timers."""
+
+    now = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
+
+    def call_later(self, delay_s: float, function: Callable[[], object], /) -> Timer:
+        """Call `function` on the running loop after `delay_s`."""
+        return asyncio.get_running_loop().call_later(delay_s, function)
+
+    async def sleep(self, delay_s: float, /) -> None:
+        """Return after `delay_s`."""
+        await asyncio.sleep(delay_s)
+
+
+class _ManualTimer:
+    def __init__(self, due: float, function: Callable[[], object]) -> None:
+        self.due = due
+        self.function: Callable[[], object] | None = function
+
+    def cancel(self) -> None:
+        self.function = None
+
+
+class ManualClock:
+    """A clock that stands still until `advance`; for tests.
+
+    Timers fire, in the order of their time, inside `advance`; what they wake runs when the loop next turns.
+    """
+
+    def __init__(self, now: float = 1_800_000_000.0) -> None:
+        self._start = now
+        self._elapsed = 0.0
+        self._timers: list[tuple[float, int, _ManualTimer]] = []
+        self._order = itertools.count()
+        self.sleepers = 0
+        """How many coroutines are in `sleep` now."""
+
+    def now(self) -> float:
+        """Unix time: where the clock was started, and what it was advanced by."""
+        return self._start + self._elapsed
+
+    def monotonic(self) -> float:
+        """Seconds that it was advanced by."""
+        return self._elapsed
+
+    def call_later(self, delay_s: float, function: Callable[[], object], /) -> Timer:
+        """Call `function` once the clock was advanced by `delay_s`."""
+        timer = _ManualTimer(self._elapsed + max(0.0, delay_s), function)
+        heapq.heappush(self._timers, (timer.due, next(self._order), timer))
+        return timer
+
+    async def sleep(self, delay_s: float, /) -> None:
+        """Return once the clock was advanced by `delay_s`."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def wake() -> None:
+            if not woken.done():
+                woken.set_result(None)
+
+        timer = self.call_later(delay_s, wake)
+        self.sleepers += 1
+        try:
+            await woken
+        finally:
+            self.sleepers -= 1
+            timer.cancel()
+
+    def next_due_in_s(self) -> float | None:
+        """Seconds until the next timer; None when there is none."""
+        while self._timers and self._timers[0][2].function is None:
+            heapq.heappop(self._timers)
+        return self._timers[0][0] - self._elapsed if self._timers else None
+
+    def advance(self, seconds: float, /) -> None:
+        """Move the clock on; fire what falls due on the way."""
+        if not seconds >= 0:
+            msg = f"a clock can't be advanced by {seconds} s"
+            raise ValueError(msg)
+        until = self._elapsed + seconds
+        while (due_in := self.next_due_in_s()) is not None and self._elapsed + due_in <= until:
+            due, _, timer = heapq.heappop(self._timers)
+            self._elapsed = max(self._elapsed, due)
+            function, timer.function = timer.function, None
+            if function is not None:
+                function()
+        self._elapsed = until

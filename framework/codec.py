@@ -1,0 +1,67 @@
+"""Job ↔ bytes. No pickle anywhere; what can't be read is an `UndecodableError` with its reason, never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from .envelope import JSON, MSGPACK
+from .job import Job
+
+_json = msgspec.json.Encoder()
+_msgpack = msgspec.msgpack.Encoder()
+
+
+class UndecodableError(Exception):
+    """The body isn't a job of that class; the text says why."""
+
+
+def content_type(encoding: Literal["json", "msgpack"]) -> str:
+    """Return the content type of `encoding`."""
+    return JSON if encoding == "json" else MSGPACK
+
+
+def encode(job: Job, encoding: Literal["json", "msgpack"]) -> bytes:
+    """Return the payload of `job`; TypeError and the like for what msgspec can't encode. NaN and wrong types pass: decode it again."""
+    return (_json if encoding == "json" else _msgpack).encode(job)
+
+
+class Decoder:
+    """Decodes one job class; made once, since building msgspec's own costs more than a decode."""
+
+    __slots__ = ("_by_type", "job_class")
+
+    def __init__(self, job_class: type[Job]) -> None:
+        self.job_class = job_class
+        self._by_type: dict[str, Callable[[bytes], Job]] = {
+            JSON: msgspec.json.Decoder(job_class).decode,
+            MSGPACK: msgspec.msgpack.Decoder(job_class).decode,
+        }
+
+    def decode(self, body: bytes, content_type: str, content_encoding: str | None = None) -> Job:
+        """Return the job in `body`, or raise `UndecodableError`.
+
+        Parameters of the content type (`; charset=utf-8`) are allowed; anything but JSON and MessagePack, and any
+        content encoding, can't be decoded. A `__post_init__` may raise anything and deep nesting is a
+        RecursionError: both are reasons, not crashes.
+        """
+        if content_encoding:
+            msg = f"content encoding {content_encoding!r:.80} is not supported"
+            raise UndecodableError(msg)
+        decode = self._by_type.get(content_type) or self._by_type.get(content_type.partition(";")[0].strip().lower())
+        if decode is None:
+            msg = f"content type {content_type!r:.80} is neither {JSON} nor {MSGPACK}"
+            raise UndecodableError(msg)
+        try:
+            return decode(body)
+        except msgspec.MsgspecError as error:
+            msg = f"the body is no {self.job_class.__name__}: {error}"
+            raise UndecodableError(msg) from error
+        except RecursionError as error:
+            msg = f"the body is no {self.job_class.__name__}: it is nested too deeply"
+            raise UndecodableError(msg) from error
+        except Exception as error:
+            msg = f"the body is no {self.job_class.__name__}: {type(error).__name__}: {error}"
+            raise UndecodableError(msg) from error

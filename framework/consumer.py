@@ -1,0 +1,572 @@
+"""delivery → held → chain → ending → settled. The chain says how a run ended; only `Consumer._settle` acts on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+import traceback
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, cast
+
+import msgspec
+
+from .attempt import current_attempt, make_attempt
+from .backoff import full_jitter
+from .broker import Broker, Consumption, Delivery, Subscription
+from .chain import AnyLayer, bind, fold_consume, fold_publish, name_of
+from .clock import Timer
+from .codec import Decoder, UndecodableError
+from .envelope import Envelope, Failure, Receipt
+from .errors import ConfigurationError, PublishError
+from .handler import Handler, innermost
+from .held import Gate, Held, QueueHeld, Route, in_arrival_order
+from .job import Job, Queue
+from .outcome import OUTCOMES, Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
+from .publisher import Publisher
+from .settings import Runtime
+
+logger = logging.getLogger("leveret.consumer")
+
+SETTLE_TIMEOUT_S = 5.0
+"""Deadline of one try to publish a retry or a burial; it is tried again until its channel is gone."""
+START_WITHIN_S = 60.0
+"""Prefetch is what can start within this time: the broker's consumer timeout counts waiting too."""
+MAX_ERRORS_BYTES = 16 << 10
+_TRACEBACK_CHARS = 2000
+_MESSAGE_CHARS = 500
+_UNWIND_S = 1.0
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How many handlers may run at once in a process."""
+
+    concurrency: int = 100
+    """All of them together."""
+    threads: int = 8
+    """Those that are a `def`."""
+    queues: Mapping[str, int] = {}
+    """Those of one queue; left out: no limit of its own."""
+
+    def __post_init__(self) -> None:
+        for name, value in [("concurrency", self.concurrency), ("threads", self.threads), *self.queues.items()]:
+            if value < 1:
+                msg = f"concurrency of {name!r} must be at least 1, not {value}"
+                raise ConfigurationError(msg)
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """One delivery that ended here; for whoever watches a consumer (`leveret.testing`)."""
+
+    envelope: Envelope
+    job: Job | None
+    """None where it wasn't decoded."""
+    ending: Ending
+    error: BaseException | None
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """Counts deliveries whose channel went away here: the broker delivers them again."""
+
+
+class Consumer:
+    """Runs what a broker delivers, in tasks of its own that a lost connection neither cancels nor repeats."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        handlers: Sequence[Handler],
+        *,
+        publisher: Publisher,
+        publish_layers: Sequence[AnyLayer],
+        resources: object,
+        runtime: Runtime,
+        limits: Limits,
+        around_sync: Callable[[], AbstractContextManager[object]] | None = None,
+        observe: Callable[[Ended], None] | None = None,
+    ) -> None:
+        self._broker = broker
+        self._publisher = publisher
+        self._publish_layers = publish_layers
+        self._resources = resources
+        self._runtime = runtime
+        self._clock = runtime.clock
+        self._observe = observe
+        self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="leveret-job")
+        self._limits = limits
+        self._running = 0
+        self._in_threads = 0
+        self._queues: dict[str, QueueHeld] = {}
+        self._subscriptions: list[Subscription] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeper: Timer | None = None
+        self._stopping = False
+        self._cut = False
+        self._watchers: list[asyncio.Future[None]] = []
+        self._counts: defaultdict[type, int] = defaultdict(int)
+        self._create_task = asyncio.get_running_loop().create_task
+        self.unsettled = 0
+        """Retries and burials that can't be published now; their deliveries stay unacked."""
+        bind((layer for handler in handlers for layer in handler.layers), runtime)
+        for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
+            self._open(queue, [handler for handler in handlers if handler.queue == queue], around_sync)
+
+    def _open(
+        self, queue: Queue, handlers: Sequence[Handler], around_sync: Callable[[], AbstractContextManager[object]] | None
+    ) -> None:
+        routes: list[Route] = []
+        for handler in handlers:
+            inner = innermost(handler, clock=self._clock, threads=self._threads, around_sync=around_sync)
+            routes.append(Route(handler, Decoder(handler.job_class), fold_consume(handler.layers, inner), not handler.is_async))
+        limit = min(self._limits.queues.get(queue.name, self._limits.concurrency), self._limits.concurrency)
+        if all(route.in_thread for route in routes):
+            limit = min(limit, self._limits.threads)
+        # a layer holds a whole queue back only where every handler of it has that very instance
+        common = [layer for layer in handlers[0].layers if all(any(layer is other for other in h.layers) for h in handlers)]
+        gates = [layer for layer in common if callable(getattr(layer, "ready_in_s", None))]
+        prefetch = limit + 1
+        for gate in gates:
+            if (per_s := getattr(gate, "starts_per_s", None)) is not None:
+                prefetch = min(prefetch, max(1, int(per_s * START_WITHIN_S)))
+        self._queues[queue.name] = QueueHeld(queue, routes, limit, Gate(gates) if gates else None)
+        self._subscriptions.append(Subscription(queue, prefetch))
+
+    @property
+    def subscriptions(self) -> Sequence[Subscription]:
+        """What to take, and how much of it at once."""
+        return self._subscriptions
+
+    @property
+    def running(self) -> int:
+        """Handlers that run now."""
+        return self._running
+
+    @property
+    def busy(self) -> int:
+        """Deliveries in hand: running, or being settled."""
+        return len(self._tasks)
+
+    @property
+    def held(self) -> int:
+        """Deliveries that wait here for a slot."""
+        return sum(queue.count for queue in self._queues.values())
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Endings so far, by name."""
+        return Counter({kind.__name__.lower(): count for kind, count in self._counts.items()})
+
+    async def changed(self) -> None:
+        """Wait until something started or ended."""
+        watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers.append(watcher)
+        await watcher
+
+    def _tell(self) -> None:
+        watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
+            if not watcher.done():
+                watcher.set_result(None)
+
+    # ---- in: delivered, held, started -----------------------------------------------------------------------------
+
+    def deliver(self, delivery: Delivery, /) -> None:
+        """Take a delivery in; it starts when there is a slot."""
+        envelope, queue = delivery.envelope, self._queues[delivery.queue.name]
+        route = queue.routes.get(envelope.job)
+        if self._stopping or route is None or delivery.problem is not None or envelope.version > route.handler.spec.version:
+            ending = self._unroutable(delivery, queue)
+            if ending is not None:
+                self._spawn(self._end(delivery, None, ending))
+                return
+            route = queue.only
+            assert route is not None
+        clock = self._clock
+        held = Held(delivery, route, clock.monotonic(), int(clock.now() * 1000))
+        if not queue.count and queue.gate is None and self._running < self._limits.concurrency and queue.running < queue.limit and not (
+            route.in_thread and self._in_threads >= self._limits.threads
+        ):
+            self._start(held, queue)  # the way of nearly all: nothing waits before it
+            return
+        queue.add(held)
+        if self._sweeper is None:
+            self._sweeper = clock.call_later(self._hold_s / 4, self._sweep)
+        self._pump()
+
+    def lost(self) -> None:
+        """Forget what hasn't started and can't be settled any more; the broker delivers it again."""
+        for queue in self._queues.values():
+            self._counts[Lost] += sum(1 for _ in queue.remove(lambda held: not held.delivery.live))
+        self._tell()
+
+    def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | None:
+        """Return why a delivery can't start here; None for a job without a name where the queue has one job only."""
+        envelope = delivery.envelope
+        if self._stopping:
+            return NotStarted()
+        if delivery.problem is not None:
+            return Undecodable(delivery.problem)
+        if not envelope.job:
+            return None if queue.only is not None else Undecodable("it has no job name (AMQP's type), and the queue has several jobs")
+        route = queue.routes.get(envelope.job)
+        if route is None:
+            return Unknown(f"no handler here knows the job {envelope.job!r:.200}")
+        return Unknown(f"{envelope.job} came in version {envelope.version}, the handler here knows {route.handler.spec.version}")
+
+    def _pump(self) -> None:
+        """Start what may start: of all queues, whatever ranks first."""
+        while self._running < self._limits.concurrency and not self._stopping:
+            best: tuple[float, QueueHeld, deque[Held]] | None = None
+            threads_full = self._in_threads >= self._limits.threads
+            for queue in self._queues.values():
+                if not queue.count or queue.running >= queue.limit or not self._may_start(queue):
+                    continue
+                first = queue.first(threads_full)
+                if first is not None and (best is None or first[0] < best[0]):
+                    best = (first[0], queue, first[1])
+            if best is None:
+                return
+            _, queue, lane = best
+            held = queue.take(lane)
+            if held.delivery.live:
+                if queue.gate is not None:
+                    queue.gate.left -= 1
+                self._start(held, queue)
+
+    def _may_start(self, queue: QueueHeld) -> bool:
+        """Whether the readiness of its layers lets `queue` start one now; if not, it is asked again when that may have changed."""
+        gate = queue.gate
+        if gate is None:
+            return True
+        if gate.asked:
+            return gate.left > 0
+        if gate.timer is not None:
+            return False
+        wait_s = gate.wait_s()
+        if wait_s > 0:
+            gate.timer = self._clock.call_later(wait_s, partial(self._ask_again, gate))
+            return False
+        asyncio.get_running_loop().call_soon(self._close, gate)
+        return True
+
+    def _close(self, gate: Gate) -> None:
+        """End the turn in which it was asked: once the tasks that it let start have run, it is asked anew."""
+        gate.left = 0
+        asyncio.get_running_loop().call_soon(self._ask_again, gate)
+
+    def _ask_again(self, gate: Gate) -> None:
+        gate.asked = False
+        gate.timer = None
+        self._pump()
+
+    def _start(self, held: Held, queue: QueueHeld) -> None:
+        self._running += 1
+        queue.running += 1
+        if held.route.in_thread:
+            self._in_threads += 1
+        self._tasks.add(self._create_task(self._work(held, queue)))
+        if self._watchers:
+            self._tell()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(self._create_task(work))
+        if self._watchers:
+            self._tell()
+
+    def _forget(self) -> None:
+        """Let go of the task that calls it, which is at its end."""
+        self._tasks.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+        if self._watchers:
+            self._tell()
+
+    @property
+    def _hold_s(self) -> float:
+        return self._runtime.settings.consumer_timeout_s / 4
+
+    def _sweep(self) -> None:
+        """Give back what has waited here too long: the broker closes the channel of a consumer that holds on for ever."""
+        oldest = self._clock.monotonic() - self._hold_s
+        for queue in self._queues.values():
+            for held in queue.remove(lambda held: held.arrived < oldest):
+                self._spawn(self._end(held.delivery, None, NotStarted()))
+        self._sweeper = self._clock.call_later(self._hold_s / 4, self._sweep) if self.held and not self._stopping else None
+
+    # ---- the run --------------------------------------------------------------------------------------------------
+
+    async def _work(self, held: Held, queue: QueueHeld) -> None:
+        """Run one delivery, free its slot, settle it."""
+        delivery, route = held.delivery, held.route
+        envelope = delivery.envelope
+        job: Job | None = None
+        ending: Ending
+        try:
+            job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
+            attempt = make_attempt(
+                job, envelope, redelivered=delivery.redelivered, first_seen_ms=envelope.first_seen_ms or held.arrived_ms,
+                resources=self._resources, publisher=self._publisher,
+            )
+            current_attempt.set(attempt)
+            ending = await route.step(attempt)
+            if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]
+                layers = ", ".join(map(name_of, route.handler.layers))
+                ending = _refused(TypeError(f"a layer returned {ending!r:.80} instead of an outcome; look for a missing return in: {layers}"))
+        except UndecodableError as undecodable:
+            ending = Undecodable(str(undecodable))
+        except asyncio.CancelledError as cancelled:
+            ending = CutOff() if self._cut else _refused(cancelled)
+        except Exception as failed:  # noqa: BLE001 - what leaves the chain becomes a burial
+            ending = _refused(failed)
+        finally:
+            self._running -= 1
+            queue.running -= 1
+            if route.in_thread:
+                self._in_threads -= 1
+        if queue.count or len(self._queues) > 1:
+            self._pump()
+        await self._end(delivery, job, ending, held.arrived_ms)
+
+    async def _end(self, delivery: Delivery, job: Job | None, ending: Ending, first_seen_ms: int | None = None) -> None:
+        """Settle a delivery, and let go of its task."""
+        try:
+            if self._cut:
+                ending = CutOff()
+            error = ending.__cause__ if isinstance(ending, BaseException) else None
+            self._counts[type(ending)] += 1
+            if not delivery.live and not isinstance(ending, CutOff):
+                self._lost(delivery, ending)
+            else:
+                republished = self._settle(delivery, ending, error, first_seen_ms or int(self._clock.now() * 1000))
+                if republished is not None and not await republished:
+                    self._lost(delivery, ending)
+            if self._observe is not None:
+                self._observe(Ended(delivery.envelope, job, ending, error))
+        except Exception as bug:
+            # our own bug: its delivery stays unacked, so nothing is lost, but it must be seen
+            logger.critical("%s couldn't be settled, it stays unacked: %r", _what(delivery.envelope), bug, exc_info=bug)
+        finally:
+            self._forget()
+
+    def _lost(self, delivery: Delivery, ending: Ending) -> None:
+        self._counts[Lost] += 1
+        logger.warning(
+            "%s: its channel is gone, so the broker delivers it again; it ended as %s", _what(delivery.envelope), type(ending).__name__.lower()
+        )
+
+    # ---- out: every ending, and what becomes of the delivery ------------------------------------------------------
+
+    def _settle(
+        self, delivery: Delivery, ending: Ending, error: BaseException | None, first_seen_ms: int
+    ) -> Coroutine[Any, Any, bool] | None:
+        """Act on an ending; what comes back is to be awaited: a publish, which is False where the delivery was lost meanwhile."""
+        if isinstance(ending, Done):
+            self._broker.done(delivery)
+            return None
+        envelope = delivery.envelope
+        seen_ms = envelope.first_seen_ms or first_seen_ms
+        match ending:
+            case Expired():
+                logger.warning("%s expired before it ran; it is dropped", _what(envelope))
+                self._broker.done(delivery)
+            case Snooze(delay_s):
+                return self._again(delivery, _next(envelope, cause="snooze", first_seen_ms=seen_ms), delay_s)
+            case Retry(delay_s):
+                failed = self._failed(envelope, error)
+                return self._again(delivery, _next(failed, cause="retry", first_seen_ms=seen_ms, attempt=envelope.attempt + 1), delay_s or 0.0)
+            case Bury(reason):
+                logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason), exc_info=_at_debug(error))
+                return self._bury(delivery, self._failed(envelope, error, reason), seen_ms)
+            case Undecodable(reason):
+                logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason))
+                return self._bury(delivery, self._failed(envelope, None, reason), seen_ms)
+            case Unknown(reason):
+                since_ms = envelope.unknown_since_ms or int(self._clock.now() * 1000)
+                waited_s = self._clock.now() - since_ms / 1000
+                if waited_s >= self._runtime.settings.unknown_grace_s:
+                    logger.error("%s is buried in %s.dead: %s, for %d s", _what(envelope), delivery.queue.name, _line(reason), waited_s)
+                    return self._bury(delivery, self._failed(envelope, None, reason), seen_ms)
+                if envelope.unknown_since_ms is None:
+                    logger.warning("%s waits in the broker, a deploy may be rolling: %s", _what(envelope), _line(reason))
+                # 1, 2, 4 … 30 s: it waits as long again as it has waited
+                unknown = _next(envelope, cause="snooze", first_seen_ms=seen_ms, unknown_since_ms=since_ms)
+                return self._again(delivery, unknown, min(30.0, 1.0 + max(0.0, waited_s)))
+            case NotStarted():
+                self._broker.give_back(delivery)
+            case CutOff():
+                pass  # left unsettled: when the connection closes, the broker delivers it again
+        return None
+
+    async def _again(self, delivery: Delivery, envelope: Envelope, delay_s: float) -> bool:
+        due_ms = int((self._clock.now() + delay_s) * 1000) if delay_s else None
+        envelope = msgspec.structs.replace(envelope, due_ms=due_ms)
+
+        async def publish() -> None:
+            reached = False
+
+            async def last(changed: Envelope) -> Receipt:
+                nonlocal reached
+                reached = True
+                await self._broker.again(delivery, changed, delay_s=delay_s, deadline=changed.deadline)
+                return Receipt(changed.job_id)
+
+            await fold_publish(self._publish_layers, last)(_with_deadline(envelope))
+            if not reached:
+                msg = "a publish layer returned without proceeding"
+                raise RuntimeError(msg)
+
+        return await self._insist(delivery, publish, envelope)
+
+    async def _bury(self, delivery: Delivery, envelope: Envelope, first_seen_ms: int) -> bool:
+        buried = msgspec.structs.replace(
+            envelope, origin=delivery.queue.name, cause="bury", first_seen_ms=first_seen_ms, due_ms=None, unknown_since_ms=None
+        )
+
+        async def publish() -> None:
+            reached = False
+
+            async def last(changed: Envelope) -> Receipt:
+                nonlocal reached
+                reached = True
+                # layers may add headers to a burial, nothing else: it is kept as it came
+                kept = msgspec.structs.replace(buried, headers=changed.headers)
+                await self._broker.bury(delivery, kept, deadline=time.monotonic() + SETTLE_TIMEOUT_S)
+                return Receipt(changed.job_id)
+
+            try:
+                await fold_publish(self._publish_layers, last)(_with_deadline(buried))
+            except Exception as error:
+                if reached:
+                    raise
+                logger.warning("%s: a publish layer raised on its burial, which goes on without: %r", _what(envelope), error)
+            if not reached:
+                await last(buried)
+
+        return await self._insist(delivery, publish, buried)
+
+    async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
+        """Publish until it is confirmed, or until the delivery's channel is gone; it is never acked before, and never nacked."""
+        tries, told = 0, float("-inf")
+        while delivery.live and not self._cut:
+            try:
+                await publish()
+            except Exception as error:  # whatever a layer raises, the original must not be lost
+                if tries == 0:
+                    self.unsettled += 1
+                tries += 1
+                if self._clock.monotonic() - told >= 60.0 and delivery.live:
+                    told = self._clock.monotonic()
+                    logger.error(  # noqa: TRY400 - one line; the traceback at debug level
+                        "%s: its %s can't be published, so it stays unacked and is tried again: %s",
+                        _what(envelope), envelope.cause, _line(str(error) if isinstance(error, PublishError) else repr(error)),
+                        exc_info=_at_debug(error),
+                    )
+                if delivery.live:
+                    await self._clock.sleep(full_jitter(tries, base_s=0.2, cap_s=15.0, rng=self._runtime.rng))
+            else:
+                if tries:
+                    self.unsettled -= 1
+                    logger.info("%s: its %s is published after %d tries", _what(envelope), envelope.cause, tries + 1)
+                return True
+        if tries:
+            self.unsettled -= 1
+        return False
+
+    def _failed(self, envelope: Envelope, error: BaseException | None, reason: str = "another try was asked for") -> Envelope:
+        """Return `envelope` with one more entry in its errors; the oldest go when they take too much room."""
+        failure = Failure(
+            attempt=envelope.attempt,
+            at_ms=int(self._clock.now() * 1000),
+            host=socket.gethostname(),
+            error="" if error is None else type(error).__qualname__,
+            message=_line(reason if error is None else str(error))[:_MESSAGE_CHARS],
+            reason=_line(reason)[:_MESSAGE_CHARS],
+            traceback="" if error is None else _trimmed(error),
+        )
+        failures = [*failures_of(envelope), failure]
+        text = msgspec.json.encode(failures)
+        while len(text) > MAX_ERRORS_BYTES and len(failures) > 1:
+            failures = failures[1:]
+            text = msgspec.json.encode(failures)
+        return msgspec.structs.replace(envelope, errors=text.decode())
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    async def drain(self, consumption: Consumption, grace_s: float, hurry: asyncio.Event | None = None) -> bool:
+        """Stop taking → give back what hasn't started → finish within the grace → cut off the rest.
+
+        Returns whether everything ended by itself. `hurry` ends the grace early. What is cut off isn't settled, so
+        that the broker delivers it again.
+        """
+        ends = time.monotonic() + grace_s
+        self._stopping = True
+        for timer in (self._sweeper, *(queue.gate.timer for queue in self._queues.values() if queue.gate is not None)):
+            if timer is not None:
+                timer.cancel()
+        await consumption.stop_taking()
+        for held in in_arrival_order(held for queue in self._queues.values() for held in queue.remove(lambda _: True)):
+            self._spawn(self._end(held.delivery, None, NotStarted()))
+        hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
+        try:
+            while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
+                wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
+                await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if hurried is not None:
+                hurried.cancel()
+        drained = not self._tasks
+        if not drained:
+            logger.error("the grace is over: %d jobs are cut off, the broker will deliver them again", len(self._tasks))
+            self._cut = True
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=_UNWIND_S)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        return drained
+
+
+def failures_of(envelope: Envelope) -> list[Failure]:
+    """Return what went wrong with `envelope` so far, oldest first; an unreadable list is an empty one."""
+    if not envelope.errors:
+        return []
+    try:
+        return msgspec.json.decode(envelope.errors, type=list[Failure])
+    except msgspec.MsgspecError:
+        return []
+
+
+def _next(envelope: Envelope, **changes: Any) -> Envelope:
+    """Return `envelope` as leveret publishes it anew: same id, one pass more."""
+    return msgspec.structs.replace(envelope, **{"passes": envelope.passes + 1, "unknown_since_ms": None, **changes})
+
+
+def _with_deadline(envelope: Envelope) -> Envelope:
+    return msgspec.structs.replace(envelope, deadline=time.monotonic() + SETTLE_TIMEOUT_S)
+
+
+def _refused(error: BaseException) -> Bury:
+    """Return the burial that an exception becomes when it leaves the outermost layer."""
+    bury = Bury(f"{type(error).__qualname__}: {error}" if str(error) else type(error).__qualname__)
+    bury.__cause__ = error
+    return bury
+
+
+def _what(envelope: Envelope) -> str:
+    return f"{envelope.job or 'a job without a name'} {envelope.job_id} (queue {envelope.queue}, attempt {envelope.attempt})"
+
+
+def _line(text: str) -> str:
+    """Return `text` on one line: a log line a happening, whatever was in a message."""
+    return " ".join(text.split())
+
+
+def _at_debug(error: BaseException | None) -> BaseException | None:
+    return error if logger.isEnabledFor(logging.DEBUG) else None
+
+
+def _trimmed(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error))
+    return text if len(text) <= _TRACEBACK_CHARS else "…" + text[-_TRACEBACK_CHARS:]

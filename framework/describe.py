@@ -1,0 +1,221 @@
+"""What an app is, as records: handlers with their folded chains, queues, schedules, broker. Pure but for importing the app's modules.
+
+It goes through all that a worker does at start before it connects, so that what a worker would refuse is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any, cast
+from zoneinfo import ZoneInfo
+
+import msgspec
+
+from .app import App
+from .backoff import ceiling_s
+from .broker import Features, broker_module
+from .chain import AnyLayer, bind, name_of
+from .consumer import Limits
+from .errors import ConfigurationError
+from .handler import Handler
+from .job import Queue
+from .schedule import Schedule
+from .settings import redact
+
+MOST_WAITS = 32
+"""Waits listed of one rule; by then any cap is reached."""
+SLOTS = 3
+"""Next slots listed of a schedule."""
+
+
+class LayerRecord(msgspec.Struct, frozen=True):
+    """A layer of a chain, and on which sides it stands."""
+
+    name: str
+    consume: bool
+    publish: bool
+
+
+class Waits(msgspec.Struct, frozen=True, kw_only=True):
+    """What becomes of a failure; `on` None: of one that no rule matches."""
+
+    on: str | None
+    max_attempts: int
+    """Runs in all; then it is buried."""
+    immediate: int
+    """More tries in place, within one attempt."""
+    ceilings_s: list[float]
+    """The longest wait after each attempt, seconds; the first `MOST_WAITS` of them."""
+
+
+class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A handler and what stands round it."""
+
+    handler: str
+    """module.function"""
+    job: str
+    version: int
+    job_class: str
+    """module:Class"""
+    queue: str
+    runs: str
+    """"on the loop" (async def) or "in a thread" (def)."""
+    concurrency: int
+    """At most so many at once in a process, unless `leveret work` is told otherwise."""
+    timeout_s: float | None
+    starts_per_s: float | None
+    """The lowest of its rate limits, for one `leveret work`."""
+    expires_s: float | None
+    layers: list[LayerRecord]
+    """First is outermost."""
+    retries: list[Waits]
+    """First that matches wins; none: any failure buries it at once."""
+
+
+class QueueRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A queue that the app has handlers for."""
+
+    name: str
+    type: str
+    levels: list[str]
+    """Most urgent first."""
+    order: str
+    """How its levels are served."""
+    physical: list[str]
+    """What holds it on this broker; none: the broker has no such notion."""
+
+
+class ScheduleRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A recurring job."""
+
+    name: str
+    expression: str
+    tz: str
+    enabled: bool
+    next: list[str]
+    """Its next slots, ISO 8601, in its zone."""
+
+
+class AppRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All of an app."""
+
+    app: str
+    broker: str
+    """Its URL, without a password."""
+    features: Features
+    handlers: list[HandlerRecord]
+    queues: list[QueueRecord]
+    schedules: list[ScheduleRecord]
+    publish_layers: list[str]
+    """Round every publish, first is outermost."""
+
+
+async def describe(app: App[Any], now: datetime) -> AppRecord:
+    """Return what `app` is, its schedules as seen from `now` (aware); ConfigurationError for what a worker would refuse. Connects to nothing."""
+    app.import_modules()
+    handlers = app.handlers()
+    if not handlers and not app.schedules:
+        msg = f"app {app.name!r} has neither a handler nor a schedule; list the modules that have them in App(modules=[…])"
+        raise ConfigurationError(msg)
+    runtime = app.runtime()
+    bind((layer for handler in handlers for layer in handler.layers), runtime)
+    bind(app.layers, runtime)
+    broker = app.open_broker(runtime)
+    try:
+        features = broker.features
+    finally:
+        await broker.close()
+    physical = physical_queues(app.broker_url())
+    queues = {handler.queue.name: handler.queue for handler in handlers}
+    return AppRecord(
+        app=app.name,
+        broker=redact(app.broker_url() or ""),
+        features=features,
+        handlers=[_handler(handler) for handler in handlers],
+        queues=[_queue(queue, physical) for queue in queues.values()],
+        schedules=[_schedule(schedule, now) for schedule in app.schedules],
+        publish_layers=[name_of(layer) for layer in app.layers if _sides(layer).publish],
+    )
+
+
+def physical_queues(url: str | None) -> Callable[[Queue], Sequence[str]]:
+    """Return what names the physical queues of a queue on the broker at `url`: its module's `physical_queues`, which is optional."""
+    found = getattr(broker_module(url), "physical_queues", None)
+    return cast("Callable[[Queue], Sequence[str]]", found) if callable(found) else lambda _: ()
+
+
+def _sides(layer: AnyLayer) -> LayerRecord:
+    consume, publish = callable(getattr(layer, "consume", None)), callable(getattr(layer, "publish", None))
+    return LayerRecord(name_of(layer), consume or not publish, publish)
+
+
+def _handler(handler: Handler) -> HandlerRecord:
+    spec = handler.spec
+    limits = Limits()
+    timeouts = _numbers(handler.layers, "limit_s")
+    rates = _numbers(handler.layers, "starts_per_s")
+    return HandlerRecord(
+        handler=handler.name,
+        job=spec.name,
+        version=spec.version,
+        job_class=f"{handler.job_class.__module__}:{handler.job_class.__qualname__}",
+        queue=handler.queue.name,
+        runs="on the loop" if handler.is_async else "in a thread",
+        concurrency=limits.concurrency if handler.is_async else limits.threads,
+        timeout_s=min(timeouts, default=None),
+        starts_per_s=min(rates, default=None),
+        expires_s=spec.expires_s,
+        layers=[_sides(layer) for layer in handler.layers],
+        retries=[waits for layer in handler.layers for waits in _retries(layer)],
+    )
+
+
+def _numbers(layers: Iterable[AnyLayer], attribute: str) -> list[float]:
+    values = [getattr(layer, attribute, None) for layer in layers]
+    return [value for value in values if isinstance(value, (int, float))]
+
+
+def _retries(layer: AnyLayer) -> list[Waits]:
+    """Return the waits of a layer that says them as `Retries` does: in its attributes. Any other says none."""
+    max_attempts, base_s, cap_s = (getattr(layer, name, None) for name in ("max_attempts", "base_s", "cap_s"))
+    if not isinstance(max_attempts, int) or not isinstance(base_s, (int, float)) or not isinstance(cap_s, (int, float)):
+        return []
+
+    def waits(on: str | None, most: int, base: float, cap: float, immediate: int) -> Waits:
+        ceilings = [ceiling_s(attempt, base_s=base, cap_s=cap) for attempt in range(1, min(most, MOST_WAITS + 1))]
+        return Waits(on=on, max_attempts=most, immediate=immediate, ceilings_s=ceilings)
+
+    listed: list[Waits] = []
+    for rule in getattr(layer, "rules", ()):
+        own_most, own_base, own_cap = (getattr(rule, name, None) for name in ("max_attempts", "base_s", "cap_s"))
+        most = 1 if getattr(rule, "bury", False) else own_most or max_attempts
+        listed.append(waits(_on(rule), most, own_base or base_s, own_cap or cap_s, getattr(rule, "immediate", 0)))
+    return [*listed, waits(None, max_attempts, base_s, cap_s, 0)]
+
+
+def _on(rule: Any) -> str:
+    on = getattr(rule, "on", None)
+    kinds: tuple[Any, ...] = on if isinstance(on, tuple) else (on,)  # pyright: ignore[reportUnknownVariableType]
+    return ", ".join(getattr(kind, "__qualname__", None) or repr(kind) for kind in kinds)
+
+
+def _queue(queue: Queue, physical: Callable[[Queue], Sequence[str]]) -> QueueRecord:
+    if not queue.priorities:
+        order = "one level, first in, first out"
+    elif queue.type == "classic":
+        order = "strict on RabbitMQ: the lower levels may starve"
+    else:
+        order = "by level, with ageing: no level starves"
+    return QueueRecord(
+        name=queue.name, type=queue.type, levels=[level.value for level in queue.levels], order=order, physical=list(physical(queue))
+    )
+
+
+def _schedule(schedule: Schedule, now: datetime) -> ScheduleRecord:
+    slots: list[str] = []
+    slot = schedule.next(now)
+    while slot is not None and len(slots) < SLOTS:
+        slots.append(slot.astimezone(ZoneInfo(schedule.tz)).isoformat())
+        slot = schedule.next(slot)
+    return ScheduleRecord(name=schedule.name, expression=schedule.expression, tz=schedule.tz, enabled=schedule.enabled, next=slots)

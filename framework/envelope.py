@@ -1,0 +1,185 @@
+"""One job on its way, and the table of headers that carries what AMQP has no property for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, final
+
+import msgspec
+
+from .job import Priority
+
+HeaderValue: TypeAlias = str | int | float | bool
+"""What a publisher may put into a header; integers are 64-bit."""
+
+JSON = "application/json"
+MSGPACK = "application/msgpack"
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """One job on its way; `job` is the registered name. Headers may hold anything that AMQP can, since others publish too."""
+
+    job_id: str
+    """UUIDv7, or what the publisher chose; kept by every retry and replay."""
+    job: str
+    """The registered name; "" where a foreign producer sent none."""
+    queue: str
+    """The logical queue."""
+    priority: Priority = Priority.NORMAL
+    body: bytes = b""
+    """The payload alone, still encoded."""
+    content_type: str = JSON
+    content_encoding: str | None = None
+    """Never set by leveret; a body that has one can't be decoded."""
+    created_s: int = 0
+    """Published at, Unix seconds, publisher's clock; 0 where a foreign producer didn't say."""
+    app: str | None = None
+    """Name of the publishing app."""
+    correlation_id: str | None = None
+    """Id of the first job of the line; a job published inside a handler inherits it."""
+    reply_to: str | None = None
+    """A foreign producer's; kept."""
+    headers: Mapping[str, object] = {}
+    """Users' headers and the trace context; none of the broker's own, none of leveret's."""
+
+    attempt: int = 1
+    """Runs that count, the coming one included."""
+    passes: int = 0
+    """How often leveret published it anew: retry, snooze, replay."""
+    version: int = 1
+    """Version of the contract that encoded it."""
+    first_seen_ms: int | None = None
+    """First delivered at, Unix ms; None until it was."""
+    due_ms: int | None = None
+    """Not before, Unix ms; kept after the delay, so that lateness can be seen."""
+    expires_at_ms: int | None = None
+    """Not after, Unix ms."""
+    unknown_since_ms: int | None = None
+    """Waiting since then for a handler that knows it, Unix ms."""
+    errors: str = ""
+    """What went wrong so far: a JSON list of `Failure`, the newest kept."""
+    origin: str | None = None
+    """In a dead-letter queue: the queue that it was buried from."""
+
+    cause: Literal["retry", "snooze", "bury"] | None = None
+    """Why leveret publishes it anew; None on a publisher's own publish. Not on the wire."""
+    deadline: float = float("inf")
+    """The publish must have ended by then, `time.monotonic()` seconds. Not on the wire."""
+
+    def with_headers(self, headers: Mapping[str, HeaderValue], /) -> Envelope:
+        """A copy with these headers added; ValueError for a name that starts with `lv-`."""
+        return msgspec.structs.replace(self, headers={**self.headers, **check_headers(headers)})
+
+
+@final
+class Receipt(msgspec.Struct, frozen=True):
+    """What a publish gives back: the job's id, and that the broker has confirmed it."""
+
+    job_id: str
+    state: Literal["confirmed"] = "confirmed"
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One entry of `Envelope.errors`."""
+
+    attempt: int
+    at_ms: int
+    host: str
+    error: str
+    """The exception's class; for a burial without one "Bury"."""
+    message: str
+    reason: str = ""
+    """Why it was given up, where that says more than the error."""
+    traceback: str = ""
+
+
+_BROKERS_OWN = frozenset({"x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"})
+_BROKERS_PREFIXES = ("x-first-death-", "x-last-death-", "x-stream-")
+_INT64 = 1 << 63
+
+
+def is_brokers_own(name: str) -> bool:
+    """Whether header `name` belongs to RabbitMQ: a copied `x-death` makes it drop the job on the second pass (before 4.0)."""
+    return name in _BROKERS_OWN or name.startswith(_BROKERS_PREFIXES)
+
+
+def check_headers(headers: Mapping[str, HeaderValue]) -> Mapping[str, HeaderValue]:
+    """Return `headers`, or raise ValueError for the first that can't be sent."""
+    for name, value in headers.items():
+        if not isinstance(name, str) or not 0 < len(name.encode()) <= 128:  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"header {name!r}: a name is a text of 1 to 128 bytes"
+            raise ValueError(msg)
+        if name.startswith("lv-") or is_brokers_own(name):
+            msg = f"header {name!r}: names that start with lv- are leveret's own, x-death and its kin are the broker's"
+            raise ValueError(msg)
+        if not isinstance(value, (str, int, float, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"header {name!r}: a value is a str, int, float or bool, not {value!r}"
+            raise ValueError(msg)
+        if isinstance(value, int) and not -_INT64 <= value < _INT64:
+            msg = f"header {name!r}: an integer has 64 bits, {value} has more"
+            raise ValueError(msg)
+    return headers
+
+
+# What travels as a header: field, name on the wire, type, and the value that isn't sent.
+_FIELDS: tuple[tuple[str, str, type, Any], ...] = (
+    ("attempt", "lv-attempt", int, 1),
+    ("passes", "lv-pass", int, 0),
+    ("version", "lv-version", int, 1),
+    ("first_seen_ms", "lv-first-seen", int, None),
+    ("due_ms", "lv-due", int, None),
+    ("expires_at_ms", "lv-expires-at", int, None),
+    ("unknown_since_ms", "lv-unknown-since", int, None),
+    ("errors", "lv-errors", str, ""),
+    ("origin", "lv-origin", str, None),
+)
+PRIORITY_HEADER = "lv-priority"
+
+
+def pack_headers(envelope: Envelope) -> dict[str, object]:
+    """Return the headers table of `envelope`: users' headers, and each of leveret's that isn't at its default.
+
+    `lv-priority` is there in a dead-letter queue only, where the level can't be told from the queue.
+    """
+    table = dict(envelope.headers)
+    for field, name, _, default in _FIELDS:
+        value = getattr(envelope, field)
+        if value != default:
+            table[name] = value
+    if envelope.origin is not None:
+        table[PRIORITY_HEADER] = envelope.priority.value
+    return table
+
+
+def unpack_headers(table: Mapping[str, object] | None) -> tuple[dict[str, Any], str | None]:
+    """Return `Envelope`'s fields out of a headers table, and what is wrong with it, if anything.
+
+    A field of the wrong type keeps its default, so that the job can still be shown and buried.
+    """
+    fields: dict[str, Any] = {}
+    if not table:
+        return fields, None
+    problem: str | None = None
+    users = {name: value for name, value in table.items() if not name.startswith("lv-") and not is_brokers_own(name)}
+    if users:
+        fields["headers"] = users
+    for field, name, kind, _ in _FIELDS:
+        value = table.get(name)
+        if value is None:
+            continue
+        if type(value) is kind and not (field == "attempt" and not 1 <= int(value) < _INT64):  # type: ignore[call-overload]
+            fields[field] = value
+        else:
+            problem = problem or f"header {name} is {value!r:.80}, not {'a text' if kind is str else 'a count'}"
+    level = table.get(PRIORITY_HEADER)
+    if level is not None:
+        try:
+            fields["priority"] = Priority(level)
+        except ValueError:
+            problem = problem or f"header {PRIORITY_HEADER} is {level!r:.80}, not a level"
+    return fields, problem
+
+
+def header_bytes(table: Mapping[str, object]) -> int:
+    """Return about how many bytes a headers table takes on the wire."""
+    return sum(len(name.encode()) + (len(value.encode()) + 5 if isinstance(value, str) else 9) + 1 for name, value in table.items())

@@ -1,0 +1,193 @@
+"""A user's function as the innermost step of a chain: which job it takes, and how it is called."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import typing
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
+from typing import Any
+
+import msgspec
+
+from .attempt import Attempt
+from .chain import AnyLayer, Consume
+from .clock import Clock
+from .errors import ConfigurationError
+from .job import Job, Queue, Spec, spec_of
+from .outcome import OUTCOMES, Bury, Done, Expired, Outcome, Retry, Snooze
+
+_DONE = Done()
+_EXPIRED = Expired()
+
+
+class Registration(msgspec.Struct, frozen=True):
+    """What `@app.handler` was given; resolved when a worker starts."""
+
+    function: Callable[..., Any]
+    job_class: type[Job] | None
+    layers: tuple[AnyLayer, ...]
+
+
+class Handler(msgspec.Struct, frozen=True):
+    """One handler, resolved: the job it takes, its layers, how to call it."""
+
+    name: str
+    """module.function, for people."""
+    function: Callable[..., Any]
+    job_class: type[Job]
+    spec: Spec
+    takes_attempt: bool
+    is_async: bool
+    layers: tuple[AnyLayer, ...]
+
+    @property
+    def queue(self) -> Queue:
+        """The queue that its job goes to."""
+        return self.spec.queue
+
+
+def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
+    """Return the handler behind `registration`, or raise ConfigurationError that names it and the way out."""
+    function = registration.function
+    name = f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        msg = f"handler {name} is a generator; a handler returns None or an outcome"
+        raise ConfigurationError(msg)
+    parameters = list(inspect.signature(function).parameters.values())
+    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keyword_only = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not places or len(required) > 2 or keyword_only:
+        msg = f"handler {name} takes (job) or (job, attempt), not ({', '.join(p.name for p in parameters)})"
+        raise ConfigurationError(msg)
+    takes_attempt = len(places) > 1 and (len(required) > 1 or places[1].name == "attempt")
+    job_class: Any = registration.job_class
+    if job_class is None:
+        job_class = _annotated(function, name, places[0].name)
+    spec = spec_of(job_class) if isinstance(job_class, type) else None
+    if spec is None:
+        what = getattr(job_class, "__name__", repr(job_class))
+        why = "is abstract: it names no job and no queue" if isinstance(job_class, type) and issubclass(job_class, Job) else "is no Job class"
+        msg = f"handler {name}: its first parameter takes {what}, which {why}"
+        raise ConfigurationError(msg)
+    return Handler(name, function, job_class, spec, takes_attempt, inspect.iscoroutinefunction(function), tuple(layers))
+
+
+def _annotated(function: Callable[..., Any], name: str, parameter: str) -> Any:
+    way_out = f"say which job it takes: @app.handler(job=…) above {name}"
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception as error:
+        msg = f"handler {name}: the annotation of {parameter!r} can't be resolved here ({error}); {way_out}"
+        raise ConfigurationError(msg) from error
+    if parameter not in hints:
+        msg = f"handler {name}: its first parameter {parameter!r} has no annotation; {way_out}"
+        raise ConfigurationError(msg)
+    return hints[parameter]
+
+
+def innermost(
+    handler: Handler, *, clock: Clock, threads: Executor, around_sync: Callable[[], AbstractContextManager[object]] | None
+) -> Consume:
+    """Return the innermost step of `handler`'s chain.
+
+    It looks at expiry, calls the function (an `async def` here, a `def` in a thread), and turns what the function
+    returned or raised into one form: an outcome is returned, anything else raised. What would end the process or
+    look like somebody else's cancellation becomes a RuntimeError: a job doesn't stop its worker.
+    """
+    call = _on_loop(handler) if handler.is_async else _in_thread(handler, threads, around_sync or nullcontext)
+
+    async def run(attempt: Attempt) -> Outcome:
+        expires_at_ms = attempt.envelope.expires_at_ms
+        if expires_at_ms is not None and clock.now() * 1000 >= expires_at_ms:
+            return _EXPIRED
+        try:
+            said = await call(attempt)
+        except (Retry, Snooze, Bury) as outcome:
+            return outcome
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            msg = "the handler raised CancelledError though nobody cancelled it"
+            raise RuntimeError(msg) from error
+        except BaseExceptionGroup as group:
+            if (single := _single(group)) is not None:
+                return single
+            if isinstance(group, Exception):
+                raise
+            msg = f"the handler raised {group!r}"
+            raise RuntimeError(msg) from group
+        except Exception:
+            raise
+        except BaseException as error:
+            msg = f"the handler raised {type(error).__name__}"
+            raise RuntimeError(msg) from error
+        if said is None:
+            return _DONE
+        if isinstance(said, OUTCOMES):
+            return said
+        if inspect.isclass(said) and issubclass(said, OUTCOMES):
+            msg = f"handler {handler.name} returned the class {said.__name__}, not an instance of it"
+            raise TypeError(msg)
+        msg = f"handler {handler.name} returned {said!r:.80}; results aren't kept: return None or an outcome"
+        raise TypeError(msg)
+
+    return run
+
+
+def _single(group: BaseExceptionGroup[BaseException]) -> Retry | Snooze | Bury | None:
+    """Return the one outcome that a TaskGroup wrapped, however deep."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        inner: tuple[BaseException, ...] = error.exceptions  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        if len(inner) != 1:
+            return None
+        error = inner[0]
+    return error if isinstance(error, (Retry, Snooze, Bury)) else None
+
+
+def _on_loop(handler: Handler) -> Callable[[Attempt], Awaitable[Any]]:
+    function = handler.function
+    if handler.takes_attempt:
+        return lambda attempt: function(attempt.job, attempt)
+    return lambda attempt: function(attempt.job)
+
+
+def _in_thread(
+    handler: Handler, threads: Executor, around_sync: Callable[[], AbstractContextManager[object]]
+) -> Callable[[Attempt], Awaitable[Any]]:
+    function = handler.function
+
+    def invoke(attempt: Attempt) -> Any:
+        try:
+            with around_sync():
+                return function(attempt.job, attempt) if handler.takes_attempt else function(attempt.job)
+        except StopIteration as error:  # a future can't hold it
+            msg = "the handler raised StopIteration"
+            raise RuntimeError(msg) from error
+
+    async def call(attempt: Attempt) -> Any:
+        work = threads.submit(copy_context().run, invoke, attempt)
+        waiting = asyncio.wrap_future(work)
+        cancelled = False
+        while not waiting.done():
+            try:
+                await asyncio.wait([waiting])
+            except asyncio.CancelledError:
+                if work.cancel():  # it hadn't begun
+                    raise
+                # A thread can't be stopped. It keeps its slot until it ends, so that the retry doesn't run beside it.
+                if not cancelled:
+                    attempt.log.warning("%s goes on in its thread past its time; its slot stays taken until it ends", attempt.envelope.job)
+                cancelled = True
+        if cancelled:
+            waiting.exception()  # looked at, so that asyncio doesn't log it as lost
+            raise asyncio.CancelledError
+        return waiting.result()
+
+    return call

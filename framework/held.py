@@ -1,0 +1,124 @@
+"""What a process holds and hasn't started: picked by level, with ageing, within the limits of concurrency."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+
+from .broker import Delivery
+from .chain import AnyLayer, Consume
+from .clock import Timer
+from .codec import Decoder
+from .handler import Handler
+from .job import Priority, Queue
+
+AGEING_S = 10.0
+"""A job that was held this much longer goes before one that is a level more urgent, so that the lowest isn't starved."""
+
+_RANK_S = {Priority.URGENT: 0.0, Priority.HIGH: AGEING_S, Priority.NORMAL: 2 * AGEING_S, Priority.LOW: 3 * AGEING_S}
+
+
+class Route(msgspec.Struct, frozen=True, eq=False):
+    """Where a job of one name goes: made at start, looked up once a delivery."""
+
+    handler: Handler
+    decoder: Decoder
+    step: Consume
+    """The folded chain."""
+    in_thread: bool
+
+
+class Held(msgspec.Struct, eq=False, gc=False):
+    """A delivery that waits here for a slot."""
+
+    delivery: Delivery
+    route: Route
+    arrived: float
+    """Monotonic seconds."""
+    arrived_ms: int
+    """Unix ms."""
+
+
+class Gate:
+    """What lets a queue start: the readiness of the layers that all its handlers have.
+
+    A layer counts a start when the job's task gets there, a turn of the loop later. So in one turn no more start than
+    it says may (`starts_now`, one without it), and then it is asked again.
+    """
+
+    def __init__(self, layers: Iterable[AnyLayer]) -> None:
+        self._ready: list[Callable[[], float]] = []
+        self._now: list[Callable[[], int]] = []
+        for layer in layers:
+            self._ready.append(layer.ready_in_s)
+            self._now.append(getattr(layer, "starts_now", lambda: 1))
+        self.left = 0
+        """Starts that are left in this turn."""
+        self.asked = False
+        """Whether `left` is of this turn."""
+        self.timer: Timer | None = None
+        """Set while nothing may start."""
+
+    def wait_s(self) -> float:
+        """Ask the layers: seconds until a start; 0 for now, and then `left` says how many."""
+        wait_s = max(ready() for ready in self._ready)
+        if wait_s <= 0:
+            self.asked = True
+            self.left = max(1, min(now() for now in self._now))
+        return wait_s
+
+
+class QueueHeld:
+    """One queue here: its routes, its slots, and what is held of it: a lane a level and kind of handler, first in, first out."""
+
+    def __init__(self, queue: Queue, routes: Iterable[Route], limit: int, gate: Gate | None) -> None:
+        self.queue = queue
+        self.routes = {route.handler.spec.name: route for route in routes}
+        self.only = next(iter(self.routes.values())) if len(self.routes) == 1 else None
+        """The route of a job without a name, where the queue has one job only."""
+        self.limit = limit
+        self.running = 0
+        self.gate = gate
+        self.count = 0
+        self._lanes: dict[tuple[Priority, bool], deque[Held]] = {}
+
+    def add(self, held: Held) -> None:
+        """Take `held` in, behind the others of its level."""
+        key = (held.delivery.envelope.priority, held.route.in_thread)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = deque()
+        lane.append(held)
+        self.count += 1
+
+    def first(self, threads_full: bool) -> tuple[float, deque[Held]] | None:
+        """Return the lane whose head is to start next, and its rank (lower is first); None if none may."""
+        best: tuple[float, deque[Held]] | None = None
+        for (level, in_thread), lane in self._lanes.items():
+            if not lane or (in_thread and threads_full):
+                continue
+            rank = lane[0].arrived + _RANK_S[level]
+            if best is None or rank < best[0]:
+                best = (rank, lane)
+        return best
+
+    def take(self, lane: deque[Held]) -> Held:
+        """Take the head of `lane` out."""
+        self.count -= 1
+        return lane.popleft()
+
+    def remove(self, unwanted: Callable[[Held], bool]) -> Iterator[Held]:
+        """Take out, and yield, whatever is `unwanted`."""
+        for key, lane in self._lanes.items():
+            out = [held for held in lane if unwanted(held)]
+            if out:
+                self._lanes[key] = deque(held for held in lane if not unwanted(held))
+                self.count -= len(out)
+                yield from out
+
+
+def in_arrival_order(held: Iterable[Held]) -> list[Held]:
+    """Return what was held, oldest first."""
+    return sorted(held, key=lambda one: one.arrived)

@@ -1,0 +1,79 @@
+"""module:attribute → the app."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .app import App
+from .errors import ConfigurationError, LeveretError
+
+
+def load(path: str, what: str) -> Any:
+    """Import `path`, module:attribute, from the working directory or the installed packages; ConfigurationError names what is missing."""
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        msg = f"{path!r} isn't module:{what}, such as shop:{what}"
+        raise ConfigurationError(msg)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    module = _import(module_name, path)
+    found: Any = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            close = difflib.get_close_matches(name, [known for known in dir(found) if not known.startswith("_")], 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            msg = f"{path!r}: module {module_name} has no {attribute!r}{hint}"
+            raise ConfigurationError(msg)
+        found = getattr(found, name)
+    return found
+
+
+def _import(module_name: str, path: str) -> ModuleType:
+    """Import a user's module; whatever it raises becomes one line that says where."""
+    try:
+        return importlib.import_module(module_name)
+    except LeveretError:
+        raise
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            msg = f"there is no module {missing!r} here ({Path.cwd()}) or among the installed packages, for {path!r}"
+        else:
+            msg = f"{path!r}: importing {module_name} fails: {error}{_where(error)}"
+        raise ConfigurationError(msg) from error
+    except Exception as error:
+        msg = f"{path!r}: importing {module_name} fails: {type(error).__name__}: {error}{_where(error)}"
+        raise ConfigurationError(msg) from error
+
+
+def _where(error: Exception) -> str:
+    """Return the line of the user's that raised; leveret's own frames and the import machinery's aren't it."""
+    if isinstance(error, SyntaxError):  # its text says where
+        return ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    own = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def load_app(path: str, *, modules: bool = True) -> App[Any]:
+    """Return the app at `path`, module:attribute; with `modules`, what its `modules=` names is imported too."""
+    app = load(path, "app")
+    if not isinstance(app, App):
+        msg = f"{path!r} is {type(app).__name__}, not an App"
+        raise ConfigurationError(msg)
+    if modules:
+        try:
+            app.import_modules()
+        except LeveretError:
+            raise
+        except Exception as error:
+            msg = f"{path!r}: importing its modules fails: {type(error).__name__}: {error}{_where(error)}"
+            raise ConfigurationError(msg) from error
+    return app  # pyright: ignore[reportUnknownVariableType]

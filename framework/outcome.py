@@ -1,0 +1,132 @@
+"""How a run may end. A chain returns an `Outcome`; the consumer alone acts on it.
+
+    Done     acked                       Retry    published again, attempt + 1, then acked
+    Expired  acked and counted           Snooze   published again, same attempt, then acked
+                                         Bury     published to the dead-letter queue, then acked
+
+`Retry`, `Snooze` and `Bury` are exceptions so that they can be returned or raised, from any depth. The error that
+led to one travels as its `__cause__`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, TypeAlias, final
+
+import msgspec
+
+
+class Done(msgspec.Struct, frozen=True):
+    """The job is finished; what a handler's None becomes."""
+
+
+class Expired(msgspec.Struct, frozen=True):
+    """The job was past its `expires_s` before it ran; it is acked and counted."""
+
+
+def _delay(name: str, delay_s: float, *, zero: bool) -> float:
+    if isinstance(delay_s, bool) or not isinstance(delay_s, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        msg = f"{name}: delay_s is a number of seconds, not {delay_s!r}"
+        raise TypeError(msg)
+    if not (0 <= delay_s if zero else 0 < delay_s) or delay_s == float("inf"):
+        msg = f"{name}: delay_s must be {'at least' if zero else 'above'} 0 and finite, not {delay_s}"
+        raise ValueError(msg)
+    return float(delay_s)
+
+
+@final
+class Snooze(Exception):
+    """Not yet: run again in `delay_s` seconds (> 0, else ValueError). Costs no attempt. Return it or raise it."""
+
+    __match_args__: ClassVar[tuple[Literal["delay_s"]]] = ("delay_s",)
+
+    def __init__(self, delay_s: float) -> None:
+        super().__init__(delay_s)
+        self._delay_s = _delay("Snooze", delay_s, zero=False)
+
+    @property
+    def delay_s(self) -> float:
+        """Seconds to wait, in the broker."""
+        return self._delay_s
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Snooze) and other.delay_s == self.delay_s
+
+    def __hash__(self) -> int:
+        return hash((Snooze, self._delay_s))
+
+
+@final
+class Retry(Exception):
+    """Try again; counts as an attempt. `delay_s` seconds; None: as `Retries` computes, at once without it. Return it or raise it."""
+
+    __match_args__: ClassVar[tuple[Literal["delay_s"]]] = ("delay_s",)
+
+    def __init__(self, delay_s: float | None = None) -> None:
+        super().__init__(delay_s)
+        self._delay_s = None if delay_s is None else _delay("Retry", delay_s, zero=True)
+
+    @property
+    def delay_s(self) -> float | None:
+        """Seconds to wait, in the broker; None leaves it to `Retries`."""
+        return self._delay_s
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Retry) and other.delay_s == self.delay_s
+
+    def __hash__(self) -> int:
+        return hash((Retry, self._delay_s))
+
+
+@final
+class Bury(Exception):
+    """Give up; the job goes to the dead-letter queue with `reason`. Return it or raise it."""
+
+    __match_args__: ClassVar[tuple[Literal["reason"]]] = ("reason",)
+
+    def __init__(self, reason: str) -> None:
+        if not isinstance(reason, str) or not reason:  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"Bury: reason is a text that isn't empty, not {reason!r}"
+            raise TypeError(msg)
+        super().__init__(reason)
+        self._reason = reason
+
+    @property
+    def reason(self) -> str:
+        """Why; shown by `leveret dead list`."""
+        return self._reason
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bury) and other.reason == self.reason
+
+    def __hash__(self) -> int:
+        return hash((Bury, self._reason))
+
+
+Outcome: TypeAlias = Done | Expired | Retry | Snooze | Bury
+"""What a chain returns: a closed set, so that `match` over it can be exhaustive."""
+
+OUTCOMES = (Done, Expired, Retry, Snooze, Bury)
+
+
+class Undecodable(msgspec.Struct, frozen=True):
+    """It never reached a handler and never will: buried byte for byte, at once."""
+
+    reason: str
+
+
+class Unknown(msgspec.Struct, frozen=True):
+    """No handler here knows this name, or only an older version of it: it waits in the broker, then is buried."""
+
+    reason: str
+
+
+class NotStarted(msgspec.Struct, frozen=True):
+    """It was held here and not started: given back."""
+
+
+class CutOff(msgspec.Struct, frozen=True):
+    """It was running when the grace was over: left unsettled, so that the broker delivers it again."""
+
+
+Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff
+"""Every way in which a delivery may end here; `Consumer._settle` acts on each."""

@@ -1,0 +1,368 @@
+"""job + options → envelope → the publish layers → the broker, confirmed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Generic, cast, final
+
+import msgspec
+from typing_extensions import TypeVar
+
+from . import codec
+from .attempt import current_attempt
+from .broker import Broker
+from .chain import AnyLayer, bind, fold_publish
+from .envelope import Envelope, HeaderValue, Receipt, check_headers, header_bytes, pack_headers
+from .errors import BrokerUnavailable, InvalidJob, MessageTooLarge, PublishError, PublishManyError, PublishTimeout
+from .ids import new_job_id
+from .job import Job, Priority, Queue, spec_of
+from .settings import Runtime
+
+logger = logging.getLogger("leveret.publisher")
+
+MAX_DELAY_S = 48 * 86_400.0
+"""The delay ladder's reach; a longer wait belongs into a schedule or a table."""
+MAX_ID_BYTES = 200
+_WINDOW = 1000
+
+_J_co = TypeVar("_J_co", bound=Job, covariant=True, default=Job)
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How a job is to be published; the keywords of `Publisher.publish`."""
+
+    priority: Priority | None = None
+    delay_s: float | None = None
+    at: datetime | None = None
+    job_id: str | None = None
+    correlation_id: str | None = None
+    headers: Mapping[str, HeaderValue] | None = None
+    expires_s: float | None = None
+
+
+_PLAIN = Options()
+
+
+@final
+class Outgoing(Generic[_J_co]):
+    """A job with its publish options, where a job is handed over: `publish_many`, a cron function. Same meaning as `Publisher.publish`."""
+
+    __slots__ = ("_job", "_options")
+
+    def __init__(
+        self,
+        job: _J_co,
+        *,
+        priority: Priority | None = None,
+        delay_s: float | None = None,
+        at: datetime | None = None,
+        job_id: str | None = None,
+        correlation_id: str | None = None,
+        headers: Mapping[str, HeaderValue] | None = None,
+        expires_s: float | None = None,
+    ) -> None:
+        self._job = job
+        self._options = Options(
+            priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id, headers=headers, expires_s=expires_s
+        )
+
+    @property
+    def job(self) -> _J_co:
+        """The job."""
+        return self._job
+
+    @property
+    def options(self) -> Options:
+        """Everything else that it was made with."""
+        return self._options
+
+    def __repr__(self) -> str:
+        return f"Outgoing({self._job!r})"
+
+
+def _number(name: str, value: object, *, zero: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} is a number of seconds, not {value!r}"
+        raise InvalidJob(msg)
+    if not (value >= 0 if zero else value > 0) or value == float("inf"):
+        msg = f"{name} must be {'at least' if zero else 'above'} 0 and finite, not {value}"
+        raise InvalidJob(msg)
+    return float(value)
+
+
+class _Contract:
+    """What is looked up once a job class: its specification and its decoder."""
+
+    __slots__ = ("decoder", "spec")
+
+    def __init__(self, job: Job) -> None:
+        spec = spec_of(type(job))
+        if spec is None:
+            msg = f"{type(job).__name__} is abstract: it names no job and no queue, so it can't be published"
+            raise InvalidJob(msg)
+        self.spec = spec
+        self.decoder = codec.Decoder(type(job))
+
+
+class Sender:
+    """Makes envelopes and sends them: what `Publisher`, the cron publisher and the consumer share.
+
+    A confirmed publish is durable where the broker is; one that raises `PublishTimeout(maybe_published=True)` may be
+    there, and is safe to repeat under the same id: at least once.
+    """
+
+    def __init__(
+        self, broker: Broker, layers: Sequence[AnyLayer], runtime: Runtime, observe: Callable[[Job, Envelope], None] | None = None
+    ) -> None:
+        bind(layers, runtime)
+        self._observe = observe
+        self._broker = broker
+        self._runtime = runtime
+        self._queues: dict[str, Queue] = {}
+        self._contracts: dict[type, _Contract] = {}
+        self._decoders: dict[tuple[str, str], codec.Decoder] = {}
+        self._send = fold_publish(layers, self._to_broker)
+
+    async def publish(self, job: Job, options: Options, timeout_s: float) -> Receipt:
+        """Publish one job; raises a `PublishError`."""
+        return await self.send(self.envelope(job, options, timeout_s))
+
+    def envelope(self, job: Job, options: Options, timeout_s: float) -> Envelope:
+        """Return what will be sent for `job`, or raise InvalidJob or MessageTooLarge: nothing wrong leaves the process."""
+        if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"a job is published, not {job!r:.80}" + (": options go into publish itself" if isinstance(job, Outgoing) else "")
+            raise InvalidJob(msg)
+        contract = self._contracts.get(type(job))
+        if contract is None:
+            contract = self._contracts[type(job)] = _Contract(job)
+            queue = contract.spec.queue
+            self._decoders[queue.name, contract.spec.name] = contract.decoder
+            known = self._queues.setdefault(queue.name, queue)
+            if known != queue:
+                del self._contracts[type(job)]
+                msg = f"job {contract.spec.name}: {queue!r} and {known!r} are one queue with two definitions; share one Queue"
+                raise InvalidJob(msg)
+        spec = contract.spec
+        try:
+            return self._checked(job, contract, options, timeout_s)
+        except PublishError as error:
+            error.args = (f"{spec.name} to queue {spec.queue.name}: {error}",)
+            raise
+
+    def _checked(self, job: Job, contract: _Contract, options: Options, timeout_s: float) -> Envelope:
+        settings, spec = self._runtime.settings, contract.spec
+        now = self._runtime.clock.now()
+        deadline = time.monotonic() + _number("timeout_s", timeout_s)
+        job_id = options.job_id
+        if job_id is None:
+            job_id = new_job_id()
+        elif not isinstance(job_id, str) or not 0 < len(job_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"job_id is a text of 1 to {MAX_ID_BYTES} bytes, not {job_id!r:.80}"
+            raise InvalidJob(msg)
+        priority = spec.priority if options.priority is None else options.priority
+        if priority not in spec.queue.levels:
+            msg = f"priority is a Priority, not {priority!r}" if not isinstance(priority, Priority) else f"{spec.queue!r} takes no priority but NORMAL"  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidJob(msg, job_id=job_id)
+        body = self._encoded(job, contract, job_id)
+        delay_s = self._delay_s(options, now)
+        expires_s = spec.expires_s if options.expires_s is None else _number("expires_s", options.expires_s)
+        if expires_s is not None and expires_s <= delay_s:
+            msg = f"it would expire after {expires_s:g} s, before its delay of {delay_s:g} s is over"
+            raise InvalidJob(msg, job_id=job_id)
+        try:
+            headers: Mapping[str, object] = check_headers(options.headers) if options.headers else {}
+        except ValueError as error:
+            raise InvalidJob(str(error), job_id=job_id) from None
+        running = current_attempt.get()
+        correlation_id = options.correlation_id
+        if correlation_id is None:
+            correlation_id = None if running is None else running.envelope.correlation_id or running.job_id
+        elif not isinstance(correlation_id, str) or not 0 < len(correlation_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"correlation_id is a text of 1 to {MAX_ID_BYTES} bytes, not {correlation_id!r:.80}"
+            raise InvalidJob(msg, job_id=job_id)
+        return Envelope(
+            job_id=job_id,
+            job=spec.name,
+            queue=spec.queue.name,
+            priority=priority,
+            body=body,
+            content_type=codec.content_type(settings.encoding),
+            created_s=int(now),
+            app=self._runtime.app,
+            correlation_id=correlation_id,
+            headers=headers,
+            version=spec.version,
+            due_ms=int((now + delay_s) * 1000) if delay_s else None,
+            expires_at_ms=None if expires_s is None else int((now + expires_s) * 1000),
+            deadline=deadline,
+        )
+
+    def _encoded(self, job: Job, contract: _Contract, job_id: str) -> bytes:
+        settings = self._runtime.settings
+        try:
+            body = codec.encode(job, settings.encoding)
+        except Exception as error:
+            msg = f"it can't be encoded: {error}"
+            raise InvalidJob(msg, job_id=job_id) from error
+        if len(body) > settings.max_body_bytes:
+            msg = f"its body has {len(body)} bytes, the limit is {settings.max_body_bytes}; put the data elsewhere and send a reference"
+            raise MessageTooLarge(msg, job_id=job_id, size_bytes=len(body), limit_bytes=settings.max_body_bytes)
+        if len(body) > settings.warn_body_bytes:
+            logger.warning("job %s %s has a body of %d bytes; brokers are slow with large ones", contract.spec.name, job_id, len(body))
+        if settings.validate:
+            try:
+                contract.decoder.decode(body, codec.content_type(settings.encoding))
+            except codec.UndecodableError as error:
+                raise InvalidJob(str(error), job_id=job_id) from error
+        return body
+
+    def _delay_s(self, options: Options, now: float) -> float:
+        delay_s = 0.0 if options.delay_s is None else _number("delay_s", options.delay_s, zero=True)
+        if options.at is not None:
+            if options.delay_s is not None:
+                msg = "delay_s and at exclude each other"
+                raise InvalidJob(msg)
+            if not isinstance(options.at, datetime) or options.at.tzinfo is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+                msg = f"at is an aware datetime (with a time zone), not {options.at!r}"
+                raise InvalidJob(msg)
+            delay_s = max(0.0, options.at.timestamp() - now)
+        if delay_s > MAX_DELAY_S:
+            msg = f"a delay of {delay_s:g} s is above 48 days"
+            raise InvalidJob(msg)
+        return delay_s
+
+    async def send(self, envelope: Envelope) -> Receipt:
+        """Send an envelope through the publish layers."""
+        limit = self._runtime.settings.max_header_bytes
+        if envelope.headers and (size := header_bytes(pack_headers(envelope))) > limit:
+            msg = f"{envelope.job} to queue {envelope.queue}: its headers have {size} bytes, the limit is {limit}"
+            raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=size, limit_bytes=limit)
+        return await self._send(envelope)
+
+    async def _to_broker(self, envelope: Envelope) -> Receipt:
+        delay_s = 0.0 if envelope.due_ms is None else max(0.0, envelope.due_ms / 1000 - self._runtime.clock.now())
+        await self._broker.publish(self._queues[envelope.queue], envelope, delay_s=delay_s, deadline=envelope.deadline)
+        if self._observe is not None:
+            decoder = self._decoders[envelope.queue, envelope.job]
+            self._observe(decoder.decode(envelope.body, envelope.content_type), envelope)
+        return Receipt(envelope.job_id)
+
+    async def publish_many(self, jobs: Iterable[Job | Outgoing], timeout_s: float) -> list[Receipt]:
+        """Publish all, a bounded number in flight; `PublishManyError` if any failed."""
+        if isinstance(jobs, (Job, Outgoing)):
+            msg = "publish_many takes several jobs, not one"
+            raise InvalidJob(msg)
+        deadline = time.monotonic() + _number("timeout_s", timeout_s)
+        results: list[Receipt | PublishError | None] = []
+        tasks: set[asyncio.Task[None]] = set()
+        free = asyncio.Semaphore(_WINDOW)
+
+        async def send(index: int, envelope: Envelope) -> None:
+            try:
+                results[index] = await self.send(envelope)
+            except PublishError as error:
+                results[index] = error
+            except Exception as error:  # noqa: BLE001 - a user's layer: one job's failure, not everyone's
+                results[index] = failed = PublishError(f"{envelope.job}: {type(error).__name__}: {error}", job_id=envelope.job_id)
+                failed.__cause__ = error
+            finally:
+                free.release()
+
+        try:
+            for index, item in enumerate(jobs):
+                results.append(None)
+                job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, _PLAIN)
+                left_s = deadline - time.monotonic()
+                try:
+                    if left_s <= 0:
+                        raise PublishTimeout("no time was left to send it", job_id=options.job_id, maybe_published=False)
+                    envelope = self.envelope(job, options, left_s)
+                    await asyncio.wait_for(free.acquire(), left_s) if free.locked() else await free.acquire()
+                except (PublishError, TimeoutError) as error:
+                    results[index] = (
+                        error if isinstance(error, PublishError)
+                        else PublishTimeout("no time was left to send it", job_id=options.job_id, maybe_published=False)
+                    )
+                    continue
+                task = asyncio.create_task(send(index, envelope))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            if tasks:
+                await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        whole = cast("list[Receipt | PublishError]", results)
+        receipts = [result for result in whole if isinstance(result, Receipt)]
+        if len(receipts) < len(whole):
+            raise PublishManyError(whole)
+        return receipts
+
+
+@final
+class Publisher:
+    """Publishes from an event loop; made by `App.publisher`.
+
+    Safe to use from many tasks at once: what they publish is pipelined.
+    """
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender: Sender | None = sender
+
+    def close(self) -> None:
+        """Refuse what comes from now on; called when the block that made it is left."""
+        self._sender = None
+
+    def _open(self, job_id: str | None = None) -> Sender:
+        if self._sender is None:
+            msg = "this publisher is closed: its `async with app.publisher()` was left"
+            raise BrokerUnavailable(msg, job_id=job_id)
+        return self._sender
+
+    async def publish(
+        self,
+        job: Job,
+        *,
+        priority: Priority | None = None,
+        delay_s: float | None = None,
+        at: datetime | None = None,
+        job_id: str | None = None,
+        correlation_id: str | None = None,
+        headers: Mapping[str, HeaderValue] | None = None,
+        expires_s: float | None = None,
+        timeout_s: float = 5.0,
+    ) -> Receipt:
+        """Return once the broker has confirmed it: from then on it runs at least once.
+
+        Args:
+            job: An instance of a `Job` class that names its job and queue.
+            priority: None: the class's own, NORMAL unless it says otherwise.
+            delay_s: Not before so many seconds, kept in the broker; at most 48 days. Excludes `at`.
+            at: Not before this aware datetime; one in the past means at once.
+            job_id: Up to 200 bytes; None: a new UUIDv7. It identifies, it doesn't deduplicate.
+            correlation_id: None: inherited from the job whose handler runs here, if any.
+            headers: Plain values, kept by every retry and replay; names must not begin with `lv-`.
+            expires_s: Not run later than so many seconds from now; must be above the delay. None: the class's own.
+            timeout_s: Seconds for all of it, connecting included.
+
+        Raises:
+            InvalidJob, MessageTooLarge: Refused before anything was sent.
+            BrokerUnavailable, Unroutable: Nothing was kept.
+            PublishTimeout: See its `maybe_published`; publish again under the same `job_id`.
+        """
+        options = Options(
+            priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id, headers=headers, expires_s=expires_s
+        )
+        return await self._open(job_id).publish(job, options, timeout_s)
+
+    async def publish_many(self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0) -> list[Receipt]:
+        """Publish `jobs` pipelined; receipts in order, or `PublishManyError` if any failed; `timeout_s` is for all of them.
+
+        Each is confirmed on its own: those with a receipt in the error's `results` are published whatever became of
+        the others.
+        """
+        return await self._open().publish_many(jobs, timeout_s)

@@ -1,0 +1,163 @@
+"""When a recurring job is due: cron expressions in a time zone, as pure functions of an instant.
+
+Rules at a change of the clocks, for an expression whose hour is a number or a list (daily and rarer):
+
+- a time that doesn't exist (spring) is taken with the offset before the change: 02:30 becomes 03:30 summer time;
+- a time that comes twice (autumn) is taken the first time only.
+
+One whose hour is `*` or a step of it (`*/2`), or that has seconds, means an interval: it fires through both passes of
+a repeated hour, and skips what doesn't exist.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import msgspec
+
+from .job import Job
+from .publisher import Outgoing
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
+_FIELD = re.compile(r"[0-9A-Za-z*/,\-#?]+\Z")
+_RANGES = {"second": (0, 59), "minute": (0, 59), "hour": (0, 23), "day of month": (1, 31), "month": (1, 12), "day of week": (0, 7)}
+_INTERVAL = re.compile(r"(\*|\?)(/\d+)?\Z")
+MAX_NAME = 80
+
+
+class Schedule(msgspec.Struct, frozen=True):
+    """A recurring job."""
+
+    name: str
+    """Its function's unless given; part of its jobs' ids."""
+    expression: str
+    tz: str
+    emit: Callable[..., Job | Outgoing | None]
+    """Returns what to publish."""
+    takes_slot: bool
+    enabled: bool
+    """A schedule that is off stays listed."""
+
+    def next(self, after: datetime) -> datetime | None:
+        """Return the first slot after `after`, in UTC; None where there is no more."""
+        return next_slot(self.expression, self.tz, after)
+
+    def slot_id(self, app: str, slot: datetime) -> str:
+        """Return the id of the job of `slot`: the same on every replica, and after a restart."""
+        return f"{app}.{self.name}@{slot.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+
+    def job(self, slot: datetime) -> Job | Outgoing | None:
+        """Ask the schedule what to publish in `slot`, which is passed in the schedule's zone."""
+        return self.emit(slot.astimezone(ZoneInfo(self.tz))) if self.takes_slot else self.emit()
+
+
+def make_schedule(expression: str, emit: Callable[..., Any], *, name: str | None, tz: str, enabled: bool) -> Schedule:
+    """Return a schedule, or raise ValueError (TypeError for a function of a wrong shape) that says what is wrong with it."""
+    called = name if name is not None else getattr(emit, "__name__", "")
+    if not isinstance(called, str) or not 0 < len(called) <= MAX_NAME or not _NAME.match(called):  # pyright: ignore[reportUnnecessaryIsInstance]
+        msg = f"a schedule's name has 1 to {MAX_NAME} of [A-Za-z0-9_.-], not {called!r}"
+        raise ValueError(msg)
+    check_expression(expression)
+    try:
+        ZoneInfo(tz)
+    except Exception:  # noqa: BLE001 - zoneinfo raises KeyError, ValueError, IsADirectoryError …
+        msg = f"schedule {called!r}: {tz!r} is no IANA time zone such as Europe/Berlin (is tzdata installed?)"
+        raise ValueError(msg) from None
+    if inspect.iscoroutinefunction(emit) or inspect.isgeneratorfunction(emit):
+        msg = f"schedule {called!r}: a cron function is a plain def that returns the job; do the work in the job's handler"
+        raise TypeError(msg)
+    parameters = [p for p in inspect.signature(emit).parameters.values() if p.default is p.empty]
+    if len(parameters) > 1:
+        msg = f"schedule {called!r}: a cron function takes nothing, or its slot; not ({', '.join(p.name for p in parameters)})"
+        raise TypeError(msg)
+    return Schedule(called, expression, tz, emit, bool(parameters), enabled)
+
+
+def check_expression(expression: str) -> None:
+    """Raise ValueError, naming the field, unless `expression` has five or six fields of the right shape and range.
+
+    Without croniter, which a worker that imports an app with schedules must not pay for.
+    """
+    fields = expression.split() if isinstance(expression, str) else []  # pyright: ignore[reportUnnecessaryIsInstance]
+    names = list(_RANGES)[6 - len(fields) :] if len(fields) in (5, 6) else []
+    if not names:
+        msg = f"cron expression {expression!r}: it has five fields (minute hour day-of-month month day-of-week), or six with seconds first"
+        raise ValueError(msg)
+    for name, field in zip(names, fields, strict=True):
+        low, high = _RANGES[name]
+        wrong = not _FIELD.match(field) or bool(re.search(r",,|^,|,$|/0*$|/\D|--|-$|^-", field))
+        for part in re.findall(r"(?<![/#\w])\d+", field):
+            wrong = wrong or not low <= int(part) <= high
+        if name not in ("month", "day of week"):
+            wrong = wrong or bool(re.search(r"[A-KM-Za-km-z]", field))
+        else:
+            for word in re.findall(r"[A-Za-z]+", field):
+                known = "jan feb mar apr may jun jul aug sep oct nov dec" if name == "month" else "sun mon tue wed thu fri sat l"
+                wrong = wrong or word.lower() not in known.split()
+        if wrong:
+            msg = f"cron expression {expression!r}: its {name} is {field!r}; a {name} is {low} to {high}, *, a list, a range or a step"
+            raise ValueError(msg)
+
+
+def next_slot(expression: str, tz: str, after: datetime) -> datetime | None:
+    """Return the first slot of `expression` in zone `tz` that is later than `after` (aware), in UTC; None if there is none.
+
+    Computed from the expression alone, never from the last sleep: no drift. croniter sees local times without a zone
+    and decides nothing about the clocks: on its own it fires 02:30 twice on the autumn change (7.0.0: measured).
+    """
+    zone = ZoneInfo(tz)
+    interval = _is_interval(expression)
+    local = after.astimezone(zone)
+    start = local.replace(tzinfo=None)
+    for naive in _local_slots(expression, start):
+        instant = _utc(naive, zone, fold=local.fold if interval else 0)
+        if interval:
+            change = _change_between(after, instant, zone)
+            if change is not None:
+                # the clocks change before it: what is due from the change on comes first
+                begins = change.astimezone(zone)
+                first = next(_local_slots(expression, begins.replace(tzinfo=None) - timedelta(microseconds=1)), None)
+                return None if first is None else _utc(first, zone, fold=begins.fold)
+        if instant > after:
+            return instant
+    return None
+
+
+def _is_interval(expression: str) -> bool:
+    fields = expression.split()
+    return len(fields) == 6 or bool(_INTERVAL.match(fields[-4]))
+
+
+def _local_slots(expression: str, start: datetime) -> Any:
+    from croniter import CroniterBadDateError, croniter
+
+    try:
+        slots = croniter(expression, start, second_at_beginning=True)
+        while True:
+            yield slots.get_next(datetime)
+    except CroniterBadDateError:
+        return
+
+
+def _utc(naive: datetime, zone: ZoneInfo, *, fold: int) -> datetime:
+    return naive.replace(tzinfo=zone, fold=fold).astimezone(timezone.utc)
+
+
+def _change_between(after: datetime, until: datetime, zone: ZoneInfo) -> datetime | None:
+    """Return the first second after `after` and not after `until` whose offset isn't that of `after`."""
+    low, high = int(after.timestamp()), int(until.timestamp())
+    offset = datetime.fromtimestamp(low, zone).utcoffset()
+    if datetime.fromtimestamp(high, zone).utcoffset() == offset:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        if datetime.fromtimestamp(middle, zone).utcoffset() == offset:
+            low = middle
+        else:
+            high = middle
+    return datetime.fromtimestamp(high, timezone.utc)

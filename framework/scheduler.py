@@ -1,0 +1,195 @@
+"""`leveret cron`: publishes each schedule's jobs at their slots. One process of it for now."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+
+from .app import App
+from .backoff import full_jitter
+from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError
+from .publisher import Options, Outgoing, Sender
+from .schedule import Schedule
+from .settings import Runtime, redact
+
+logger = logging.getLogger("leveret.cron")
+
+LONGEST_SLEEP_S = 30.0
+"""Looked at the clock at least so often, since it may be set."""
+PUBLISH_TIMEOUT_S = 5.0
+FINISH_S = PUBLISH_TIMEOUT_S + 1.0
+"""How long a stop waits for what is being published."""
+
+
+class Scheduler:
+    """Publishes the enabled schedules of an app, each in a task of its own, so that none waits for another.
+
+    A slot's job has a deterministic id: published again after a restart or an unknown confirm it is the same job,
+    at least once. A slot that can't be published is tried again until the schedule's next one is due. What fell due
+    while no scheduler ran is skipped.
+    """
+
+    def __init__(self, app: App[Any], sender: Sender, runtime: Runtime) -> None:
+        self._app = app
+        self._sender = sender
+        self._runtime = runtime
+        self._clock = runtime.clock
+        self._schedules = [schedule for schedule in app.schedules if schedule.enabled]
+        self._threads = ThreadPoolExecutor(max(1, len(self._schedules)), thread_name_prefix="leveret-cron")
+        self._stop = asyncio.Event()
+        self._emitting = 0
+
+    async def run(self) -> None:
+        """Publish until `stop`; return once what was being published is through."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for schedule in self._schedules:
+                    group.create_task(self._follow(schedule))
+        except BaseExceptionGroup as group:
+            refused = group.subgroup(ConfigurationError)  # a refused login, a queue that differs: one line, not a group of it
+            if refused is None:
+                raise
+            raise refused.exceptions[0] from None
+        finally:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self) -> None:
+        """Begin no slot any more, and try none again."""
+        self._stop.set()
+
+    @property
+    def emitting(self) -> int:
+        """How many slots are being published now."""
+        return self._emitting
+
+    async def _follow(self, schedule: Schedule) -> None:
+        slot = schedule.next(self._now())
+        while slot is not None:
+            # the next slot comes from the expression, never from when the last one was published: no drift
+            while (left_s := slot.timestamp() - self._clock.now()) > 0:
+                if await self._stopped_within(min(left_s, LONGEST_SLEEP_S)):
+                    return
+            if self._stop.is_set():
+                return
+            following = schedule.next(slot)
+            self._emitting += 1
+            try:
+                await self._emit(schedule, slot, following)
+            finally:
+                self._emitting -= 1
+            slot = self._not_missed(schedule, following)
+        logger.info("schedule %s has no further slot", schedule.name)
+        await self._stop.wait()
+
+    def _not_missed(self, schedule: Schedule, following: datetime | None) -> datetime | None:
+        """Return `following`, late though it may be, unless the slot after it is due as well: then what comes next."""
+        now = self._now()
+        if following is None or following >= now:
+            return following
+        after = schedule.next(following)
+        if after is None or after > now:
+            return following
+        later = schedule.next(now)
+        logger.error("schedule %s: the slots from %s to now are missed; next is %s", schedule.name, following, later)
+        return later
+
+    async def _stopped_within(self, delay_s: float) -> bool:
+        """Wait `delay_s`, or less where it is to stop."""
+        sleeping = asyncio.ensure_future(self._clock.sleep(delay_s))
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({sleeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sleeping.cancel()
+            stopping.cancel()
+        return self._stop.is_set()
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.now(), timezone.utc)
+
+    async def _emit(self, schedule: Schedule, slot: datetime, following: datetime | None) -> None:
+        try:
+            # a user's code: it may block, so it has threads of its own
+            emitted = await asyncio.get_running_loop().run_in_executor(self._threads, schedule.job, slot)
+        except Exception as error:
+            logger.exception("schedule %s: its function raised in slot %s; the slot is missed: %r", schedule.name, slot, error)  # noqa: TRY401 - the line without a traceback
+            return
+        if emitted is None:
+            return
+        job, given = (emitted.job, emitted.options) if isinstance(emitted, Outgoing) else (emitted, Options())
+        if given.job_id is None:
+            given = msgspec.structs.replace(given, job_id=schedule.slot_id(self._app.name, slot))
+        tries = 0
+        while True:
+            try:
+                receipt = await self._sender.publish(job, given, PUBLISH_TIMEOUT_S)
+            except ConfigurationError:
+                raise
+            except PublishError as error:
+                final = isinstance(error, (InvalidJob, MessageTooLarge))
+                tries += 1
+                wait_s = full_jitter(tries, base_s=0.5, cap_s=15.0, rng=self._runtime.rng)
+                if final or (following is not None and self._clock.now() + wait_s >= following.timestamp()):
+                    logger.error("schedule %s: slot %s is missed, it couldn't be published: %s", schedule.name, slot, redact(str(error)))  # noqa: TRY400 - a line says it all
+                    return
+                if tries == 1:
+                    logger.warning("schedule %s: slot %s isn't published yet, trying again: %s", schedule.name, slot, redact(str(error)))
+                if self._stop.is_set() or await self._stopped_within(wait_s):
+                    logger.error("schedule %s: slot %s is missed, stopped before it could be published: %s", schedule.name, slot, redact(str(error)))  # noqa: TRY400
+                    return
+            except Exception as error:
+                logger.exception("schedule %s: a publish layer raised in slot %s; the slot is missed: %r", schedule.name, slot, error)  # noqa: TRY401
+                return
+            else:
+                logger.info("schedule %s published %s", schedule.name, receipt.job_id)
+                return
+
+
+async def run(app: App[Any]) -> int:
+    """Run the app's schedules until SIGTERM or SIGINT; return the exit code.
+
+    0: what was being published at the signal is through. 1: it wasn't within `FINISH_S`, or a second signal cut it off.
+    """
+    app.import_modules()
+    enabled = [schedule for schedule in app.schedules if schedule.enabled]
+    if not enabled:
+        msg = f"app {app.name!r} has no enabled schedule; make one with @app.cron(…)"
+        raise ConfigurationError(msg)
+    runtime = app.runtime()
+    broker = app.open_broker(runtime)
+    scheduler = Scheduler(app, app.sender(broker, runtime), runtime)
+    running = asyncio.ensure_future(scheduler.run())
+    ending = asyncio.Event()
+    hurry = asyncio.Event()
+
+    def on_signal() -> None:
+        if ending.is_set():
+            hurry.set()
+        ending.set()
+        scheduler.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    for schedule in enabled:
+        logger.info("schedule %s (%s %s): next at %s", schedule.name, schedule.expression, schedule.tz, schedule.next(datetime.now(timezone.utc)))
+    ended, hurried = asyncio.ensure_future(ending.wait()), asyncio.ensure_future(hurry.wait())
+    try:
+        await asyncio.wait({running, ended}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({running, hurried}, timeout=FINISH_S, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+            logger.info("stopped")
+            return 0
+        logger.error("stopped, %d slots cut off: they may be published or not", scheduler.emitting)
+        return 1
+    finally:
+        for task in (ended, hurried, running):
+            task.cancel()
+        await asyncio.wait({running})
+        await broker.close()

@@ -1,0 +1,104 @@
+"""What an operator may set, the environment read in one function, and the one redactor of URLs."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from .clock import Clock, SystemClock
+
+NO_BROKER = (
+    "no broker is set. Set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
+    "amqp://user:password@host/vhost (RabbitMQ, for production), sqlite:///jobs.db (a local file, nothing to install), "
+    "memory:// (inside one process, for tests)"
+)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator may set; relations are checked when it is made (ValueError)."""
+
+    validate: bool = True
+    """Decode what was encoded before it is sent, so that a job of wrong types is refused at its publisher."""
+    encoding: Literal["json", "msgpack"] = "json"
+    """How this app encodes what it publishes; both are always read."""
+    unknown_grace_s: float = 300.0
+    """How long a job that no handler here knows waits in the broker before it is buried; a deploy may be rolling."""
+    consumer_timeout_s: float = 1800.0
+    """The broker's limit for an unacked delivery (RabbitMQ's `consumer_timeout`); handlers must stay under 3/4 of it."""
+    connect_timeout_s: float = 10.0
+    """Deadline of one try to connect, handshake included."""
+    heartbeat_s: float = 15.0
+    """Asked of the broker; a dead peer is noticed after about three of them."""
+    reconnect_base_s: float = 0.5
+    """Ceiling of the first wait before a connection is tried again; it doubles, with full jitter."""
+    reconnect_cap_s: float = 15.0
+    """Ceiling of any such wait."""
+    warn_body_bytes: int = 1 << 20
+    """A larger body is published with a warning."""
+    max_body_bytes: int = 15 << 20
+    """A larger body is refused before a byte is sent: brokers of 4.x close the channel at 16 MiB."""
+    max_header_bytes: int = 32 << 10
+    """All headers of one job together; more is refused, since a frame that is too large ends the connection."""
+
+    def __post_init__(self) -> None:
+        for name in ("unknown_grace_s", "consumer_timeout_s", "connect_timeout_s", "heartbeat_s", "reconnect_base_s", "reconnect_cap_s"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                msg = f"settings: {name} must be above 0 and finite, not {value}"
+                raise ValueError(msg)
+        if self.encoding not in ("json", "msgpack"):
+            msg = f"settings: encoding must be json or msgpack, not {self.encoding!r}"
+            raise ValueError(msg)
+        if self.reconnect_cap_s < self.reconnect_base_s:
+            msg = f"settings: reconnect_cap_s ({self.reconnect_cap_s}) is below reconnect_base_s ({self.reconnect_base_s})"
+            raise ValueError(msg)
+        if not 0 < self.warn_body_bytes <= self.max_body_bytes:
+            msg = f"settings: warn_body_bytes ({self.warn_body_bytes}) must be between 1 and max_body_bytes ({self.max_body_bytes})"
+            raise ValueError(msg)
+        if self.max_header_bytes < 1024:
+            msg = f"settings: max_header_bytes must be at least 1024, not {self.max_header_bytes}"
+            raise ValueError(msg)
+
+
+class Environment(msgspec.Struct, frozen=True):
+    """What leveret reads from the environment; nothing else does."""
+
+    broker: str | None
+    """LEVERET_BROKER: the broker's URL."""
+    app: str | None
+    """LEVERET_APP: module:attribute of the app, for commands that aren't given one."""
+    log_level: str
+    """LEVERET_LOG: debug, info (the default), warning or error."""
+
+
+def environment(mapping: Mapping[str, str]) -> Environment:
+    """Read leveret's variables; an empty one counts as not set."""
+    return Environment(
+        broker=mapping.get("LEVERET_BROKER") or None,
+        app=mapping.get("LEVERET_APP") or None,
+        log_level=mapping.get("LEVERET_LOG") or "info",
+    )
+
+
+class Runtime(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process hands to its brokers and layers: its settings, and time and chance."""
+
+    app: str
+    """The app's name; AMQP's `app_id`, and part of connection names."""
+    settings: Settings = Settings()
+    clock: Clock = msgspec.field(default_factory=SystemClock)
+    rng: random.Random = msgspec.field(default_factory=random.Random)
+    processes: int = 1
+    """Worker processes of this `leveret work`, which share out a rate limit."""
+
+
+_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^@\s]*)@")
+
+
+def redact(text: str) -> str:
+    """Return `text` with the password of every URL in it replaced; whatever prints a URL goes through here."""
+    return _PASSWORD.sub(r"\1:***@", text)

@@ -1,0 +1,239 @@
+"""Run an app in a test: memory broker, manual clock, no sleeping.
+
+    async with running(app, resources=fakes) as lab:
+        receipt = await lab.publish(SendInvoice(order_id=7, email="a@example.org"))
+        await lab.drain()
+        assert [run.number for run in lab.attempts(receipt.job_id)] == [1, 2, 3]
+
+Jobs are encoded, queued, delivered, retried and buried for real; only time and the broker's process are played.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
+from typing import Any, Protocol, cast, final, overload
+
+import msgspec
+from typing_extensions import TypeVar
+
+from .app import App, Capture
+from .attempt import Attempt, make_attempt
+from .broker import Broker, broker_module
+from .clock import ManualClock
+from .consumer import Consumer, Ended
+from .envelope import Envelope, HeaderValue, Receipt
+from .errors import ConfigurationError
+from .job import Job, Priority, Queue
+from .outcome import OUTCOMES, Bury, Done, Outcome
+from .publisher import Publisher, Sender
+from .settings import Runtime
+from .worker import working
+
+_R = TypeVar("_R")
+
+STUCK_S = 30.0
+"""Real seconds after which `drain` gives up on a handler that doesn't end."""
+MOST_RUNS = 100_000
+"""Runs after which `drain` gives up: a job that snoozes for ever."""
+
+
+class _State(Protocol):
+    @property
+    def delayed(self) -> int: ...
+    @property
+    def next_due_in_s(self) -> float | None: ...
+    @property
+    def version(self) -> int: ...
+
+
+class _Store(Protocol):
+    def state(self, clock: ManualClock) -> _State: ...
+
+
+class _Memory(Protocol):
+    """What is used of `leveret.brokers.memory`; looked up by scheme, since this folder imports no broker."""
+
+    def MemoryStore(self) -> _Store: ...  # noqa: N802 - a class there
+    def MemoryBroker(self, store: _Store, runtime: Runtime) -> Broker: ...  # noqa: N802
+
+
+def _memory() -> _Memory:
+    return cast("_Memory", broker_module("memory://"))
+
+
+class Published(msgspec.Struct, frozen=True):
+    """One job that was published while the lab ran."""
+
+    job: Job
+    envelope: Envelope
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One attempt that ended; `error` is what the handler raised, if it did."""
+
+    job: Job
+    envelope: Envelope
+    number: int
+    outcome: Outcome
+    error: BaseException | None
+
+
+@final
+class Lab:
+    """What `running` gives: publish, let time pass, look."""
+
+    def __init__(self, clock: ManualClock, store: _Store) -> None:
+        self._clock = clock
+        self._store = store
+        self._published: list[Published] = []
+        self._runs: list[Run] = []
+        self._publisher: Publisher | None = None
+        self._consumer: Consumer | None = None
+
+    @property
+    def published(self) -> Sequence[Published]:
+        """Everything published so far, in order; retries and snoozes of a job don't count."""
+        return tuple(self._published)
+
+    @property
+    def done(self) -> Sequence[Run]:
+        """Runs that ended well, in order."""
+        return tuple(run for run in self._runs if isinstance(run.outcome, Done))
+
+    @property
+    def buried(self) -> Sequence[Run]:
+        """Runs after which the job was buried, in order."""
+        return tuple(run for run in self._runs if isinstance(run.outcome, Bury))
+
+    def attempts(self, job_id: str, /) -> Sequence[Run]:
+        """Every run of that job, in order; empty for an unknown id."""
+        return tuple(run for run in self._runs if run.envelope.job_id == job_id)
+
+    def advance(self, seconds: float, /) -> None:
+        """Move the clock; what falls due runs at the next `drain`."""
+        self._clock.advance(seconds)
+
+    async def drain(self) -> None:
+        """Run until no job is left, retry waits and snoozes included: the clock moves to whatever is due next.
+
+        RuntimeError for a handler that doesn't end within 30 real seconds, or a job that comes again for ever. A job
+        of a queue that this app has no handler for stays where it is.
+        """
+        consumer = cast("Consumer", self._consumer)
+        begun = len(self._runs)
+        while True:
+            await self._settle(consumer)
+            if len(self._runs) - begun > MOST_RUNS:
+                msg = f"drain: {MOST_RUNS} runs and no end; does a job snooze or retry for ever?"
+                raise RuntimeError(msg)
+            state = self._store.state(self._clock)
+            waits = [wait for wait in (state.next_due_in_s, self._clock.next_due_in_s()) if wait is not None]
+            if not (state.delayed or consumer.busy or consumer.held) or not waits:
+                return
+            self._clock.advance(min(waits))
+
+    async def _settle(self, consumer: Consumer) -> None:
+        """Let the loop turn until nothing moves but with the clock."""
+        quiet, version, moved = 0, -1, time.monotonic()
+        while quiet < 5:
+            await asyncio.sleep(0)
+            state = self._store.state(self._clock)
+            waits = consumer.busy <= self._clock.sleepers
+            if state.version != version:
+                quiet, version, moved = 0, state.version, time.monotonic()
+            elif waits:
+                quiet += 1
+            elif time.monotonic() - moved > STUCK_S:
+                msg = f"drain: {consumer.running} handlers run for over {STUCK_S:g} s; do they wait for something that never comes?"
+                raise RuntimeError(msg)
+            else:
+                # a handler waits for something real: a thread, a socket
+                changed = asyncio.ensure_future(consumer.changed())
+                await asyncio.wait([changed], timeout=0.01)
+                changed.cancel()
+
+    async def publish(
+        self,
+        job: Job,
+        *,
+        priority: Priority | None = None,
+        delay_s: float | None = None,
+        at: datetime | None = None,
+        job_id: str | None = None,
+        correlation_id: str | None = None,
+        headers: Mapping[str, HeaderValue] | None = None,
+        expires_s: float | None = None,
+        timeout_s: float = 5.0,
+    ) -> Receipt:
+        """As `Publisher.publish`, on the memory broker."""
+        return await cast("Publisher", self._publisher).publish(
+            job, priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id,
+            headers=headers, expires_s=expires_s, timeout_s=timeout_s,
+        )
+
+    def _on_published(self, job: Job, envelope: Envelope) -> None:
+        self._published.append(Published(job, envelope))
+
+    def _on_ended(self, ended: Ended) -> None:
+        if ended.job is not None and isinstance(ended.ending, OUTCOMES):
+            self._runs.append(Run(ended.job, ended.envelope, ended.envelope.attempt, ended.ending, ended.error))
+
+
+_UNSET: Any = object()
+
+
+@asynccontextmanager
+async def _running(app: App[Any], resources: Any) -> AsyncGenerator[Lab, None]:
+    memory = _memory()
+    clock, store = ManualClock(), memory.MemoryStore()
+    lab = Lab(clock, store)
+    runtime = Runtime(app=app.name, settings=app.settings, clock=clock, rng=random.Random(0))
+
+    @asynccontextmanager
+    async def given() -> AsyncGenerator[Any, None]:
+        yield resources
+
+    lifespan = None if resources is _UNSET else given
+    with app.captured(Capture(lambda: memory.MemoryBroker(store, runtime), runtime, lab._on_published)):  # pyright: ignore[reportPrivateUsage]
+        app.import_modules()
+        async with app.publisher() as publisher:
+            lab._publisher = publisher  # pyright: ignore[reportPrivateUsage]
+            async with working(app, runtime=runtime, lifespan=lifespan, observe=lab._on_ended, grace_s=1.0) as work:  # pyright: ignore[reportPrivateUsage]
+                lab._consumer = work.consumer  # pyright: ignore[reportPrivateUsage]
+                yield lab
+
+
+def running(app: App[_R], *, resources: _R = _UNSET) -> AbstractAsyncContextManager[Lab, None]:
+    """Run `app` with `resources` in the place of its lifespan's; left out, the lifespan runs.
+
+    Publishers of `app`, the blocking one too, are captured meanwhile. Leaving it cuts off what still runs.
+    """
+    return cast("AbstractAsyncContextManager[Lab, None]", _running(app, resources))
+
+
+@overload
+def attempt(*, number: int = 1) -> Attempt[None]: ...
+@overload
+def attempt(*, resources: _R, number: int = 1) -> Attempt[_R]: ...
+def attempt(*, resources: Any = None, number: int = 1) -> Attempt[Any]:
+    """Make an attempt for calling a handler directly; what it publishes goes to a memory broker of its own."""
+    if number < 1:
+        msg = f"attempt: number is 1 for the first run, not {number}"
+        raise ConfigurationError(msg)
+    runtime = Runtime(app="test", clock=ManualClock())
+    memory = _memory()
+    sender = Sender(memory.MemoryBroker(memory.MemoryStore(), runtime), (), runtime)
+    envelope = Envelope(job_id="00000000-0000-7000-8000-000000000000", job="test.attempt", queue="test", attempt=number)
+    return make_attempt(
+        _TestedJob(), envelope, redelivered=number > 1, first_seen_ms=int(runtime.clock.now() * 1000), resources=resources,
+        publisher=Publisher(sender),
+    )
+
+
+class _TestedJob(Job, name="test.attempt", queue=Queue("test")):
+    """Stands for the job of an attempt that a test made."""

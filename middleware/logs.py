@@ -1,0 +1,101 @@
+"""One structured line an attempt."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import ClassVar, Literal, final
+
+from leveret.attempt import Attempt
+from leveret.chain import Consume
+from leveret.clock import Clock, SystemClock
+from leveret.outcome import Bury, Done, Outcome, Retry, Snooze
+from leveret.settings import Runtime
+
+logger = logging.getLogger("leveret.attempt")
+
+
+@final
+class Logs:
+    """One structured line an attempt, on the logger `leveret.attempt`; never the payload.
+
+    INFO for a run that is done or snoozed, WARNING for a retry, ERROR for a burial or an exception that passes. A JSON
+    formatter finds every value in the record: `job`, `job_id`, `queue`, `attempt`, `correlation_id`, `redelivered`,
+    `outcome`, `duration_s`, `delay_s` (of a retry or snooze), `reason` (of a burial) and `error` (class and text).
+    Outermost it sees outcomes; inside `Retries` it sees exceptions.
+    """
+
+    once: ClassVar[Literal[True]] = True
+
+    def __init__(self) -> None:
+        self._clock: Clock = SystemClock()
+
+    def __repr__(self) -> str:
+        return "Logs()"
+
+    def bind(self, runtime: Runtime) -> None:
+        """Take the clock."""
+        self._clock = runtime.clock
+
+    async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
+        """Run it, and say how it ended."""
+        started = self._clock.monotonic()
+        try:
+            outcome = await proceed(attempt)
+        except asyncio.CancelledError:
+            self._say(logging.WARNING, attempt, started, "cancelled", None, None)
+            raise
+        except (Retry, Snooze, Bury) as said:
+            self._say_outcome(attempt, started, said)
+            raise
+        except Exception as error:
+            self._say(logging.ERROR, attempt, started, "failed", None, error)
+            raise
+        self._say_outcome(attempt, started, outcome)
+        return outcome
+
+    def _say_outcome(self, attempt: Attempt, started: float, outcome: Outcome) -> None:
+        match outcome:
+            case Bury():
+                level, name = logging.ERROR, "buried"
+            case Retry():
+                level, name = logging.WARNING, "retry"
+            case Snooze():
+                level, name = logging.INFO, "snoozed"
+            case Done():
+                level, name = logging.INFO, "done"
+            case _:
+                level, name = logging.WARNING, "expired"
+        self._say(level, attempt, started, name, outcome, outcome.__cause__ if isinstance(outcome, BaseException) else None)
+
+    def _say(
+        self, level: int, attempt: Attempt, started: float, name: str, outcome: Outcome | None, error: BaseException | None
+    ) -> None:
+        if not logger.isEnabledFor(level):
+            return
+        duration_s = self._clock.monotonic() - started
+        envelope = attempt.envelope
+        fields: dict[str, object] = {
+            "job": envelope.job, "job_id": envelope.job_id, "queue": envelope.queue, "attempt": envelope.attempt,
+            "correlation_id": envelope.correlation_id, "redelivered": attempt.redelivered, "outcome": name, "duration_s": duration_s,
+        }
+        text = ""
+        if isinstance(outcome, (Retry, Snooze)):
+            fields["delay_s"] = outcome.delay_s
+            if outcome.delay_s is not None:
+                text = f", again in {outcome.delay_s:.3g} s"
+        if error is not None:
+            fields["error"] = _line(f"{type(error).__qualname__}: {error}")
+            text += f": {fields['error']}"
+        if isinstance(outcome, Bury):
+            fields["reason"] = _line(outcome.reason)
+            text = f": {fields['reason']}"
+        logger.log(level, "%s %s in %s%s", envelope.job, name, _duration(duration_s), text, extra=fields)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,296 @@
+"""Failures come back after waits that the broker holds, then are buried; ordered rules say which of them how."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeAlias, cast, final
+
+import msgspec
+
+from leveret.attempt import Attempt
+from leveret.backoff import ceiling_s, full_jitter
+from leveret.chain import Consume
+from leveret.outcome import Bury, Outcome, Retry, Snooze
+from leveret.settings import Runtime
+
+logger = logging.getLogger("leveret.retries")
+
+On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
+"""What a rule applies to: an exception type, a tuple of them, or a predicate."""
+
+_IN_PLACE_BASE_S = 0.005
+_IN_PLACE_CAP_S = 0.05
+_REASON_CHARS = 500
+
+
+@final
+class Rule:
+    """One rule of `Retries`; None: as `Retries` says. `immediate` tries in place first; `bury=True` ends it at once.
+
+    Args:
+        on: An exception type, a tuple of them, or a predicate: a plain function of the exception. An `ExceptionGroup`
+            of a single exception (a `TaskGroup` makes one) is also looked at as that exception.
+        max_attempts: Runs in all, 1 or more, before it is buried.
+        immediate: Up to so many more tries within one attempt, milliseconds apart: for what is over in a moment.
+        base_s: Ceiling of the first wait, seconds; it doubles with each attempt.
+        cap_s: Ceiling of any wait, seconds.
+        bury: Bury it without a wait or another attempt.
+
+    Raises:
+        TypeError, ValueError: Something of it can't be meant; the text says what.
+    """
+
+    __slots__ = ("base_s", "bury", "cap_s", "immediate", "max_attempts", "on")
+
+    def __init__(
+        self,
+        on: On,
+        *,
+        max_attempts: int | None = None,
+        immediate: int = 0,
+        base_s: float | None = None,
+        cap_s: float | None = None,
+        bury: bool = False,
+    ) -> None:
+        _check_on(on)
+        if max_attempts is not None:
+            _check_count("Rule: max_attempts", max_attempts, 1)
+        _check_count("Rule: immediate", immediate, 0)
+        for name, seconds in (("base_s", base_s), ("cap_s", cap_s)):
+            if seconds is not None:
+                _check_seconds(f"Rule: {name}", seconds)
+        if bury and not max_attempts is base_s is cap_s is None:
+            msg = "Rule: bury=True ends it at once, so max_attempts, base_s and cap_s would have no effect"
+            raise ValueError(msg)
+        self.on = on
+        self.max_attempts = max_attempts
+        self.immediate = immediate
+        self.base_s = base_s
+        self.cap_s = cap_s
+        self.bury = bury
+
+    def __repr__(self) -> str:
+        on = f"({', '.join(map(_name, self.on))})" if isinstance(self.on, tuple) else _name(self.on)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        given = [("max_attempts", None), ("immediate", 0), ("base_s", None), ("cap_s", None), ("bury", False)]
+        said = [f"{name}={getattr(self, name)!r}" for name, default in given if getattr(self, name) != default]
+        return f"Rule({', '.join([on, *said])})"
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    """A rule with what it leaves to `Retries` filled in."""
+
+    on: On
+    max_attempts: int
+    immediate: int
+    base_s: float
+    cap_s: float
+    bury: bool
+
+
+@final
+class Retries:
+    """Failures come back after exponential waits with full jitter, then are buried; first rule that matches wins.
+
+    A failure is any exception but a cancellation. Where no rule matches, the figures here apply. A returned `Retry`
+    counts as well: without a delay it gets one, at `max_attempts` it is buried. `Snooze`, `Bury`, `Done` and `Expired`
+    pass. Waits are published to the broker and confirmed before the job is acked: at least once.
+
+    Args:
+        rules: Tried in order for each failure.
+        max_attempts: Runs in all, the first included.
+        base_s: Ceiling of the first wait, seconds; it doubles with each attempt.
+        cap_s: Ceiling of any wait, seconds.
+
+    Raises:
+        TypeError, ValueError: Something of it can't be meant; the text says what.
+    """
+
+    once: ClassVar[Literal[True]] = True
+
+    def __init__(self, *rules: Rule, max_attempts: int = 5, base_s: float = 1.0, cap_s: float = 600.0) -> None:
+        for rule in rules:
+            if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+                msg = f"Retries takes rules, such as Rule(ValueError, bury=True), not {rule!r}"
+                raise TypeError(msg)
+        _check_count("Retries: max_attempts", max_attempts, 1)
+        _check_seconds("Retries: base_s", base_s)
+        _check_seconds("Retries: cap_s", cap_s)
+        self.rules = rules
+        self.max_attempts = max_attempts
+        self.base_s = base_s
+        self.cap_s = cap_s
+        self._default = _Plan(Exception, max_attempts, 0, base_s, cap_s, False)
+        self._plans = [self._plan(rule) for rule in rules]
+        for plan, what in zip((*self._plans, self._default), (*rules, "Retries"), strict=True):
+            if plan.base_s > plan.cap_s:
+                msg = f"{what}: base_s ({plan.base_s:g}) is above cap_s ({plan.cap_s:g})"
+                raise ValueError(msg)
+        self.bind(Runtime(app=""))
+
+    def _plan(self, rule: Rule) -> _Plan:
+        return _Plan(
+            on=rule.on,
+            max_attempts=self.max_attempts if rule.max_attempts is None else rule.max_attempts,
+            immediate=rule.immediate,
+            base_s=self.base_s if rule.base_s is None else rule.base_s,
+            cap_s=self.cap_s if rule.cap_s is None else rule.cap_s,
+            bury=rule.bury,
+        )
+
+    def __repr__(self) -> str:
+        return f"Retries({', '.join([*map(repr, self.rules), f'max_attempts={self.max_attempts}', f'base_s={self.base_s:g}', f'cap_s={self.cap_s:g}'])})"
+
+    def bind(self, runtime: Runtime) -> None:
+        """Take clock and chance."""
+        self._clock = runtime.clock
+        self._rng = runtime.rng
+
+    @property
+    def waits_s(self) -> list[float]:
+        """The longest wait after each attempt but the last, where no rule says otherwise; seconds."""
+        return [ceiling_s(attempt, base_s=self.base_s, cap_s=self.cap_s) for attempt in range(1, self.max_attempts)]
+
+    async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
+        """Run it; turn a failure into a `Retry` with its wait, or into a burial."""
+        tries = 0
+        failed: Exception | None = None
+        outcome: Outcome | None = None
+        try:
+            while True:
+                try:
+                    outcome = await proceed(attempt)
+                except (Retry, Snooze, Bury) as said:  # by a layer; what a handler raises arrives returned
+                    outcome = said
+                except Exception as error:  # noqa: BLE001 - what failures are is the layer's very subject
+                    plan = self._match(error)
+                    if tries >= plan.immediate:
+                        return self._after(attempt, error, plan)
+                    tries += 1
+                    failed = error
+                    attempt.log.info("%s failed and is tried again in place: %s", attempt.envelope.job, _one_line(error))
+                    await self._clock.sleep(full_jitter(tries, base_s=_IN_PLACE_BASE_S, cap_s=_IN_PLACE_CAP_S, rng=self._rng))
+                    continue
+                if isinstance(outcome, Retry):
+                    return self._asked(attempt, outcome)
+                if isinstance(outcome, Snooze) and failed is not None:
+                    # A try in place that a RateLimit put off: the try before it failed, and must count, or a job that
+                    # always fails would come back for ever.
+                    return self._after(attempt, failed, self._match(failed), at_least_s=outcome.delay_s)
+                return outcome
+        finally:
+            # an exception's traceback holds this frame: held by it in turn, both would wait for the garbage collector
+            failed = outcome = None
+
+    def _match(self, error: Exception) -> _Plan:
+        inner: BaseException = error
+        while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+            inner = inner.exceptions[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        for plan in self._plans:
+            if _applies(plan.on, error) or (inner is not error and isinstance(inner, Exception) and _applies(plan.on, inner)):
+                return plan
+        return self._default
+
+    def _after(self, attempt: Attempt, error: Exception, plan: _Plan, at_least_s: float = 0.0) -> Retry | Bury:
+        outcome: Retry | Bury
+        if plan.bury:
+            outcome = Bury(f"{_one_line(error)} (a rule buries it at once)")
+        elif attempt.number >= plan.max_attempts:
+            outcome = Bury(f"{_one_line(error)} (attempt {attempt.number} of {plan.max_attempts})")
+        else:
+            outcome = Retry(max(at_least_s, full_jitter(attempt.number, base_s=plan.base_s, cap_s=plan.cap_s, rng=self._rng)))
+        outcome.__cause__ = error
+        return outcome
+
+    def _asked(self, attempt: Attempt, asked: Retry) -> Retry | Bury:
+        outcome: Retry | Bury
+        if attempt.number >= self.max_attempts:
+            why = "another try was asked for" if asked.__cause__ is None else _one_line(asked.__cause__)
+            outcome = Bury(f"{why} (attempt {attempt.number} of {self.max_attempts})")
+        elif asked.delay_s is None:
+            outcome = Retry(full_jitter(attempt.number, base_s=self.base_s, cap_s=self.cap_s, rng=self._rng))
+        else:
+            return asked
+        outcome.__cause__ = asked.__cause__
+        return outcome
+
+
+def _applies(on: On, error: Exception) -> bool:
+    if isinstance(on, (type, tuple)):
+        return isinstance(error, on)
+    try:
+        answer: object = on(error)
+        if inspect.isawaitable(answer):
+            if inspect.iscoroutine(answer):
+                answer.close()
+            msg = f"it returned {type(answer).__name__}; a predicate is no async function"
+            raise TypeError(msg)
+        return bool(answer)
+    except Exception:
+        logger.exception("the predicate %s of a Rule failed on %s; that counts as no match", _name(on), _one_line(error))
+        return False
+
+
+def _one_line(error: BaseException) -> str:
+    """Return class and text of `error` on one line."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - a user's __str__
+        text = "its text can't be shown: its __str__ raises"
+    name = type(error).__qualname__
+    return (f"{name}: {text}" if text else name)[:_REASON_CHARS]
+
+
+def _name(on: object) -> str:
+    return getattr(on, "__qualname__", None) or repr(on)
+
+
+def _check_on(on: object) -> None:
+    if isinstance(on, tuple) or inspect.isclass(on):
+        if on == ():
+            msg = "Rule: on is an empty tuple, which matches nothing"
+            raise ValueError(msg)
+        for kind in cast("tuple[object, ...]", on if isinstance(on, tuple) else (on,)):
+            if not inspect.isclass(kind) or not issubclass(kind, Exception):
+                hint = "; only subclasses of Exception are caught" if inspect.isclass(kind) and issubclass(kind, BaseException) else ""
+                msg = f"Rule: on is an exception type, a tuple of them or a predicate; {kind!r} is no exception type{hint}"
+                raise TypeError(msg)
+        return
+    if not callable(on):
+        if isinstance(on, BaseException):
+            hint = f": the type, {type(on).__name__}"
+        elif isinstance(on, (list, set, frozenset)):
+            hint = ": a tuple"
+        else:
+            hint = ""
+        msg = f"Rule: on is an exception type, a tuple of them or a predicate, not {on!r}{hint}"
+        raise TypeError(msg)
+    if inspect.iscoroutinefunction(on) or inspect.iscoroutinefunction(getattr(on, "__call__", None)):  # noqa: B004
+        msg = f"Rule: the predicate {_name(on)} is async; it must be a plain function of the exception"
+        raise TypeError(msg)
+    try:
+        inspect.signature(on).bind(Exception())
+    except TypeError:
+        msg = f"Rule: the predicate {_name(on)} doesn't take one argument, the exception"
+        raise TypeError(msg) from None
+    except ValueError:
+        pass  # a builtin without a signature
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        msg = f"{name} is a whole number, not {value!r}"
+        raise TypeError(msg)
+    if value < least:
+        msg = f"{name} must be at least {least}, not {value}"
+        raise ValueError(msg)
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} is a number of seconds, not {value!r}"
+        raise TypeError(msg)
+    if not 0 < value < float("inf"):
+        msg = f"{name} must be above 0 and finite, not {value}"
+        raise ValueError(msg)

@@ -1,0 +1,54 @@
+"""A run that takes too long is ended, and is a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import ClassVar, Literal, final
+
+from leveret.attempt import Attempt
+from leveret.chain import Consume
+from leveret.outcome import Outcome
+
+
+@final
+class Timeout:
+    """A run ends after `limit_s`: `async def` is cancelled, `def` is reported and keeps its slot; then it is a failure (TimeoutError).
+
+    A thread can't be stopped: a `def` handler goes on until it returns, and only then its failure counts, so that no
+    retry runs beside it. A worker refuses a limit above three quarters of the setting `consumer_timeout_s`.
+
+    Args:
+        limit_s: Seconds that what is inside this layer may take, above 0 and finite, else ValueError.
+    """
+
+    once: ClassVar[Literal[True]] = True
+
+    def __init__(self, limit_s: float) -> None:
+        if isinstance(limit_s, bool) or not isinstance(limit_s, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"Timeout: limit_s is a number of seconds, not {limit_s!r}"
+            raise TypeError(msg)
+        if not 0 < limit_s < float("inf"):
+            msg = f"Timeout: limit_s must be above 0 and finite, not {limit_s}"
+            raise ValueError(msg)
+        self.limit_s = limit_s
+
+    def __repr__(self) -> str:
+        return f"Timeout({self.limit_s:g})"
+
+    async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
+        """Run it; TimeoutError once the limit is over. A TimeoutError of the handler's own passes as it is."""
+        deadline = time.monotonic() + self.limit_s
+        outer = attempt.end_by(deadline)
+        attempt.end_by(min(outer, deadline))
+        scope = asyncio.timeout(self.limit_s)
+        try:
+            async with scope:
+                return await proceed(attempt)
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            msg = f"{attempt.envelope.job} was ended by its Timeout of {self.limit_s:g} s"
+            raise TimeoutError(msg) from error
+        finally:
+            attempt.end_by(outer)

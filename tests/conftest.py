@@ -1,0 +1,70 @@
+"""Fixtures of all tests: a real RabbitMQ, shared or private."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
+from typing import NoReturn, Protocol
+
+import pytest
+import pytest_asyncio
+
+from tests.rabbit.node import Installation, Node, Rabbit, Unavailable, find_rabbit
+from tests.rabbit.raw import Raw, connect
+
+
+class StartNode(Protocol):
+    """Starts a private node; `conf` and `plugins` are RabbitMQ's own names."""
+
+    def __call__(self, *, conf: Mapping[str, str] | None = None, plugins: Sequence[str] = ()) -> Awaitable[Node]: ...
+
+
+def _absent(reason: str) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def rabbit_found() -> Rabbit | Installation:
+    """What there is to run on, looked up once; none fails with CI=true, and otherwise skips and says what would help."""
+    try:
+        return find_rabbit()
+    except Unavailable as error:
+        _absent(str(error))
+
+
+@pytest.fixture(scope="session")
+def rabbit(rabbit_found: Rabbit | Installation) -> Generator[Rabbit]:
+    """The session's broker: shared, so use queue names of your own, and leave it running."""
+    shared = Node(rabbit_found) if isinstance(rabbit_found, Installation) else rabbit_found
+    try:
+        if isinstance(shared, Node):
+            asyncio.run(shared.start())
+        yield shared
+    finally:
+        asyncio.run(shared.close())
+
+
+@pytest_asyncio.fixture
+async def rabbit_node(rabbit_found: Rabbit | Installation) -> AsyncGenerator[StartNode]:
+    """Start nodes of the test's own, to kill, pause and fill; skips where the broker isn't ours to run."""
+    started: list[Node] = []
+
+    async def start(*, conf: Mapping[str, str] | None = None, plugins: Sequence[str] = ()) -> Node:
+        if not isinstance(rabbit_found, Installation):
+            pytest.skip(rabbit_found.why_no_levers)
+        node = Node(rabbit_found, conf=conf, plugins=plugins)
+        started.append(node)
+        await node.start()
+        return node
+
+    yield start
+    for node in started:
+        await node.close()
+
+
+@pytest_asyncio.fixture
+async def raw(rabbit: Rabbit) -> AsyncGenerator[Raw]:
+    """A plain AMQP connection to the session's broker."""
+    async with connect(rabbit.url) as opened:
+        yield opened

@@ -1,0 +1,151 @@
+"""A TCP proxy that spoils a link: slow, dribbling, silent, cut.
+
+    async with FaultProxy(node.port) as link:     # connect the program to link.url
+        link.latency_s, link.jitter_s = 0.2, 0.1  # each chunk, each way
+        link.rate = 32_000                        # bytes a second, each way
+        link.piece, link.gap_s = 7, 0.002         # dribble: frames arrive in pieces
+        link.freeze(); link.thaw()                # half-open: TCP stays up, nothing passes
+        link.freeze("up")                         # one way: what the client sends is lost; "down": confirms and deliveries
+        link.reset()                              # RST to both sides of every connection
+        link.refuse = True                        # new connections are reset at once
+        link.cut_after("down", 1000)              # RST once 1000 more bytes went that way: in the middle of a frame
+"""
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+from types import TracebackType
+from typing import Literal, Self
+
+Way = Literal["up", "down"]
+
+
+class FaultProxy:
+    """Listens on a free port of 127.0.0.1 and passes bytes on to `port`, until told otherwise."""
+
+    def __init__(self, port: int, *, rng: random.Random | None = None) -> None:
+        self.latency_s = self.jitter_s = self.gap_s = 0.0
+        self.rate: float | None = None
+        self.piece: int | None = None
+        self.refuse = False
+        self.accepted = 0
+        self.passed: dict[Way, int] = {"up": 0, "down": 0}
+        self._target = port
+        self._rng = rng or random.Random(0)
+        self._open: dict[Way, asyncio.Event] = {"up": asyncio.Event(), "down": asyncio.Event()}
+        self._left: dict[Way, int] = {}
+        self._links: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.thaw()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._server.close()
+        self.reset()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def url(self) -> str:
+        """The broker's URL through this proxy, for guest on the default vhost."""
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    def freeze(self, *ways: Way) -> None:
+        """Let nothing pass, on both ways or those named, though connections stay up and are accepted."""
+        for way in ways or ("up", "down"):
+            self._open[way].clear()
+
+    def thaw(self) -> None:
+        """End `freeze`; what was held passes now."""
+        for event in self._open.values():
+            event.set()
+
+    def reset(self) -> None:
+        """Cut every connection with a RST to both sides."""
+        for link in list(self._links):
+            for writer in link:
+                _reset(writer)
+
+    def cut_after(self, way: Way, count: int) -> None:
+        """Cut all connections once `count` more bytes went that way; those bytes arrive."""
+        self._left[way] = count
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if self.refuse:
+            _reset(writer)
+            return
+        self.accepted += 1
+        try:
+            target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:    # the node is down: so is the link
+            _reset(writer)
+            return
+        link = (writer, target_writer)
+        self._links.add(link)
+        try:
+            await asyncio.gather(self._carry("up", reader, target_writer), self._carry("down", target_reader, writer))
+        except OSError:
+            self._links.discard(link)    # one side is gone; below, the other follows
+        finally:
+            self._links.discard(link)
+            for one in link:
+                one.close()
+
+    async def _carry(self, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read as it comes and write when due, so that latency is added to each chunk and not summed over them."""
+        chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
+        sending = asyncio.ensure_future(self._send(way, chunks, writer))
+        try:
+            while data := await reader.read(16384):
+                due = asyncio.get_running_loop().time() + self.latency_s + self._rng.random() * self.jitter_s
+                await chunks.put((due, data))
+            await chunks.put((0.0, b""))
+            await sending
+        finally:
+            sending.cancel()
+
+    async def _send(self, way: Way, chunks: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        while (item := await chunks.get())[1]:
+            due, data = item
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            await self._open[way].wait()
+            if self.rate:
+                await asyncio.sleep(len(data) / self.rate)
+            cut = way in self._left and len(data) >= self._left[way]
+            if way in self._left:
+                data = data[: self._left[way]]
+                self._left[way] -= len(data)
+            step = self.piece or max(len(data), 1)
+            for start in range(0, len(data), step):
+                writer.write(data[start : start + step])
+                await writer.drain()
+                if self.piece:
+                    await asyncio.sleep(self.gap_s)
+            self.passed[way] += len(data)
+            if cut:
+                del self._left[way]
+                await asyncio.sleep(0.01)    # a RST overtakes what the kernel still holds
+                self.reset()
+                return
+        if writer.can_write_eof():
+            with contextlib.suppress(OSError):
+                writer.write_eof()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    sock = writer.transport.get_extra_info("socket")
+    if sock is not None and sock.fileno() >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

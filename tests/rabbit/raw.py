@@ -1,0 +1,125 @@
+"""Plain AMQP for tests: what a foreign producer sends, and what lies in a queue, byte for byte."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aio_pika
+import aiormq
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+_DEADLINE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A message as it lay in a queue."""
+
+    body: bytes
+    properties: Basic.Properties    # unset ones are None
+    exchange: str
+    routing_key: str
+    redelivered: bool
+
+    @property
+    def headers(self) -> Mapping[str, Any]:    # Any: AMQP's field table holds whatever was sent
+        """Its headers; empty where it has none."""
+        return self.properties.headers or {}
+
+
+class Raw:
+    """One plain connection. Each call has a channel of its own, since an error closes its channel, and 20 s to end."""
+
+    def __init__(self, connection: aio_pika.abc.AbstractConnection) -> None:
+        self._connection = connection
+
+    @asynccontextmanager
+    async def channel(self) -> AsyncGenerator[aiormq.abc.AbstractChannel]:
+        """Open a channel with confirms, for whatever has no method here."""
+        async with asyncio.timeout(_DEADLINE_S):
+            channel = self._connection.channel(on_return_raises=True)
+            await channel.initialize()
+            try:
+                yield await channel.get_underlay_channel()
+            finally:
+                await channel.close()
+
+    async def publish(self, routing_key: str, body: bytes, *, exchange: str = "", properties: Basic.Properties | None = None) -> None:
+        """Publish as it stands, unset properties unset; return when confirmed, raise where no queue takes it."""
+        async with self.channel() as channel:
+            await channel.basic_publish(body, exchange=exchange, routing_key=routing_key, properties=properties or Basic.Properties(), mandatory=True)
+
+    async def declare(self, queue: str, arguments: Mapping[str, Any] | None = None) -> None:
+        """Declare a durable queue."""
+        async with self.channel() as channel:
+            await channel.queue_declare(queue, durable=True, arguments=dict(arguments or {}))
+
+    async def take_all(self, queue: str) -> list[Found]:
+        """Take what is ready in the queue, in order; it is gone then."""
+        found: list[Found] = []
+        async with self.channel() as channel:
+            while not isinstance((one := await channel.basic_get(queue, no_ack=True)).delivery, Basic.GetEmpty):
+                found.append(_found(one))
+        return found
+
+    async def look(self, queue: str) -> list[Found]:
+        """Return what is ready in the queue and leave it there; it comes back with `redelivered` set."""
+        found: list[Found] = []
+        async with self.channel() as channel:    # its closing gives them back, in order: a nack with requeue doesn't on 3.10
+            while not isinstance((one := await channel.basic_get(queue)).delivery, Basic.GetEmpty):
+                found.append(_found(one))
+        return found
+
+    async def count(self, queue: str) -> int | None:
+        """Return how many messages are ready, or None where there is no such queue."""
+        try:
+            async with self.channel() as channel:
+                return (await channel.queue_declare(queue, passive=True)).message_count
+        except aiormq.exceptions.ChannelNotFoundEntity:
+            return None
+
+    async def until_count(self, queue: str, expected: int | None) -> None:
+        """Wait until `count` is that; `TimeoutError` after 20 s, with the count seen last."""
+        count = None
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                while (count := await self.count(queue)) != expected:
+                    await asyncio.sleep(0.05)    # AMQP has no event for a depth
+        except TimeoutError:
+            msg = f"{queue} held {count} messages after {_DEADLINE_S:.0f} s, not {expected}"
+            raise TimeoutError(msg) from None
+
+    async def delete(self, queue: str) -> None:
+        """Delete the queue with all that is in it; nothing where there is none."""
+        async with self.channel() as channel:
+            await channel.queue_delete(queue)
+
+    async def delete_exchange(self, exchange: str) -> None:
+        """Delete the exchange; nothing where there is none."""
+        async with self.channel() as channel:
+            await channel.exchange_delete(exchange)
+
+
+def _found(one: DeliveredMessage) -> Found:
+    assert isinstance(one.delivery, Basic.GetOk)
+    return Found(
+        body=bytes(one.body),
+        properties=one.header.properties,
+        exchange=one.delivery.exchange or "",
+        routing_key=one.delivery.routing_key or "",
+        redelivered=bool(one.delivery.redelivered),
+    )
+
+
+@asynccontextmanager
+async def connect(url: str) -> AsyncGenerator[Raw]:
+    """Open a plain connection for the block."""
+    connection = await aio_pika.connect(url, timeout=_DEADLINE_S)
+    try:
+        yield Raw(connection)
+    finally:
+        async with asyncio.timeout(_DEADLINE_S):
+            await connection.close()

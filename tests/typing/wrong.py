@@ -1,0 +1,193 @@
+"""Misuses: each marked line must be an error, in both checkers unless it names one; no other line may be."""
+
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta, timezone
+from typing import assert_never
+
+import msgspec
+
+from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, Publish, Publisher, Queue, Receipt, Retry, Snooze
+from leveret.middleware import RateLimit, Retries, Rule, Timeout
+from leveret.testing import Lab, running
+from leveret.testing import attempt as make_attempt
+from .programs import Pool, RenderPdf, SendDigest, SendInvoice, Shop, close_old_connections, emails, send_invoice, shop
+
+class Plain(msgspec.Struct):
+    order_id: int
+
+class Wrong: ...
+
+invoice = SendInvoice(7, "a@example.org")
+app = App("shop", lifespan=shop)
+bare = App("bare")
+
+# -- jobs
+SendInvoice(order_id="seven", email="a")  # wrong: order_id is an int
+SendInvoice(order_id=7)  # wrong: email is missing
+SendDigest("de")  # wrong: kw_only
+SendDigest(region="de").region = "us"  # wrong: frozen
+class NamedQueue(Job, name="x", queue="emails"): ...  # wrong (pyright only): a Queue, not its name
+class Misspelt(Job, nmae="x", queue=emails): ...  # wrong (pyright only): no such class keyword
+class Untimely(Job, name="x", queue=emails, expires_s="60"): ...  # wrong (pyright only): seconds are a number
+Queue("emails", type="stream")  # wrong: quorum or classic
+Queue(emails)  # wrong: a name
+
+# -- publishing
+async def publishing(publisher: Publisher, blocking: BlockingPublisher) -> None:
+    await publisher.publish(Plain(7))  # wrong: a Struct, not a Job
+    await publisher.publish(SendInvoice)  # wrong: the class
+    await publisher.publish(Outgoing(invoice))  # wrong: options go into publish itself
+    await publisher.publish_many([invoice, Plain(7)])  # wrong: a Struct, not a Job
+    await publisher.publish_many(invoice)  # wrong: one job
+    publisher.publish(invoice)  # wrong: not awaited
+    await blocking.publish(invoice)  # wrong: nothing to await
+    await publisher.publish(invoice, priority="high")  # wrong: a Priority
+    await publisher.publish(invoice, delay_s=timedelta(seconds=60))  # wrong: seconds
+    await publisher.publish(invoice, at="2030-01-01T00:00Z")  # wrong: a datetime
+    await publisher.publish(invoice, delay=60)  # wrong: the unit is in the name
+    await publisher.publish(invoice, headers={"x-tenant": [1]})  # wrong: a plain value
+    await app.publisher().publish(invoice)  # wrong: not entered
+    with app.publisher() as _: ...  # wrong: async with
+    _ = (await publisher.publish(invoice)).state == "lost"  # wrong: no such state
+
+# -- handlers
+@app.handler  # wrong: the app yields Shop
+async def wrong_resources(job: SendInvoice, attempt: Attempt[Wrong]) -> None: ...
+@app.handler(middleware=[Timeout(5)])  # wrong: the app yields Shop
+async def wrong_resources_2(job: SendInvoice, attempt: Attempt[Wrong]) -> None: ...
+@bare.handler  # wrong: the app has no lifespan
+def no_resources(job: SendInvoice, attempt: Attempt[Shop]) -> None: ...
+@app.handler  # wrong: a Struct, not a Job
+async def not_a_job(job: Plain) -> None: ...
+@app.handler(job=RenderPdf)  # wrong: another job
+async def another_job(job: SendInvoice) -> None: ...
+@app.handler(job=RenderPdf)  # wrong: another job
+async def another_job_2(job: SendInvoice, attempt: Attempt[Shop]) -> None: ...
+@app.handler  # wrong: results aren't kept
+async def returns_int(job: SendInvoice) -> int: raise NotImplementedError
+@app.handler  # wrong: results aren't kept
+def returns_str(job: SendInvoice) -> str: raise NotImplementedError
+@app.handler  # wrong: a class of outcome
+def returns_class(job: SendInvoice) -> type[Bury]: raise NotImplementedError
+@app.handler  # wrong: a generator
+def generates(job: SendInvoice) -> Iterator[None]: raise NotImplementedError
+@app.handler  # wrong: no job
+async def no_job() -> None: ...
+@app.handler  # wrong: a third parameter
+async def three(job: SendInvoice, attempt: Attempt[Shop], more: int) -> None: ...
+@app.handler  # wrong: job first
+async def swapped(attempt: Attempt[Shop], job: SendInvoice) -> None: ...
+@app.handler(SendInvoice)  # wrong: job=
+async def positional(job: SendInvoice) -> None: ...
+@app.handler  # wrong: the attempt without a job
+def unused(job: Attempt) -> None: ...
+def bare_attempt(job: SendInvoice, attempt: Attempt) -> None:
+    print(attempt.resources.pool)  # wrong: a bare Attempt knows nothing of its resources
+    attempt.number = 1  # wrong: read only
+    attempt.envelope.headers["x"] = "y"  # wrong: with_headers
+    attempt.envelope.queue = "x"  # wrong: frozen
+
+# -- outcomes
+Snooze()  # wrong: how long
+Snooze(timedelta(seconds=30))  # wrong: seconds
+Bury()  # wrong: a reason
+Retry(delay=3)  # wrong: delay_s
+def raises() -> None: raise Done()  # wrong: None says it; only three are raised
+def raises_class() -> None: raise Snooze  # wrong: how long
+class Later(Snooze): ...  # wrong: final, else no match is exhaustive
+def exhaustive(outcome: Outcome) -> str:
+    match outcome:
+        case Done() | Expired() | Snooze() | Retry():
+            return "x"
+        case _:
+            assert_never(outcome)  # wrong: Bury is left
+
+# -- layers
+class Sync:
+    def consume(self, attempt: Attempt, proceed: Consume) -> Outcome: raise NotImplementedError
+class Forgets:
+    async def consume(self, attempt: Attempt, proceed: Consume) -> None:
+        await proceed(attempt)
+class Misnamed:
+    async def consum(self, attempt: Attempt, proceed: Consume) -> Outcome: raise NotImplementedError
+class Sends:
+    async def publish(self, envelope: Envelope, proceed: Publish) -> None: ...
+class Other:
+    async def consume(self, attempt: Attempt[Wrong], proceed: Consume) -> Outcome: raise NotImplementedError
+async def one_parameter(attempt: Attempt) -> Outcome: raise NotImplementedError
+async def misuses_proceed(attempt: Attempt, proceed: Consume) -> Outcome:
+    await proceed()  # wrong: the attempt
+    return proceed(attempt)  # wrong: not awaited
+async def forgets(attempt: Attempt, proceed: Consume) -> Outcome:  # wrong: returns no outcome (a burial would become done)
+    await proceed(attempt)
+async def resends(envelope: Envelope, proceed: Publish) -> Receipt:
+    return await proceed(envelope.with_headers({"x": None}))  # wrong: a plain value
+App("a", middleware=[Sync()])  # wrong: consume is async
+App("a", middleware=[Forgets()])  # wrong: consume returns an outcome
+App("a", middleware=[Misnamed()])  # wrong: neither consume nor publish
+App("a", middleware=[Sends()])  # wrong: publish returns a receipt
+App("a", middleware=[one_parameter])  # wrong: no proceed
+App("a", middleware=[Retries])  # wrong: the class
+App("a", middleware=Retries())  # wrong: a list
+App("shop", lifespan=shop, middleware=[Other()])  # wrong: the app yields Shop
+App("a", middleware=[Other()])  # wrong: the app has no lifespan
+app.handler(middleware=[Other()])  # wrong: the app yields Shop
+Retries(ValueError)  # wrong: a Rule
+Retries(max_attempts="5")  # wrong: an int
+Rule("ValueError")  # wrong: the type
+Rule([ValueError])  # wrong: a tuple
+Rule(ValueError())  # wrong: the type
+async def asynchronous(error: Exception) -> bool: raise NotImplementedError
+Rule(asynchronous)  # wrong: a def
+def narrow(error: ValueError) -> bool: raise NotImplementedError
+Rule(narrow)  # wrong: it is asked of every exception
+RateLimit(50, 1.0)  # wrong: every_s=
+Timeout(timedelta(seconds=30))  # wrong: seconds
+
+# -- the app
+async def no_manager() -> AsyncIterator[Shop]: yield Shop(Pool())
+App("shop", lifespan=no_manager)  # wrong: @asynccontextmanager
+App("shop", lifespan=shop())  # wrong: the function, not its call
+App("shop", modules="shop.handlers")  # wrong: a list
+App("shop", around_sync=close_old_connections())  # wrong: the function; each run needs its own
+App("shop", settings={"validate": False})  # wrong: Settings
+async def embedded() -> None:
+    async with app.worker(queues="emails"): ...  # wrong: a list
+    async with app.publisher: ...  # wrong: call it
+
+# -- cron
+app.cron("0 9 * * *", SendDigest(region="us"))  # wrong: an instance has no name of its own
+app.cron("0 9 * * *", SendDigest, name="digest")  # wrong: the class
+app.cron("0 9 * * *", tz=timezone.utc)  # wrong: an IANA name
+@app.cron("0 9 * * *")  # wrong: a job
+def text() -> str: raise NotImplementedError
+@app.cron("0 9 * * *")  # wrong: a def
+async def asynchronous_cron() -> SendDigest: raise NotImplementedError
+@app.cron("0 9 * * *")  # wrong: the slot is all that it gets
+def two_parameters(slot: int, more: int) -> SendDigest: raise NotImplementedError
+@app.cron  # wrong: when
+def whenever() -> SendDigest: raise NotImplementedError
+
+# -- tests
+async def tests(lab: Lab) -> None:
+    running(app, resources=Wrong())  # wrong: the app yields Shop
+    async with running(bare, resources=Shop(Pool())): ...  # wrong: the app has no lifespan
+    await lab.advance(5)  # wrong: nothing to await
+    lab.drain()  # wrong: not awaited
+    await send_invoice(invoice, make_attempt(resources=Wrong()))  # wrong: it wants Shop
+    await send_invoice(invoice, make_attempt())  # wrong: it wants Shop
+    await send_invoice(invoice)  # wrong: two parameters
+
+# What neither checker sees (each tried), and who must:
+# - publishing or registering an abstract job; a handler of `Job` itself or of a union of jobs            (publish; start-up)
+# - `delay_s` with `at`; a naive `at`; a delay, time-out or limit that is negative, NaN or too long           (publish; __init__)
+# - an async publisher's `publish` in a lambda: `on_commit(lambda: publisher.publish(job))`                (nobody: never awaited)
+# - a layer whose second method is misspelt (`publsh`) or of a wrong shape, if the first is right           (App())
+# - a layer with `once` or `ready_in_s` misspelt: they are optional                                        (nobody)
+# - two layers of a `once` class in one list; a layer listed twice                                          (App())
+# - a queue name in `queues=` that no handler has; a bad queue name, URL, cron expression or time zone     (start-up; __init__)
+# - two handlers for one job, two jobs of one name, two schedules of one name                              (App)
+# - wrong types inside a job built from `Any` (publish; of a generic job nobody: an instance of `Export[int]` is an `Export`)
+# - `Rule(bool)`, or any class that is called with an exception and gives a bool                           (Rule)
+# - `except Exception:` round a raised outcome; an outcome raised inside a `TaskGroup` (a group arrives)      (nobody)
+# - `Attempt()` made by hand: a stub can't hide a constructor                                              (__init__)

@@ -1,0 +1,45 @@
+"""An attempt and a chain without a broker, for tests of single layers."""
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from leveret import Attempt, Job, Outcome, Queue
+from leveret.attempt import make_attempt
+from leveret.chain import bind, check_layers, fold_consume
+from leveret.clock import Clock, ManualClock
+from leveret.envelope import Envelope
+from leveret.outcome import Done
+from leveret.settings import Runtime
+
+QUEUE = Queue("emails")
+
+
+class Greet(Job, name="greet", queue=QUEUE):
+    """A job to run."""
+
+    who: str = "Ada"
+
+
+def runtime(clock: Clock | None = None, *, processes: int = 1, seed: int = 1) -> Runtime:
+    """A runtime whose clock is moved by hand and whose chance repeats."""
+    return Runtime(app="test", clock=clock or ManualClock(), rng=random.Random(seed), processes=processes)
+
+
+def attempt(number: int = 1, **fields: Any) -> Attempt[Any]:
+    """The attempt that a consumer would make."""
+    envelope = Envelope(**{"job_id": "id-1", "job": "greet", "queue": "emails", "body": b'{"who":"Ada"}', "attempt": number, **fields})
+    return make_attempt(Greet(), envelope, redelivered=False, first_seen_ms=0, resources=None, publisher=cast("Any", None))
+
+
+def chain(
+    *layers: Any, handler: Callable[[Attempt[Any]], Awaitable[Outcome | None]], bound: Runtime | None = None
+) -> Callable[[Attempt[Any]], Awaitable[Outcome]]:
+    """Fold `layers` around `handler`, checked and bound as a consumer does it; nothing is done."""
+
+    async def inner(attempt: Attempt[Any]) -> Outcome:
+        return await handler(attempt) or Done()
+
+    checked = check_layers(layers, "test")
+    bind(checked, bound or runtime())
+    return fold_consume(checked, inner)

@@ -1,0 +1,240 @@
+"""Which functions may be handlers, and what becomes of whatever they return or raise."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from leveret import App, Attempt, Bury, ConfigurationError, Done, Job, Queue, Retry, Snooze
+from leveret.middleware import Timeout
+from leveret.testing import attempt as make_attempt
+from leveret.testing import running
+
+if TYPE_CHECKING:
+    from nowhere import Missing  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
+
+things = Queue("things")
+
+
+class Thing(Job, name="thing.do", queue=things):
+    """A job."""
+
+    n: int = 0
+
+
+class Nameless(Job):
+    """Abstract."""
+
+
+def no_job() -> None: ...
+def three(job: Thing, attempt: Attempt, more: int) -> None: ...
+def not_annotated(job) -> None: ...
+def no_struct(job: int) -> None: ...
+def abstract(job: Nameless) -> None: ...
+def generates(job: Thing) -> Any:
+    yield 1
+def type_checking(job: "Missing") -> None: ...
+def keyword(job: Thing, *, more: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (no_job, r"takes \(job\) or"),
+        (three, r"takes \(job\) or"),
+        (keyword, r"takes \(job\) or"),
+        (not_annotated, "has no annotation; say which job it takes: @app.handler"),
+        (no_struct, "is no Job class"),
+        (abstract, "is abstract"),
+        (generates, "is a generator"),
+        (type_checking, r"can't be resolved here .* @app.handler\(job=…\)"),
+    ],
+)
+def test_a_wrong_handler_is_named_when_the_worker_starts(function: Callable[..., Any], says: str) -> None:
+    """The worker would fail at its first job, or never run it."""
+    app = App("wrong", broker="memory://")
+    app.handler(function)
+    with pytest.raises(ConfigurationError, match=says) as refused:
+        app.handlers()
+    assert function.__name__ in str(refused.value)
+
+
+def test_job_says_what_an_annotation_cannot() -> None:
+    """A contract that is imported for type checkers only could have no handler."""
+    app = App("named", broker="memory://")
+    app.handler(job=Thing)(type_checking)
+    assert [handler.spec.name for handler in app.handlers()] == ["thing.do"]
+
+
+def test_two_handlers_for_one_job_are_refused() -> None:
+    """One of them would never run."""
+    app = App("two", broker="memory://")
+
+    @app.handler
+    def first(job: Thing) -> None: ...
+
+    @app.handler
+    def second(job: Thing) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"two handlers for job 'thing.do'.*first and .*second"):
+        app.handlers()
+
+
+def test_a_queue_without_a_handler_is_refused() -> None:
+    """The worker would take its jobs and bury them."""
+    app = App("none", broker="memory://")
+
+    @app.handler
+    def first(job: Thing) -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"no handler for the queue 'thinks'; it has handlers for: things"):
+        app.handlers(["thinks"])
+
+
+def raised(error: BaseException) -> Callable[[Thing], Any]:
+    """Return a handler that raises."""
+
+    async def handler(job: Thing) -> None:
+        raise error
+
+    return handler
+
+
+def raised_in_thread(error: BaseException) -> Callable[[Thing], Any]:
+    """Return a `def` handler that raises."""
+
+    def handler(job: Thing) -> None:
+        raise error
+
+    return handler
+
+
+@pytest.mark.parametrize("make", [raised, raised_in_thread])
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (Bury("no"), Bury("no")),
+        (ExceptionGroup("tasks", [ExceptionGroup("inner", [Bury("deep")])]), Bury("deep")),
+        (ValueError("x"), Bury("ValueError: x")),
+        (SystemExit(3), Bury("RuntimeError: the handler raised SystemExit")),
+        (KeyboardInterrupt(), Bury("RuntimeError: the handler raised KeyboardInterrupt")),
+        (asyncio.CancelledError(), Bury("RuntimeError: the handler raised CancelledError though nobody cancelled it")),
+        (RecursionError("deep"), Bury("RecursionError: deep")),
+        (BaseExceptionGroup("b", [KeyboardInterrupt()]), None),
+    ],
+)
+async def test_whatever_a_handler_raises_is_one_ending_and_the_worker_lives(
+    make: Callable[[BaseException], Any], error: BaseException, outcome: Bury | None
+) -> None:
+    """A job would stop its worker, or hang unacked until the connection goes."""
+    app = App("raises", broker="memory://")
+    app.handler(job=Thing)(make(error))
+
+    async with running(app) as lab:
+        await lab.publish(Thing())
+        await lab.publish(Thing())
+        await lab.drain()
+
+        assert len(lab.buried) == 2
+        if outcome is not None:
+            assert lab.buried[0].outcome == outcome
+
+
+@pytest.mark.parametrize("rubbish", [7, "done", Done, Bury, object()])
+async def test_a_result_is_refused_since_it_is_kept_nowhere(rubbish: object) -> None:
+    """A user would wait for a result that nobody has, or take a burial's class for a burial."""
+    app = App("returns", broker="memory://")
+
+    @app.handler(job=Thing)
+    async def handler(job: Thing) -> Any:
+        return rubbish
+
+    async with running(app) as lab:
+        await lab.publish(Thing())
+        await lab.drain()
+
+        (buried,) = lab.buried
+    assert isinstance(buried.error, TypeError)
+
+
+async def test_outcomes_may_be_returned_or_raised() -> None:
+    """Code deep inside could not say that it is too early."""
+    app = App("says", broker="memory://")
+
+    @app.handler
+    async def handler(job: Thing, attempt: Attempt[None]) -> Retry | None:
+        if job.n == 1 and attempt.number < 3:
+            return Retry(5)
+        if job.n == 2 and attempt.envelope.passes == 0:
+            raise Snooze(30)
+        return None
+
+    async with running(app) as lab:
+        retried = await lab.publish(Thing(1))
+        snoozed = await lab.publish(Thing(2))
+        await lab.drain()
+
+        assert [(run.number, run.outcome) for run in lab.attempts(retried.job_id)] == [(1, Retry(5)), (2, Retry(5)), (3, Done())]
+        assert [(run.number, run.outcome) for run in lab.attempts(snoozed.job_id)] == [(1, Snooze(30)), (1, Done())]
+
+
+async def test_a_def_handler_runs_in_a_thread_inside_around_sync() -> None:
+    """It would block the heartbeats; and Django would keep connections that are closed."""
+    seen: list[str] = []
+
+    @contextmanager
+    def around() -> Generator[None]:
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    app = App("sync", broker="memory://", around_sync=around)
+
+    @app.handler
+    def handler(job: Thing) -> None:
+        seen.append("main" if threading.current_thread() is threading.main_thread() else "thread")
+
+    async with running(app) as lab:
+        await lab.publish(Thing())
+        await lab.drain()
+
+    assert seen == ["in", "thread", "out"]
+
+
+async def test_a_thread_past_its_time_out_keeps_its_slot_until_it_ends() -> None:
+    """The retry would run beside the first run: twice at once."""
+    running_now, most, starts = 0, 0, 0
+    lock = threading.Lock()
+    app = App("overrun", broker="memory://", middleware=[Timeout(0.05)])
+
+    @app.handler
+    def handler(job: Thing, attempt: Attempt[None]) -> None:
+        nonlocal running_now, most, starts
+        with lock:
+            running_now += 1
+            starts += 1
+            most = max(most, running_now)
+        time.sleep(0.2)  # a thread that can't be stopped is what is tested
+        with lock:
+            running_now -= 1
+
+    async with running(app) as lab:
+        await lab.publish(Thing())
+        await lab.drain()
+
+        (buried,) = lab.buried
+    assert isinstance(buried.error, TimeoutError)
+    assert (most, starts, running_now) == (1, 1, 0)
+
+
+async def test_an_attempt_is_made_by_the_worker_or_by_testing() -> None:
+    """A handler tested with half an attempt would fail elsewhere than in production."""
+    with pytest.raises(TypeError, match=r"leveret.testing.attempt"):
+        Attempt()
+    made = make_attempt(resources="shop", number=3)
+    assert (made.number, made.resources, made.remaining_s()) == (3, "shop", float("inf"))
+    assert (await made.publish(Thing())).state == "confirmed"

@@ -1,0 +1,76 @@
+"""What a contract may be: refused where it is written, not where it is published."""
+
+import pickle
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from leveret import Job, Priority, Queue
+from leveret.job import MAX_NAME_BYTES, spec_of
+
+emails = Queue("emails")
+
+
+class Send(Job, name="job.send", queue=emails, priority=Priority.HIGH, expires_s=60, frozen=True, kw_only=True):
+    """A job with everything."""
+
+    n: int = 1
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a b", "ä", "x" * (MAX_NAME_BYTES + 1), "emails.low", "emails.dead", "emails.suspects", "lv.jobs", "a/b", "a\n"]
+)
+def test_a_queue_name_that_the_broker_or_leveret_needs_is_refused(name: str) -> None:
+    """Two queues would share their siblings or dead letters, or a declare would fail in production."""
+    with pytest.raises(ValueError, match=r"queue"):
+        Queue(name)
+
+
+def test_a_queue_name_may_be_as_long_as_it_is_said() -> None:
+    """The limit in the docs would be a lie."""
+    assert Queue("x" * MAX_NAME_BYTES).name == "x" * MAX_NAME_BYTES
+
+
+def test_the_specification_is_the_classs_own() -> None:
+    """A subclass would be published under its parent's name, and run by its parent's handler."""
+
+    class Child(Send, frozen=True):
+        pass
+
+    spec = spec_of(Send)
+
+    assert spec is not None
+    assert (spec.name, spec.queue, spec.priority, spec.expires_s) == ("job.send", emails, Priority.HIGH, 60)
+    assert spec_of(Child) is None
+
+
+def test_a_job_class_takes_msgspecs_own_keywords() -> None:
+    """Users would need a second class beside their contract."""
+    job = Send(n=2)
+
+    with pytest.raises(AttributeError):
+        job.n = 3  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    assert msgspec.json.encode(job) == b'{"n":2}'
+    assert pickle.loads(pickle.dumps(job)) == job
+
+
+@pytest.mark.parametrize(
+    ("keywords", "says"),
+    [
+        ({"name": "x"}, "queue is a Queue"),
+        ({"queue": emails}, "name is a text"),
+        ({"name": "x", "queue": "emails"}, "queue is a Queue"),
+        ({"name": "a b", "queue": emails}, "has 1 to"),
+        ({"name": "x", "queue": emails, "priority": 3}, "priority is a Priority"),
+        ({"name": "x", "queue": emails, "expires_s": "60"}, "expires_s is a number"),
+        ({"name": "x", "queue": emails, "expires_s": 0}, "above 0"),
+        ({"priority": Priority.LOW}, "need a name and a queue"),
+        ({"name": "x", "queue": Queue("flat", priorities=False), "priority": Priority.LOW}, "no priority but NORMAL"),
+    ],
+)
+def test_a_wrong_contract_is_refused_when_it_is_written(keywords: dict[str, object], says: str) -> None:
+    """It would fail at the first publish, in production."""
+    with pytest.raises((TypeError, ValueError), match=says) as refused:
+        cast("Any", type(Job))("Wrong", (Job,), {}, **keywords)
+    assert "Wrong" in str(refused.value)

@@ -1,0 +1,236 @@
+"""What a publisher refuses before a byte is sent, and what it puts on the way."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from leveret import (
+    App,
+    Attempt,
+    BrokerUnavailable,
+    Envelope,
+    InvalidJob,
+    Job,
+    MessageTooLarge,
+    Outgoing,
+    Priority,
+    Publish,
+    Publisher,
+    PublishError,
+    PublishManyError,
+    Queue,
+    Receipt,
+    Settings,
+)
+from leveret.testing import Lab, running
+
+mails = Queue("mails")
+
+
+class Mail(Job, name="mail.send", queue=mails, expires_s=3600):
+    """A job to publish."""
+
+    order_id: int
+    share: float = 0.5
+
+
+class Abstract(Job):
+    """Names no job."""
+
+
+class Flat(Job, name="flat.one", queue=Queue("flat", priorities=False)):
+    """Of a queue of one level."""
+
+
+class Tenant:
+    """Sends a header."""
+
+    async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
+        return await proceed(envelope.with_headers({"x-tenant-id": "acme"}))
+
+
+app = App("publishing", broker="memory://", middleware=[Tenant()], settings=Settings(max_body_bytes=2000, warn_body_bytes=1000))
+
+
+@app.handler
+async def send(job: Mail, attempt: Attempt[None]) -> None:
+    """Publish a follower once."""
+    if job.order_id == 77:
+        await attempt.publish(Mail(order_id=78))
+
+
+@pytest_asyncio.fixture
+async def lab() -> AsyncGenerator[Lab]:
+    """Run the app."""
+    async with running(app) as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture
+async def publisher() -> AsyncGenerator[Publisher]:
+    """Publish to a memory broker."""
+    async with app.publisher() as opened:
+        yield opened
+
+
+NOW = datetime.now(timezone.utc)
+WRONG: list[tuple[Job, dict[str, Any], str]] = [
+    (Mail(order_id="seven"), {}, "Expected `int`, got `str`"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    (Mail(order_id=7, share=float("nan")), {}, "Expected `float`, got `null`"),
+    (Mail(order_id=object()), {}, "can't be encoded"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    (Abstract(), {}, "is abstract"),
+    (Mail(order_id=7), {"priority": "high"}, "priority is a Priority"),
+    (Flat(), {"priority": Priority.HIGH}, "no priority but NORMAL"),
+    (Mail(order_id=7), {"delay_s": -1}, "delay_s must be at least 0"),
+    (Mail(order_id=7), {"delay_s": float("nan")}, "delay_s must be at least 0"),
+    (Mail(order_id=7), {"delay_s": timedelta(seconds=3)}, "delay_s is a number"),
+    (Mail(order_id=7), {"delay_s": 49 * 86400, "expires_s": 90 * 86400}, "above 48 days"),
+    (Mail(order_id=7), {"delay_s": 1, "at": NOW}, "exclude each other"),
+    (Mail(order_id=7), {"at": NOW.replace(tzinfo=None)}, "aware datetime"),
+    (Mail(order_id=7), {"expires_s": 5, "delay_s": 5}, "it would expire"),
+    (Mail(order_id=7), {"delay_s": 3600}, "it would expire"),
+    (Mail(order_id=7), {"expires_s": 0}, "expires_s must be above 0"),
+    (Mail(order_id=7), {"job_id": ""}, "job_id is a text"),
+    (Mail(order_id=7), {"job_id": "x" * 201}, "job_id is a text"),
+    (Mail(order_id=7), {"correlation_id": 7}, "correlation_id is a text"),
+    (Mail(order_id=7), {"headers": {"lv-attempt": 3}}, "leveret's own"),
+    (Mail(order_id=7), {"headers": {"x-death": "x"}}, "the broker's"),
+    (Mail(order_id=7), {"headers": {"x": [1]}}, "a value is a str"),
+    (Mail(order_id=7), {"headers": {"x": 1 << 63}}, "64 bits"),
+    (Mail(order_id=7), {"timeout_s": 0}, "timeout_s must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("job", "options", "says"), WRONG)
+async def test_what_is_wrong_is_refused_at_the_publisher(publisher: Publisher, job: Job, options: dict[str, Any], says: str) -> None:
+    """It would be buried later, at night, far from the code that is wrong."""
+    with pytest.raises(InvalidJob, match=says):
+        await publisher.publish(job, **options)
+
+
+async def test_an_outgoing_or_a_class_is_no_job(publisher: Publisher) -> None:
+    """Its options would be dropped without a word."""
+    for wrong in (Outgoing(Mail(order_id=7)), Mail, {"order_id": 7}):
+        with pytest.raises(InvalidJob, match="a job is published"):
+            await publisher.publish(wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def test_a_body_over_the_limit_is_refused_before_it_is_sent(publisher: Publisher) -> None:
+    """RabbitMQ would close the channel, and with it every publish in flight."""
+
+    class Big(Job, name="mail.big", queue=mails):
+        text: str
+
+    with pytest.raises(MessageTooLarge) as refused:
+        await publisher.publish(Big(text="x" * 5000))
+
+    assert refused.value.size_bytes > refused.value.limit_bytes == 2000
+
+
+async def test_headers_over_the_limit_are_refused(publisher: Publisher) -> None:
+    """A header frame above frame_max ends the whole connection."""
+    with pytest.raises(MessageTooLarge, match="headers"):
+        await publisher.publish(Mail(order_id=7), headers={"x": "y" * 40_000})
+
+
+async def test_two_definitions_of_one_queue_are_refused(publisher: Publisher) -> None:
+    """Their publishers would declare it differently, and one of them would fail in production."""
+
+    class Twin(Job, name="mail.twin", queue=Queue("mails", type="classic")):
+        pass
+
+    await publisher.publish(Mail(order_id=7))
+    with pytest.raises(InvalidJob, match="two definitions"):
+        await publisher.publish(Twin())
+    with pytest.raises(InvalidJob, match="two definitions"):
+        await publisher.publish(Twin())
+
+
+async def test_validation_can_be_switched_off(caplog: pytest.LogCaptureFixture) -> None:
+    """Who trusts the types of his code would pay for nothing."""
+    unchecked = App("unchecked", broker="memory://unchecked", settings=Settings(validate=False))
+    async with unchecked.publisher() as publisher:
+        receipt = await publisher.publish(Mail(order_id="seven"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert receipt.state == "confirmed"
+
+
+async def test_publish_many_returns_receipts_in_order(publisher: Publisher) -> None:
+    """A caller could not tell which job has which id."""
+    receipts = await publisher.publish_many([Outgoing(Mail(order_id=n), job_id=f"many-{n}") for n in range(2500)])
+
+    assert [receipt.job_id for receipt in receipts] == [f"many-{n}" for n in range(2500)]
+
+
+async def test_a_failed_item_of_publish_many_cannot_go_unnoticed(publisher: Publisher) -> None:
+    """A list of results is ignored by callers: the wrong job would be lost in silence."""
+    with pytest.raises(PublishManyError) as failed:
+        await publisher.publish_many([Mail(order_id=1), Mail(order_id="two"), Mail(order_id=3)])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+    assert [type(result).__name__ for result in failed.value.results] == ["Receipt", "InvalidJob", "Receipt"]
+
+
+async def test_a_layer_that_raises_fails_its_own_job_of_many() -> None:
+    """One tenant's bad header would leave the fate of all the others unknown."""
+
+    async def publish(envelope: Envelope, proceed: Publish) -> Receipt:
+        if envelope.job_id == "bad":
+            msg = "no tenant"
+            raise LookupError(msg)
+        return await proceed(envelope)
+
+    layer: Any = type("Picky", (), {"publish": staticmethod(publish)})()
+    picky = App("picky", broker="memory://picky", middleware=[layer])
+    async with picky.publisher() as publisher:
+        with pytest.raises(PublishManyError) as failed:
+            await publisher.publish_many([Outgoing(Mail(order_id=1), job_id="bad"), Mail(order_id=2)])
+
+    first, second = failed.value.results
+    assert isinstance(first, PublishError)
+    assert isinstance(first.__cause__, LookupError)
+    assert isinstance(second, Receipt)
+
+
+async def test_a_closed_publisher_says_so(publisher: Publisher) -> None:
+    """A service that is shutting down would hang, or get an error of the client library."""
+    async with app.publisher() as opened:
+        pass
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        await opened.publish(Mail(order_id=7))
+
+
+async def test_the_envelope_holds_what_was_asked_for(lab: Lab) -> None:
+    """Priority, id, line, headers or expiry would be lost on the way."""
+    await lab.publish(Mail(order_id=7), priority=Priority.URGENT, job_id="one", correlation_id="line", headers={"x-a": 1}, delay_s=60)
+
+    (published,) = lab.published
+    envelope = published.envelope
+    assert published.job == Mail(order_id=7)
+    assert (envelope.job_id, envelope.priority, envelope.correlation_id) == ("one", Priority.URGENT, "line")
+    assert envelope.headers == {"x-a": 1, "x-tenant-id": "acme"}
+    assert envelope.app == "publishing"
+    assert envelope.expires_at_ms is not None
+    assert envelope.due_ms is not None
+    assert envelope.expires_at_ms - envelope.due_ms == 3_540_000
+
+
+async def test_a_job_published_in_a_handler_belongs_to_the_line_of_its_job(lab: Lab) -> None:
+    """What one order set going couldn't be found in the logs."""
+    receipt = await lab.publish(Mail(order_id=77))
+    await lab.drain()
+
+    assert [one.envelope.correlation_id for one in lab.published] == [None, receipt.job_id]
+
+
+async def test_ids_sort_by_the_time_of_their_making(publisher: Publisher) -> None:
+    """An index on them would scatter its writes."""
+    ids: list[str] = []
+    for _ in range(3):
+        ids.append((await publisher.publish(Mail(order_id=1))).job_id)
+        await asyncio.sleep(0.002)  # UUIDv7 has milliseconds: the clock itself is what is tested
+
+    assert ids == sorted(ids)
+    assert {one[14] for one in ids} == {"7"}

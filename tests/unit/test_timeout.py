@@ -1,0 +1,142 @@
+"""`Timeout`: a run that takes too long ends, and says so."""
+
+import asyncio
+import threading
+import time
+from typing import Any, cast
+
+import pytest
+
+from leveret import App, Attempt, Bury, ConfigurationError, Done, Outcome
+from leveret.middleware import Retries, Timeout
+from leveret.testing import running
+from tests.unit.runs import Greet, attempt, chain
+
+
+async def forever(_: Attempt[Any]) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_a_run_past_its_limit_is_cancelled_and_fails_with_the_limit_in_its_text() -> None:
+    """A handler that hangs would keep its slot until the broker closes the channel, and everyone's deliveries with it."""
+    ended = False
+
+    async def handler(_: Attempt[Any]) -> None:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended = True
+
+    with pytest.raises(TimeoutError, match=r"^greet was ended by its Timeout of 0.01 s$"):
+        await chain(Timeout(0.01), handler=handler)(attempt())
+    assert ended
+
+
+async def test_a_run_within_its_limit_passes() -> None:
+    """The layer stands round every run."""
+    assert await chain(Timeout(5), handler=lambda _: asyncio.sleep(0))(attempt()) == Done()
+
+
+async def test_a_timeout_of_the_handlers_own_passes_as_it_is() -> None:
+    """Else a slow database is reported as a slow job, with the wrong limit."""
+
+    async def handler(_: Attempt[Any]) -> None:
+        raise TimeoutError("the database took 3 s")
+
+    with pytest.raises(TimeoutError, match="the database took 3 s"):
+        await chain(Timeout(5), handler=handler)(attempt())
+
+
+async def test_remaining_s_tells_the_innermost_limit_and_is_restored() -> None:
+    """A handler that plans with it (a request's time-out, the next page) would plan past its end."""
+    seen: list[float] = []
+    run = attempt()
+
+    async def note(attempt: Attempt[Any], proceed: Any) -> Outcome:
+        seen.append(attempt.remaining_s())
+        outcome: Outcome = await proceed(attempt)
+        seen.append(attempt.remaining_s())
+        return outcome
+
+    class Own:
+        """A limit of a user's, inside the app's."""
+
+        def __init__(self, limit_s: float) -> None:
+            self._layer = Timeout(limit_s)
+
+        async def consume(self, attempt: Attempt[Any], proceed: Any) -> Outcome:
+            return await self._layer.consume(attempt, proceed)
+
+    async def handler(attempt: Attempt[Any]) -> None:
+        seen.append(attempt.remaining_s())
+
+    await chain(Own(100), note, Own(10), Own(50), handler=handler)(run)
+    assert 99 < seen[0] <= 100
+    assert 9 < seen[1] <= 10
+    assert 99 < seen[2] <= 100
+    assert run.remaining_s() == float("inf")
+
+
+async def test_the_limit_is_restored_after_it_struck() -> None:
+    """A try in place after it would find no time left."""
+    run = attempt()
+    with pytest.raises(TimeoutError):
+        await chain(Timeout(0.001), handler=forever)(run)
+    assert run.remaining_s() == float("inf")
+
+
+async def test_a_shutdown_is_no_timeout() -> None:
+    """A run that is cut off must come again, not be counted as a failure."""
+    task = asyncio.create_task(cast("Any", chain(Timeout(60), handler=forever)(attempt())))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """A thread can't be stopped: freed early, its slot would let the retry run beside it."""
+    app = App("shop", middleware=[Retries(max_attempts=2, base_s=0.001, cap_s=0.001), Timeout(0.02)])
+    now = threading.Lock()
+    overlapped: list[bool] = []
+
+    @app.handler
+    def greet(job: Greet) -> None:
+        overlapped.append(not now.acquire(blocking=False))
+        time.sleep(0.1)
+        now.release()
+
+    async with running(app) as lab:
+        await lab.publish(Greet())
+        await lab.drain()
+        (run,) = lab.buried
+    assert overlapped == [False, False]
+    assert run.outcome == Bury("TimeoutError: greet was ended by its Timeout of 0.02 s (attempt 2 of 2)")
+    assert sum("goes on in its thread" in record.getMessage() for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "kind"),
+    [(0, ValueError), (-1, ValueError), (float("inf"), ValueError), (float("nan"), ValueError), ("30", TypeError), (True, TypeError)],
+)
+def test_wrong_limits_are_refused_where_they_are_written(limit_s: Any, kind: type[Exception]) -> None:
+    """A limit of 0 would end every run, and one without end none."""
+    with pytest.raises(kind, match="Timeout: limit_s"):
+        Timeout(limit_s)
+
+
+def test_a_limit_that_the_broker_would_undercut_is_refused_at_start() -> None:
+    """The broker would take the job away first, and run it a second time beside the first."""
+    app = App("shop", middleware=[Timeout(1800)])
+
+    @app.handler
+    async def greet(job: Greet) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="1800 s is above three quarters of consumer_timeout_s"):
+        app.handlers()
+
+
+def test_it_says_what_it_was_made_with() -> None:
+    """`describe` names a layer by its repr."""
+    assert (repr(Timeout(30)), Timeout(30).limit_s) == ("Timeout(30)", 30)
