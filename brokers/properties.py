@@ -21,7 +21,8 @@ from . import frames
 from .topology import PRIORITY_PROPERTY, level_of
 
 _LEVEL_OF_PROPERTY = {value: level for level, value in PRIORITY_PROPERTY.items()}
-_NO_HEADERS: Mapping[str, object] = {}
+_LATEST_S = 253_402_300_799
+"""The end of the year 9999: what a foreign producer says beyond it (milliseconds) no clock can show."""
 
 
 # --- the headers table
@@ -61,11 +62,11 @@ def _encode_value(value: Any) -> bytes:
         case datetime():
             return b"T" + struct.pack(">Q", int(value.timestamp()))
         case Decimal():
-            _, digits, exponent = value.as_tuple()
-            if isinstance(exponent, int) and -255 <= exponent <= 0 and value >= 0:
-                mantissa = int("".join(map(str, digits)))
-                if mantissa < 1 << 32:
-                    return b"D" + struct.pack(">BI", -exponent, mantissa)
+            sign, digits, exponent = value.as_tuple()
+            if isinstance(exponent, int) and -255 <= exponent <= 0:
+                mantissa = (-1 if sign else 1) * int("".join(map(str, digits)))
+                if -(1 << 31) <= mantissa < 1 << 31:  # signed, as pamqp and RabbitMQ read it
+                    return b"D" + struct.pack(">Bi", -exponent, mantissa)
         case dict():
             inner = encode_table(cast("dict[str, Any]", value))
             return b"F" + struct.pack(">I", len(inner)) + inner
@@ -201,7 +202,7 @@ def _envelope(found: Mapping[str, Any], fields: dict[str, Any], queue: str, body
         body=body,
         content_type=get("content_type") or JSON,
         content_encoding=get("content_encoding") or None,
-        created_s=get("timestamp") or 0,
+        created_s=min(get("timestamp") or 0, _LATEST_S),
         app=get("app_id"),
         correlation_id=get("correlation_id"),
         reply_to=get("reply_to"),

@@ -56,6 +56,11 @@ def open_admin(url: str, runtime: Runtime) -> Admin:
     return RabbitAdmin(addresses(url, runtime.settings.heartbeat_s), runtime)
 
 
+def physical_queues(queue: Queue) -> list[str]:
+    """Return the names that the management page shows for `queue`, dead letters last; for `leveret describe`."""
+    return [*topology.physicals(queue), topology.dead_queue(queue.name)]
+
+
 class RabbitBroker:
     """A broker on RabbitMQ; see `leveret.broker.Broker`."""
 

@@ -286,6 +286,7 @@ class RabbitConsumption:
         self._sink = sink
         self._session: _Session | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._establishing: asyncio.Task[None] | None = None
         self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         self._failure.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._was_ready = False
@@ -350,8 +351,9 @@ class RabbitConsumption:
                 full_jitter(attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng)
             )
             attempt += 1
+            self._establishing = asyncio.create_task(self._establish())
             try:
-                await self._establish()
+                await asyncio.shield(self._establishing)
             except ConnectionLost as error:
                 self._tell(str(error))
             except ConfigurationError as error:
@@ -379,9 +381,10 @@ class RabbitConsumption:
     async def stop_taking(self) -> None:
         """Cancel the consumers; what still arrives is given back."""
         self._stopping = True
+        if self._session is None:
+            await self._end_supervisor()
         session = self._session
         if session is None:
-            await self._end_supervisor()
             return
         session.taking = False
         try:
@@ -408,7 +411,12 @@ class RabbitConsumption:
         await session.connection.close()
 
     async def _end_supervisor(self) -> None:
-        task, self._supervisor = self._supervisor, None
-        if task is not None:
+        if self._establishing is not None and not self._establishing.done():
+            # the first of its consumers may have delivered already: what runs can be settled once all are registered
+            await asyncio.wait({self._establishing}, timeout=amqp.CLOSE_TIMEOUT_S)
+        tasks = {task for task in (self._supervisor, self._establishing) if task is not None}
+        self._supervisor = self._establishing = None
+        for task in tasks:
             task.cancel()
-            await asyncio.wait({task})
+        if tasks:
+            await asyncio.wait(tasks)

@@ -1,6 +1,6 @@
 """Index a folder of text, one job a file: `make demo`, or `python examples/index_files.py FOLDER --limit 500`.
 
-Small files overtake large ones; what isn't text becomes a dead letter, with its reason; one in fifty fails at first and
+Small files have a higher priority; what isn't text becomes a dead letter, with its reason; one in fifty fails at first and
 comes back; a cron job prints the totals each second. LEVERET_BROKER=amqp://… runs the very same on RabbitMQ."""
 
 import asyncio

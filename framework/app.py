@@ -246,11 +246,13 @@ class App(Generic[_R]):
 
     def _check_limits(self, handler: Handler) -> None:
         longest_s = self._settings.consumer_timeout_s * 0.75
+        in_place = max((rule.immediate for layer in handler.layers for rule in getattr(layer, "rules", ())), default=0)
         for layer in handler.layers:
             limit_s = getattr(layer, "limit_s", None)
-            if isinstance(limit_s, (int, float)) and limit_s > longest_s:
+            if isinstance(limit_s, (int, float)) and limit_s * (1 + in_place) > longest_s:
+                tries = f", with {in_place} tries in place," if in_place else ""
                 msg = (
-                    f"handler {handler.name}: a time-out of {limit_s:g} s is above three quarters of consumer_timeout_s "
+                    f"handler {handler.name}: a time-out of {limit_s:g} s{tries} is above three quarters of consumer_timeout_s "
                     f"({self._settings.consumer_timeout_s:g} s): the broker would take the job away first. "
                     "Shorten it, or raise the broker's consumer_timeout and the setting"
                 )

@@ -55,7 +55,7 @@ class Delivery(Protocol):
 
     @property
     def live(self) -> bool:
-        """Whether it can still be settled; False once its channel or lease is gone: the broker delivers it again."""
+        """Whether it can still be settled; False once its channel or lease is gone: the broker delivers it again. Undefined once it is settled."""
         ...
 
 
@@ -132,11 +132,17 @@ class Broker(Protocol):
         ...
 
     async def again(self, delivery: Delivery, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
-        """Publish `envelope` to the delivery's own queue, confirmed, then ack; raises as `publish` does, and then it isn't acked."""
+        """Publish `envelope` to the delivery's own queue, confirmed, then ack; raises as `publish` does, and then it isn't acked.
+
+        No effect on a delivery that isn't live: it comes again.
+        """
         ...
 
     async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
-        """Publish it to the queue's dead letters, body byte for byte, confirmed, then ack; raises as `publish` does, and then it isn't acked."""
+        """Publish it to the queue's dead letters, body byte for byte, confirmed, then ack; raises as `publish` does, and then it isn't acked.
+
+        No effect on a delivery that isn't live: it comes again.
+        """
         ...
 
     def give_back(self, delivery: Delivery) -> None:

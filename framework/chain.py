@@ -6,7 +6,8 @@ state, shared by every handler that it wraps. Three attributes are optional:
 - `once = True` (a class attribute): a handler's own layer of that class stands where the app's stood, instead of
   coming inside it.
 - `ready_in_s() -> float`: tower's readiness. Where every handler of a queue here has that very instance, the consumer
-  starts nothing of the queue until it returns 0. `starts_per_s`, a number beside it, bounds the prefetch.
+  starts nothing of the queue until it returns 0. Beside it, `starts_now() -> int` says how many may start at once, so
+  that the consumer needn't go round the loop for each, and `starts_per_s`, a number, bounds the prefetch.
 - `bind(runtime)`: called when a worker or a publisher is made, with its `Runtime` (clock, chance, processes).
 
 Order of calls: layers of one run are called in its own task, outermost first; runs of several jobs overlap, so a

@@ -41,6 +41,7 @@ MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
 _UNWIND_S = 1.0
+_MOST = (1 << 63) - 1
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,7 +130,9 @@ class Consumer:
         # a layer holds a whole queue back only where every handler of it has that very instance
         common = [layer for layer in handlers[0].layers if all(any(layer is other for other in h.layers) for h in handlers)]
         gates = [layer for layer in common if callable(getattr(layer, "ready_in_s", None))]
-        prefetch = limit + 1
+        # Of each level as many ready here as may run: with one only, LOW jobs started before HIGH ones while the
+        # broker refilled the window (measured on the demo). More would keep long jobs from workers that idle.
+        prefetch = 2 * limit
         for gate in gates:
             if (per_s := getattr(gate, "starts_per_s", None)) is not None:
                 prefetch = min(prefetch, max(1, int(per_s * START_WITHIN_S)))
@@ -315,6 +318,8 @@ class Consumer:
             if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]
                 layers = ", ".join(map(name_of, route.handler.layers))
                 ending = _refused(TypeError(f"a layer returned {ending!r:.80} instead of an outcome; look for a missing return in: {layers}"))
+        except (Retry, Snooze, Bury) as said:  # raised by a layer outside of the handler's own adapter
+            ending = said
         except UndecodableError as undecodable:
             ending = Undecodable(str(undecodable))
         except asyncio.CancelledError as cancelled:
@@ -376,7 +381,7 @@ class Consumer:
                 return self._again(delivery, _next(envelope, cause="snooze", first_seen_ms=seen_ms), delay_s)
             case Retry(delay_s):
                 failed = self._failed(envelope, error)
-                return self._again(delivery, _next(failed, cause="retry", first_seen_ms=seen_ms, attempt=envelope.attempt + 1), delay_s or 0.0)
+                return self._again(delivery, _next(failed, cause="retry", first_seen_ms=seen_ms, attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
             case Bury(reason):
                 logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason), exc_info=_at_debug(error))
                 return self._bury(delivery, self._failed(envelope, error, reason), seen_ms)
@@ -384,8 +389,9 @@ class Consumer:
                 logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason))
                 return self._bury(delivery, self._failed(envelope, None, reason), seen_ms)
             case Unknown(reason):
-                since_ms = envelope.unknown_since_ms or int(self._clock.now() * 1000)
-                waited_s = self._clock.now() - since_ms / 1000
+                now_ms = int(self._clock.now() * 1000)
+                since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)  # one in the future would have it wait until then
+                waited_s = (now_ms - since_ms) / 1000
                 if waited_s >= self._runtime.settings.unknown_grace_s:
                     logger.error("%s is buried in %s.dead: %s, for %d s", _what(envelope), delivery.queue.name, _line(reason), waited_s)
                     return self._bury(delivery, self._failed(envelope, None, reason), seen_ms)
@@ -393,7 +399,7 @@ class Consumer:
                     logger.warning("%s waits in the broker, a deploy may be rolling: %s", _what(envelope), _line(reason))
                 # 1, 2, 4 … 30 s: it waits as long again as it has waited
                 unknown = _next(envelope, cause="snooze", first_seen_ms=seen_ms, unknown_since_ms=since_ms)
-                return self._again(delivery, unknown, min(30.0, 1.0 + max(0.0, waited_s)))
+                return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
             case NotStarted():
                 self._broker.give_back(delivery)
             case CutOff():
@@ -540,7 +546,9 @@ def failures_of(envelope: Envelope) -> list[Failure]:
 
 def _next(envelope: Envelope, **changes: Any) -> Envelope:
     """Return `envelope` as leveret publishes it anew: same id, one pass more."""
-    return msgspec.structs.replace(envelope, **{"passes": envelope.passes + 1, "unknown_since_ms": None, **changes})
+    # a foreign producer's count may be at its end: one that AMQP can't carry would never be published
+    counted = {"passes": min(envelope.passes + 1, _MOST), "unknown_since_ms": None, **changes}
+    return msgspec.structs.replace(envelope, **counted)
 
 
 def _with_deadline(envelope: Envelope) -> Envelope:

@@ -118,7 +118,7 @@ class Sender:
     def __init__(
         self, broker: Broker, layers: Sequence[AnyLayer], runtime: Runtime, observe: Callable[[Job, Envelope], None] | None = None
     ) -> None:
-        bind(layers, runtime)
+        bind((layer for layer in layers if hasattr(layer, "publish")), runtime)
         self._observe = observe
         self._broker = broker
         self._runtime = runtime

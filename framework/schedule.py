@@ -24,8 +24,14 @@ from .job import Job
 from .publisher import Outgoing
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
-_FIELD = re.compile(r"[0-9A-Za-z*/,\-#?]+\Z")
 _RANGES = {"second": (0, 59), "minute": (0, 59), "hour": (0, 23), "day of month": (1, 31), "month": (1, 12), "day of week": (0, 7)}
+_WORDS = {
+    "month": ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"],
+    "day of week": ["sun", "mon", "tue", "wed", "thu", "fri", "sat"],
+}
+_ITEM = re.compile(r"(?:\*|(\w+)(?:-(\w+))?)(?:/(\d+))?\Z", re.ASCII)
+_NTH = re.compile(r"(\w+)#[1-5]\Z|L(\w+)\Z", re.ASCII | re.IGNORECASE)
+_NEAREST = re.compile(r"(\d+)W\Z", re.ASCII | re.IGNORECASE)
 _INTERVAL = re.compile(r"(\*|\?)(/\d+)?\Z")
 MAX_NAME = 80
 
@@ -89,19 +95,30 @@ def check_expression(expression: str) -> None:
         msg = f"cron expression {expression!r}: it has five fields (minute hour day-of-month month day-of-week), or six with seconds first"
         raise ValueError(msg)
     for name, field in zip(names, fields, strict=True):
-        low, high = _RANGES[name]
-        wrong = not _FIELD.match(field) or bool(re.search(r",,|^,|,$|/0*$|/\D|--|-$|^-", field))
-        for part in re.findall(r"(?<![/#\w])\d+", field):
-            wrong = wrong or not low <= int(part) <= high
-        if name not in ("month", "day of week"):
-            wrong = wrong or bool(re.search(r"[A-KM-Za-km-z]", field))
-        else:
-            for word in re.findall(r"[A-Za-z]+", field):
-                known = "jan feb mar apr may jun jul aug sep oct nov dec" if name == "month" else "sun mon tue wed thu fri sat l"
-                wrong = wrong or word.lower() not in known.split()
-        if wrong:
+        if not _is_field(name, field):
+            low, high = _RANGES[name]
             msg = f"cron expression {expression!r}: its {name} is {field!r}; a {name} is {low} to {high}, *, a list, a range or a step"
             raise ValueError(msg)
+
+
+def _is_field(name: str, field: str) -> bool:
+    if name == "day of month" and (nearest := _NEAREST.match(field)):
+        return _is_value(name, nearest[1])
+    return (field == "?" and name in ("day of month", "day of week")) or all(_is_item(name, item) for item in field.split(","))
+
+
+def _is_item(name: str, item: str) -> bool:
+    if name == "day of week" and (nth := _NTH.match(item)):
+        return _is_value(name, nth[1] or nth[2])
+    if name == "day of month" and item in ("L", "l"):
+        return True
+    found = _ITEM.match(item)
+    return found is not None and all(_is_value(name, value) for value in found.group(1, 2) if value) and int(found[3] or 1) > 0
+
+
+def _is_value(name: str, value: str) -> bool:
+    low, high = _RANGES[name]
+    return low <= int(value) <= high if value.isdecimal() else value.lower() in _WORDS.get(name, ())
 
 
 def next_slot(expression: str, tz: str, after: datetime) -> datetime | None:
@@ -111,21 +128,36 @@ def next_slot(expression: str, tz: str, after: datetime) -> datetime | None:
     and decides nothing about the clocks: on its own it fires 02:30 twice on the autumn change (7.0.0: measured).
     """
     zone = ZoneInfo(tz)
-    interval = _is_interval(expression)
+    return _next_of_interval(expression, zone, after) if _is_interval(expression) else _next_of_times(expression, zone, after)
+
+
+def _next_of_interval(expression: str, zone: ZoneInfo, after: datetime) -> datetime | None:
     local = after.astimezone(zone)
-    start = local.replace(tzinfo=None)
-    for naive in _local_slots(expression, start):
-        instant = _utc(naive, zone, fold=local.fold if interval else 0)
-        if interval:
-            change = _change_between(after, instant, zone)
-            if change is not None:
-                # the clocks change before it: what is due from the change on comes first
-                begins = change.astimezone(zone)
-                first = next(_local_slots(expression, begins.replace(tzinfo=None) - timedelta(microseconds=1)), None)
-                return None if first is None else _utc(first, zone, fold=begins.fold)
+    for naive in _local_slots(expression, local.replace(tzinfo=None)):
+        instant = _utc(naive, zone, fold=local.fold)
+        change = _change_between(after, instant, zone)
+        if change is not None:
+            # the clocks change before it: what is due from the change on comes first
+            begins = change.astimezone(zone)
+            first = next(_local_slots(expression, begins.replace(tzinfo=None) - timedelta(microseconds=1)), None)
+            return None if first is None else _utc(first, zone, fold=begins.fold)
         if instant > after:
             return instant
     return None
+
+
+def _next_of_times(expression: str, zone: ZoneInfo, after: datetime) -> datetime | None:
+    # after a skipped hour its times are still to come: look on from where the clock would stand without the change
+    yesterday = (after - timedelta(days=1)).astimezone(zone).utcoffset()
+    start = min(after.astimezone(zone).replace(tzinfo=None), (after.astimezone(timezone.utc) + (yesterday or timedelta())).replace(tzinfo=None))
+    best: datetime | None = None
+    for naive in _local_slots(expression, start):
+        if best is not None and naive > best.astimezone(zone).replace(tzinfo=None):
+            return best
+        instant = _utc(naive, zone, fold=0)
+        if instant > after and (best is None or instant < best):
+            best = instant
+    return best
 
 
 def _is_interval(expression: str) -> bool:

@@ -35,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Asked of the broker; a dead peer is noticed after about three of them."""
     reconnect_base_s: float = 0.5
     """Ceiling of the first wait before a connection is tried again; it doubles, with full jitter."""
-    reconnect_cap_s: float = 15.0
+    reconnect_cap_s: float = 5.0
     """Ceiling of any such wait."""
     warn_body_bytes: int = 1 << 20
     """A larger body is published with a warning."""

@@ -97,6 +97,9 @@ async def working(
         raise ConfigurationError(msg)
     runtime = runtime or app.runtime()
     broker: Broker = app.open_broker(runtime)
+    if runtime.processes > 1 and not broker.features.shared:
+        msg = f"the broker {redact(app.broker_url() or '')} lives inside one process: it can't serve --processes {runtime.processes}"
+        raise ConfigurationError(msg)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
         enter = lifespan or app.lifespan

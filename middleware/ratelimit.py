@@ -81,6 +81,13 @@ class RateLimit:
         wait_s = self._next - self._ahead_s - self._clock.monotonic()
         return wait_s if wait_s > _ALMOST_S else 0.0
 
+    def starts_now(self) -> int:
+        """Return how many starts are allowed now, at once; the consumer asks so that it needn't go round for each."""
+        if self.ready_in_s() > 0:
+            return 0
+        left_s = self._ahead_s - max(0.0, self._next - self._clock.monotonic())
+        return int(max(0.0, left_s + _ALMOST_S) / self._interval_s) + 1
+
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
         """Run it when it may start: now, in a moment, or after a snooze."""
         wait_s = self.ready_in_s()

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, final
 
 from leveret.attempt import Attempt
 from leveret.chain import Consume
+from leveret.deadlines import deadlines
 from leveret.outcome import Outcome
 
 
@@ -37,18 +38,20 @@ class Timeout:
         return f"Timeout({self.limit_s:g})"
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
-        """Run it; TimeoutError once the limit is over. A TimeoutError of the handler's own passes as it is."""
+        """Run it; TimeoutError once the limit is over, up to 50 ms late. A TimeoutError of the handler's own passes as it is."""
         deadline = time.monotonic() + self.limit_s
         outer = attempt.end_by(deadline)
-        attempt.end_by(min(outer, deadline))
-        scope = asyncio.timeout(self.limit_s)
+        if outer < deadline:
+            attempt.end_by(outer)
+        wheel = deadlines()
+        entry = wheel.set(deadline)
         try:
-            async with scope:
-                return await proceed(attempt)
-        except TimeoutError as error:
-            if not scope.expired():
+            return await proceed(attempt)
+        except asyncio.CancelledError as error:
+            if not wheel.was_it(entry):
                 raise
             msg = f"{attempt.envelope.job} was ended by its Timeout of {self.limit_s:g} s"
             raise TimeoutError(msg) from error
         finally:
+            wheel.clear(entry)
             attempt.end_by(outer)

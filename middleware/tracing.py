@@ -10,6 +10,7 @@ Names and attributes are those of the semantic conventions for messaging (in dev
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import ClassVar, Literal, final
@@ -38,6 +39,8 @@ from leveret.outcome import Bury, Outcome, Retry, Snooze
 
 # The broker behind a queue isn't known here: the system is the one that the names and ids belong to.
 SYSTEM = "leveret"
+_LOOK_EVERY_S = 0.5
+"""A program that sets its SDK later than its first job has spans after so long."""
 MESSAGING_SYSTEM = "messaging.system"
 OPERATION_NAME = "messaging.operation.name"
 OPERATION_TYPE = "messaging.operation.type"
@@ -72,6 +75,7 @@ class Tracing:
     def __init__(self, *, tracer_provider: TracerProvider | None = None) -> None:
         self._provider = tracer_provider
         self._made: Tracer | None = None
+        self._look_again = 0.0
 
     def __repr__(self) -> str:
         return "Tracing()"
@@ -80,6 +84,11 @@ class Tracing:
     def _tracer(self) -> Tracer | None:
         """None without an SDK. It is set once a process, at any time: once it's there it stays."""
         if self._made is None:
+            # the API reads the environment at each look: once in a while is enough
+            now = time.monotonic()
+            if now < self._look_again:
+                return None
+            self._look_again = now + _LOOK_EVERY_S
             provider = self._provider or trace.get_tracer_provider()
             if isinstance(provider, (ProxyTracerProvider, NoOpTracerProvider)):
                 return None

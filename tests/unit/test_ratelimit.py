@@ -92,6 +92,20 @@ async def test_asking_whether_it_is_ready_takes_nothing() -> None:
     assert [layer.ready_in_s() for _ in range(3)] == [10.0, 10.0, 10.0]
 
 
+async def test_it_says_how_many_may_start_at_once() -> None:
+    """Said too high, the consumer starts jobs only to snooze them; too low, a burst takes a turn of the loop for each."""
+    clock = ManualClock()
+    layer = RateLimit(2, burst=4)
+    step = step_on(clock, layer, [])
+    for wait_s in (0.0, 0.1, 0.4, 0.7, 1.3, 60.0):
+        clock.advance(wait_s)
+        said, begun = layer.starts_now(), 0
+        while layer.ready_in_s() == 0:
+            await step(attempt())
+            begun += 1
+        assert (said, layer.starts_now()) == (begun, 0)
+
+
 @pytest.mark.parametrize("every_s", [1.0, 0.1, 7.3, 1e-3, 86_400.0])
 async def test_after_the_wait_that_it_asked_for_it_is_ready(every_s: float) -> None:
     """The last bits of a sum of floats must not make a driver wait for no time, for ever."""

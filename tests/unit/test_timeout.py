@@ -95,6 +95,22 @@ async def test_a_shutdown_is_no_timeout() -> None:
         await task
 
 
+async def test_a_handler_that_finishes_all_the_same_is_done_and_no_longer_cancelled() -> None:
+    """What it did would be done twice, or the cancellation would strike whoever settles the job."""
+
+    async def handler(_: Attempt[Any]) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)  # what can't be left half done
+
+    task = asyncio.current_task()
+    assert task is not None
+    assert await chain(Timeout(0.001), handler=handler)(attempt()) == Done()
+    await asyncio.sleep(0)
+    assert task.cancelling() == 0
+
+
 async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytest.LogCaptureFixture) -> None:
     """A thread can't be stopped: freed early, its slot would let the retry run beside it."""
     app = App("shop", middleware=[Retries(max_attempts=2, base_s=0.001, cap_s=0.001), Timeout(0.02)])
