@@ -82,6 +82,9 @@ class Got(msgspec.Struct, frozen=True):
     body: bytes
 
 
+FAILURES = (Returned, Nacked, Late, Closed)
+"""What a publish may end with."""
+
 Deliver = Callable[[int, bool, bytes, bytes], None]
 """Called with tag, redelivered, properties as they came, body."""
 
@@ -209,7 +212,7 @@ class Channel:
         """
         future: asyncio.Future[None] = self.connection.loop.create_future()
         if self.closed is not None:
-            future.set_exception(self.closed)
+            _fail(future, self.closed)
             return future
         head = self._keys.get((exchange, key))
         if head is None:
@@ -231,7 +234,7 @@ class Channel:
         now = time.monotonic()
         for future, *_, deadline in self._unconfirmed.values():
             if deadline <= now and not future.done():
-                future.set_exception(Late("no confirm in time"))
+                _fail(future, Late("no confirm in time"))
         self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
 
     def on_confirm(self, tag: int, multiple: bool, ack: bool) -> None:
@@ -255,11 +258,11 @@ class Channel:
         if future.done():
             return
         if self._returned and (returned := self._returned.pop(tag, None)) is not None:
-            future.set_exception(returned)
+            _fail(future, returned)
         elif ack:
             future.set_result(None)
         else:
-            future.set_exception(Nacked("the broker refused to keep it (basic.nack)"))
+            _fail(future, Nacked("the broker refused to keep it (basic.nack)"))
 
     def on_return(self, code: int, text: str, key: bytes, properties: bytes) -> None:
         """Take in a publish that no queue took; its confirm comes after it.
@@ -342,7 +345,8 @@ class Connection(asyncio.Protocol):
         self._flushing = False
         self._unwritable: asyncio.Future[None] | None = None
         """Waited for by publishers while too much is unsent; None while it isn't."""
-        self._handshake: asyncio.Future[Frame] | None = None
+        # there from the beginning: the broker's first word may be read before anybody awaits it
+        self._handshake: asyncio.Future[Frame] | None = self.loop.create_future()
         self._closing: asyncio.Future[None] | None = None
         self._heartbeat_s = 0.0
         self._beat: asyncio.TimerHandle | None = None
@@ -513,11 +517,11 @@ class Connection(asyncio.Protocol):
     async def _expect(self, kind: type[Frame], method: Frame | None = None) -> Any:
         if self.closed is not None:
             raise self.closed
-        if self._handshake is None or self._handshake.done():
-            self._handshake = self.loop.create_future()
         if method is not None:
             self.write(method_frame(0, method))
+        assert self._handshake is not None
         answer = await self._handshake
+        self._handshake = self.loop.create_future()
         if not isinstance(answer, kind):
             raise Closed("connection", 503, f"{answer.name} where {kind.name} was due")
         return answer

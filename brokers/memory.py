@@ -399,6 +399,9 @@ class MemoryBroker:
     def _due(self, delay_s: float) -> float | None:
         return self._clock.monotonic() + delay_s if delay_s > 0 else None
 
+    def post(self, queue: Queue, envelope: Envelope, *, deadline: float) -> None:
+        """Never at once here: `publish` groups what comes together by itself."""
+
     async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
         """As `Broker.publish`; every queue exists, so that none is unroutable."""
         await asyncio.sleep(0)  # no broker answers within one turn of the loop, and a loop of publishes must let consumers run

@@ -19,13 +19,14 @@ import msgspec
 from pamqp import commands
 
 from leveret.backoff import full_jitter
-from leveret.broker import Admin, Broker, Consumption, Delivery, Features, Sink, Subscription
+from leveret.broker import Admin, Broker, Consumption, Delivery, Features, Posted, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import (
     BrokerUnavailable,
     ConfigurationError,
     InvalidJob,
     MessageTooLarge,
+    PublishError,
     PublishTimeout,
     Unroutable,
 )
@@ -86,13 +87,19 @@ class RabbitBroker:
                 raise InvalidJob(msg, job_id=envelope.job_id) from None
             route = Route(exchange, key, priority_property(queue, envelope.priority), queue, queue.type)
         else:
-            known = self._routes.get((queue.name, envelope.priority))
-            if known is None or known.queue is not queue:
-                exchange, key = topology.route(queue, envelope.priority, 0)
-                known = Route(exchange, key, priority_property(queue, envelope.priority), queue, None)
-                self._routes[queue.name, envelope.priority] = known
-            route = known
+            route = self._route(queue, envelope.priority)
         await self._publishing.send(route, envelope, deadline)
+
+    def post(self, queue: Queue, envelope: Envelope, *, deadline: float) -> Posted | None:
+        """Publish without a task, if the connection is there, the queue declared and the window open."""
+        return self._publishing.post(self._route(queue, envelope.priority), envelope, deadline)
+
+    def _route(self, queue: Queue, level: Priority) -> Route:
+        known = self._routes.get((queue.name, level))
+        if known is None or known.queue is not queue:
+            exchange, key = topology.route(queue, level, 0)
+            known = self._routes[queue.name, level] = Route(exchange, key, priority_property(queue, level), queue, None)
+        return known
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
         """Start to take; returns after the first try to connect."""
@@ -152,6 +159,32 @@ class Route(msgspec.Struct, frozen=True, eq=False):
         return self.dead or (self.queue.name if self.queue is not None else self.key)
 
 
+def _encoded(route: Route, envelope: Envelope) -> bytes:
+    try:
+        properties = encode(envelope, route.priority)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidJob(_says(route, envelope, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id) from error
+    if len(properties) > MAX_PROPERTIES_BYTES:
+        msg = _says(route, envelope, f"its headers have {len(properties)} bytes, the limit is {MAX_PROPERTIES_BYTES}")
+        raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=MAX_PROPERTIES_BYTES)
+    return properties
+
+
+class _Posted(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """A publish whose confirm nobody awaits yet."""
+
+    confirmed: asyncio.Future[None]
+    publishing: Publishing
+    link: _Link
+    route: Route
+    envelope: Envelope
+
+    def error(self) -> PublishError | None:
+        """What became of it."""
+        failed = self.confirmed.exception()
+        return None if failed is None else self.publishing.failure(self.link, self.route, self.envelope, failed)
+
+
 class _Link:
     """An open publishing connection, its channel, and what was declared on it."""
 
@@ -176,38 +209,50 @@ class Publishing:
         self._link: _Link | None = None
         self._opening: asyncio.Task[_Link] | None = None
         self._waiting = 0
-        self._reason = "not tried yet"
+        self._reason = f"RabbitMQ at {', '.join(map(str, where))} wasn't reached yet"
         self._refused: tuple[float, ConfigurationError] | None = None
         self._closed = False
 
     async def send(self, route: Route, envelope: Envelope, deadline: float) -> None:
         """Return once `envelope` is confirmed; raises a `PublishError` by `deadline`."""
-        try:
-            properties = encode(envelope, route.priority)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InvalidJob(_says(route, envelope, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id) from error
-        if len(properties) > MAX_PROPERTIES_BYTES:
-            msg = _says(route, envelope, f"its headers have {len(properties)} bytes, the limit is {MAX_PROPERTIES_BYTES}")
-            raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=MAX_PROPERTIES_BYTES)
+        properties = _encoded(route, envelope)
         link = self._link
-        # the way of nearly all: everything is there, and nothing but the confirm is waited for
-        if link is None or not link.usable or route.queue not in link.declared or route.ladder not in link.declared or link.channel.full:
+        if link is None or not self._ready(link, route):
             link = await self._prepared(route, envelope, deadline)
         try:
             await link.channel.publish(route.exchange, route.key, properties, envelope.body, envelope.job_id, deadline)
-        except amqp.Returned as error:
-            link.declared -= {route.queue, route.ladder}  # it was deleted: the next publish declares it again
-            link.declared.add(None)
-            msg = _says(route, envelope, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}")
-            raise Unroutable(msg, job_id=envelope.job_id, queue=route.target) from error
-        except amqp.Nacked as error:
-            raise BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id) from error
-        except amqp.Late as error:
-            msg = _says(route, envelope, f"no confirm in time{self._blocked}. It may be there; publish again under the same id")
-            raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=True) from error
-        except amqp.Closed as error:
-            msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
-            raise PublishTimeout(_says(route, envelope, msg), job_id=envelope.job_id, maybe_published=True) from error
+        except amqp.FAILURES as error:
+            raise self.failure(link, route, envelope, error) from error
+
+    def post(self, route: Route, envelope: Envelope, deadline: float) -> Posted | None:
+        """Write `envelope` now if nothing but its confirm is to be waited for."""
+        link = self._link
+        if link is None or not self._ready(link, route):
+            return None
+        properties = _encoded(route, envelope)
+        confirmed = link.channel.publish(route.exchange, route.key, properties, envelope.body, envelope.job_id, deadline)
+        return _Posted(confirmed, self, link, route, envelope)
+
+    @staticmethod
+    def _ready(link: _Link, route: Route) -> bool:
+        """Whether all that `route` needs is there: nearly always."""
+        return link.usable and route.queue in link.declared and route.ladder in link.declared and not link.channel.full
+
+    def failure(self, link: _Link, route: Route, envelope: Envelope, error: BaseException) -> PublishError:
+        """Return what a failed publish means to its caller."""
+        match error:
+            case amqp.Returned():
+                link.declared -= {route.queue, route.ladder}  # it was deleted: the next publish declares it again
+                link.declared.add(None)
+                msg = _says(route, envelope, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}")
+                return Unroutable(msg, job_id=envelope.job_id, queue=route.target)
+            case amqp.Nacked():
+                return BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id)
+            case amqp.Late():
+                msg = f"no confirm in time{self._blocked}. It may be there; publish again under the same id"
+            case _:
+                msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
+        return PublishTimeout(_says(route, envelope, msg), job_id=envelope.job_id, maybe_published=True)
 
     async def _prepared(self, route: Route, envelope: Envelope, deadline: float) -> _Link:
         """Return a link on which `route` is declared and there is room, or raise a `PublishError` by `deadline`: nothing was sent."""

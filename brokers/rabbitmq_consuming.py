@@ -15,6 +15,7 @@ from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+import msgspec
 from pamqp import commands
 
 from leveret.backoff import full_jitter
@@ -38,17 +39,14 @@ HELD_BYTES = 64 << 20
 _TELL_EVERY_S = 60.0
 
 
-class RabbitDelivery:
+class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
     """What a queue delivered; see `leveret.broker.Delivery`."""
 
-    __slots__ = ("envelope", "problem", "redelivered", "tag", "taker")
-
-    def __init__(self, taker: _Taker, tag: int, envelope: Envelope, problem: str | None, redelivered: bool) -> None:
-        self.taker = taker
-        self.tag = tag
-        self.envelope = envelope
-        self.problem = problem
-        self.redelivered = redelivered
+    taker: _Taker
+    tag: int
+    envelope: Envelope
+    problem: str | None
+    redelivered: bool
 
     @property
     def queue(self) -> Queue:

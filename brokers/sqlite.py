@@ -180,6 +180,9 @@ class SqliteBroker:
     def _due_ms(self, delay_s: float) -> int | None:
         return math.ceil((self._clock.now() + delay_s) * 1000) if delay_s > 0 else None
 
+    def post(self, queue: Queue, envelope: Envelope, *, deadline: float) -> None:
+        """Never at once here: `publish` groups what comes together by itself."""
+
     async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
         """As `Broker.publish`; every queue exists, so that none is unroutable. ConfigurationError where the file can't be used."""
         about = f"job {envelope.job_id} for queue {queue.name!r}"

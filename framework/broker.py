@@ -5,6 +5,7 @@ Every broker passes one conformance suite (tests/contract). What one doesn't pro
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from .envelope import Envelope
-from .errors import ConfigurationError
+from .errors import ConfigurationError, PublishError
 from .job import Queue
 from .settings import NO_BROKER, Runtime, redact
 
@@ -100,6 +101,19 @@ class Consumption(Protocol):
         ...
 
 
+class Posted(Protocol):
+    """A publish on its way."""
+
+    @property
+    def confirmed(self) -> asyncio.Future[None]:
+        """Ends when the broker has confirmed it, or by its deadline."""
+        ...
+
+    def error(self) -> PublishError | None:
+        """Once `confirmed` has ended: None, or what `publish` would have raised."""
+        ...
+
+
 class Broker(Protocol):
     """A broker, as one process and one loop use it. Nothing connects before the first use.
 
@@ -117,6 +131,13 @@ class Broker(Protocol):
 
         Safe to call concurrently: a bounded window of unconfirmed ones gives back-pressure. Raises
         `BrokerUnavailable`, `PublishTimeout` (it may be there), `Unroutable` (no queue took it).
+        """
+        ...
+
+    def post(self, queue: Queue, envelope: Envelope, *, deadline: float) -> Posted | None:
+        """Publish without a task, if it can be sent at once; None: use `publish`, nothing was done.
+
+        For many at a time: what a task and its wake-up cost is more than the publish itself.
         """
         ...
 

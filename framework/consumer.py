@@ -191,9 +191,16 @@ class Consumer:
             assert route is not None
         clock = self._clock
         held = Held(delivery, route, clock.monotonic(), int(clock.now() * 1000))
-        if not queue.count and queue.gate is None and self._running < self._limits.concurrency and queue.running < queue.limit and not (
-            route.in_thread and self._in_threads >= self._limits.threads
+        gate = queue.gate
+        if (
+            not queue.count
+            and self._running < self._limits.concurrency
+            and queue.running < queue.limit
+            and (gate is None or (gate.asked and gate.left > 0))
+            and not (route.in_thread and self._in_threads >= self._limits.threads)
         ):
+            if gate is not None:
+                gate.left -= 1
             self._start(held, queue)  # the way of nearly all: nothing waits before it
             return
         queue.add(held)
@@ -380,7 +387,7 @@ class Consumer:
             case Snooze(delay_s):
                 return self._again(delivery, _next(envelope, cause="snooze", first_seen_ms=seen_ms), delay_s)
             case Retry(delay_s):
-                failed = self._failed(envelope, error)
+                failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
                 return self._again(delivery, _next(failed, cause="retry", first_seen_ms=seen_ms, attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
             case Bury(reason):
                 logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason), exc_info=_at_debug(error))
@@ -481,7 +488,7 @@ class Consumer:
             self.unsettled -= 1
         return False
 
-    def _failed(self, envelope: Envelope, error: BaseException | None, reason: str = "another try was asked for") -> Envelope:
+    def _failed(self, envelope: Envelope, error: BaseException | None, reason: str = "") -> Envelope:
         """Return `envelope` with one more entry in its errors; the oldest go when they take too much room."""
         failure = Failure(
             attempt=envelope.attempt,

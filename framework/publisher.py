@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from . import codec
 from .attempt import current_attempt
-from .broker import Broker
+from .broker import Broker, Posted
 from .chain import AnyLayer, bind, fold_publish
 from .envelope import Envelope, HeaderValue, Receipt, check_headers, header_bytes, pack_headers
 from .errors import BrokerUnavailable, InvalidJob, MessageTooLarge, PublishError, PublishManyError, PublishTimeout
@@ -28,6 +28,8 @@ MAX_DELAY_S = 48 * 86_400.0
 """The delay ladder's reach; a longer wait belongs into a schedule or a table."""
 MAX_ID_BYTES = 200
 _WINDOW = 1000
+_REFILL = 700
+"""A full window is filled again from here: waking up for each confirm would cost a turn of the loop each."""
 
 _J_co = TypeVar("_J_co", bound=Job, covariant=True, default=Job)
 
@@ -122,16 +124,18 @@ class Sender:
         self._observe = observe
         self._broker = broker
         self._runtime = runtime
+        self._content_type = codec.content_type(runtime.settings.encoding)
         self._queues: dict[str, Queue] = {}
         self._contracts: dict[type, _Contract] = {}
         self._decoders: dict[tuple[str, str], codec.Decoder] = {}
         self._send = fold_publish(layers, self._to_broker)
+        self._publishing = [layer for layer in layers if hasattr(layer, "publish")]
 
     async def publish(self, job: Job, options: Options, timeout_s: float) -> Receipt:
         """Publish one job; raises a `PublishError`."""
-        return await self.send(self.envelope(job, options, timeout_s))
+        return await self.send(self.envelope(job, options, time.monotonic() + _number("timeout_s", timeout_s)))
 
-    def envelope(self, job: Job, options: Options, timeout_s: float) -> Envelope:
+    def envelope(self, job: Job, options: Options, deadline: float) -> Envelope:
         """Return what will be sent for `job`, or raise InvalidJob or MessageTooLarge: nothing wrong leaves the process."""
         if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"a job is published, not {job!r:.80}" + (": options go into publish itself" if isinstance(job, Outgoing) else "")
@@ -148,15 +152,14 @@ class Sender:
                 raise InvalidJob(msg)
         spec = contract.spec
         try:
-            return self._checked(job, contract, options, timeout_s)
+            return self._checked(job, contract, options, deadline)
         except PublishError as error:
             error.args = (f"{spec.name} to queue {spec.queue.name}: {error}",)
             raise
 
-    def _checked(self, job: Job, contract: _Contract, options: Options, timeout_s: float) -> Envelope:
-        settings, spec = self._runtime.settings, contract.spec
+    def _checked(self, job: Job, contract: _Contract, options: Options, deadline: float) -> Envelope:
+        spec = contract.spec
         now = self._runtime.clock.now()
-        deadline = time.monotonic() + _number("timeout_s", timeout_s)
         job_id = options.job_id
         if job_id is None:
             job_id = new_job_id()
@@ -164,11 +167,11 @@ class Sender:
             msg = f"job_id is a text of 1 to {MAX_ID_BYTES} bytes, not {job_id!r:.80}"
             raise InvalidJob(msg)
         priority = spec.priority if options.priority is None else options.priority
-        if priority not in spec.queue.levels:
+        if priority is not spec.priority and priority not in spec.queue.levels:
             msg = f"priority is a Priority, not {priority!r}" if not isinstance(priority, Priority) else f"{spec.queue!r} takes no priority but NORMAL"  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidJob(msg, job_id=job_id)
         body = self._encoded(job, contract, job_id)
-        delay_s = self._delay_s(options, now)
+        delay_s = 0.0 if options is _PLAIN else self._delay_s(options, now)
         expires_s = spec.expires_s if options.expires_s is None else _number("expires_s", options.expires_s)
         if expires_s is not None and expires_s <= delay_s:
             msg = f"it would expire after {expires_s:g} s, before its delay of {delay_s:g} s is over"
@@ -190,7 +193,7 @@ class Sender:
             queue=spec.queue.name,
             priority=priority,
             body=body,
-            content_type=codec.content_type(settings.encoding),
+            content_type=self._content_type,
             created_s=int(now),
             app=self._runtime.app,
             correlation_id=correlation_id,
@@ -215,7 +218,7 @@ class Sender:
             logger.warning("job %s %s has a body of %d bytes; brokers are slow with large ones", contract.spec.name, job_id, len(body))
         if settings.validate:
             try:
-                contract.decoder.decode(body, codec.content_type(settings.encoding))
+                contract.decoder.decode(body, self._content_type)
             except codec.UndecodableError as error:
                 raise InvalidJob(str(error), job_id=job_id) from error
         return body
@@ -251,56 +254,99 @@ class Sender:
             self._observe(decoder.decode(envelope.body, envelope.content_type), envelope)
         return Receipt(envelope.job_id)
 
-    async def publish_many(self, jobs: Iterable[Job | Outgoing], timeout_s: float) -> list[Receipt]:
-        """Publish all, a bounded number in flight; `PublishManyError` if any failed."""
-        if isinstance(jobs, (Job, Outgoing)):
-            msg = "publish_many takes several jobs, not one"
-            raise InvalidJob(msg)
-        deadline = time.monotonic() + _number("timeout_s", timeout_s)
-        results: list[Receipt | PublishError | None] = []
-        tasks: set[asyncio.Task[None]] = set()
-        free = asyncio.Semaphore(_WINDOW)
+    def post(self, envelope: Envelope) -> Posted | None:
+        """Send an envelope without a task, where nothing has to be waited for and no layer stands in between; None: use `send`."""
+        if envelope.due_ms is not None or envelope.headers:
+            return None
+        return self._broker.post(self._queues[envelope.queue], envelope, deadline=envelope.deadline)
 
-        async def send(index: int, envelope: Envelope) -> None:
-            try:
-                results[index] = await self.send(envelope)
-            except PublishError as error:
-                results[index] = error
-            except Exception as error:  # noqa: BLE001 - a user's layer: one job's failure, not everyone's
-                results[index] = failed = PublishError(f"{envelope.job}: {type(error).__name__}: {error}", job_id=envelope.job_id)
-                failed.__cause__ = error
-            finally:
-                free.release()
+    @property
+    def bare(self) -> bool:
+        """Whether nothing stands between an envelope and the broker now, so that `post` may be tried."""
+        return self._observe is None and all(hasattr(layer, "passes_publish") and layer.passes_publish() for layer in self._publishing)
 
+
+class Batch:
+    """Many jobs at once: pipelined, a bounded number unconfirmed, each with a result of its own."""
+
+    def __init__(self, sender: Sender, deadline: float) -> None:
+        self._sender = sender
+        self._deadline = deadline
+        self._results: list[Receipt | PublishError | None] = []
+        self._posted: list[tuple[int, str, Posted]] = []
+        """Those sent without a task, in order, and where their results belong."""
+        self._waited = 0
+        """Those in `_posted` before it are confirmed."""
+        self._flying: set[asyncio.Task[None]] = set()
+        self._room: asyncio.Future[None] | None = None
+
+    async def publish(self, jobs: Iterable[Job | Outgoing]) -> list[Receipt]:
+        """Publish `jobs`; receipts in order, or `PublishManyError`."""
+        post = self._sender.bare
         try:
             for index, item in enumerate(jobs):
-                results.append(None)
+                self._results.append(None)
                 job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, _PLAIN)
-                left_s = deadline - time.monotonic()
                 try:
-                    if left_s <= 0:
+                    if time.monotonic() >= self._deadline:
                         raise PublishTimeout("no time was left to send it", job_id=options.job_id, maybe_published=False)
-                    envelope = self.envelope(job, options, left_s)
-                    await asyncio.wait_for(free.acquire(), left_s) if free.locked() else await free.acquire()
-                except (PublishError, TimeoutError) as error:
-                    results[index] = (
-                        error if isinstance(error, PublishError)
-                        else PublishTimeout("no time was left to send it", job_id=options.job_id, maybe_published=False)
-                    )
+                    envelope = self._sender.envelope(job, options, self._deadline)
+                    sent = await self._post(envelope) if post else None
+                except PublishError as error:
+                    self._results[index] = error
                     continue
-                task = asyncio.create_task(send(index, envelope))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-            if tasks:
-                await asyncio.gather(*tasks)
+                if sent is not None:
+                    self._posted.append((index, envelope.job_id, sent))
+                else:
+                    await self._fly(index, envelope)
+            for index, job_id, sent in self._posted:
+                if not sent.confirmed.done():
+                    await asyncio.wait([sent.confirmed])
+                self._results[index] = sent.error() or Receipt(job_id)
+            if self._flying:
+                await asyncio.wait(self._flying)
         finally:
-            for task in tasks:
+            for task in self._flying:
                 task.cancel()
-        whole = cast("list[Receipt | PublishError]", results)
-        receipts = [result for result in whole if isinstance(result, Receipt)]
-        if len(receipts) < len(whole):
-            raise PublishManyError(whole)
+        results = cast("list[Receipt | PublishError]", self._results)
+        receipts = [result for result in results if isinstance(result, Receipt)]
+        if len(receipts) < len(results):
+            raise PublishManyError(results)
         return receipts
+
+    async def _post(self, envelope: Envelope) -> Posted | None:
+        sent = self._sender.post(envelope)
+        if sent is None and self._waited < len(self._posted):
+            # the window is full: once older ones are confirmed there is room for many
+            self._waited = max(self._waited, len(self._posted) - _REFILL // 2)
+            await asyncio.wait([self._posted[self._waited][2].confirmed])
+            sent = self._sender.post(envelope)
+        return sent
+
+    async def _fly(self, index: int, envelope: Envelope) -> None:
+        """Send one in a task of its own."""
+        if len(self._flying) >= _WINDOW:
+            self._room = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._room], timeout=max(0.0, self._deadline - time.monotonic()))
+            self._room = None
+        task = asyncio.get_running_loop().create_task(self._send(index, envelope))
+        self._flying.add(task)
+        task.add_done_callback(self._landed)
+
+    async def _send(self, index: int, envelope: Envelope) -> None:
+        try:
+            self._results[index] = await self._sender.send(envelope)
+        except PublishError as error:
+            self._results[index] = error
+        except Exception as error:  # noqa: BLE001 - a user's layer: one job's failure, not everyone's
+            failed = PublishError(f"{envelope.job}: {type(error).__name__}: {error}", job_id=envelope.job_id)
+            failed.__cause__ = error
+            self._results[index] = failed
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self._flying.discard(task)
+        if self._room is not None and len(self._flying) <= _REFILL and not self._room.done():
+            self._room.set_result(None)
 
 
 @final
@@ -365,4 +411,8 @@ class Publisher:
         Each is confirmed on its own: those with a receipt in the error's `results` are published whatever became of
         the others.
         """
-        return await self._open().publish_many(jobs, timeout_s)
+        sender = self._open()
+        if isinstance(jobs, (Job, Outgoing)):
+            msg = "publish_many takes several jobs, not one"
+            raise InvalidJob(msg)
+        return await Batch(sender, time.monotonic() + _number("timeout_s", timeout_s)).publish(jobs)

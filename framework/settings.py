@@ -96,7 +96,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     """Worker processes of this `leveret work`, which share out a rate limit."""
 
 
-_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^@\s]*)@")
+_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S*)@")  # up to the last @: a password may hold one that wasn't escaped
 
 
 def redact(text: str) -> str:

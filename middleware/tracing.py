@@ -95,6 +95,10 @@ class Tracing:
             self._made = provider.get_tracer("leveret", __version__)
         return self._made
 
+    def passes_publish(self) -> bool:
+        """Whether there is no SDK, and no context to pass on."""
+        return self._tracer is None and not otel.get_current()
+
     async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
         """Send it with the context of its own producer span; what leveret publishes anew, with its last run's."""
         if envelope.cause is not None:
