@@ -65,11 +65,15 @@ def _address(text: str, heartbeat_s: float) -> Address:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
         query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
-    except ValueError as error:
-        msg = f"the broker's URL {shown!r} can't be read: {redact(str(error))}"
+    except ValueError:  # its text would show what stands before a # or / of the password
+        msg = f"the broker's URL {shown!r} can't be read: a port is a number, and / # ? @ : in a password are written as %2F %23 %3F %40 %3A"
         raise ConfigurationError(msg) from None
     if parts.scheme not in ("amqp", "amqps") or not host:
         msg = f"the broker's URL {shown!r} names no host: amqp://user:password@host:port/vhost is the form"
+        raise ConfigurationError(msg)
+    vhost = "/" if parts.path in ("", "/") else unquote(parts.path[1:])
+    if len(vhost.encode()) > 255:
+        msg = f"the broker's URL {shown!r}: a vhost has at most 255 bytes, not {len(vhost.encode())}"
         raise ConfigurationError(msg)
     for name in query:
         if name not in _KNOWN:
@@ -86,7 +90,7 @@ def _address(text: str, heartbeat_s: float) -> Address:
     return Address(
         host=host,
         port=port or (5671 if secure else 5672),
-        vhost="/" if parts.path in ("", "/") else unquote(parts.path[1:]),
+        vhost=vhost,
         user=unquote(parts.username) if parts.username is not None else "guest",
         password=unquote(parts.password) if parts.password is not None else "guest",
         secure=secure,

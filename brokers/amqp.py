@@ -45,6 +45,8 @@ WRITE_HIGH_BYTES = 1 << 20
 _SWEEP_S = 0.05
 """How late a publish's deadline may be noticed."""
 CLOSE_TIMEOUT_S = 3.0
+_TLS_ALERT = b"\x15\x03"
+"""What a TLS server answers to AMQP's header: shorter than a frame's head, so the parser would wait for more."""
 
 
 class Closed(Exception):
@@ -109,6 +111,8 @@ class Channel:
         self._sweeper: asyncio.TimerHandle | None = None
         self._keys: dict[tuple[str, str], bytes] = {}
         self._waiters: deque[asyncio.Future[None]] = deque()
+        self._promised = 0
+        """Places in the window that are kept for waiters that were woken and haven't published yet."""
 
     # ---- calls
 
@@ -119,7 +123,7 @@ class Channel:
 
     async def _answer(self, method: Frame, answer: asyncio.Future[_A], timeout_s: float) -> _A:
         if self.closed is not None:
-            raise self.closed
+            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
         self._calls.append((method.valid_responses, answer))
         self.connection.write(method_frame(self.number, method))
         async with asyncio.timeout(timeout_s):
@@ -146,6 +150,8 @@ class Channel:
                 self._consumers.pop(str(method.consumer_tag).encode(), None)
                 if self.on_cancelled is not None:
                     self.on_cancelled(str(method.consumer_tag))
+            case commands.Channel.CloseOk() if not self._calls or method.name not in self._calls[0][0]:
+                pass  # of a channel that had this number before and was closed by both sides at once
             case commands.Channel.Flow():
                 self.connection.write(method_frame(self.number, commands.Channel.FlowOk(active=bool(method.active))))
             case _:
@@ -169,8 +175,9 @@ class Channel:
             _fail(answer, why)
         for future, *_ in self._unconfirmed.values():
             _fail(future, why)
-        for waiter in self._waiters:
-            _wake(waiter)
+        while self._waiters:
+            self._promised += 1
+            _wake(self._waiters.popleft())
         self._calls.clear()
         self._unconfirmed.clear()
         self._consumers.clear()
@@ -182,27 +189,32 @@ class Channel:
     @property
     def full(self) -> bool:
         """Whether a publish should wait: for confirms, or for the socket."""
-        return len(self._unconfirmed) >= WINDOW or not self.connection.writable
+        return len(self._unconfirmed) + self._promised >= WINDOW or not self.connection.writable
 
     async def room(self) -> None:
         """Wait until it isn't `full`, first come first served, or until it is closed."""
-        while self.closed is None and self.full:
-            if not self.connection.writable:
+        while self.closed is None and not self.connection.writable:
+            await self.connection.drained()
+        if self.closed is not None or not (self._waiters or self.full):
+            return
+        waiter: asyncio.Future[None] = self.connection.loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+            while self.closed is None and not self.connection.writable:
                 await self.connection.drained()
-                continue
-            waiter: asyncio.Future[None] = self.connection.loop.create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            except BaseException:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
-                else:
-                    self._wake_waiters()  # it was woken, and can't use it
-                raise
+        except BaseException:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            else:
+                self._promised -= 1  # it was woken, and can't use it: the next one in line can
+                self._wake_waiters()
+            raise
+        self._promised -= 1
 
     def _wake_waiters(self) -> None:
-        for _ in range(min(len(self._waiters), WINDOW - len(self._unconfirmed))):
+        for _ in range(min(len(self._waiters), WINDOW - len(self._unconfirmed) - self._promised)):
+            self._promised += 1
             _wake(self._waiters.popleft())
 
     def publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, deadline: float) -> asyncio.Future[None]:
@@ -244,6 +256,8 @@ class Channel:
         unconfirmed = self._unconfirmed
         if multiple:
             lowest, top = self._lowest, tag or self._next_tag - 1
+            if lowest not in unconfirmed:  # a broker that confirmed a million one by one: don't look at each again
+                lowest = next(iter(unconfirmed), top + 1)
             for one in range(lowest, top + 1):
                 if one in unconfirmed:
                     self._confirm(one, ack)
@@ -255,9 +269,10 @@ class Channel:
 
     def _confirm(self, tag: int, ack: bool) -> None:
         future = self._unconfirmed.pop(tag)[0]
+        returned = self._returned.pop(tag, None) if self._returned else None
         if future.done():
             return
-        if self._returned and (returned := self._returned.pop(tag, None)) is not None:
+        if returned is not None:
             _fail(future, returned)
         elif ack:
             future.set_result(None)
@@ -286,6 +301,7 @@ class Channel:
     async def cancel(self, tag: str, timeout_s: float) -> None:
         """End a consumer; what it was delivered stays ackable."""
         await self.call(commands.Basic.Cancel(consumer_tag=tag), timeout_s)
+        self._consumers.pop(tag.encode(), None)  # after the answer nothing more is delivered to it
 
     def on_deliver(self, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         """Take in a delivery."""
@@ -348,6 +364,7 @@ class Connection(asyncio.Protocol):
         # there from the beginning: the broker's first word may be read before anybody awaits it
         self._handshake: asyncio.Future[Frame] | None = self.loop.create_future()
         self._closing: asyncio.Future[None] | None = None
+        self._greeted = False
         self._heartbeat_s = 0.0
         self._beat: asyncio.TimerHandle | None = None
         self._heard = self._beaten = time.monotonic()
@@ -365,6 +382,11 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
         self._heard = self.loop.time()
+        if not self._greeted:
+            self._greeted = True
+            if data.startswith(_TLS_ALERT):
+                self.end(Closed("connection", 501, "that port speaks TLS: its URL begins with amqps://"))
+                return
         try:
             self._parser.feed(data)
         except ProtocolError as error:
@@ -379,7 +401,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End everything."""
-        self.end(Closed("socket", 0, _why(exc)))
+        why = Closed("socket", 0, _why(exc))
+        why.__cause__ = exc
+        self.end(why)
         if self._closing is not None and not self._closing.done():
             self._closing.set_result(None)
 
@@ -442,7 +466,7 @@ class Connection(asyncio.Protocol):
             if known is not None:
                 known.on_method(method)
             elif not isinstance(method, (commands.Channel.CloseOk, commands.Channel.Close)):
-                raise ProtocolError(504, f"{method.name} on channel {channel}, which isn't open")
+                raise _not_open(channel)
             return
         match method:
             case commands.Connection.Close():
@@ -464,26 +488,30 @@ class Connection(asyncio.Protocol):
     def on_confirm(self, channel: int, tag: int, multiple: bool, ack: bool) -> None:
         """Hand it to its channel."""
         known = self._channels.get(channel)
-        if known is not None:
-            known.on_confirm(tag, multiple, ack)
+        if known is None:
+            raise _not_open(channel)
+        known.on_confirm(tag, multiple, ack)
 
     def on_deliver(self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         """Hand it to its channel."""
         known = self._channels.get(channel)
-        if known is not None:
-            known.on_deliver(consumer, tag, redelivered, properties, body)
+        if known is None:
+            raise _not_open(channel)
+        known.on_deliver(consumer, tag, redelivered, properties, body)
 
     def on_got(self, channel: int, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         """Hand it to its channel."""
         known = self._channels.get(channel)
-        if known is not None:
-            known.on_got(tag, redelivered, properties, body)
+        if known is None:
+            raise _not_open(channel)
+        known.on_got(tag, redelivered, properties, body)
 
     def on_return(self, channel: int, code: int, text: str, exchange: bytes, key: bytes, properties: bytes) -> None:  # noqa: ARG002
         """Hand it to its channel."""
         known = self._channels.get(channel)
-        if known is not None:
-            known.on_return(code, text, key, properties)
+        if known is None:
+            raise _not_open(channel)
+        known.on_return(code, text, key, properties)
 
     # ---- life
 
@@ -511,12 +539,14 @@ class Connection(asyncio.Protocol):
         )
         await self._expect(commands.Connection.OpenOk, commands.Connection.Open(virtual_host=self.address.vhost))
         self._handshake = None
+        if self.closed is not None:  # in the same breath as the open-ok
+            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
         self._beaten = self.loop.time()
         self._beat = self.loop.call_later(self._heartbeat_s / 2, self._on_beat)
 
     async def _expect(self, kind: type[Frame], method: Frame | None = None) -> Any:
         if self.closed is not None:
-            raise self.closed
+            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
         if method is not None:
             self.write(method_frame(0, method))
         assert self._handshake is not None
@@ -543,7 +573,7 @@ class Connection(asyncio.Protocol):
     async def channel(self, timeout_s: float) -> Channel:
         """Open a channel."""
         if self.closed is not None:
-            raise self.closed
+            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
         number = next((number for number in range(1, self._channel_max + 1) if number not in self._channels), None)
         if number is None:
             raise Closed("connection", 530, f"all {self._channel_max} channels are in use")
@@ -581,6 +611,7 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
             else:
                 self._transport.close()
+                self.loop.call_later(CLOSE_TIMEOUT_S, self._transport.abort)  # a peer that reads nothing would keep it open
         if self.on_closed is not None:
             self.on_closed(why)
 
@@ -600,6 +631,10 @@ class Connection(asyncio.Protocol):
             self.end(Closed("connection", 200, "it was closed"))
         if self._transport is not None:
             self._transport.abort()
+
+
+def _not_open(channel: int) -> ProtocolError:
+    return ProtocolError(504, f"a frame on channel {channel}, which isn't open")
 
 
 def _fail(future: asyncio.Future[Any], why: Exception) -> None:

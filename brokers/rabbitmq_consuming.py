@@ -85,9 +85,15 @@ class _Taker:
         self._largest = 0
         self._generation = 0
         self._paused = False
+        self._switching = asyncio.Lock()
+        """Held while consumers are registered or cancelled: a resumption in the middle of a pause would double them."""
 
     async def start(self, timeout_s: float) -> None:
         """Register a consumer on each physical queue, each with the window of its own."""
+        async with self._switching:
+            await self._register(timeout_s)
+
+    async def _register(self, timeout_s: float) -> None:
         await self._channel.call(commands.Basic.Qos(prefetch_count=self._prefetch), timeout_s)
         self._generation += 1
         for name, levels in topology.physicals(self.queue).items():
@@ -98,6 +104,10 @@ class _Taker:
 
     async def stop(self) -> None:
         """Cancel the consumers; what was delivered stays ackable."""
+        async with self._switching:
+            await self._cancel()
+
+    async def _cancel(self) -> None:
         tags, self._consumer_tags = self._consumer_tags, []
         for tag in tags:
             await self._channel.cancel(tag, amqp.CLOSE_TIMEOUT_S)
@@ -112,19 +122,23 @@ class _Taker:
 
     async def _pause(self) -> None:
         """Cancel the consumers until half of what is held is settled, then consume again with a window that fits the bodies."""
-        held = self._held_bytes
-        self._prefetch = max(1, min(self._prefetch, HELD_BYTES // 2 // max(1, self._largest * len(topology.physicals(self.queue)))))
-        await self.stop()
-        logger.warning(
-            "queue %s: %d MiB of unsettled bodies are held here; it goes on with a prefetch of %d", self.queue.name, held >> 20, self._prefetch
-        )
-        self._paused = True
+        async with self._switching:
+            if self._paused or not self._consumer_tags:  # several deliveries may ask for it before it begins
+                return
+            held = self._held_bytes
+            self._prefetch = max(1, min(self._prefetch, HELD_BYTES // 2 // max(1, self._largest * len(topology.physicals(self.queue)))))
+            await self._cancel()
+            logger.warning(
+                "queue %s: %d MiB of unsettled bodies are held here; it goes on with a prefetch of %d", self.queue.name, held >> 20, self._prefetch
+            )
+            self._paused = True
         await self._resume()
 
     async def _resume(self) -> None:
-        if self._paused and self._held_bytes <= HELD_BYTES // 2 and self._session.taking and self.live:
-            self._paused = False
-            await self.start(self._session.runtime.settings.connect_timeout_s)
+        async with self._switching:
+            if self._paused and self._held_bytes <= HELD_BYTES // 2 and self._session.taking and self.live:
+                self._paused = False
+                await self._register(self._session.runtime.settings.connect_timeout_s)
 
     def _take(self, level: Priority | None, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         if not self.live:
@@ -307,6 +321,12 @@ class RabbitConsumption:
         except ConnectionLost as error:
             self._tell(str(error))
         self._supervisor = asyncio.create_task(self._supervise())
+        self._supervisor.add_done_callback(self._supervised)
+
+    def _supervised(self, supervisor: asyncio.Task[None]) -> None:
+        """A worker that nobody connects again would run for ever and take nothing: let it end with the bug's traceback."""
+        if not supervisor.cancelled() and (bug := supervisor.exception()) is not None and not self._failure.done():
+            self._failure.set_exception(bug)
 
     async def _establish(self) -> None:
         connection = await connect(self._where, f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s)

@@ -35,14 +35,26 @@ FAULTS = (amqp.Closed, OSError, TimeoutError)
 _DRIFT = re.compile(r"inequivalent arg|invalid arg|invalid property|unknown exchange type")
 
 
+_TLS_HINTS = (
+    ("WRONG_VERSION_NUMBER", "does that port speak TLS?"),
+    ("RECORD_LAYER_FAILURE", "does that port speak TLS?"),  # the same, of OpenSSL 3.2
+    ("ALERT_CERTIFICATE_REQUIRED", "the broker asks for a client certificate: certfile and keyfile in the URL"),
+    ("ALERT_UNKNOWN_CA", "the broker doesn't trust the client certificate in certfile"),
+)
+
+
 def kind_of(error: BaseException) -> Kind:
     """Return what `error` means: lost (try again), refused (waiting won't help), drift (what exists differs)."""
+    if isinstance(error, amqp.Closed) and isinstance(alert := error.__cause__, ssl.SSLError) and "_ALERT_" in (alert.reason or ""):
+        return "refused"  # TLS 1.3 refuses a client's certificate after the client's side of the handshake
     if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
         return "refused"
     if not isinstance(error, amqp.Closed):
         return "refused" if isinstance(error, FileNotFoundError) else "lost"
     match error.code:
         case 403 | 405:
+            return "refused"
+        case 501 if "amqps://" in error.text:
             return "refused"
         case 406 if _DRIFT.search(error.text):  # else: a replica that isn't there yet, a delivery tag
             return "drift"
@@ -54,8 +66,10 @@ def kind_of(error: BaseException) -> Kind:
 
 def reason_of(error: BaseException) -> str:
     """Return one line for people; never a URL's password."""
+    if isinstance(error, amqp.Closed) and isinstance(error.__cause__, ssl.SSLError):
+        error = error.__cause__
     if isinstance(error, ssl.SSLError):
-        hint = " (does that port speak TLS?)" if error.reason == "WRONG_VERSION_NUMBER" else ""
+        hint = next((f" ({hint})" for part, hint in _TLS_HINTS if part in (error.reason or "")), "")
         return f"TLS: {getattr(error, 'verify_message', None) or error.reason or error}{hint}"
     if isinstance(error, TimeoutError) and not error.errno:
         return "no answer in time"
@@ -77,6 +91,9 @@ async def connect(choices: Iterable[Address], name: str, timeout_s: float) -> am
     for address in choices:
         try:
             return await amqp.connect(address, name, timeout_s)
+        except UnicodeError as error:  # of the resolver: a label that is empty or too long
+            msg = f"RabbitMQ at {address}: {address.host!r} is no host name ({error})"
+            raise ConfigurationError(msg) from error
         except FAULTS as error:
             if kind_of(error) == "refused":
                 raise ConfigurationError(_refusal(error, address)) from error
@@ -87,7 +104,12 @@ async def connect(choices: Iterable[Address], name: str, timeout_s: float) -> am
 def _refusal(error: BaseException, address: Address) -> str:
     text = reason_of(error)
     if isinstance(error, FileNotFoundError):
-        return f"RabbitMQ at {address}: a file that the URL names isn't there: {error.filename or 'cafile, certfile or keyfile'}"
+        missing = [file for file in (address.cafile, address.certfile, address.keyfile) if file and not os.path.exists(file)]  # noqa: PTH110
+        return f"RabbitMQ at {address}: a file that the URL names isn't there: {', '.join(missing) or error.filename}"
+    if isinstance(error, amqp.Closed) and error.code in (0, 501):
+        return f"RabbitMQ at {address}: {text}"
+    if isinstance(error, amqp.Closed) and error.code == 403 and address.external:
+        return f"RabbitMQ at {address} refused the login by client certificate (auth_mechanism=external): {text}"
     if isinstance(error, amqp.Closed) and error.code == 403:
         return f"RabbitMQ at {address} refused the login of user {address.user!r}: is the password right? ({text})"
     if isinstance(error, amqp.Closed) and "not found" in text:
@@ -113,7 +135,8 @@ async def declare(connection: amqp.Connection, declarations: Iterable[Declaratio
         match kind_of(error):
             case "drift":
                 # e.g. inequivalent arg 'x-max-priority' for queue 'emails' in vhost '/': received '6' but current is '10'
-                msg = f"queue {queue!r}: what RabbitMQ has differs from what leveret declares, and is left as it is: {text}"
+                hint = " (quorum or classic: is it of the other type?)" if re.search(r"x-queue-type|x-dead-letter-strategy|x-max-priority", text) else ""
+                msg = f"queue {queue!r}: what RabbitMQ has differs from what leveret declares, and is left as it is{hint}: {text}"
                 raise UnsupportedTopology(msg, queue=queue) from error
             case "refused":
                 msg = f"RabbitMQ at {connection.address} refuses user {connection.address.user!r} to declare queue {queue!r}: {text}"

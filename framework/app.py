@@ -25,7 +25,7 @@ from .job import Job
 from .outcome import Outcome
 from .publisher import Outgoing, Publisher, Sender
 from .schedule import Schedule, make_schedule
-from .settings import Runtime, Settings, environment
+from .settings import Runtime, Settings, environment, redact
 
 instrumentation: list[Callable[[tuple[AnyLayer, ...]], tuple[AnyLayer, ...]]] = []
 """Applied to every app's layers when they are used; how auto-instrumentation puts `Tracing` outermost."""
@@ -188,8 +188,18 @@ class App(Generic[_R]):
         return tuple(self._schedules.values())
 
     def broker_url(self) -> str | None:
-        """Return the broker's URL: `broker` beats LEVERET_BROKER beats `default_broker`; None without any."""
-        return self._broker or environment(os.environ).broker or self._default_broker
+        """Return the broker's URL: `broker` beats LEVERET_BROKER beats `default_broker`; None without any.
+
+        ConfigurationError where LEVERET_BROKER is set and empty: a service that lost its setting must not publish into
+        a local file.
+        """
+        if self._broker:
+            return self._broker
+        set_to = environment(os.environ).broker
+        if set_to is not None and not set_to.strip():
+            msg = f"LEVERET_BROKER is set, but empty; unset it to use {redact(self._default_broker or 'App(broker=…)')}, or give it a URL"
+            raise ConfigurationError(msg)
+        return set_to or self._default_broker
 
     def runtime(self, processes: int = 1) -> Runtime:
         """Return what a process of this app hands to its broker and layers."""

@@ -161,7 +161,8 @@ def publish(
 ) -> None:
     """Publish one job of MODULE:CLASS from JSON (- for standard input); print its id once the broker has confirmed it.
 
-    The JSON is read as that class, so a wrong field is refused here, before anything is sent.
+    The JSON is read as that class, so a wrong type or a missing field is refused
+    here, before anything is sent; a field that the class doesn't have is ignored, as in a rolling deploy.
 
     \b
     Examples:
@@ -194,6 +195,8 @@ def publish(
     except InvalidJob as error:
         raise ConfigurationError(str(error)) from None
     except PublishError as error:
+        if isinstance(error.__cause__, ConfigurationError):  # a login, a vhost, a queue of another type: trying again won't help
+            raise error.__cause__ from None
         again = ""
         if isinstance(error, PublishTimeout) and error.maybe_published:
             again = f"; it may have arrived: to be safe publish it again with --id {error.job_id}"

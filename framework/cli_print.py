@@ -67,7 +67,9 @@ def ask(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         msg = f"{question} Nobody can answer here: say --yes"
         raise ConfigurationError(msg)
-    click.confirm(question, abort=True, err=True)
+    if not click.confirm(question, err=True):
+        click.echo("nothing was changed", err=True)
+        raise SystemExit(1)
 
 
 @contextmanager

@@ -348,7 +348,8 @@ class Consumer:
             if self._cut:
                 ending = CutOff()
             error = ending.__cause__ if isinstance(ending, BaseException) else None
-            self._counts[type(ending)] += 1
+            if not isinstance(ending, CutOff):  # those are counted where they are cut off: a thread may never get here
+                self._counts[type(ending)] += 1
             if not delivery.live and not isinstance(ending, CutOff):
                 self._lost(delivery, ending)
             else:
@@ -532,8 +533,11 @@ class Consumer:
                 hurried.cancel()
         drained = not self._tasks
         if not drained:
-            logger.error("the grace is over: %d jobs are cut off, the broker will deliver them again", len(self._tasks))
+            why = "told again to stop" if hurry is not None and hurry.is_set() else f"the grace of {grace_s:g} s is over"
+            names = ", ".join(sorted({queue.queue.name for queue in self._queues.values() if queue.running})) or "settling"
+            logger.error("%s: cut off, to be delivered again: %d (%s)", why, len(self._tasks), names)
             self._cut = True
+            self._counts[CutOff] += len(self._tasks)
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)

@@ -74,7 +74,19 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
         why = "is abstract: it names no job and no queue" if isinstance(job_class, type) and issubclass(job_class, Job) else "is no Job class"
         msg = f"handler {name}: its first parameter takes {what}, which {why}"
         raise ConfigurationError(msg)
+    if takes_attempt:
+        _check_attempt(function, name, places[1].name)
     return Handler(name, function, job_class, spec, takes_attempt, inspect.iscoroutinefunction(function), tuple(layers))
+
+
+def _check_attempt(function: Callable[..., Any], name: str, parameter: str) -> None:
+    try:
+        hint = typing.get_type_hints(function).get(parameter, Attempt)
+    except Exception:  # noqa: BLE001 - what can't be resolved here may be right
+        return
+    if hint is not Any and hint is not Attempt and typing.get_origin(hint) is not Attempt:
+        msg = f"handler {name}: its second parameter {parameter!r} takes the Attempt, not {getattr(hint, '__name__', hint)}"
+        raise ConfigurationError(msg)
 
 
 def _annotated(function: Callable[..., Any], name: str, parameter: str) -> Any:

@@ -10,7 +10,7 @@ from .errors import ConfigurationError
 from .settings import redact
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
-_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+_FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s %(message)s"
 _USERS = "leveret.job"
 """The logger behind `Attempt.log`: what a handler says there is its own affair."""
 

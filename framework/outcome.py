@@ -54,6 +54,11 @@ class Snooze(Exception):
     def __hash__(self) -> int:
         return hash((Snooze, self._delay_s))
 
+    def __str__(self) -> str:
+        return f"Snooze({self._delay_s!r})"
+
+    __repr__ = __str__
+
 
 @final
 class Retry(Exception):
@@ -75,6 +80,11 @@ class Retry(Exception):
 
     def __hash__(self) -> int:
         return hash((Retry, self._delay_s))
+
+    def __str__(self) -> str:
+        return f"Retry({self._delay_s!r})"
+
+    __repr__ = __str__
 
 
 @final
@@ -100,6 +110,11 @@ class Bury(Exception):
 
     def __hash__(self) -> int:
         return hash((Bury, self._reason))
+
+    def __str__(self) -> str:
+        return f"Bury({self._reason!r})"
+
+    __repr__ = __str__
 
 
 Outcome: TypeAlias = Done | Expired | Retry | Snooze | Bury

@@ -13,7 +13,7 @@ from .clock import Clock, SystemClock
 
 NO_BROKER = (
     "no broker is set. Set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
-    "amqp://user:password@host/vhost (RabbitMQ, for production), sqlite:///jobs.db (a local file, nothing to install), "
+    "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), sqlite:///jobs.db (a local file, nothing to install), "
     "memory:// (inside one process, for tests)"
 )
 
@@ -68,7 +68,7 @@ class Environment(msgspec.Struct, frozen=True):
     """What leveret reads from the environment; nothing else does."""
 
     broker: str | None
-    """LEVERET_BROKER: the broker's URL."""
+    """LEVERET_BROKER: the broker's URL; "" where it is set and empty, which is a setting that was lost."""
     app: str | None
     """LEVERET_APP: module:attribute of the app, for commands that aren't given one."""
     log_level: str
@@ -76,9 +76,9 @@ class Environment(msgspec.Struct, frozen=True):
 
 
 def environment(mapping: Mapping[str, str]) -> Environment:
-    """Read leveret's variables; an empty one counts as not set."""
+    """Read leveret's variables."""
     return Environment(
-        broker=mapping.get("LEVERET_BROKER") or None,
+        broker=mapping.get("LEVERET_BROKER"),
         app=mapping.get("LEVERET_APP") or None,
         log_level=mapping.get("LEVERET_LOG") or "info",
     )

@@ -190,12 +190,15 @@ async def run(options: WorkOptions) -> int:
         ) as work:
             hurry.append(work.hurry)
             names = ", ".join(f"{s.queue.name} (prefetch {s.prefetch})" for s in work.consumer.subscriptions)
-            logger.info("worker %s of app %s takes from %s on %s", os.getpid(), app.name, names, redact(app.broker_url() or ""))
+            takes = "takes" if work.consumption.ready else "will take, once the broker is there,"
+            logger.info("worker %s of app %s %s from %s on %s", os.getpid(), app.name, takes, names, redact(app.broker_url() or ""))
             # what is there by now stays: the collector needn't look through it again and again
             gc.collect()
             gc.freeze()
             await _first(stop.wait(), work.consumption.failed())
-            logger.info("stopping: %d running, %d held; up to %g s", work.consumer.running, work.consumer.held, options.grace_s)
+            logger.info(
+                "stopping: %d running, %d held; up to %g s, a second signal cuts off", work.consumer.running, work.consumer.held, options.grace_s
+            )
     except asyncio.CancelledError:
         if starting is None or not stop.is_set():
             raise

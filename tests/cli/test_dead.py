@@ -91,7 +91,7 @@ def test_drop_asks_a_person_and_obeys(project: Project, buried: dict[str, str], 
     os.close(ours)
 
     assert b"Delete 3 dead letters of queue emails on sqlite:///shop.db for good?" in err
-    assert command.returncode == (0 if answer == "y" else 130), (out, err)
+    assert command.returncode == (0 if answer == "y" else 1), (out, err)
     assert len(listed(project)) == left
 
 
