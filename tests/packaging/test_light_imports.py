@@ -16,7 +16,13 @@ def _imported_by(module: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("module", ["leveret", "leveret.brokers.memory", "leveret.brokers.rabbitmq", "leveret.brokers.sqlite", "leveret.middleware", "leveret.scheduler", "leveret.worker"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "leveret", "leveret.brokers.memory", "leveret.brokers.rabbitmq", "leveret.brokers.sqlite", "leveret.middleware", "leveret.scheduler",
+        "leveret.worker",
+    ],
+)
 def test_nothing_heavy_is_imported(module: str) -> None:
     """A host starts dozens of workers, and a web service imports leveret to publish: both pay for each module, each time."""
     assert not _imported_by(module) & _HEAVY

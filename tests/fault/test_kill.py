@@ -1,0 +1,43 @@
+"""Workers that are killed in the middle of ten thousand jobs."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from tests.fault.bench import Bench
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
+
+JOBS = 10_000
+
+
+async def test_ten_thousand_jobs_survive_five_kills_of_their_worker(any_bench: Bench) -> None:
+    """The whole promise: what was confirmed runs at least once, and what runs twice can be told by its id."""
+    bench, confirmed = any_bench, list[str]()
+
+    async def publish() -> None:
+        for _ in range(JOBS // 500):
+            confirmed.extend(await bench.publish(*(bench.recorder.Note(0.003) for _ in range(500))))
+
+    worker = await bench.working()
+    publishing = asyncio.create_task(publish())
+    try:
+        for kill in range(1, 6):
+            await bench.until_lines("start", kill * JOBS // 7)
+            await asyncio.to_thread(worker.kill9)
+            worker = bench.start()
+        await publishing
+    finally:
+        publishing.cancel()
+    await bench.until_ended(confirmed)
+    await bench.until_empty()
+    await worker.drained()
+
+    assert len(set(confirmed)) == JOBS
+    runs = Counter(bench.recorder.ids("start"))
+    assert set(runs) == set(confirmed), "an id that nobody published, or one that never ran"
+    assert sum(runs.values()) > JOBS, "no kill hit a running job: it proves nothing"
+    assert all(words[2] == "1" for words in bench.recorder.lines()), "a death costs no attempt"
+    # a killed worker's slots, and what had ended in its last turns of the loop
+    assert sum(runs.values()) - JOBS <= 5 * 200, "far more was repeated than was running"

@@ -1,0 +1,225 @@
+"""Brokers that are away, silent, full, hung or killed: a worker waits and says for what, a publisher has its answer in time."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from leveret import BrokerUnavailable, PublishError, PublishManyError, PublishTimeout, Receipt
+from leveret.ids import new_job_id
+from tests.conftest import StartNode
+from tests.fault.bench import Bench, eventually, link_to
+from tests.rabbit.node import Node, Rabbit, free_ports
+from tests.rabbit.proxy import FaultProxy
+
+SLACK_S = 0.5
+"""How late an error may come after its deadline."""
+
+
+async def refused(publishing: Any, timeout_s: float) -> PublishError:
+    """Return the one documented error that `publishing` ends with, which comes in time."""
+    began = time.monotonic()
+    with pytest.raises(PublishError) as raised:
+        await publishing
+    assert time.monotonic() - began < timeout_s + SLACK_S, raised.value
+    assert "\n" not in str(raised.value)
+    assert "guest:guest" not in str(raised.value)
+    return raised.value
+
+
+async def test_a_publisher_without_a_broker_has_one_documented_error_in_time(bench: Callable[..., Bench]) -> None:
+    """A web request that hangs with the broker takes the whole service down with it."""
+    port = free_ports(1)[0]
+    one = bench(f"amqp://guest:guest@127.0.0.1:{port}/")
+    async with one.app.publisher() as publisher:
+        errors = await asyncio.gather(*(refused(publisher.publish(one.recorder.Note(), timeout_s=1), 1) for _ in range(50)))
+        began = time.monotonic()
+        with pytest.raises(PublishManyError) as many:
+            await publisher.publish_many([one.recorder.Note() for _ in range(3000)], timeout_s=1)
+        took_s = time.monotonic() - began
+
+    assert {type(error) for error in errors} == {BrokerUnavailable}
+    assert all(f"127.0.0.1:{port}" in str(error) and "Connection refused" in str(error) for error in errors), errors[0]
+    assert took_s < 1 + 2 * SLACK_S
+    assert all(isinstance(result, (BrokerUnavailable, PublishTimeout)) for result in many.value.results)
+    assert not any(isinstance(result, PublishTimeout) and result.maybe_published for result in many.value.results)
+
+
+async def test_a_black_hole_at_connect_is_an_error_in_time_and_heals(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+    """A firewall that drops packets answers nothing at all: no error of the operating system's comes for minutes."""
+    async with link_to(rabbit) as link:
+        link.freeze()
+        one = bench(link.url)
+        async with one.app.publisher() as publisher:
+            error = await refused(publisher.publish(one.recorder.Note(), timeout_s=0.7), 0.7)
+            link.thaw()
+            await publisher.publish(one.recorder.Note(), timeout_s=20)
+
+    assert isinstance(error, BrokerUnavailable)
+
+
+async def test_a_black_hole_in_the_middle_of_a_publish_is_an_error_in_time_and_heals(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+    """Whether it arrived can't be known then; the caller must be told just that, and when."""
+    async with link_to(rabbit) as link:
+        one = bench(link.url)
+        async with one.app.publisher() as publisher:
+            await publisher.publish(one.recorder.Note(), timeout_s=20)
+            link.freeze()
+            errors = await asyncio.gather(*(refused(publisher.publish(one.recorder.Note(), timeout_s=0.7), 0.7) for _ in range(20)))
+            link.thaw()
+            await publisher.publish(one.recorder.Note(), timeout_s=20)
+
+    assert all(isinstance(error, PublishTimeout) and error.maybe_published for error in errors)
+
+
+async def test_a_reset_in_the_middle_of_a_publish_is_an_error_and_heals(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+    """A load balancer that restarts cuts every connection: no `CancelledError` of a client library's may come out of that."""
+    async with link_to(rabbit) as link:
+        one = bench(link.url)
+        async with one.app.publisher() as publisher:
+            await publisher.publish(one.recorder.Note(), timeout_s=20)
+            link.freeze("down")
+            publishing = [asyncio.create_task(publisher.publish(one.recorder.Note(), timeout_s=10)) for _ in range(20)]
+            sent = link.passed["up"]
+            await eventually(lambda: link.passed["up"] > sent)
+            link.thaw()
+            link.reset()
+            results = await asyncio.gather(*publishing, return_exceptions=True)
+            await publisher.publish(one.recorder.Note(), timeout_s=20)
+
+    assert all(isinstance(result, (PublishTimeout, Receipt)) for result in results), results  # a confirm may overtake the reset
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+async def test_a_worker_waits_for_its_broker_says_so_and_works_once_it_is_there(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+    """Containers start in any order; one that dies because another is late is started again and again, and pages somebody."""
+    node = await rabbit_node()
+    await node.kill9()
+    one = bench(node.url)
+    worker = one.start()
+    await worker.says(rf"waiting to consume: RabbitMQ at 127.0.0.1:{node.port}: Connection refused; trying again")
+    await asyncio.sleep(3)
+    assert worker.log.count("waiting to consume") == 1, "said once, not at each try"
+    ids, _ = await asyncio.gather(one.publish(*(one.recorder.Note() for _ in range(100)), timeout_s=40), node.start())
+    await one.until_ended(ids)
+    await worker.says("consuming$|consuming\n")
+    await worker.drained()
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+async def test_a_worker_that_still_waits_for_its_broker_ends_at_a_sigterm(bench: Callable[..., Bench]) -> None:
+    """A deploy is rolled back just when nothing works: then of all times must a worker be stoppable."""
+    with_nobody = bench(f"amqp://guest:guest@127.0.0.1:{free_ports(1)[0]}/").start()
+    await with_nobody.says("waiting to consume")
+    with_nobody.term()
+    assert await with_nobody.ended(5) == 0, with_nobody.log
+
+    async with FaultProxy(free_ports(1)[0]) as link:
+        link.freeze()
+        silent = bench(link.url, connect_timeout_s=2).start()
+        await eventually(lambda: link.accepted > 0)
+        silent.term()
+        assert await silent.ended(10) == 0, silent.log
+
+
+def more(confirmed: list[str], than: int) -> bool:
+    return len(confirmed) > than
+
+
+async def publish_all(one: Bench, count: int, done: list[str], sure: asyncio.Event) -> None:
+    """Publish `count` jobs, each again under its id until it is confirmed, as the error says."""
+    async with one.app.publisher() as publisher:
+        for _ in range(count):
+            job_id = new_job_id()
+            while True:
+                try:
+                    await publisher.publish(one.recorder.Note(0.01), job_id=job_id, timeout_s=2)
+                    break
+                except (BrokerUnavailable, PublishTimeout):
+                    sure.set()
+            done.append(job_id)
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("type", ["quorum", "classic"])
+async def test_a_broker_that_is_killed_and_comes_back_loses_no_confirmed_job(bench: Callable[..., Bench], rabbit_node: StartNode, type: str) -> None:
+    """The broker's machine is rebooted under load: publishers and workers go on by themselves, and nobody need look for lost jobs."""
+    node = await rabbit_node()
+    one = bench(node.url, type, reconnect_cap_s=1.0)
+    worker = await one.working()
+    confirmed, failed = list[str](), asyncio.Event()
+    publishing = [asyncio.create_task(publish_all(one, 200, confirmed, failed)) for _ in range(5)]
+    try:
+        for kill in range(2):
+            await eventually(partial(more, confirmed, 100 + kill * 300), lambda: one.logs)
+            await node.flush()
+            await node.kill9()
+            failed.clear()
+            await asyncio.wait_for(failed.wait(), 10)
+            await node.start()
+        await asyncio.wait_for(asyncio.gather(*publishing), 60)
+    finally:
+        for task in publishing:
+            task.cancel()
+    await one.until_ended(confirmed)
+    await one.until_empty()
+    await worker.drained()
+
+    assert len(set(confirmed)) == 1000
+    assert set(one.recorder.ids("end")) == set(confirmed)
+    assert worker.log.count("consuming again") == 2, worker.log
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+async def test_a_broker_short_of_memory_blocks_publishers_by_name_and_no_consumer(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+    """With acks behind blocked publishes the queue couldn't empty, and the alarm that it caused would never end."""
+    node = await rabbit_node()
+    one = bench(node.url)
+    before = await one.publish(*(one.recorder.Note(0.2) for _ in range(200)))
+    async with one.app.publisher() as publisher:
+        await publisher.publish(one.recorder.Note(), job_id="first", timeout_s=20)
+        await node.ctl("set_vm_memory_high_watermark", "0.0000001")
+        error = await refused(publisher.publish(one.recorder.Note(), job_id="blocked", timeout_s=2), 2)
+        again = await refused(publisher.publish(one.recorder.Note(), job_id="blocked-too", timeout_s=1), 1)
+        worker = await one.working("--concurrency", "20")
+        await one.until_ended([*before, "first"])
+        await node.ctl("set_vm_memory_high_watermark", "0.6")
+        await publisher.publish(one.recorder.Note(), job_id="after", timeout_s=20)
+    await one.until_ended(["blocked", "after"])  # it was on its way: `maybe_published`
+    await worker.drained()
+
+    for one_error in (error, again):
+        assert isinstance(one_error, PublishTimeout), one_error
+        assert "block" in str(one_error), one_error
+    assert isinstance(error, PublishTimeout)
+    assert error.maybe_published
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+async def test_a_hung_broker_is_noticed_and_worked_with_again(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+    """A host that swaps, or a paused virtual machine, keeps its sockets open and says nothing: only heartbeats find out."""
+    node: Node = await rabbit_node()
+    one = bench(f"{node.url}?heartbeat=2", connect_timeout_s=2.0, reconnect_cap_s=1.0)
+    worker = await one.working()
+    ids = await one.publish(*(one.recorder.Note(0.5) for _ in range(300)))
+    await eventually(lambda: len(one.recorder.ids("start")) > 50, lambda: one.logs)
+    node.pause()
+    try:
+        await worker.says("nothing was heard from the broker", 15)
+        await worker.says("waiting to consume: .*no answer in time", 15)
+    finally:
+        node.resume()
+    await worker.says("consuming again")
+    ids += await one.publish(*(one.recorder.Note() for _ in range(100)))
+    await one.until_ended(ids)
+    await one.until_empty()
+    await worker.drained()

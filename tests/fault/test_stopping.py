@@ -1,0 +1,120 @@
+"""SIGTERM in the middle of work: drained within the grace, cut off past it, nothing lost either way."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tests.fault.bench import Bench, eventually, link_to
+from tests.rabbit.node import Rabbit
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
+
+
+async def test_a_stop_within_the_grace_loses_nothing_and_starts_nothing_twice(any_bench: Bench) -> None:
+    """Every deploy does this several times an hour; a payment that runs twice at each would be found by customers."""
+    bench = any_bench
+    ids = await bench.publish(*(bench.recorder.Note(0.5) for _ in range(150)), *(bench.recorder.Chore(0.5) for _ in range(50)))
+    first = await bench.working("--concurrency", "10", "--grace", "20")
+    await bench.until_lines("end", 20)
+    first.term()
+    second = await bench.working("--concurrency", "20", "--grace", "20")
+    assert await first.ended() == 0, first.log
+    second.term()
+    assert await second.ended() == 0, second.log
+    third = await bench.working("--concurrency", "20", "--grace", "20")
+    await bench.until_ended(ids)
+    await bench.until_empty()
+    await third.drained()
+
+    assert Counter(bench.recorder.ids("start")) == Counter(ids), "each ran once"
+    assert Counter(bench.recorder.ids("end")) == Counter(ids), "and to its end"
+    for worker in (first, second, third):
+        assert "Traceback" not in worker.log
+        assert " ERROR " not in worker.log
+
+
+@pytest.mark.parametrize("kind", ["Note", "Chore"])
+async def test_past_its_grace_a_worker_exits_with_1_and_the_next_runs_what_was_cut_off(any_bench: Bench, kind: str) -> None:
+    """An orchestrator kills what doesn't end; a handler that hangs must cost its own job a second run, and no other job anything."""
+    bench = any_bench
+    long = await bench.publish(*(getattr(bench.recorder, kind)(3.5) for _ in range(5)))
+    short = await bench.publish(*(getattr(bench.recorder, kind)(0.01) for _ in range(50)))
+    worker = await bench.working("--concurrency", "20", "--grace", "0.2")
+    await eventually(lambda: set(bench.recorder.ids("start")) >= set(long) and set(bench.recorder.ids("end")) >= set(short), lambda: bench.logs)
+    worker.term()
+
+    assert await worker.ended(3.3) == 1, worker.log
+    assert "5 cutoff" in worker.log
+    assert "Traceback" not in worker.log
+    second = await bench.working("--concurrency", "20")
+    await bench.until_ended(long)
+    await bench.until_empty()
+    await second.drained()
+    runs = Counter(bench.recorder.ids("start"))
+    assert runs == Counter({**dict.fromkeys(short, 1), **dict.fromkeys(long, 2)})
+    assert all(words[2] == "1" for words in bench.recorder.lines()), "a cut costs no attempt"
+
+
+async def test_a_second_sigterm_cuts_off_at_once(any_bench: Bench) -> None:
+    """Who says it twice means it: nobody waits for half a minute at a console."""
+    bench = any_bench
+    ids = await bench.publish(bench.recorder.Note(3.5), bench.recorder.Chore(3.5), bench.recorder.Chore(3.5))
+    worker = await bench.working("--grace", "30")
+    await eventually(lambda: set(bench.recorder.ids("start")) >= set(ids), lambda: bench.logs)
+    worker.term()
+    await worker.says("stopping: 3 running")
+    worker.term()
+
+    assert await worker.ended(3.3) == 1, worker.log
+    second = await bench.working()
+    await bench.until_ended(ids)
+    await bench.until_empty()
+    await second.drained()
+
+
+async def test_a_worker_that_is_told_to_stop_while_it_is_being_filled_gives_the_rest_back(any_bench: Bench) -> None:
+    """What it holds and hasn't started must be another's at once, not after a lease or a time-out."""
+    bench = any_bench
+    ids = list[str]()
+    done = asyncio.Event()
+
+    async def publish() -> None:
+        while not done.is_set():
+            ids.extend(await bench.publish(*(bench.recorder.Note(0.05) for _ in range(50))))
+            await asyncio.sleep(0.3)
+
+    publishing = asyncio.create_task(publish())
+    for _ in range(4):
+        seen = len(bench.recorder.ids("end"))
+        worker = await bench.working("--concurrency", "5", "--grace", "10")
+        await bench.until_lines("end", seen + 20)
+        await worker.drained()
+    done.set()
+    await publishing
+    last = await bench.working()
+    await bench.until_ended(ids)
+    await bench.until_empty()
+    await last.drained()
+
+    assert Counter(bench.recorder.ids("start")) == Counter(ids), "each ran once"
+
+
+async def test_a_stop_while_the_broker_hangs_ends_all_the_same_and_loses_nothing(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+    """Both at once is the usual case: somebody restarts everything because nothing works."""
+    async with link_to(rabbit) as link:
+        one = bench(rabbit.url)
+        ids = await one.publish(*(one.recorder.Note(0.3) for _ in range(100)))
+        worker = one.start("--concurrency", "10", "--grace", "5", url=link.url)
+        await one.until_lines("end", 20)
+        link.freeze()
+        worker.term()
+
+        await worker.ended(20)
+        assert "Traceback" not in worker.log
+        assert "lost" in worker.log, worker.log
+    second = await one.working("--concurrency", "50")
+    await one.until_ended(ids)
+    await one.until_empty()
+    await second.drained()
