@@ -22,11 +22,11 @@ endif
 # setuptools warns of what pyproject.toml has chosen (strict editable); errors are still shown.
 LINK = PYTHONWARNINGS=ignore
 
-.PHONY: help install demo check lint types test fault examples bench clean
+.PHONY: help install demo check lint types test fault examples bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 install: $(DEV)  ## .venv with leveret (editable) and the tools of its developers
 
@@ -50,14 +50,23 @@ examples: $(V)-examples/stamp  ## each example, in an environment with what the 
 bench: $(DEV)  ## throughput of each broker, beside raw aio-pika
 	$(BIN)/python benchmarks/throughput.py $(BENCH_ARGS)
 
+bench-peers: $(V)-peers/stamp  ## leveret beside Celery, Dramatiq, Taskiq, FastStream, Node and C; results in benchmarks/results
+	$(V)-peers/bin/python -m benchmarks.peers $(BENCH_ARGS)
+
 clean:  ## remove what the verbs made
-	rm -rf $(V) $(V)-examples build dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(V) $(V)-examples $(V)-peers build dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find framework brokers middleware tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(V)-examples/stamp: pyproject.toml examples/requirements.txt | $(V)-examples/bin/python $(RUNTIME)
 	@echo "installing leveret and what the examples need into $(V)-examples"
 	@$(call INSTALL,$(V)-examples) "setuptools>=80"
 	@$(LINK) $(call INSTALL,$(V)-examples) --no-build-isolation -e . -r examples/requirements.txt
+	@touch $@
+
+$(V)-peers/stamp: pyproject.toml benchmarks/peers/requirements.txt | $(V)-peers/bin/python $(RUNTIME)
+	@echo "installing leveret and its peers into $(V)-peers"
+	@$(call INSTALL,$(V)-peers) "setuptools>=80"
+	@$(LINK) $(call INSTALL,$(V)-peers) --no-build-isolation -e . -r benchmarks/peers/requirements.txt
 	@touch $@
 
 %/bin/python:

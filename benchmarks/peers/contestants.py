@@ -1,0 +1,234 @@
+"""Who takes part, and in which setting. Imports none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+MADE = ROOT / ".venv-peers"
+"""Where what isn't Python's is installed and built, too."""
+AMQPLIB = "2.3.1"
+PACKAGE = "benchmarks.peers"
+BOTH = ("quorum", "classic")
+"""leveret's queue types; its classic queues have six priorities."""
+PEERS = ("quorum", "plain")
+"""What peers are measured on: plain is a classic queue without priorities, on which they are a little faster."""
+Commands = list[list[str]]
+
+
+class Contestant(NamedTuple):
+    """One of those that are measured."""
+
+    name: str
+    file: str
+    """The program in this folder."""
+    packages: tuple[str, ...]
+    """Distributions whose versions are printed."""
+    settings: str
+    commands: Callable[[int], Commands] | None = None
+    """The commands that start so many worker processes; None: a program that measures itself (Node, C)."""
+    kinds: tuple[str, ...] = BOTH
+    """Queue types."""
+    imports: tuple[str, ...] = ()
+    """What else a worker on RabbitMQ imports, later than its app."""
+    peer: bool = False
+    """Whether it may be the best peer."""
+    queues: tuple[str, ...] = ()
+    """Endings of the queues that it declares beside the one."""
+    delays: tuple[str, ...] = ()
+    """Queue types on which it can delay jobs."""
+    broker_held: tuple[str, ...] = ()
+    """Those where they wait in the broker rather than in a worker."""
+    real_retry: bool = True
+    """Whether a retry is counted and published anew; False: the message is requeued."""
+    retry_delay_s: float = 0.0
+    """The shortest wait of a retry."""
+    wake: str = ""
+    """An exchange that a message is sent to for its last acks to leave: an idle worker keeps them until its event loop wakes."""
+
+    @property
+    def module(self) -> str:
+        """What to import for it."""
+        return f"{PACKAGE}.{self.file.removesuffix('.py')}"
+
+    @property
+    def versions(self) -> str:
+        """Its packages with their versions."""
+        if self.file.endswith(".mjs"):
+            return f"Node {_output('node', '--version')}, amqplib {AMQPLIB}"
+        if self.file.endswith(".c"):
+            return f"librabbitmq {_output('pkg-config', '--modversion', 'librabbitmq')}"
+        return ", ".join(f"{name} {version(name)}" for name in self.packages)
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "of unknown version"
+
+
+def _python(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+def _leveret(processes: int) -> Commands:
+    return [_python("leveret", "work", f"{PACKAGE}.with_leveret:app", "--processes", str(processes), "--log-level", "warning")]
+
+
+def _aio_pika(processes: int) -> Commands:
+    return [_python(f"{PACKAGE}.with_aio_pika")] * processes
+
+
+def _celery(processes: int) -> Commands:
+    plain = ("--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "ERROR")
+    return [_python("celery", "-A", f"{PACKAGE}.with_celery", "worker", "-P", "solo", "-n", f"bench{n}@%h", *plain) for n in range(processes)]
+
+
+def _dramatiq(processes: int) -> Commands:
+    return [_python("dramatiq", f"{PACKAGE}.with_dramatiq", "--processes", str(processes), "--threads", "8")]
+
+
+def _taskiq(processes: int) -> Commands:
+    limits = ("--max-async-tasks", "100", "--max-prefetch", "100", "--ack-type", "when_executed", "--log-level", "CRITICAL")
+    return [_python("taskiq", "worker", f"{PACKAGE}.with_taskiq:broker", "--workers", str(processes), *limits)]
+
+
+def _faststream(processes: int) -> Commands:
+    return [_python("faststream", "run", f"{PACKAGE}.with_faststream:app", "--workers", str(processes), "--log-level", "critical")]
+
+
+def _huey(processes: int) -> Commands:
+    return [_python("huey.bin.huey_consumer", f"{PACKAGE}.with_huey.huey", "-w", "1", "-k", "thread", "-q", "-g", "TERM")] * processes
+
+
+LEVERET = Contestant(
+    "leveret", "with_leveret.py", ("leveret", "pamqp", "msgspec", "uvloop"),
+    "Tracing (no SDK), Retries, a RateLimit that never binds, Timeout; `leveret work`, concurrency 100, prefetch 200; publish_many; retries wait 0.25 s",
+    _leveret, imports=("leveret.worker", "leveret.brokers.rabbitmq"), queues=(".low", ".high", ".urgent", ".dead", ".suspects"),
+    delays=BOTH, broker_held=BOTH, retry_delay_s=0.25,
+)
+AIO_PIKA = Contestant(
+    "raw aio-pika", "with_aio_pika.py", ("aio-pika", "aiormq"),
+    "no framework: on_return_raises, persistent, mandatory, 1 000 publishes in flight, msgspec, a task a message, prefetch 200, ack after the "
+    "handler, uvloop; delays by one TTL queue; a retry is a requeue",
+    _aio_pika, queues=(".wait",), delays=BOTH, broker_held=BOTH, real_retry=False,
+)
+CELERY = Contestant(
+    "Celery", "with_celery.py", ("celery", "kombu", "amqp"),
+    "confirm_publish, acks_late, results off, solo pool (prefork costs twice the CPU a job), prefetch 200, no gossip, mingle or heartbeat events; pipelined = "
+    "8 threads; ETAs: native delayed delivery on quorum, in the worker on classic; retry(countdown=0)",
+    _celery, imports=("kombu.transport.pyamqp", "celery.apps.worker"), kinds=PEERS, peer=True, delays=PEERS, broker_held=("quorum",),
+    wake="celery.pidbox",    # with heartbeat events it wakes by itself, but then 2 000 ETAs on a classic queue ran 70 s late (measured)
+)
+DRAMATIQ = Contestant(
+    "Dramatiq", "with_dramatiq.py", ("dramatiq", "pika"),
+    "confirm_delivery, 8 threads, dramatiq_queue_prefetch=200, default middleware; classic only (it declares no quorum queue); "
+    "pipelined = 8 threads; delayed jobs are held by the worker; min_backoff=max_backoff=1 ms",
+    _dramatiq, kinds=("plain",), peer=True, queues=(".DQ", ".XQ"), delays=("plain",), retry_delay_s=0.001,
+)
+TASKIQ = Contestant(
+    "Taskiq", "with_taskiq.py", ("taskiq", "taskiq-aio-pika", "orjson"),
+    "--max-async-tasks 100 --max-prefetch 100 --ack-type when_executed, qos 200, ORJSONSerializer, 1 000 kiq() in flight; its delay queue (TTL); "
+    "SimpleRetryMiddleware (published anew at once)",
+    _taskiq, kinds=PEERS, peer=True, queues=(".dead_letter", ".delay"), delays=PEERS, broker_held=PEERS,
+)
+FASTSTREAM = Contestant(
+    "FastStream", "with_faststream.py", ("faststream", "pydantic", "orjson"),
+    "persist=True, mandatory, confirms, 1 000 publishes in flight, prefetch 200, plain dict, orjson, ack after the handler; "
+    "no delays; a retry is NACK_ON_ERROR (a requeue)",
+    _faststream, kinds=PEERS, peer=True, real_retry=False,
+)
+NODE = Contestant(
+    "Node amqplib", "with_amqplib.mjs", (),
+    "raw: confirm channel, persistent, mandatory, 1 000 in flight, prefetch 200, JSON.parse, each message acked",
+)
+C = Contestant(
+    "C librabbitmq", "with_librabbitmq.c", (),
+    "raw: confirms, persistent, mandatory, 1 000 in flight, prefetch 200, body not decoded, one ack for each 50",
+)
+HUEY = Contestant(
+    "huey", "with_huey.py", ("huey",), "SqliteHuey(fsync=True), WAL, results off, one worker thread; it has no batch API and pops a job before it runs",
+    _huey, kinds=("sqlite",),
+)
+RABBIT = (LEVERET, AIO_PIKA, CELERY, DRAMATIQ, TASKIQ, FASTSTREAM, NODE, C)
+SQLITE = (LEVERET._replace(kinds=("sqlite",)), HUEY)
+
+
+def missing(contestant: Contestant) -> str | None:
+    """Return why it can't take part here, or None; Node's package is installed and the C program built at first use."""
+    if contestant is NODE:
+        return _install_amqplib()
+    if contestant is C:
+        return _build_c()
+    for name in contestant.packages:
+        if importlib.util.find_spec(name.replace("-", "_")) is None:
+            return f"no {name} in {sys.prefix}: `make bench-peers` installs it"
+    return None
+
+
+def _install_amqplib() -> str | None:
+    if not (shutil.which("node") and shutil.which("npm")):
+        return "no node and npm here"
+    if (MADE / "node" / "node_modules" / "amqplib").exists():
+        return None
+    (MADE / "node").mkdir(parents=True, exist_ok=True)
+    command = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(MADE / "node"), f"amqplib@{AMQPLIB}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return f"npm install failed: {done.stderr.strip()[-200:]}" if done.returncode else None
+
+
+def allocations_library() -> str:
+    """Build what counts allocations, at first use; return its path, or nothing where it can't be built."""
+    return "" if _build("allocations.c", "allocations.so", "-shared", "-fPIC") else str(MADE / "allocations.so")
+
+
+def _build_c() -> str | None:
+    return _build(C.file, "with_librabbitmq", "-lrabbitmq")
+
+
+def _build(file: str, made: str, *options: str) -> str | None:
+    compiler, source, binary = shutil.which("cc"), HERE / file, MADE / made
+    if compiler is None:
+        return "no cc here"
+    if binary.exists() and binary.stat().st_mtime > source.stat().st_mtime:
+        return None
+    MADE.mkdir(exist_ok=True)
+    command = [compiler, "-O2", str(source), "-o", str(binary), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return f"it doesn't build (Debian: apt install librabbitmq-dev): {done.stderr.strip()[:200]}" if done.returncode else None
+
+
+def environment(
+    contestant: Contestant, *, url: str, kind: str, mode: str = "plain", size: int = 200, processes: int = 1, slots: Path | None = None
+) -> dict[str, str]:
+    """Return the environment that tells a contestant's processes what to do."""
+    counting = {"LD_PRELOAD": allocations_library(), "PYTHONMALLOC": "malloc"} if mode == "allocations" else {}
+    return {
+        **os.environ,
+        **counting,
+        "BENCH_URL": url,
+        "BENCH_KIND": kind,
+        "BENCH_QUEUE": queue(contestant, kind),
+        "BENCH_MODE": mode,
+        "BENCH_BYTES": str(size),
+        "BENCH_PROCESSES": str(processes),
+        "BENCH_SLOTS": str(slots or ""),
+        "BENCH_NODE": str(MADE / "node"),
+        "dramatiq_queue_prefetch": "200",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def queue(contestant: Contestant, kind: str) -> str:
+    """Return the name of its queue."""
+    return f"bench.{contestant.file.removeprefix('with_').split('.')[0]}.{kind}"

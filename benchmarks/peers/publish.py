@@ -1,0 +1,150 @@
+"""One publishing process: `python -m benchmarks.peers.publish MODULE HOW JOBS [SECONDS]`; prints JSON.
+
+HOW: one (awaited one by one) | many (pipelined, or threads) | paced (JOBS over SECONDS) | delayed (each by SECONDS) |
+due (JOBS that fall due evenly within 1 s, which begins after SECONDS).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from benchmarks.peers.shape import THREADS, WINDOW, Sender
+
+WARM_UP = 50
+WARM_UP_S = 1
+
+
+def cpu_s() -> float:
+    """Return user and system time of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def run_blocking(sender: Sender, at: int, delay_s: float | None) -> None:
+    """Run a blocking publish: a coroutine that never waits."""
+    try:
+        sender.one(at, delay_s).__await__().send(None)
+    except StopIteration:
+        return
+    msg = "a blocking publish awaited something"
+    raise RuntimeError(msg)
+
+
+class Lanes:
+    """Publishes many at once: in tasks, or in threads where the contestant blocks."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._loop = asyncio.get_running_loop()
+        self._pool = ThreadPoolExecutor(THREADS) if sender.blocking else None
+        self._window = asyncio.Semaphore(WINDOW)
+
+    async def one(self, when: Callable[[], tuple[int, float | None]]) -> None:
+        """Publish one; `when` says its time and delay at the moment of the call."""
+        if self._pool is not None:
+            await self._loop.run_in_executor(self._pool, lambda: run_blocking(self._sender, *when()))
+            return
+        async with self._window:
+            await self._sender.one(*when())
+
+    async def many(self, jobs: int) -> None:
+        """Publish so many as fast as may be."""
+        if self._sender.many is not None:
+            await self._sender.many(jobs)
+        elif self._pool is not None:
+            each = [jobs // THREADS + (n < jobs % THREADS) for n in range(THREADS)]
+            await asyncio.gather(*(self._loop.run_in_executor(self._pool, self._some, count) for count in each))
+        else:
+            for begun in range(0, jobs, 5000):
+                await asyncio.gather(*(self.one(_now) for _ in range(min(5000, jobs - begun))))
+
+    def _some(self, jobs: int) -> None:
+        for _ in range(jobs):
+            run_blocking(self._sender, 0, None)
+
+
+def _now() -> tuple[int, float | None]:
+    return time.monotonic_ns(), None
+
+
+async def paced(lanes: Lanes, jobs: int, seconds: float) -> None:
+    """Publish evenly, whether or not the ones before are confirmed."""
+    begun, tasks = time.monotonic(), set[asyncio.Task[None]]()
+    for n in range(jobs):
+        if (wait := begun + n * seconds / jobs - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        task = asyncio.ensure_future(lanes.one(_now))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        if not n % 100:
+            await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+
+
+async def delayed(lanes: Lanes, jobs: int, seconds: float) -> None:
+    """Publish jobs that are each delayed by so many seconds."""
+    await asyncio.gather(*(lanes.one(lambda: (time.monotonic_ns() + int(seconds * 1e9), seconds)) for _ in range(jobs)))
+
+
+async def due(lanes: Lanes, jobs: int, seconds: float) -> None:
+    """Publish jobs that fall due evenly within the second after `seconds` from now."""
+    begun = time.monotonic_ns() + int(seconds * 1e9)
+
+    def when(n: int) -> tuple[int, float | None]:
+        at = begun + n * 1_000_000_000 // jobs
+        delay_s = (at - time.monotonic_ns()) / 1e9
+        if delay_s <= 0:
+            msg = f"publishing {jobs} delayed jobs took longer than {seconds} s: give it more"
+            raise RuntimeError(msg)
+        return at, delay_s
+
+    await asyncio.gather(*(lanes.one(lambda n=n: when(n)) for n in range(jobs)))  # type: ignore[misc]
+
+
+async def run(module: str, how: str, jobs: int, seconds: float) -> dict[str, float]:
+    """Publish, and return what it took; `sent` counts warm-up jobs too."""
+    contestant = importlib.import_module(module)
+    async with contestant.sending() as sender:
+        lanes = Lanes(sender)
+        warm = 0
+        if how in ("one", "many") and jobs > 1:
+            warm = min(WARM_UP, jobs)
+            for _ in range(warm):
+                await sender.one(0, None)    # the very thread and connection that is measured
+            if how == "many":
+                await lanes.many(warm)
+                warm *= 2
+        if how in ("delayed", "due"):
+            warm = 1
+            await lanes.one(lambda: (time.monotonic_ns() + WARM_UP_S * 1_000_000_000, float(WARM_UP_S)))    # what delays need is declared then
+        work: Awaitable[None]
+        cpu, begun = cpu_s(), time.perf_counter()
+        if how == "one":
+            for _ in range(jobs):
+                await sender.one(time.monotonic_ns(), None)
+        else:
+            work = lanes.many(jobs) if how == "many" else {"paced": paced, "delayed": delayed, "due": due}[how](lanes, jobs, seconds)
+            await work
+        took, used = time.perf_counter() - begun, cpu_s() - cpu
+    return {"sent": jobs + warm, "per_s": jobs / took, "cpu_us": used / jobs * 1e6, "seconds": took}
+
+
+def main() -> None:
+    """Publish as the arguments say."""
+    import uvloop
+
+    module, how, jobs = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    seconds = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        print(json.dumps(runner.run(run(module, how, jobs, seconds))))
+
+
+if __name__ == "__main__":
+    main()
