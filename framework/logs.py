@@ -50,5 +50,4 @@ def set_up_logs(level: str) -> None:
     root.addHandler(handler)
     root.setLevel(level.upper())
     if not debug:
-        for noisy in ("aio_pika", "aiormq", "asyncio"):  # they say again, in tracebacks, what we say in a line
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it says again, in tracebacks, what we say in a line
