@@ -263,8 +263,8 @@ def broker_module(url: str | None) -> BrokerModule:
         raise ConfigurationError(NO_BROKER)
     try:
         scheme = urlsplit(url).scheme
-    except ValueError as error:
-        msg = f"the broker's URL {redact(url)!r} can't be read: {error}"
+    except ValueError:  # its text would show the password
+        msg = f"the broker's URL {redact(url)!r} can't be read: is a character of it to be percent-encoded?"
         raise ConfigurationError(msg) from None
     name = _SCHEMES.get(scheme)
     if name is None:

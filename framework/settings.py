@@ -97,8 +97,9 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S*)@")  # up to the last @: a password may hold one that wasn't escaped
+_IN_QUERY = re.compile(r"([?&][^=&\s'\"]*(?:pass|secret|token)[^=&\s'\"]*=)[^&\s'\"]*", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
-    """Return `text` with the password of every URL in it replaced; whatever prints a URL goes through here."""
-    return _PASSWORD.sub(r"\1:***@", text)
+    """Return `text` with the passwords of every URL in it replaced, in a query too; whatever prints a URL goes through here."""
+    return _IN_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))

@@ -1,0 +1,31 @@
+"""No secret of a URL gets into an error, a log line or a table."""
+
+import pytest
+
+from leveret import App, ConfigurationError
+from leveret.broker import broker_module
+from leveret.settings import redact
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqp://shop:hunter2@rabbit/vhost",
+        "amqp://shop:hun@hunter2@rabbit/vhost",
+        "amqp://shop:hun/hunter2@rabbit/vhost",
+        "amqp://rabbit/vhost?password=hunter2",
+        "amqp://rabbit/vhost?heartbeat=3&client_secret=hunter2&cafile=x",
+    ],
+)
+def test_a_password_is_hidden_wherever_a_url_has_it(url: str) -> None:
+    """It would stand in the logs of every worker, for all who may read them."""
+    assert "hunter2" not in redact(f"connecting to {url} now")
+
+
+@pytest.mark.parametrize("url", ["amqp://shop:hunter2@a\u2100b/", "amqp://shop:hunter2/x@rabbit/", "amqp://rabbit/?password=hunter2", "amqp://shop:hunter2@[x/"])
+def test_a_url_that_cannot_be_used_does_not_show_its_password(url: str) -> None:
+    """A typo in a deployment would print the secret instead of hiding it."""
+    app = App("shop", broker=url)
+    with pytest.raises(ConfigurationError) as refused:
+        broker_module(url).open_broker(url, app.runtime())
+    assert "hunter2" not in str(refused.value)
