@@ -185,9 +185,7 @@ class _Taker:
 
     def _settle(self, delivery: RabbitDelivery) -> None:
         self._held_bytes -= len(delivery.envelope.body)
-        if not self._flushing:
-            self._flushing = True
-            self._channel.connection.loop.call_soon(self.flush)
+        self._flush_soon()
         if self._paused and self._held_bytes <= HELD_BYTES // 2:
             self._session.spawn(self._resume())
 

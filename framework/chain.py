@@ -1,7 +1,7 @@
 """Middleware: an onion folded once at start-up. First in the list is outermost: first in, last out.
 
 A layer has `consume`, `publish` or both; a plain function of `consume`'s shape is a layer too. One instance is one
-state, shared by every handler that it wraps. Three attributes are optional:
+state, shared by every handler that it wraps. What else a layer may have:
 
 - `once = True` (a class attribute): a handler's own layer of that class stands where the app's stood, instead of
   coming inside it.

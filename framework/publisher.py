@@ -120,7 +120,8 @@ class Sender:
     def __init__(
         self, broker: Broker, layers: Sequence[AnyLayer], runtime: Runtime, observe: Callable[[Job, Envelope], None] | None = None
     ) -> None:
-        bind((layer for layer in layers if hasattr(layer, "publish")), runtime)
+        self._publishing = [layer for layer in layers if hasattr(layer, "publish")]
+        bind(self._publishing, runtime)
         self._observe = observe
         self._broker = broker
         self._runtime = runtime
@@ -128,8 +129,7 @@ class Sender:
         self._queues: dict[str, Queue] = {}
         self._contracts: dict[type, _Contract] = {}
         self._decoders: dict[tuple[str, str], codec.Decoder] = {}
-        self._send = fold_publish(layers, self._to_broker)
-        self._publishing = [layer for layer in layers if hasattr(layer, "publish")]
+        self._send = fold_publish(self._publishing, self._to_broker)
 
     async def publish(self, job: Job, options: Options, timeout_s: float) -> Receipt:
         """Publish one job; raises a `PublishError`."""
