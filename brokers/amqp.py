@@ -103,7 +103,8 @@ class Channel:
         self.on_cancelled: Callable[[str], None] | None = None
         """Called when the broker cancels a consumer: its queue was deleted, or a delivery was held too long."""
         self._calls: deque[tuple[Collection[str], asyncio.Future[Any]]] = deque()
-        self._consumers: dict[bytes, Deliver] = {}
+        self.consumers: dict[bytes, Deliver] = {}
+        """By tag: who is called with its deliveries."""
         self._next_tag = 1
         self._lowest = 1
         self._unconfirmed: dict[int, tuple[asyncio.Future[None], str, str, float]] = {}
@@ -147,7 +148,7 @@ class Channel:
                 self.connection.write(method_frame(self.number, commands.Channel.CloseOk()))
                 self.end(Closed("channel", method.reply_code or 0, str(method.reply_text)))
             case commands.Basic.Cancel():
-                self._consumers.pop(str(method.consumer_tag).encode(), None)
+                self.consumers.pop(str(method.consumer_tag).encode(), None)
                 if self.on_cancelled is not None:
                     self.on_cancelled(str(method.consumer_tag))
             case commands.Channel.CloseOk() if not self._calls or method.name not in self._calls[0][0]:
@@ -180,7 +181,7 @@ class Channel:
             _wake(self._waiters.popleft())
         self._calls.clear()
         self._unconfirmed.clear()
-        self._consumers.clear()
+        self.consumers.clear()
         if self.on_closed is not None:
             self.on_closed(why)
 
@@ -295,22 +296,13 @@ class Channel:
 
     async def consume(self, queue: str, tag: str, deliver: Deliver, timeout_s: float) -> None:
         """Register a consumer; `deliver` is called from the reader and must return at once."""
-        self._consumers[tag.encode()] = deliver
+        self.consumers[tag.encode()] = deliver
         await self.call(commands.Basic.Consume(queue=queue, consumer_tag=tag), timeout_s)
 
     async def cancel(self, tag: str, timeout_s: float) -> None:
         """End a consumer; what it was delivered stays ackable."""
         await self.call(commands.Basic.Cancel(consumer_tag=tag), timeout_s)
-        self._consumers.pop(tag.encode(), None)  # after the answer nothing more is delivered to it
-
-    def on_deliver(self, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
-        """Take in a delivery."""
-        deliver = self._consumers.get(consumer)
-        if deliver is None:
-            # on its way while the consumer was cancelled by the broker: unsettled, it goes back with the channel
-            logger.warning("a delivery for consumer %s, which was cancelled", consumer.decode("utf-8", "replace"))
-            return
-        deliver(tag, redelivered, properties, body)
+        self.consumers.pop(tag.encode(), None)  # after the answer nothing more is delivered to it
 
     async def get(self, queue: str, timeout_s: float) -> Got | None:
         """Take one message out of `queue`, to be settled on this channel; None when it is empty."""
@@ -493,11 +485,15 @@ class Connection(asyncio.Protocol):
         known.on_confirm(tag, multiple, ack)
 
     def on_deliver(self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
-        """Hand it to its channel."""
+        """Hand it to its consumer."""
         known = self._channels.get(channel)
         if known is None:
             raise _not_open(channel)
-        known.on_deliver(consumer, tag, redelivered, properties, body)
+        deliver = known.consumers.get(consumer)
+        if deliver is not None:
+            deliver(tag, redelivered, properties, body)
+        else:  # on its way while the broker cancelled the consumer: unsettled, it goes back with the channel
+            logger.warning("a delivery for consumer %s, which was cancelled", consumer.decode("utf-8", "replace"))
 
     def on_got(self, channel: int, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         """Hand it to its channel."""

@@ -28,6 +28,10 @@ _DELIVER, _RETURN, _ACK, _NACK, _GET_OK = (struct.pack(">HH", 60, method) for me
 _frame_head = struct.Struct(">BHI")
 _u64 = struct.Struct(">Q")
 _unpack_head = _frame_head.unpack_from
+_content_head = struct.Struct(">BHIHHQ")
+_unpack_content = _content_head.unpack_from
+_CONTENT_HEAD = _content_head.size
+"""Octets of a header frame before its property flags."""
 _unpack_u64 = _u64.unpack_from
 _END = b"\xce"
 
@@ -106,6 +110,7 @@ class Parser:
         position, size = 0, len(data)
         contents, receiver = self._contents, self._receiver
         largest = self.frame_max - OVERHEAD if self.frame_max else 1 << 32
+        whole = min(largest, self.body_max)
         try:
             while size - position >= OVERHEAD:
                 kind, channel, length = _unpack_head(data, position)
@@ -126,7 +131,23 @@ class Parser:
                         consumer = data[start + 5 : at]
                         if at + 9 > end:
                             raise ProtocolError(502, "a basic.deliver that ends too early")
-                        contents[channel] = _Content((consumer, _unpack_u64(data, at)[0], data[at + 8] & 1))
+                        tag, redelivered = _unpack_u64(data, at)[0], data[at + 8] & 1
+                        # Nearly always all of it is here, in three frames: then it needn't be put together. Whatever
+                        # differs goes the way of all else, which also says what is wrong with it.
+                        if size - end > _CONTENT_HEAD:
+                            kind, on, length, _, _, body_size = _unpack_content(data, end + 1)
+                            ends = end + 8 + length
+                            if kind == _HEADER and on == channel and 14 <= length <= largest and 0 < body_size <= whole and size - ends > OVERHEAD:
+                                kind, on, length = _unpack_head(data, ends + 1)
+                                last = ends + 8 + length
+                                if (
+                                    kind == _BODY and on == channel and length == body_size
+                                    and last < size and data[ends] == FRAME_END == data[last]
+                                ):
+                                    receiver.on_deliver(channel, consumer, tag, bool(redelivered), data[end + 20 : ends], data[ends + 8 : last])
+                                    position = last + 1
+                                    continue
+                        contents[channel] = _Content((consumer, tag, redelivered))
                     elif method in (_ACK, _NACK):
                         if length < 13:
                             raise ProtocolError(502, "a confirm that ends too early")
@@ -229,14 +250,14 @@ def publish_frame(channel: int, exchange: str, key: str) -> bytes:
     return method_frame(channel, commands.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True))
 
 
-_content_head = struct.Struct(">BHIHHQ").pack
+_pack_content = _content_head.pack
 _body_head = _frame_head.pack
 
 
 def content_frames(channel: int, properties: bytes, body: bytes, frame_max: int) -> list[bytes | memoryview]:
     """Return the header frame and as many body frames as `frame_max` makes of it; to be joined by who writes."""
     size = len(body)
-    out: list[bytes | memoryview] = [_content_head(_HEADER, channel, 12 + len(properties), 60, 0, size), properties]
+    out: list[bytes | memoryview] = [_pack_content(_HEADER, channel, 12 + len(properties), 60, 0, size), properties]
     room = frame_max - OVERHEAD if frame_max else size
     if size <= room:
         if size:

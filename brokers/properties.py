@@ -86,6 +86,7 @@ def _encode_value(value: Any) -> bytes:
 _shorts: dict[str, bytes] = {}
 _flags = struct.Struct(">H").pack
 _u64 = struct.Struct(">Q").pack
+_unpack_u64 = struct.Struct(">Q").unpack_from
 
 
 def _cached(text: str) -> bytes:
@@ -175,7 +176,7 @@ def priority_property(queue: Queue, level: Priority) -> int | None:
 
 def from_job_queue(properties: bytes, body: bytes, queue: str, level: Priority | None) -> tuple[Envelope, str | None]:
     """Return what came out of job queue `queue`, and what is wrong with it; `level` None: the priority property says it."""
-    if level is not None and (plain := _plain_envelope(properties, body, queue, level)) is not None:
+    if (plain := _plain_envelope(properties, body, queue, level)) is not None:
         return plain, None
     found, fields, problem = _read(properties)
     if level is None:
@@ -186,41 +187,45 @@ def from_job_queue(properties: bytes, body: bytes, queue: str, level: Priority |
 
 
 _PLAIN = frames.CONTENT_TYPE | frames.DELIVERY_MODE | frames.MESSAGE_ID | frames.TIMESTAMP | frames.TYPE | frames.APP_ID
-_texts: dict[bytes, str] = {}
+_PLAIN_PRIORITY = _PLAIN | frames.PRIORITY
+# All but id and time is the same for every job of a name: what stands before the id, and what after the time.
+_heads: dict[bytes, tuple[str, Priority]] = {}
+_tails: dict[bytes, tuple[str, str]] = {}
 
 
-def _text(raw: bytes) -> str:
-    """Return the text of a name that comes again and again, kept so that it needn't be decoded each time."""
-    known = _texts.get(raw)
-    if known is None:
-        known = raw.decode()
-        if len(_texts) < 1000:
-            _texts[raw] = known
-    return known
-
-
-def _plain_envelope(raw: bytes, body: bytes, queue: str, level: Priority) -> Envelope | None:
+def _plain_envelope(raw: bytes, body: bytes, queue: str, level: Priority | None) -> Envelope | None:
     """Return the envelope of what leveret publishes itself, first time and without headers: most; None for all else."""
-    if len(raw) < 3 or (raw[0] << 8 | raw[1]) != _PLAIN:
-        return None
     try:
-        at = 3 + raw[2]
-        content_type = _text(raw[3:at])
-        at += 1  # the delivery mode
+        flags = raw[0] << 8 | raw[1]
+        if flags == _PLAIN:
+            at = raw[2] + 4
+        elif flags == _PLAIN_PRIORITY:
+            at = raw[2] + 5
+        else:
+            return None
         end = at + 1 + raw[at]
+        head, tail = raw[:at], raw[end + 8 :]
+        known, ends = _heads.get(head), _tails.get(tail)
+        if known is None:
+            known = raw[3 : 3 + raw[2]].decode(), _level_of_property(raw[at - 1] if flags == _PLAIN_PRIORITY else None)
+            if len(_heads) < 1000:
+                _heads[head] = known
+        if ends is None:
+            middle = 1 + tail[0]
+            ends = tail[1:middle].decode(), tail[middle + 1 :].decode()
+            if middle + 1 + tail[middle] != len(tail):
+                return None
+            if len(_tails) < 1000:
+                _tails[tail] = ends
         job_id = raw[at + 1 : end].decode()
-        at = end + 8
-        created_s = int.from_bytes(raw[end:at], "big")
-        end = at + 1 + raw[at]
-        job = _text(raw[at + 1 : end])
-        at = end + 1 + raw[end]
-        app = _text(raw[end + 1 : at])
-    except (IndexError, ValueError):
+        created_s = _unpack_u64(raw, end)[0]
+    except (IndexError, ValueError, struct.error):
         return None
-    if at != len(raw) or not job_id or not content_type or created_s > _LATEST_S:
+    if not job_id or not known[0] or created_s > _LATEST_S:
         return None
     return Envelope(
-        job_id=job_id, job=job, queue=queue, priority=level, body=body, content_type=content_type, created_s=created_s, app=app
+        job_id=job_id, job=ends[0], queue=queue, priority=level or known[1], body=body, content_type=known[0], created_s=created_s,
+        app=ends[1],
     )
 
 

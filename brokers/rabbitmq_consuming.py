@@ -73,6 +73,9 @@ class _Taker:
         self._prefetch = subscription.prefetch
         self._session = session
         self._channel = channel
+        self._deliver = session.sink.deliver
+        self._name = subscription.queue.name
+        self._max_body_bytes = session.runtime.settings.max_body_bytes
         self._consumer_tags: list[str] = []
         self._lowest = 1
         """Every tag below is settled."""
@@ -145,20 +148,19 @@ class _Taker:
             return
         size = len(body)
         self._held_bytes += size
-        session = self._session
-        if not session.taking:
+        if not self._session.taking:
             self._nacks.append(tag)
             self._held_bytes -= size
             self._flush_soon()
             return
-        if size > session.runtime.settings.max_body_bytes or len(properties) > MAX_INBOUND_PROPERTIES_BYTES:
+        if size > self._max_body_bytes or len(properties) > MAX_INBOUND_PROPERTIES_BYTES:
             self._reject(tag, size)
             return
-        envelope, problem = from_job_queue(properties, body, self.queue.name, level)
+        envelope, problem = from_job_queue(properties, body, self._name, level)
         self._largest = max(self._largest, size)
         if self._held_bytes > HELD_BYTES and self._consumer_tags and not self._paused:
-            session.spawn(self._pause())
-        session.sink.deliver(RabbitDelivery(self, tag, envelope, problem, redelivered))
+            self._session.spawn(self._pause())
+        self._deliver(RabbitDelivery(self, tag, envelope, problem, redelivered))
 
     def _reject(self, tag: int, size: int) -> None:
         logger.error(
@@ -175,19 +177,16 @@ class _Taker:
         """Ack it at the end of this loop turn."""
         if self.live:
             self._acks.add(delivery.tag)
-            self._settle(delivery)
+            self._held_bytes -= len(delivery.envelope.body)
+            if not self._flushing:
+                self._flush_soon()
 
     def nack(self, delivery: RabbitDelivery) -> None:
         """Requeue it at the end of this loop turn."""
         if self.live:
             self._nacks.append(delivery.tag)
-            self._settle(delivery)
-
-    def _settle(self, delivery: RabbitDelivery) -> None:
-        self._held_bytes -= len(delivery.envelope.body)
-        self._flush_soon()
-        if self._paused and self._held_bytes <= HELD_BYTES // 2:
-            self._session.spawn(self._resume())
+            self._held_bytes -= len(delivery.envelope.body)
+            self._flush_soon()
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -199,6 +198,8 @@ class _Taker:
         self._flushing = False
         if not self.live or not (self._acks or self._nacks):
             return
+        if self._paused and self._held_bytes <= HELD_BYTES // 2:
+            self._session.spawn(self._resume())
         channel = self._channel
         acks, settled, lowest, top = self._acks, self._settled, self._lowest, 0
         if self._nacks:

@@ -28,11 +28,11 @@ current_attempt: ContextVar[Attempt[Any] | None] = ContextVar("leveret_attempt",
 class Attempt(Generic[_R_co]):
     """One run of one job. `number` 1 is the first; bare `Attempt` fits any app, its `resources` is then an object."""
 
-    __slots__ = ("_deadline", "_envelope", "_first_seen_ms", "_job", "_log", "_publisher", "_redelivered", "_resources")
+    __slots__ = ("_arrived", "_deadline", "_envelope", "_job", "_log", "_publisher", "_redelivered", "_resources")
 
+    _arrived: float
     _deadline: float
     _envelope: Envelope
-    _first_seen_ms: int
     _job: Job
     _log: logging.LoggerAdapter[logging.Logger] | None
     _publisher: Publisher
@@ -44,13 +44,15 @@ class Attempt(Generic[_R_co]):
         raise TypeError(msg)
 
     @staticmethod
-    def _make(job: Job, envelope: Envelope, *, redelivered: bool, first_seen_ms: int, resources: object, publisher: Publisher) -> Attempt[Any]:
-        """Make an attempt; for the consumer and for `leveret.testing`."""
+    def _make(
+        job: Job, envelope: Envelope, redelivered: bool, arrived: float, resources: object, publisher: Publisher
+    ) -> Attempt[Any]:
+        """Make an attempt of what arrived at `arrived`, Unix seconds; for the consumer and for `leveret.testing`."""
         attempt: Attempt[Any] = Attempt.__new__(Attempt)
         attempt._job = job
         attempt._envelope = envelope
         attempt._redelivered = redelivered
-        attempt._first_seen_ms = first_seen_ms
+        attempt._arrived = arrived
         attempt._resources = resources
         attempt._publisher = publisher
         attempt._deadline = float("inf")
@@ -75,7 +77,8 @@ class Attempt(Generic[_R_co]):
     @property
     def first_seen(self) -> datetime:
         """When the job was first delivered; aware, UTC."""
-        return datetime.fromtimestamp(self._first_seen_ms / 1000, tz=timezone.utc)
+        seen_ms = self._envelope.first_seen_ms
+        return datetime.fromtimestamp(int(self._arrived * 1000) / 1000 if seen_ms is None else seen_ms / 1000, tz=timezone.utc)
 
     @property
     def redelivered(self) -> bool:

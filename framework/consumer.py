@@ -110,12 +110,14 @@ class Consumer:
         self._cut = False
         self._watchers: list[asyncio.Future[None]] = []
         self._counts: defaultdict[type, int] = defaultdict(int)
-        self._create_task = asyncio.get_running_loop().create_task
+        self._loop = asyncio.get_running_loop()
+        self._create_task = self._loop.create_task
         self.unsettled = 0
         """Retries and burials that can't be published now; their deliveries stay unacked."""
         bind((layer for handler in handlers for layer in handler.layers), runtime)
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
             self._open(queue, [handler for handler in handlers if handler.queue == queue], around_sync)
+        self._others = len(self._queues) > 1
 
     def _open(
         self, queue: Queue, handlers: Sequence[Handler], around_sync: Callable[[], AbstractContextManager[object]] | None
@@ -123,7 +125,7 @@ class Consumer:
         routes: list[Route] = []
         for handler in handlers:
             inner = innermost(handler, clock=self._clock, threads=self._threads, around_sync=around_sync)
-            routes.append(Route(handler, Decoder(handler.job_class), fold_consume(handler.layers, inner), not handler.is_async))
+            routes.append(Route(handler, handler.spec.version, Decoder(handler.job_class), fold_consume(handler.layers, inner), not handler.is_async))
         limit = min(self._limits.queues.get(queue.name, self._limits.concurrency), self._limits.concurrency)
         if all(route.in_thread for route in routes):
             limit = min(limit, self._limits.threads)
@@ -182,27 +184,25 @@ class Consumer:
         """Take a delivery in; it starts when there is a slot."""
         envelope, queue = delivery.envelope, self._queues[delivery.queue.name]
         route = queue.routes.get(envelope.job)
-        if self._stopping or route is None or delivery.problem is not None or envelope.version > route.handler.spec.version:
+        if self._stopping or route is None or delivery.problem is not None or envelope.version > route.version:
             ending = self._unroutable(delivery, queue)
             if ending is not None:
-                self._spawn(self._end(delivery, None, ending))
+                self._end_without_run(delivery, ending)
                 return
             route = queue.only
             assert route is not None
         clock = self._clock
-        held = Held(delivery, route, clock.monotonic(), int(clock.now() * 1000))
-        gate = queue.gate
+        held = Held(delivery, route, clock.now())
         if (
             not queue.count
             and self._running < self._limits.concurrency
             and queue.running < queue.limit
-            and (gate is None or (gate.asked and gate.left > 0))
             and not (route.in_thread and self._in_threads >= self._limits.threads)
+            and self._may_start(queue)
         ):
-            if gate is not None:
-                gate.left -= 1
             self._start(held, queue)  # the way of nearly all: nothing waits before it
             return
+        held.since = clock.monotonic()
         queue.add(held)
         if self._sweeper is None:
             self._sweeper = clock.call_later(self._hold_s / 4, self._sweep)
@@ -226,7 +226,7 @@ class Consumer:
         route = queue.routes.get(envelope.job)
         if route is None:
             return Unknown(f"no handler here knows the job {envelope.job!r:.200}")
-        return Unknown(f"{envelope.job} came in version {envelope.version}, the handler here knows {route.handler.spec.version}")
+        return Unknown(f"{envelope.job} came in version {envelope.version}, the handler here knows {route.version}")
 
     def _pump(self) -> None:
         """Start what may start: of all queues, whatever ranks first."""
@@ -240,37 +240,29 @@ class Consumer:
                 if first is not None and (best is None or first[0] < best[0]):
                     best = (first[0], queue, first[1])
             if best is None:
-                return
+                break
             _, queue, lane = best
             held = queue.take(lane)
             if held.delivery.live:
-                if queue.gate is not None:
-                    queue.gate.left -= 1
                 self._start(held, queue)
+        for queue in self._queues.values():
+            if queue.gate is not None:
+                queue.gate.forget()  # it was asked, and another queue went first
 
     def _may_start(self, queue: QueueHeld) -> bool:
         """Whether the readiness of its layers lets `queue` start one now; if not, it is asked again when that may have changed."""
         gate = queue.gate
-        if gate is None:
+        if gate is None or gate.left:
             return True
-        if gate.asked:
-            return gate.left > 0
-        if gate.timer is not None:
+        if gate.coming or gate.timer is not None:
             return False
         wait_s = gate.wait_s()
         if wait_s > 0:
             gate.timer = self._clock.call_later(wait_s, partial(self._ask_again, gate))
             return False
-        asyncio.get_running_loop().call_soon(self._close, gate)
         return True
 
-    def _close(self, gate: Gate) -> None:
-        """End the turn in which it was asked: once the tasks that it let start have run, it is asked anew."""
-        gate.left = 0
-        asyncio.get_running_loop().call_soon(self._ask_again, gate)
-
     def _ask_again(self, gate: Gate) -> None:
-        gate.asked = False
         gate.timer = None
         self._pump()
 
@@ -279,18 +271,25 @@ class Consumer:
         queue.running += 1
         if held.route.in_thread:
             self._in_threads += 1
-        self._tasks.add(self._create_task(self._work(held, queue)))
+        if queue.gate is not None:
+            queue.gate.start()
+        held.task = task = self._create_task(self._work(held, queue))
+        self._tasks.add(task)
         if self._watchers:
             self._tell()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.add(self._create_task(work))
+    def _end_without_run(self, delivery: Delivery, ending: Ending) -> None:
+        """Settle a delivery that doesn't run here."""
+        rest = self._end(delivery, None, ending, None)
+        if rest is not None:
+            task = self._create_task(rest)
+            self._tasks.add(task)
+            task.add_done_callback(self._forget)
         if self._watchers:
             self._tell()
 
-    def _forget(self) -> None:
-        """Let go of the task that calls it, which is at its end."""
-        self._tasks.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         if self._watchers:
             self._tell()
 
@@ -302,8 +301,8 @@ class Consumer:
         """Give back what has waited here too long: the broker closes the channel of a consumer that holds on for ever."""
         oldest = self._clock.monotonic() - self._hold_s
         for queue in self._queues.values():
-            for held in queue.remove(lambda held: held.arrived < oldest):
-                self._spawn(self._end(held.delivery, None, NotStarted()))
+            for held in queue.remove(lambda held: held.since < oldest):
+                self._end_without_run(held.delivery, NotStarted())
         self._sweeper = self._clock.call_later(self._hold_s / 4, self._sweep) if self.held and not self._stopping else None
 
     # ---- the run --------------------------------------------------------------------------------------------------
@@ -314,12 +313,11 @@ class Consumer:
         envelope = delivery.envelope
         job: Job | None = None
         ending: Ending
+        if queue.gate is not None and queue.gate.begin() and queue.count:
+            self._loop.call_soon(self._pump)  # once the layers have counted those that have begun, they can be asked anew
         try:
             job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
-            attempt = make_attempt(
-                job, envelope, redelivered=delivery.redelivered, first_seen_ms=envelope.first_seen_ms or held.arrived_ms,
-                resources=self._resources, publisher=self._publisher,
-            )
+            attempt = make_attempt(job, envelope, delivery.redelivered, held.arrived, self._resources, self._publisher)
             current_attempt.set(attempt)
             ending = await route.step(attempt)
             if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -338,31 +336,47 @@ class Consumer:
             queue.running -= 1
             if route.in_thread:
                 self._in_threads -= 1
-        if queue.count or len(self._queues) > 1:
+        if queue.count or (self._others and self.held):
             self._pump()
-        await self._end(delivery, job, ending, held.arrived_ms)
-
-    async def _end(self, delivery: Delivery, job: Job | None, ending: Ending, first_seen_ms: int | None = None) -> None:
-        """Settle a delivery, and let go of its task."""
+        rest = self._end(delivery, job, ending, held.arrived)
         try:
-            if self._cut:
-                ending = CutOff()
-            error = ending.__cause__ if isinstance(ending, BaseException) else None
+            if rest is not None:
+                await rest
+        finally:
+            self._forget(cast("asyncio.Task[None]", held.task))
+
+    def _end(self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None) -> Coroutine[Any, Any, None] | None:
+        """Count an ending and settle its delivery; what comes back is the rest of it, to be awaited."""
+        if self._cut:
+            ending = CutOff()
+        error = ending.__cause__ if isinstance(ending, BaseException) else None
+        try:
             if not isinstance(ending, CutOff):  # those are counted where they are cut off: a thread may never get here
                 self._counts[type(ending)] += 1
-            if not delivery.live and not isinstance(ending, CutOff):
-                self._lost(delivery, ending)
-            else:
-                republished = self._settle(delivery, ending, error, first_seen_ms or int(self._clock.now() * 1000))
-                if republished is not None and not await republished:
+                if not delivery.live:
                     self._lost(delivery, ending)
+                elif (republishing := self._settle(delivery, ending, error, arrived)) is not None:
+                    return self._republished(republishing, delivery, job, ending, error)
             if self._observe is not None:
                 self._observe(Ended(delivery.envelope, job, ending, error))
-        except Exception as bug:
-            # our own bug: its delivery stays unacked, so nothing is lost, but it must be seen
-            logger.critical("%s couldn't be settled, it stays unacked: %r", _what(delivery.envelope), bug, exc_info=bug)
-        finally:
-            self._forget()
+        except Exception as bug:  # noqa: BLE001 - see there
+            self._stuck(delivery, bug)
+        return None
+
+    async def _republished(
+        self, republishing: Coroutine[Any, Any, bool], delivery: Delivery, job: Job | None, ending: Ending, error: BaseException | None
+    ) -> None:
+        try:
+            if not await republishing:
+                self._lost(delivery, ending)
+            if self._observe is not None:
+                self._observe(Ended(delivery.envelope, job, ending, error))
+        except Exception as bug:  # noqa: BLE001 - see there
+            self._stuck(delivery, bug)
+
+    def _stuck(self, delivery: Delivery, bug: Exception) -> None:
+        """Say that our own code failed: its delivery stays unacked, so nothing is lost, but it must be seen."""
+        logger.critical("%s couldn't be settled, it stays unacked: %r", _what(delivery.envelope), bug, exc_info=bug)
 
     def _lost(self, delivery: Delivery, ending: Ending) -> None:
         self._counts[Lost] += 1
@@ -373,14 +387,14 @@ class Consumer:
     # ---- out: every ending, and what becomes of the delivery ------------------------------------------------------
 
     def _settle(
-        self, delivery: Delivery, ending: Ending, error: BaseException | None, first_seen_ms: int
+        self, delivery: Delivery, ending: Ending, error: BaseException | None, arrived: float | None
     ) -> Coroutine[Any, Any, bool] | None:
         """Act on an ending; what comes back is to be awaited: a publish, which is False where the delivery was lost meanwhile."""
         if isinstance(ending, Done):
             self._broker.done(delivery)
             return None
         envelope = delivery.envelope
-        seen_ms = envelope.first_seen_ms or first_seen_ms
+        seen_ms = envelope.first_seen_ms or int((arrived or self._clock.now()) * 1000)
         match ending:
             case Expired():
                 logger.warning("%s expired before it ran; it is dropped", _what(envelope))
@@ -522,7 +536,7 @@ class Consumer:
                 timer.cancel()
         await consumption.stop_taking()
         for held in in_arrival_order(held for queue in self._queues.values() for held in queue.remove(lambda _: True)):
-            self._spawn(self._end(held.delivery, None, NotStarted()))
+            self._end_without_run(held.delivery, NotStarted())
         hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
         try:
             while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -24,6 +25,8 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     """Where a job of one name goes: made at start, looked up once a delivery."""
 
     handler: Handler
+    version: int
+    """The highest that the handler's job knows."""
     decoder: Decoder
     step: Consume
     """The folded chain."""
@@ -31,21 +34,23 @@ class Route(msgspec.Struct, frozen=True, eq=False):
 
 
 class Held(msgspec.Struct, eq=False, gc=False):
-    """A delivery that waits here for a slot."""
+    """A delivery that waits here for a slot, or has one."""
 
     delivery: Delivery
     route: Route
     arrived: float
-    """Monotonic seconds."""
-    arrived_ms: int
-    """Unix ms."""
+    """Unix seconds."""
+    since: float = 0.0
+    """Monotonic seconds; 0 for one that needn't wait."""
+    task: asyncio.Task[None] | None = None
+    """Its run; None while it waits."""
 
 
 class Gate:
     """What lets a queue start: the readiness of the layers that all its handlers have.
 
-    A layer counts a start when the job's task gets there, a turn of the loop later. So in one turn no more start than
-    it says may (`starts_now`, one without it), and then it is asked again.
+    A layer counts a start when the job's task gets there, a turn of the loop later. So once it was asked no more start
+    than it said may (`starts_now`, one without it), and it is asked again when all of those tasks have begun.
     """
 
     def __init__(self, layers: Iterable[AnyLayer]) -> None:
@@ -55,9 +60,9 @@ class Gate:
             self._ready.append(layer.ready_in_s)
             self._now.append(getattr(layer, "starts_now", lambda: 1))
         self.left = 0
-        """Starts that are left in this turn."""
-        self.asked = False
-        """Whether `left` is of this turn."""
+        """Starts that are left of what the layers said."""
+        self.coming = 0
+        """Starts whose tasks haven't begun."""
         self.timer: Timer | None = None
         """Set while nothing may start."""
 
@@ -65,9 +70,26 @@ class Gate:
         """Ask the layers: seconds until a start; 0 for now, and then `left` says how many."""
         wait_s = max(ready() for ready in self._ready)
         if wait_s <= 0:
-            self.asked = True
             self.left = max(1, min(now() for now in self._now))
         return wait_s
+
+    def start(self) -> None:
+        """Count a start."""
+        self.left -= 1
+        self.coming += 1
+
+    def begin(self) -> bool:
+        """Count a task that has begun; whether it was the last of those that were to."""
+        self.coming -= 1
+        if self.coming:
+            return False
+        self.left = 0
+        return True
+
+    def forget(self) -> None:
+        """Drop an answer that nothing was started on: it doesn't keep."""
+        if not self.coming:
+            self.left = 0
 
 
 class QueueHeld:
@@ -99,7 +121,7 @@ class QueueHeld:
         for (level, in_thread), lane in self._lanes.items():
             if not lane or (in_thread and threads_full):
                 continue
-            rank = lane[0].arrived + _RANK_S[level]
+            rank = lane[0].since + _RANK_S[level]
             if best is None or rank < best[0]:
                 best = (rank, lane)
         return best
@@ -121,4 +143,4 @@ class QueueHeld:
 
 def in_arrival_order(held: Iterable[Held]) -> list[Held]:
     """Return what was held, oldest first."""
-    return sorted(held, key=lambda one: one.arrived)
+    return sorted(held, key=lambda one: one.since)

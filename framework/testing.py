@@ -229,10 +229,7 @@ def attempt(*, resources: Any = None, number: int = 1) -> Attempt[Any]:
     memory = _memory()
     sender = Sender(memory.MemoryBroker(memory.MemoryStore(), runtime), (), runtime)
     envelope = Envelope(job_id="00000000-0000-7000-8000-000000000000", job="test.attempt", queue="test", attempt=number)
-    return make_attempt(
-        _TestedJob(), envelope, redelivered=number > 1, first_seen_ms=int(runtime.clock.now() * 1000), resources=resources,
-        publisher=Publisher(sender),
-    )
+    return make_attempt(_TestedJob(), envelope, number > 1, runtime.clock.now(), resources, Publisher(sender))
 
 
 class _TestedJob(Job, name="test.attempt", queue=Queue("test")):

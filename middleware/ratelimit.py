@@ -90,12 +90,13 @@ class RateLimit:
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
         """Run it when it may start: now, in a moment, or after a snooze."""
-        wait_s = self.ready_in_s()
+        now = self._clock.monotonic()
+        wait_s = self._next - self._ahead_s - now
         if wait_s > _IN_SLOT_S:
             return Snooze(self._place_s(wait_s, came_back=attempt.envelope.passes > 0))
         # taken before the wait, so that who comes meanwhile waits behind this one
-        self._next = max(self._next, self._clock.monotonic()) + self._interval_s
-        if wait_s > 0:
+        self._next = max(self._next, now) + self._interval_s
+        if wait_s > _ALMOST_S:
             await self._clock.sleep(wait_s)
         return await proceed(attempt)
 

@@ -609,7 +609,7 @@ async def test_a_cancelled_consumer_is_forgotten() -> None:
         await peer.hear(commands.Basic.Cancel)
         peer.say(commands.Basic.CancelOk("c1"))
         await cancelling
-        assert not channel._consumers
+        assert not channel.consumers
 
 
 async def test_blocked_and_unblocked_are_seen() -> None:
