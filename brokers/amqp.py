@@ -13,8 +13,8 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Collection
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal
 
 import msgspec
 from pamqp import commands
@@ -36,7 +36,6 @@ from .frames import (
 )
 
 logger = logging.getLogger("leveret.rabbitmq")
-_A = TypeVar("_A")
 
 WINDOW = 1000
 """Most unconfirmed publishes at once on a channel."""
@@ -119,16 +118,23 @@ class Channel:
 
     async def call(self, method: Frame, timeout_s: float) -> Frame:
         """Send `method` and return its answer; `Closed` if the broker closes instead, TimeoutError where it says nothing."""
-        answer: asyncio.Future[Frame] = self.connection.loop.create_future()
-        return await self._answer(method, answer, timeout_s)
-
-    async def _answer(self, method: Frame, answer: asyncio.Future[_A], timeout_s: float) -> _A:
-        if self.closed is not None:
-            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
-        self._calls.append((method.valid_responses, answer))
-        self.connection.write(method_frame(self.number, method))
+        answer: asyncio.Future[Frame] = self._asked(method)
         async with asyncio.timeout(timeout_s):
             return await answer
+
+    async def call_all(self, methods: Iterable[Frame], timeout_s: float) -> None:
+        """Send `methods` at once and wait for their answers, `timeout_s` for each: a round trip in all, not one each."""
+        for answer in [self._asked(method) for method in methods]:
+            async with asyncio.timeout(timeout_s):
+                await answer
+
+    def _asked(self, method: Frame) -> asyncio.Future[Any]:
+        if self.closed is not None:
+            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
+        answer: asyncio.Future[Any] = self.connection.loop.create_future()
+        self._calls.append((method.valid_responses, answer))
+        self.connection.write(method_frame(self.number, method))
+        return answer
 
     async def open(self, timeout_s: float) -> None:
         """Open it."""
@@ -306,8 +312,9 @@ class Channel:
 
     async def get(self, queue: str, timeout_s: float) -> Got | None:
         """Take one message out of `queue`, to be settled on this channel; None when it is empty."""
-        answer: asyncio.Future[Any] = self.connection.loop.create_future()
-        return await self._answer(commands.Basic.Get(queue=queue), answer, timeout_s)
+        answer: asyncio.Future[Got | None] = self._asked(commands.Basic.Get(queue=queue))
+        async with asyncio.timeout(timeout_s):
+            return await answer
 
     def on_got(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         """Take in what `get` asked for."""
@@ -351,6 +358,8 @@ class Connection(asyncio.Protocol):
         self._channel_max = 2047
         self._out: list[Any] = []
         self._flushing = False
+        self.writable = True
+        """Whether the socket takes more; acks and heartbeats don't ask."""
         self._unwritable: asyncio.Future[None] | None = None
         """Waited for by publishers while too much is unsent; None while it isn't."""
         # there from the beginning: the broker's first word may be read before anybody awaits it
@@ -402,12 +411,14 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Hold publishers: the broker doesn't read as fast as they write."""
         self._unwritable = self.loop.create_future()
+        self.writable = False
 
     def resume_writing(self) -> None:
         """Let them go on."""
         if self._unwritable is not None:
             _wake(self._unwritable)
         self._unwritable = None
+        self.writable = True
 
     # ---- writing
 
@@ -415,11 +426,6 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether it is open."""
         return self.closed is None
-
-    @property
-    def writable(self) -> bool:
-        """Whether the socket takes more; acks and heartbeats don't ask."""
-        return self._unwritable is None
 
     async def drained(self) -> None:
         """Wait until the socket takes more, or is gone."""

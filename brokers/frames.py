@@ -251,22 +251,22 @@ def publish_frame(channel: int, exchange: str, key: str) -> bytes:
 
 
 _pack_content = _content_head.pack
-_body_head = _frame_head.pack
+_end_and_body = struct.Struct(">BBHI").pack
+"""The end of a frame, and the head of the body frame after it."""
 
 
 def content_frames(channel: int, properties: bytes, body: bytes, frame_max: int) -> list[bytes | memoryview]:
     """Return the header frame and as many body frames as `frame_max` makes of it; to be joined by who writes."""
     size = len(body)
-    out: list[bytes | memoryview] = [_pack_content(_HEADER, channel, 12 + len(properties), 60, 0, size), properties]
+    head = _pack_content(_HEADER, channel, 12 + len(properties), 60, 0, size)
     room = frame_max - OVERHEAD if frame_max else size
-    if size <= room:
-        if size:
-            out += (b"\xce" + _body_head(_BODY, channel, size), body)
-    else:
-        view = memoryview(body)
-        for at in range(0, size, room):
-            piece = view[at : at + room]
-            out += (b"\xce" + _body_head(_BODY, channel, len(piece)), piece)
+    if 0 < size <= room:
+        return [head, properties, _end_and_body(FRAME_END, _BODY, channel, size), body, _END]
+    out: list[bytes | memoryview] = [head, properties]
+    view = memoryview(body)
+    for at in range(0, size, room or 1):
+        piece = view[at : at + room]
+        out += (_end_and_body(FRAME_END, _BODY, channel, len(piece)), piece)
     out.append(_END)
     return out
 
@@ -297,13 +297,16 @@ CORRELATION_ID, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP = 1 << 10, 1 << 9, 1
 TYPE, USER_ID, APP_ID, CLUSTER_ID, _MORE = 1 << 5, 1 << 4, 1 << 3, 1 << 2, 1
 
 
+_LENGTHS = [bytes((length,)) for length in range(256)]
+
+
 def short(text: str) -> bytes:
     """Return a shortstr; ValueError above 255 bytes."""
     raw = text.encode()
     if len(raw) > 255:
         msg = f"{text[:40]!r}… has {len(raw)} bytes, AMQP's short strings have at most 255"
         raise ValueError(msg)
-    return bytes((len(raw),)) + raw
+    return _LENGTHS[len(raw)] + raw
 
 
 _TEXTS = (

@@ -5,7 +5,6 @@ What comes in may be anybody's: whatever is odd becomes an `Envelope` and a prob
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Mapping
 from datetime import datetime
@@ -233,6 +232,8 @@ def from_dead_queue(properties: bytes, body: bytes, queue: str) -> tuple[Envelop
     """Return what came out of the dead-letter queue of `queue`: buried by leveret, or dead-lettered by the broker itself."""
     found, fields, problem = _read(properties)
     if not found.get("message_id"):
+        import hashlib  # half a MB that a worker needn't have
+
         # the same at each look, so that it can be shown and replayed by its id
         found["message_id"] = hashlib.blake2b(properties + body, digest_size=12).hexdigest()
     if fields.get("origin") is None:

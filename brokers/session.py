@@ -127,8 +127,7 @@ async def declare(connection: amqp.Connection, declarations: Iterable[Declaratio
     """
     try:
         channel = await connection.channel(timeout_s)
-        for record in declarations:
-            await channel.call(_declaration(record), timeout_s)
+        await channel.call_all(map(_declaration, declarations), timeout_s)
         await channel.close(timeout_s)
     except FAULTS as error:
         text = reason_of(error)

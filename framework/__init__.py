@@ -1,10 +1,9 @@
 """leveret: typed jobs through real queues, a chain of middleware, dead letters and cron."""
 
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .app import App
 from .attempt import Attempt
-from .blocking import BlockingPublisher
 from .chain import Consume, ConsumeLayer, Layer, Publish, PublishLayer
 from .envelope import Envelope, HeaderValue, Receipt
 from .errors import (
@@ -23,6 +22,9 @@ from .job import Job, JobMeta, Priority, Queue
 from .outcome import Bury, Done, Expired, Outcome, Retry, Snooze
 from .publisher import Outgoing, Publisher
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .blocking import BlockingPublisher
 
 __version__: Final[str] = "0.1.0"
 
@@ -63,3 +65,12 @@ __all__ = [
     "UnsupportedTopology",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BlockingPublisher":  # a worker, and a service on asyncio, never use it
+        from .blocking import BlockingPublisher
+
+        return BlockingPublisher
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

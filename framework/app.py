@@ -9,13 +9,12 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import datetime
-from typing import Any, Generic, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 
 import msgspec
 from typing_extensions import TypeVar as DefaultTypeVar
 
 from .attempt import Attempt
-from .blocking import BlockingPublisher
 from .broker import Broker, broker_module
 from .chain import AnyLayer, Layer, check_layers, layers_of
 from .envelope import Envelope
@@ -24,8 +23,11 @@ from .handler import Handler, Registration, resolve
 from .job import Job
 from .outcome import Outcome
 from .publisher import Outgoing, Publisher, Sender
-from .schedule import Schedule, make_schedule
 from .settings import Runtime, Settings, environment, redact
+
+if TYPE_CHECKING:
+    from .blocking import BlockingPublisher
+    from .schedule import Schedule
 
 instrumentation: list[Callable[[tuple[AnyLayer, ...]], tuple[AnyLayer, ...]]] = []
 """Applied to every app's layers when they are used; how auto-instrumentation puts `Tracing` outermost."""
@@ -312,6 +314,7 @@ class App(Generic[_R]):
         a statement and needs a `name`; without one it decorates a plain `def` that returns the job to publish (or an
         `Outgoing`, or None for nothing) and may take its slot, an aware datetime.
         """
+        from .schedule import make_schedule  # with time zones, which nobody else here needs
 
         def register(emit: Callable[..., Any]) -> Callable[..., Any]:
             schedule = make_schedule(expression, emit, name=name, tz=tz, enabled=enabled)
@@ -353,6 +356,8 @@ class App(Generic[_R]):
 
     def blocking_publisher(self) -> BlockingPublisher:
         """For Django, Flask, a script: a module's variable; nothing starts before first use."""
+        from .blocking import BlockingPublisher
+
         publisher = BlockingPublisher(self.publisher)
         self._blocking.add(publisher)
         return publisher

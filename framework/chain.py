@@ -20,7 +20,6 @@ outermost becomes a burial.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias, cast
@@ -118,9 +117,12 @@ def _check(layer: AnyLayer, where: str) -> None:
 def _misspelt(layer: AnyLayer) -> tuple[str, str] | None:
     """Return a public method whose name is nearly one that we would call, and that name; the type checkers don't see it."""
     kind: type[Any] = type(layer)  # pyright: ignore[reportUnknownVariableType]
-    for name in dir(kind):
-        if name.startswith("_") or name in _METHODS or not callable(getattr(kind, name)):
-            continue
+    others = [name for name in dir(kind) if not name.startswith("_") and name not in _METHODS and callable(getattr(kind, name))]
+    if not others:
+        return None
+    import difflib
+
+    for name in others:
         for meant in difflib.get_close_matches(name, _METHODS, 1, cutoff=0.84):
             if not hasattr(layer, meant):
                 return name, meant

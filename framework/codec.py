@@ -23,9 +23,12 @@ def content_type(encoding: Literal["json", "msgpack"]) -> str:
     return JSON if encoding == "json" else MSGPACK
 
 
-def encode(job: Job, encoding: Literal["json", "msgpack"]) -> bytes:
-    """Return the payload of `job`; TypeError and the like for what msgspec can't encode. NaN and wrong types pass: decode it again."""
-    return (_json if encoding == "json" else _msgpack).encode(job)
+def encoder(encoding: Literal["json", "msgpack"]) -> Callable[[Job], bytes]:
+    """Return what makes the payload of a job; it raises TypeError and the like for what msgspec can't encode.
+
+    NaN and wrong types pass: decode it again.
+    """
+    return (_json if encoding == "json" else _msgpack).encode
 
 
 class Decoder:

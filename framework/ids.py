@@ -5,32 +5,40 @@ from __future__ import annotations
 import os
 import time
 
-_POOL_BYTES = 10 * 400
-_pool = b""
-_used = 0
+_IDS = 400
+# Ready-made ends of ids: one call of the system for many. A list's pop is whole, so threads never get the same.
+_ends: list[str] = []
+_stamp = (0, "")
+"""A millisecond, and how its ids begin."""
 
 
-def _forget_pool() -> None:
-    global _pool  # noqa: PLW0603
-    _pool = b""
+def _forget_ends() -> None:
+    _ends.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # else parent and child would make the same ids
+    os.register_at_fork(after_in_child=_forget_ends)  # else parent and child would make the same ids
 
 
 def new_job_id() -> str:
     """Return a new UUIDv7 as text. Source: RFC 9562, section 5.7."""
-    global _pool, _used  # noqa: PLW0603 - one call of the system for 400 ids
-    start = _used
-    chance = _pool[start : start + 10]
-    if len(chance) < 10:
-        _pool, start = os.urandom(_POOL_BYTES), 0
-        chance = _pool[:10]
-    _used = start + 10
-    text = f"{time.time_ns() // 1_000_000:012x}{chance.hex()}"
-    # version 7 and variant 10 in front of 12 and 62 bits of chance
-    return f"{text[:8]}-{text[8:12]}-7{text[13:16]}-{_VARIANT[text[16]]}{text[17:20]}-{text[20:]}"
+    global _stamp  # noqa: PLW0603 - one value, so that no thread sees a half of it
+    now_ms = time.time_ns() // 1_000_000
+    known_ms, begin = _stamp
+    if known_ms != now_ms:
+        text = f"{now_ms:012x}"
+        begin = f"{text[:8]}-{text[8:]}-7"
+        _stamp = now_ms, begin
+    try:
+        return begin + _ends.pop()
+    except IndexError:
+        chance = os.urandom(10 * _IDS).hex()
+        # version 7 (above) and variant 10 in front of 12 and 62 bits of chance
+        _ends.extend(
+            f"{chance[at : at + 3]}-{_VARIANT[chance[at + 3]]}{chance[at + 4 : at + 7]}-{chance[at + 7 : at + 19]}"
+            for at in range(0, 20 * _IDS, 20)
+        )
+        return begin + _ends.pop()
 
 
 _VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import os
 import sys
 import traceback
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,13 +19,15 @@ def load(path: str, what: str) -> Any:
     if not colon or not module_name or not attribute:
         msg = f"{path!r} isn't module:{what}, such as shop:{what}"
         raise ConfigurationError(msg)
-    here = str(Path.cwd())
+    here = os.getcwd()  # noqa: PTH109 - a worker needs no pathlib
     if here not in sys.path:
         sys.path.insert(0, here)
     module = _import(module_name, path)
     found: Any = module
     for name in attribute.split("."):
         if not hasattr(found, name):
+            import difflib
+
             close = difflib.get_close_matches(name, [known for known in dir(found) if not known.startswith("_")], 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             msg = f"{path!r}: module {module_name} has no {attribute!r}{hint}"
@@ -44,7 +45,7 @@ def _import(module_name: str, path: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
-            msg = f"there is no module {missing!r} here ({Path.cwd()}) or among the installed packages, for {path!r}"
+            msg = f"there is no module {missing!r} here ({os.getcwd()}) or among the installed packages, for {path!r}"  # noqa: PTH109
         else:
             msg = f"{path!r}: importing {module_name} fails: {error}{_where(error)}"
         raise ConfigurationError(msg) from error
@@ -58,7 +59,7 @@ def _where(error: Exception) -> str:
     if isinstance(error, SyntaxError):  # its text says where
         return ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    own = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    own = [frame for frame in frames if os.path.dirname(frame.filename) != os.path.dirname(__file__)]  # noqa: PTH120
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Generic, cast, final
@@ -29,7 +30,7 @@ MAX_DELAY_S = 48 * 86_400.0
 MAX_ID_BYTES = 200
 _WINDOW = 1000
 _REFILL = 700
-"""A full window is filled again from here: waking up for each confirm would cost a turn of the loop each."""
+"""A full window is filled again once no more are unconfirmed: waking up for each confirm would cost a turn of the loop each."""
 
 _J_co = TypeVar("_J_co", bound=Job, covariant=True, default=Job)
 
@@ -125,6 +126,8 @@ class Sender:
         self._observe = observe
         self._broker = broker
         self._runtime = runtime
+        self._settings = runtime.settings
+        self._encode = codec.encoder(runtime.settings.encoding)
         self._content_type = codec.content_type(runtime.settings.encoding)
         self._queues: dict[str, Queue] = {}
         self._contracts: dict[type, _Contract] = {}
@@ -205,9 +208,9 @@ class Sender:
         )
 
     def _encoded(self, job: Job, contract: _Contract, job_id: str) -> bytes:
-        settings = self._runtime.settings
+        settings = self._settings
         try:
-            body = codec.encode(job, settings.encoding)
+            body = self._encode(job)
         except Exception as error:
             msg = f"it can't be encoded: {error}"
             raise InvalidJob(msg, job_id=job_id) from error
@@ -273,55 +276,55 @@ class Batch:
         self._sender = sender
         self._deadline = deadline
         self._results: list[Receipt | PublishError | None] = []
-        self._posted: list[tuple[int, str, Posted]] = []
-        """Those sent without a task, in order, and where their results belong."""
-        self._waited = 0
-        """Those in `_posted` before it are confirmed."""
+        self._posted: deque[tuple[int, str, Posted]] = deque()
+        """Those sent without a task whose result isn't known yet, in order, and where it belongs."""
         self._flying: set[asyncio.Task[None]] = set()
         self._room: asyncio.Future[None] | None = None
 
     async def publish(self, jobs: Iterable[Job | Outgoing]) -> list[Receipt]:
         """Publish `jobs`; receipts in order, or `PublishManyError`."""
-        post = self._sender.bare
+        sender, results, posted, deadline = self._sender, self._results, self._posted, self._deadline
+        post = sender.bare
         try:
             for index, item in enumerate(jobs):
-                self._results.append(None)
+                results.append(None)
                 job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, _PLAIN)
                 try:
-                    if time.monotonic() >= self._deadline:
+                    if time.monotonic() >= deadline:
                         raise PublishTimeout("no time was left to send it", job_id=options.job_id, maybe_published=False)
-                    envelope = self._sender.envelope(job, options, self._deadline)
-                    sent = await self._post(envelope) if post else None
+                    envelope = sender.envelope(job, options, deadline)
+                    sent = sender.post(envelope) if post else None
+                    if sent is None and posted:
+                        await self._until(posted[max(0, len(posted) - _REFILL)][2])
+                        sent = sender.post(envelope)
                 except PublishError as error:
-                    self._results[index] = error
+                    results[index] = error
                     continue
                 if sent is not None:
-                    self._posted.append((index, envelope.job_id, sent))
+                    posted.append((index, envelope.job_id, sent))
                 else:
                     await self._fly(index, envelope)
-            for index, job_id, sent in self._posted:
-                if not sent.confirmed.done():
-                    await asyncio.wait([sent.confirmed])
-                self._results[index] = sent.error() or Receipt(job_id)
+            if posted:
+                await self._until(posted[-1][2])
+            while posted:
+                await self._until(posted[0][2])
             if self._flying:
                 await asyncio.wait(self._flying)
         finally:
             for task in self._flying:
                 task.cancel()
-        results = cast("list[Receipt | PublishError]", self._results)
-        receipts = [result for result in results if isinstance(result, Receipt)]
-        if len(receipts) < len(results):
-            raise PublishManyError(results)
-        return receipts
+        if not all(isinstance(result, Receipt) for result in results):
+            raise PublishManyError(cast("list[Receipt | PublishError]", results))
+        return cast("list[Receipt]", results)
 
-    async def _post(self, envelope: Envelope) -> Posted | None:
-        sent = self._sender.post(envelope)
-        if sent is None and self._waited < len(self._posted):
-            # the window is full: once older ones are confirmed there is room for many
-            self._waited = max(self._waited, len(self._posted) - _REFILL // 2)
-            await asyncio.wait([self._posted[self._waited][2].confirmed])
-            sent = self._sender.post(envelope)
-        return sent
+    async def _until(self, sent: Posted) -> None:
+        """Wait for one of `_posted` to end, and take the results that are there, from the oldest on."""
+        if not sent.confirmed.done():
+            await asyncio.wait([sent.confirmed])
+        posted, results = self._posted, self._results
+        while posted and posted[0][2].confirmed.done():
+            index, job_id, ended = posted.popleft()
+            results[index] = ended.error() or Receipt(job_id)
 
     async def _fly(self, index: int, envelope: Envelope) -> None:
         """Send one in a task of its own."""

@@ -58,7 +58,15 @@ class Worker:
     @property
     def peak_kib(self) -> int:
         """Most memory that it had so far."""
-        return int(Path(f"/proc/{self.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0])
+        return self._status("VmHWM")
+
+    @property
+    def resident_kib(self) -> int:
+        """What it has in memory now."""
+        return self._status("VmRSS")
+
+    def _status(self, field: str) -> int:
+        return int(Path(f"/proc/{self.process.pid}/status").read_text().partition(f"{field}:")[2].split()[0])
 
     def kill9(self) -> None:
         """End it as the kernel's out-of-memory killer does."""

@@ -10,6 +10,8 @@ from tests.fault.bench import Bench
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 
 JOBS = 10_000
+SECONDS = 0.02
+"""Of each job: a hundred at once then take longer than their publisher, so that each kill finds some running."""
 
 
 async def test_ten_thousand_jobs_survive_five_kills_of_their_worker(any_bench: Bench) -> None:
@@ -17,8 +19,10 @@ async def test_ten_thousand_jobs_survive_five_kills_of_their_worker(any_bench: B
     bench, confirmed = any_bench, list[str]()
 
     async def publish() -> None:
-        for _ in range(JOBS // 500):
-            confirmed.extend(await bench.publish(*(bench.recorder.Note(0.003) for _ in range(500))))
+        async with bench.app.publisher() as publisher:
+            for _ in range(JOBS // 500):
+                receipts = await publisher.publish_many([bench.recorder.Note(SECONDS) for _ in range(500)], timeout_s=60)
+                confirmed.extend(receipt.job_id for receipt in receipts)
 
     worker = await bench.working()
     publishing = asyncio.create_task(publish())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from leveret import BrokerUnavailable, PublishError, PublishManyError, PublishTimeout, Receipt
+from leveret import App, BrokerUnavailable, PublishError, PublishManyError, PublishTimeout, Receipt
 from leveret.ids import new_job_id
 from tests.conftest import StartNode
 from tests.fault.bench import Bench, eventually, link_to
@@ -225,3 +225,21 @@ async def test_a_hung_broker_is_noticed_and_worked_with_again(bench: Callable[..
     await one.until_ended(ids)
     await one.until_empty()
     await worker.drained()
+
+
+async def test_the_first_delayed_job_of_a_slow_connection_is_not_late(rabbit: Rabbit, bench: Callable[..., Bench]) -> None:
+    """All that a delay needs is declared at the first one: counted from there, or asked for piece by piece, it comes seconds late."""
+    served = bench(rabbit.url)
+    worker = await served.working()
+    delay_s = 3.0
+    async with link_to(rabbit) as link:
+        link.latency_s = 0.02
+        publisher_app = App("slow", broker=link.url)
+        async with publisher_app.publisher() as publisher:
+            called = time.monotonic()
+            await publisher.publish(served.recorder.Note(), delay_s=delay_s, timeout_s=20)
+    await served.until_lines("start", 1)
+    await worker.drained()
+
+    late_s = float(served.recorder.lines("start")[0][4]) - called - delay_s
+    assert -0.05 < late_s < 1.0, f"{late_s:.2f} s late"

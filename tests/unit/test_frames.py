@@ -162,6 +162,28 @@ def test_a_damaged_stream_is_parsed_or_a_protocol_error(at: int, octet: int, als
     feed_whatever(bytes(damaged))
 
 
+def heard_of(pieces: list[bytes]) -> tuple[list[tuple[Any, ...]], int | None]:
+    """Return what a receiver hears of `pieces`, and the code of the error that ended it."""
+    heard = Heard()
+    parser = Parser(heard)
+    try:
+        for piece in pieces:
+            parser.feed(piece)
+    except ProtocolError as error:
+        return heard.events, error.code
+    return heard.events, None
+
+
+@settings(max_examples=300)
+@given(st.integers(0, len(STREAM) - 1), st.integers(0, 255))
+def test_a_damaged_stream_is_read_alike_whole_and_octet_by_octet(at: int, octet: int) -> None:
+    """Whole deliveries are read in one go: a damage that only the general way sees would be a job with another's body."""
+    damaged = bytearray(STREAM)
+    damaged[at] = octet
+    octets = bytes(damaged)
+    assert heard_of([octets]) == heard_of([octets[at : at + 1] for at in range(len(octets))])
+
+
 def test_a_million_damaged_octets_hang_nothing() -> None:
     """A hang here is a worker that is stuck."""
     chance = random.Random(7)

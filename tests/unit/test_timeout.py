@@ -38,6 +38,21 @@ async def test_a_run_within_its_limit_passes() -> None:
     assert await chain(Timeout(5), handler=lambda _: asyncio.sleep(0))(attempt()) == Done()
 
 
+async def test_a_short_limit_strikes_in_time_beside_a_long_one() -> None:
+    """All limits share a timer: one that is set for the first to come, and not for the first to end, ends a job minutes late."""
+    long = asyncio.ensure_future(chain(Timeout(60), handler=forever)(attempt()))
+    await asyncio.sleep(0)
+    begun = time.monotonic()
+    results = await asyncio.gather(*(chain(Timeout(limit), handler=forever)(attempt()) for limit in (0.3, 0.1, 0.2)), return_exceptions=True)
+    took_s = time.monotonic() - begun
+    long.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await long
+
+    assert all(isinstance(result, TimeoutError) for result in results)
+    assert 0.3 <= took_s < 2
+
+
 async def test_a_timeout_of_the_handlers_own_passes_as_it_is() -> None:
     """Else a slow database is reported as a slow job, with the wrong limit."""
 
