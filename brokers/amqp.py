@@ -13,7 +13,7 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -74,6 +74,41 @@ class Late(Exception):
     """A publish's deadline passed before its confirm; it may be there."""
 
 
+class Unconfirmed(msgspec.Struct, eq=False):
+    """A publish on its way. Awaited, by one task, it ends with its confirm or raises `Returned`, `Nacked`, `Late` or `Closed`.
+
+    Not a future: of many that are published at once, only few are ever waited for.
+    """
+
+    message_id: str
+    key: str
+    deadline: float
+    """When it ends as `Late`, `time.monotonic()` seconds."""
+    ended: bool = False
+    failure: Exception | None = None
+    """Once it has ended: what it raises."""
+    _waiter: asyncio.Future[None] | None = None
+
+    def end(self, failure: Exception | None = None) -> None:
+        """Note how it ended, once."""
+        if not self.ended:
+            self.ended = True
+            self.failure = failure
+            if self._waiter is not None:
+                _wake(self._waiter)
+
+    async def wait(self) -> None:
+        """Return once it has ended, however it did."""
+        if not self.ended:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from self.wait().__await__()
+        if self.failure is not None:
+            raise self.failure.with_traceback(None)  # one failure may end many: each raise would add its frames to it
+
+
 class Got(msgspec.Struct, frozen=True):
     """A message that was taken by `Channel.get`."""
 
@@ -106,7 +141,8 @@ class Channel:
         """By tag: who is called with its deliveries."""
         self._next_tag = 1
         self._lowest = 1
-        self._unconfirmed: dict[int, tuple[asyncio.Future[None], str, str, float]] = {}
+        self._unconfirmed: dict[int, Unconfirmed] = {}
+        """By delivery tag, the oldest first."""
         self._returned: dict[int, Returned] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._keys: dict[tuple[str, str], bytes] = {}
@@ -180,8 +216,8 @@ class Channel:
             self._sweeper.cancel()
         for _, answer in self._calls:
             _fail(answer, why)
-        for future, *_ in self._unconfirmed.values():
-            _fail(future, why)
+        for publish in self._unconfirmed.values():
+            publish.end(why)
         while self._waiters:
             self._promised += 1
             _wake(self._waiters.popleft())
@@ -224,26 +260,21 @@ class Channel:
             self._promised += 1
             _wake(self._waiters.popleft())
 
-    def publish(self, exchange: str, key: str, properties: bytes, body: bytes, message_id: str, deadline: float) -> asyncio.Future[None]:
-        """Write a mandatory publish; the future ends when it is confirmed, or with `Returned`, `Nacked`, `Late` or `Closed`.
-
-        Written on a channel that is closed already it isn't, and the future has `Closed`.
-        """
-        future: asyncio.Future[None] = self.connection.loop.create_future()
+    def publish(self, exchange: str, properties: bytes, body: bytes, publish: Unconfirmed) -> None:
+        """Write a mandatory publish, to `publish.key`; it ends as `Closed` at once on a channel that is closed already."""
         if self.closed is not None:
-            _fail(future, self.closed)
-            return future
-        head = self._keys.get((exchange, key))
+            publish.end(self.closed)
+            return
+        head = self._keys.get((exchange, publish.key))
         if head is None:
             if len(self._keys) > 1000:  # a delayed job's key differs by its delay
                 self._keys.clear()
-            head = self._keys[exchange, key] = publish_frame(self.number, exchange, key)
+            head = self._keys[exchange, publish.key] = publish_frame(self.number, exchange, publish.key)
         self.connection.write_all(head, content_frames(self.number, properties, body, self.connection.frame_max))
-        self._unconfirmed[self._next_tag] = (future, message_id, key, deadline)
+        self._unconfirmed[self._next_tag] = publish
         self._next_tag += 1
         if self._sweeper is None:
             self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
-        return future
 
     def _sweep(self) -> None:
         """End what is late: one look at all each 50 ms costs less than a timer each."""
@@ -251,9 +282,9 @@ class Channel:
         if not self._unconfirmed:
             return
         now = time.monotonic()
-        for future, *_, deadline in self._unconfirmed.values():
-            if deadline <= now and not future.done():
-                _fail(future, Late("no confirm in time"))
+        for publish in self._unconfirmed.values():
+            if publish.deadline <= now and not publish.ended:
+                publish.end(Late("no confirm in time"))
         self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
 
     def on_confirm(self, tag: int, multiple: bool, ack: bool) -> None:
@@ -275,16 +306,12 @@ class Channel:
             self._wake_waiters()
 
     def _confirm(self, tag: int, ack: bool) -> None:
-        future = self._unconfirmed.pop(tag)[0]
+        publish = self._unconfirmed.pop(tag)
         returned = self._returned.pop(tag, None) if self._returned else None
-        if future.done():
-            return
-        if returned is not None:
-            _fail(future, returned)
-        elif ack:
-            future.set_result(None)
+        if returned is not None or ack:
+            publish.end(returned)
         else:
-            _fail(future, Nacked("the broker refused to keep it (basic.nack)"))
+            publish.end(Nacked("the broker refused to keep it (basic.nack)"))
 
     def on_return(self, code: int, text: str, key: bytes, properties: bytes) -> None:
         """Take in a publish that no queue took; its confirm comes after it.
@@ -292,8 +319,8 @@ class Channel:
         It names no tag, so the oldest with its id and key that isn't returned yet is the one: the broker returns in order.
         """
         message_id, routing = message_id_of(properties), key.decode("utf-8", "replace")
-        for tag, (_, published_id, published_key, _) in self._unconfirmed.items():
-            if published_id == message_id and published_key == routing and tag not in self._returned:
+        for tag, publish in self._unconfirmed.items():
+            if publish.message_id == message_id and publish.key == routing and tag not in self._returned:
                 self._returned[tag] = Returned(code, text)
                 return
         logger.warning("RabbitMQ returned a message that wasn't published here: %s", message_id)

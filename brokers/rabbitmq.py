@@ -179,19 +179,26 @@ def _encoded(route: Route, envelope: Envelope) -> bytes:
     return properties
 
 
-class _Posted(msgspec.Struct, frozen=True, eq=False, gc=False):
+class _Posted(amqp.Unconfirmed, eq=False, kw_only=True):
     """A publish whose confirm nobody awaits yet."""
 
-    confirmed: asyncio.Future[None]
     publishing: Publishing
     link: _Link
     route: Route
     envelope: Envelope
 
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self.message_id
+
     def error(self) -> PublishError | None:
         """What became of it."""
-        failed = self.confirmed.exception()
-        return None if failed is None else self.publishing.failure(self.link, self.route, self.envelope, failed)
+        if self.failure is None:
+            return None
+        error = self.publishing.failure(self.link, self.route, self.envelope, self.failure)
+        error.__cause__ = self.failure
+        return error
 
 
 class _Link:
@@ -230,8 +237,10 @@ class Publishing:
         link = self._link
         if link is None or not self._ready(link, route):
             link = await self.prepare(route, envelope, deadline)
+        publish = amqp.Unconfirmed(envelope.job_id, route.key, deadline)
+        link.channel.publish(route.exchange, properties, envelope.body, publish)
         try:
-            await link.channel.publish(route.exchange, route.key, properties, envelope.body, envelope.job_id, deadline)
+            await publish
         except amqp.FAILURES as error:
             raise self.failure(link, route, envelope, error) from error
 
@@ -241,8 +250,9 @@ class Publishing:
         if link is None or not self._ready(link, route):
             return None
         properties = _encoded(route, envelope)
-        confirmed = link.channel.publish(route.exchange, route.key, properties, envelope.body, envelope.job_id, deadline)
-        return _Posted(confirmed, self, link, route, envelope)
+        posted = _Posted(envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, envelope=envelope)
+        link.channel.publish(route.exchange, properties, envelope.body, posted)
+        return posted
 
     def ready(self, route: Route) -> bool:
         """Whether a publish needn't wait for anything but its confirm."""

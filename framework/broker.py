@@ -5,7 +5,6 @@ Every broker passes one conformance suite (tests/contract). What one doesn't pro
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -102,15 +101,24 @@ class Consumption(Protocol):
 
 
 class Posted(Protocol):
-    """A publish on its way."""
+    """A publish on its way; by its deadline it has ended."""
 
     @property
-    def confirmed(self) -> asyncio.Future[None]:
-        """Ends when the broker has confirmed it, or by its deadline."""
+    def job_id(self) -> str:
+        """The job's id."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is confirmed, or failed."""
+        ...
+
+    async def wait(self) -> None:
+        """Return once it has ended; for one task at a time."""
         ...
 
     def error(self) -> PublishError | None:
-        """Once `confirmed` has ended: None, or what `publish` would have raised."""
+        """Once it has ended: None, or what `publish` would have raised."""
         ...
 
 

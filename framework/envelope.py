@@ -72,7 +72,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 @final
-class Receipt(msgspec.Struct, frozen=True):
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """What a publish gives back: the job's id, and that the broker has confirmed it."""
 
     job_id: str

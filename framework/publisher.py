@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Generic, cast, final
 
 import msgspec
-from typing_extensions import TypeVar
+from typing_extensions import TypeIs, TypeVar
 
 from . import codec
 from .attempt import current_attempt
@@ -136,7 +135,13 @@ class Sender:
 
     async def publish(self, job: Job, options: Options, timeout_s: float) -> Receipt:
         """Publish one job; raises a `PublishError`."""
-        return await self.send(self.envelope(job, options, time.monotonic() + _number("timeout_s", timeout_s)))
+        envelope = self.envelope(job, options, time.monotonic() + _number("timeout_s", timeout_s))
+        if not self.bare or (sent := self.post(envelope)) is None:
+            return await self.send(envelope)
+        await sent.wait()
+        if (error := sent.error()) is not None:
+            raise error
+        return Receipt(sent.job_id)
 
     def envelope(self, job: Job, options: Options, deadline: float) -> Envelope:
         """Return what will be sent for `job`, or raise InvalidJob or MessageTooLarge: nothing wrong leaves the process."""
@@ -269,21 +274,26 @@ class Sender:
         return self._observe is None and all(hasattr(layer, "passes_publish") and layer.passes_publish() for layer in self._publishing)
 
 
+def _is_posted(result: Receipt | PublishError | Posted | None) -> TypeIs[Posted]:
+    return result is not None and not isinstance(result, (Receipt, PublishError))
+
+
 class Batch:
     """Many jobs at once: pipelined, a bounded number unconfirmed, each with a result of its own."""
 
     def __init__(self, sender: Sender, deadline: float) -> None:
         self._sender = sender
         self._deadline = deadline
-        self._results: list[Receipt | PublishError | None] = []
-        self._posted: deque[tuple[int, str, Posted]] = deque()
-        """Those sent without a task whose result isn't known yet, in order, and where it belongs."""
+        self._results: list[Receipt | PublishError | Posted | None] = []
+        """Of each job: what became of it; `Posted` and None while that isn't known."""
+        self._known = 0
+        """Results before it hold no `Posted`."""
         self._flying: set[asyncio.Task[None]] = set()
         self._room: asyncio.Future[None] | None = None
 
     async def publish(self, jobs: Iterable[Job | Outgoing]) -> list[Receipt]:
         """Publish `jobs`; receipts in order, or `PublishManyError`."""
-        sender, results, posted, deadline = self._sender, self._results, self._posted, self._deadline
+        sender, results, deadline = self._sender, self._results, self._deadline
         post = sender.bare
         try:
             for index, item in enumerate(jobs):
@@ -294,20 +304,17 @@ class Batch:
                         raise PublishTimeout("no time was left to send it", job_id=options.job_id, maybe_published=False)
                     envelope = sender.envelope(job, options, deadline)
                     sent = sender.post(envelope) if post else None
-                    if sent is None and posted:
-                        await self._until(posted[max(0, len(posted) - _REFILL)][2])
+                    if sent is None and post:
+                        await self._until(index - _REFILL)
                         sent = sender.post(envelope)
                 except PublishError as error:
                     results[index] = error
                     continue
                 if sent is not None:
-                    posted.append((index, envelope.job_id, sent))
+                    results[index] = sent
                 else:
                     await self._fly(index, envelope)
-            if posted:
-                await self._until(posted[-1][2])
-            while posted:
-                await self._until(posted[0][2])
+            await self._until(len(results) - 1)
             if self._flying:
                 await asyncio.wait(self._flying)
         finally:
@@ -317,14 +324,21 @@ class Batch:
             raise PublishManyError(cast("list[Receipt | PublishError]", results))
         return cast("list[Receipt]", results)
 
-    async def _until(self, sent: Posted) -> None:
-        """Wait for one of `_posted` to end, and take the results that are there, from the oldest on."""
-        if not sent.confirmed.done():
-            await asyncio.wait([sent.confirmed])
-        posted, results = self._posted, self._results
-        while posted and posted[0][2].confirmed.done():
-            index, job_id, ended = posted.popleft()
-            results[index] = ended.error() or Receipt(job_id)
+    async def _until(self, last: int) -> None:
+        """Wait until all that were posted are known, up to index `last`; those after it that have ended are taken along."""
+        results, at = self._results, self._known
+        if at <= last and _is_posted(sent := results[last]):
+            await sent.wait()  # first, since those before it have mostly ended by then: one turn of the loop for all
+        while at < len(results):
+            sent = results[at]
+            if _is_posted(sent):
+                if not sent.ended:
+                    if at > last:
+                        break
+                    await sent.wait()
+                results[at] = sent.error() or Receipt(sent.job_id)
+            at += 1
+        self._known = at
 
     async def _fly(self, index: int, envelope: Envelope) -> None:
         """Send one in a task of its own."""

@@ -134,7 +134,7 @@ async def test_properties_that_are_not_utf_8_are_buried_with_their_body(bench: C
         b"a header's name": (frames.HEADERS | frames.TYPE).to_bytes(2, "big") + (5).to_bytes(4, "big") + b"\x02\xff\xfeS"[:3] + b"t\x01" + b"\x04note",
     }
     for body, properties in wrong.items():
-        channel.publish("", one.queue.name, properties, body, "", time.monotonic() + 10)
+        channel.publish("", properties, body, amqp.Unconfirmed("", one.queue.name, time.monotonic() + 10))
     await channel.close()
     await connection.close()
     await one.until_ended(await one.publish(*(one.recorder.Note() for _ in range(50))))

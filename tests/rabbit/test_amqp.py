@@ -16,7 +16,7 @@ from pamqp import commands
 
 from leveret.brokers import amqp
 from leveret.brokers.address import addresses
-from leveret.brokers.amqp import Channel, Closed, Connection, Nacked, Returned
+from leveret.brokers.amqp import Channel, Closed, Connection, Nacked, Returned, Unconfirmed
 from leveret.brokers.frames import OVERHEAD
 from leveret.brokers.session import connect as connect_session
 from leveret.errors import ConfigurationError
@@ -64,9 +64,11 @@ async def confirming(connection: Connection) -> Channel:
     return channel
 
 
-def publish(channel: Channel, queue: str, body: bytes = b"x", timeout_s: float = 30) -> asyncio.Future[None]:
+def publish(channel: Channel, queue: str, body: bytes = b"x", timeout_s: float = 30, exchange: str = "") -> Unconfirmed:
     """Publish to a queue."""
-    return channel.publish("", queue, RAW_PROPERTIES, body, "id-1", time.monotonic() + timeout_s)
+    sent = Unconfirmed("id-1", queue, time.monotonic() + timeout_s)
+    channel.publish(exchange, RAW_PROPERTIES, body, sent)
+    return sent
 
 
 async def ends_with_closed(waited: Awaitable[Any], code: int) -> Closed:
@@ -169,7 +171,7 @@ async def test_a_channel_that_the_broker_closes_leaves_the_others_alone(connecti
     good = await confirming(connection)
     await declare(good, queue)
     missing = await confirming(connection)
-    lost = missing.publish("tests.nowhere", "q", RAW_PROPERTIES, b"x", "id-1", time.monotonic() + 30)
+    lost = publish(missing, "q", exchange="tests.nowhere")
     assert "no exchange" in (await ends_with_closed(lost, 404)).text
     differing = await connection.channel(10)
     declaring = differing.call(commands.Queue.Declare(queue=queue, exclusive=True, arguments={"x-max-length": 3}), 10)
@@ -212,7 +214,7 @@ async def test_a_reset_link_ends_all_that_waits(rabbit: Rabbit) -> None:
     async with FaultProxy(port_of(rabbit)) as link, connected(link.url) as connection:
         channel = await confirming(connection)
         link.freeze("up")
-        waiting: list[asyncio.Future[Any]] = [publish(channel, "q"), asyncio.ensure_future(channel.call(commands.Queue.Declare(queue="q"), 10))]
+        waiting: list[Awaitable[Any]] = [publish(channel, "q"), asyncio.ensure_future(channel.call(commands.Queue.Declare(queue="q"), 10))]
         await asyncio.sleep(0)
         link.reset()
         for one in waiting:
@@ -252,7 +254,7 @@ async def test_an_alarm_blocks_and_its_end_unblocks(rabbit_node: StartNode) -> N
         waiting = publish(channel, "q", timeout_s=60)    # RabbitMQ tells those who publish
         await until(lambda: connection.blocked is not None)
         assert connection.blocked == "low on memory"
-        assert not waiting.done()
+        assert not waiting.ended
         await node.ctl("set_vm_memory_high_watermark", "0.4")
         await waiting
         await until(lambda: connection.blocked is None)
@@ -282,12 +284,12 @@ async def test_many_publishes_are_each_confirmed(connection: Connection) -> None
     """Confirms come single, multiple and out of order; each must end its own publish."""
     channel = await confirming(connection)
     await declare(channel, "tests.amqp.many")
-    futures: list[asyncio.Future[None]] = []
+    publishes: list[Unconfirmed] = []
     for number in range(5000):
         if channel.full:
             await channel.room()
-        futures.append(publish(channel, "tests.amqp.many", b"%d" % number))
-    await asyncio.gather(*futures)
+        publishes.append(publish(channel, "tests.amqp.many", b"%d" % number))
+    await asyncio.gather(*publishes)
     answer = await channel.call(commands.Queue.Declare(queue="tests.amqp.many", exclusive=True), 10)
     assert isinstance(answer, commands.Queue.DeclareOk)
     assert answer.message_count == 5000
@@ -390,18 +392,18 @@ async def test_a_slow_link_holds_publishers_while_heartbeats_keep_it_open(rabbit
         await declare(channel, "tests.amqp.slow")
         link.rate = 6_000_000
         waited, sent = 0, 0
-        futures: list[asyncio.Future[None]] = []
+        publishes: list[Unconfirmed] = []
         most = 0
         body = bytes(1 << 18)
         while sent < 25 << 20:
             if channel.full:
                 waited += 1
                 await channel.room()
-            futures.append(publish(channel, "tests.amqp.slow", body, 60))
+            publishes.append(publish(channel, "tests.amqp.slow", body, 60))
             sent += len(body)
             await asyncio.sleep(0)
             most = max(most, vars(connection)["_transport"].get_write_buffer_size())
         assert waited > 3
         assert most < 3 * amqp.WRITE_HIGH_BYTES
-        await asyncio.gather(*futures)
+        await asyncio.gather(*publishes)
         assert connection.usable

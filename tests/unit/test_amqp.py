@@ -6,7 +6,7 @@ import asyncio
 import gc
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from pamqp.heartbeat import Heartbeat
 
 from leveret.brokers import amqp
 from leveret.brokers.address import Address, addresses
-from leveret.brokers.amqp import WINDOW, Channel, Closed, Connection, Late, Nacked, Returned
+from leveret.brokers.amqp import WINDOW, Channel, Closed, Connection, Late, Nacked, Returned, Unconfirmed
 
 _T = TypeVar("_T")
 START = commands.Connection.Start(server_properties={"product": "a test"}, mechanisms="PLAIN AMQPLAIN", locales="en_US")
@@ -125,9 +125,11 @@ async def opened(connection: Connection, peer: Peer) -> Channel:
     return channel
 
 
-def publish(channel: Channel, key: str = "q", message_id: str = "id-1", timeout_s: float = 60.0) -> asyncio.Future[None]:
+def publish(channel: Channel, key: str = "q", message_id: str = "id-1", timeout_s: float = 60.0, body: bytes = b"x") -> Unconfirmed:
     """Publish a small body."""
-    return channel.publish("", key, RAW_PROPERTIES, b"x", message_id, time.monotonic() + timeout_s)
+    sent = Unconfirmed(message_id, key, time.monotonic() + timeout_s)
+    channel.publish("", RAW_PROPERTIES, body, sent)
+    return sent
 
 
 async def ends_with_closed(waited: Any, code: int) -> Closed:
@@ -257,7 +259,7 @@ async def test_the_smaller_limits_are_agreed_on() -> None:
         channel = await opened(connection, peer)
         with pytest.raises(Closed, match="all 1 channels are in use"):
             await connection.channel(5)
-        channel.publish("", "q", RAW_PROPERTIES, bytes(4089), "id-1", time.monotonic() + 60)
+        publish(channel, body=bytes(4089))
         _, first = await peer.hear(ContentBody)
         _, second = await peer.hear(ContentBody)
         assert (connection.frame_max, len(first.value), len(second.value)) == (4096, 4088, 1)
@@ -308,7 +310,7 @@ async def test_a_protocol_error_to_a_peer_that_reads_nothing_still_frees_the_soc
     async with talking() as (connection, peer):
         channel = await opened(connection, peer)
         while connection.writable:
-            channel.publish("", "q", RAW_PROPERTIES, bytes(1 << 20), "id-1", time.monotonic() + 60)
+            publish(channel, body=bytes(1 << 20))
             await asyncio.sleep(0)
         lost = connection.loop.create_future()
         was_lost = connection.connection_lost
@@ -359,7 +361,7 @@ async def test_each_publish_ends_with_the_brokers_word_on_it() -> None:
         await asyncio.gather(two, three, four)
         with pytest.raises(Nacked):
             await one
-        assert not five.done()
+        assert not five.ended
         peer.say(commands.Basic.Nack(0, True))
         with pytest.raises(Nacked):
             await five
@@ -491,7 +493,7 @@ async def test_a_peer_that_reads_slowly_makes_publishers_wait_and_not_acks() -> 
         channel = await opened(connection, peer)
         sent = 0
         while not channel.full:
-            channel.publish("", "q", RAW_PROPERTIES, bytes(1 << 19), "id-1", time.monotonic() + 60)
+            publish(channel, body=bytes(1 << 19))
             sent += 1
             await asyncio.sleep(0)
         assert not connection.writable
@@ -629,7 +631,7 @@ async def test_a_connection_that_the_broker_closes_ends_all_and_is_answered() ->
     """An administrator's close would leave publishers waiting, and the broker waiting for our answer."""
     async with talking() as (connection, peer):
         first, second = await opened(connection, peer), await opened(connection, peer)
-        ends = [publish(first), publish(second), asyncio.create_task(second.call(commands.Queue.Declare(queue="q"), 5))]
+        ends: list[Awaitable[Any]] = [publish(first), publish(second), asyncio.create_task(second.call(commands.Queue.Declare(queue="q"), 5))]
         await peer.hear(commands.Queue.Declare)
         peer.say(commands.Connection.Close(320, "CONNECTION_FORCED - by an administrator", 0, 0), channel=0)
         await peer.hear(commands.Connection.CloseOk)
