@@ -285,7 +285,7 @@ class Batch:
         self._sender = sender
         self._deadline = deadline
         self._results: list[Receipt | PublishError | Posted | None] = []
-        """Of each job: what became of it; `Posted` and None while that isn't known."""
+        """Of each job: what became of it; `Posted` while that isn't known, None while it has a task of its own."""
         self._known = 0
         """Results before it hold no `Posted`."""
         self._flying: set[asyncio.Task[None]] = set()
@@ -296,8 +296,7 @@ class Batch:
         sender, results, deadline = self._sender, self._results, self._deadline
         post = sender.bare
         try:
-            for index, item in enumerate(jobs):
-                results.append(None)
+            for item in jobs:
                 job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, _PLAIN)
                 try:
                     if time.monotonic() >= deadline:
@@ -305,15 +304,14 @@ class Batch:
                     envelope = sender.envelope(job, options, deadline)
                     sent = sender.post(envelope) if post else None
                     if sent is None and post:
-                        await self._until(index - _REFILL)
+                        await self._until(len(results) - _REFILL)
                         sent = sender.post(envelope)
                 except PublishError as error:
-                    results[index] = error
+                    results.append(error)
                     continue
-                if sent is not None:
-                    results[index] = sent
-                else:
-                    await self._fly(index, envelope)
+                results.append(sent)
+                if sent is None:
+                    await self._fly(len(results) - 1, envelope)
             await self._until(len(results) - 1)
             if self._flying:
                 await asyncio.wait(self._flying)

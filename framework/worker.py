@@ -172,11 +172,13 @@ async def run(options: WorkOptions) -> int:
         # until it is entered there is nothing to drain, so a stop cancels it
         nonlocal starting
         if app.lifespan is None:
+            _freeze()
             yield None
             return
         starting = asyncio.current_task()
         async with app.lifespan() as resources:
             starting = None
+            _freeze()
             yield resources
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -192,9 +194,6 @@ async def run(options: WorkOptions) -> int:
             names = ", ".join(f"{s.queue.name} (prefetch {s.prefetch})" for s in work.consumer.subscriptions)
             takes = "takes" if work.consumption.ready else "will take, once the broker is there,"
             logger.info("worker %s of app %s %s from %s on %s", os.getpid(), app.name, takes, names, redact(app.broker_url() or ""))
-            # what is there by now stays: the collector needn't look through it again and again
-            gc.collect()
-            gc.freeze()
             await _first(stop.wait(), work.consumption.failed())
             logger.info(
                 "stopping: %d running, %d held; up to %g s, a second signal cuts off", work.consumer.running, work.consumer.held, options.grace_s
@@ -209,6 +208,12 @@ async def run(options: WorkOptions) -> int:
     if not work.drained:
         _exit(1)  # here: the loop's end would wait for threads that were cut off, whose jobs run elsewhere by now
     return 0
+
+
+def _freeze() -> None:
+    """Keep the collector from looking through what was imported and opened, again and again: it stays."""
+    gc.collect()
+    gc.freeze()
 
 
 def _exit_now() -> None:

@@ -42,6 +42,8 @@ class Contestant(NamedTuple):
     """What else a worker on RabbitMQ imports, later than its app."""
     peer: bool = False
     """Whether it may be the best peer."""
+    times: int = 1
+    """How many times the others' jobs it is given where rates are measured: a second's work, not the first tenth of one."""
     queues: tuple[str, ...] = ()
     """Endings of the queues that it declares beside the one."""
     delays: tuple[str, ...] = ()
@@ -114,7 +116,7 @@ def _huey(processes: int) -> Commands:
 LEVERET = Contestant(
     "leveret", "with_leveret.py", ("leveret", "pamqp", "msgspec", "uvloop"),
     "Tracing (no SDK), Retries, a RateLimit that never binds, Timeout; `leveret work`, concurrency 100, prefetch 200; publish_many; retries wait 0.25 s",
-    _leveret, imports=("leveret.worker", "leveret.brokers.rabbitmq"), queues=(".low", ".high", ".urgent", ".dead", ".suspects"),
+    _leveret, times=5, imports=("leveret.worker", "leveret.brokers.rabbitmq"), queues=(".low", ".high", ".urgent", ".dead", ".suspects"),
     delays=BOTH, broker_held=BOTH, retry_delay_s=0.25,
 )
 AIO_PIKA = Contestant(
@@ -151,10 +153,12 @@ FASTSTREAM = Contestant(
 NODE = Contestant(
     "Node amqplib", "with_amqplib.mjs", (),
     "raw: confirm channel, persistent, mandatory, 1 000 in flight, prefetch 200, JSON.parse, each message acked",
+    times=5,
 )
 C = Contestant(
     "C librabbitmq", "with_librabbitmq.c", (),
     "raw: confirms, persistent, mandatory, 1 000 in flight, prefetch 200, body not decoded, one ack for each 50",
+    times=5,
 )
 HUEY = Contestant(
     "huey", "with_huey.py", ("huey",), "SqliteHuey(fsync=True), WAL, results off, one worker thread; it has no batch API and pops a job before it runs",

@@ -61,7 +61,7 @@ def publishing(how: str, size: int = 200) -> Callable[[Context, Contestant, str]
     def run(context: Context, contestant: Contestant, kind: str) -> Row:
         name = queue(contestant, kind)
         context.broker.purge(name)
-        jobs = sized(context.arguments.jobs, size)
+        jobs = sized(context.arguments.jobs * contestant.times, size)
         jobs = min(jobs, context.arguments.one_by_one) if how == "one" else jobs
         row = publish(contestant, context.broker.url, kind, how, jobs, size=size)
         context.broker.expect_depth(name, int(row["sent"]))
@@ -82,7 +82,7 @@ def consuming(processes: int, size: int = 200) -> Callable[[Context, Contestant,
     def run(context: Context, contestant: Contestant, kind: str) -> Row:
         broker, name = context.broker, queue(contestant, kind)
         broker.purge(name)
-        jobs = max(sized(context.arguments.jobs, size), 2 * PREFETCH * (processes - 1) + 200)    # each process gets some
+        jobs = max(sized(context.arguments.jobs * contestant.times, size), 2 * PREFETCH * (processes - 1) + 200)    # each process gets some
         if contestant.commands is None:
             jobs = int(publish(contestant, broker.url, kind, "many", jobs, size=size)["sent"])
             broker.expect_depth(name, jobs)
@@ -226,7 +226,7 @@ def importing(context: Context, contestant: Contestant, kind: str) -> Row:
 
 def sqlite(context: Context, contestant: Contestant, kind: str) -> Row:
     """Publish into a new file, then consume it."""
-    jobs = context.arguments.sqlite_jobs
+    jobs = context.arguments.sqlite_jobs * contestant.times
     with embedded_file(context.arguments.folder) as url:
         path = Path(url.removeprefix("sqlite:///"))
         sent = publish(contestant, url, kind, "many", jobs)

@@ -12,7 +12,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.peers.shape import THREADS, WINDOW, Sender
@@ -62,8 +62,12 @@ class Lanes:
             each = [jobs // THREADS + (n < jobs % THREADS) for n in range(THREADS)]
             await asyncio.gather(*(self._loop.run_in_executor(self._pool, self._some, count) for count in each))
         else:
-            for begun in range(0, jobs, 5000):
-                await asyncio.gather(*(self.one(_now) for _ in range(min(5000, jobs - begun))))
+            left = iter(range(jobs))
+            await asyncio.gather(*(self._lane(left) for _ in range(min(WINDOW, jobs))))
+
+    async def _lane(self, left: Iterator[int]) -> None:
+        for _ in left:
+            await self._sender.one(*_now())
 
     def _some(self, jobs: int) -> None:
         for _ in range(jobs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from benchmarks.peers.shape import BYTES, KIND, MODE, QUEUE, TEXT, URL, FailedOnceError, Sender, ran
+from benchmarks.peers.shape import KIND, MODE, QUEUE, TEXT, URL, FailedOnceError, Sender, ran
 from leveret import App, Attempt, Job, Queue
 from leveret.middleware import RateLimit, Retries, Timeout, Tracing
 
@@ -47,14 +47,12 @@ else:
 @asynccontextmanager
 async def sending() -> AsyncGenerator[Sender]:
     """Open a publisher."""
-    chunk = max(1, min(5000, (8 << 20) // BYTES))
     async with app.publisher() as publisher:
 
         async def one(at: int, delay_s: float | None) -> None:
             await publisher.publish(Invoice(at), delay_s=delay_s, timeout_s=60)
 
         async def many(jobs: int) -> None:
-            for begun in range(0, jobs, chunk):
-                await publisher.publish_many([Invoice(0) for _ in range(min(chunk, jobs - begun))], timeout_s=120)
+            await publisher.publish_many((Invoice(0) for _ in range(jobs)), timeout_s=120)
 
         yield Sender(one, many)

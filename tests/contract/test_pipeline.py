@@ -117,6 +117,27 @@ async def test_a_job_that_ran_is_gone(harness: Harness) -> None:
     await assert_empty(harness, queue)
 
 
+async def test_each_of_many_jobs_has_its_receipt_and_runs_once(harness: Harness) -> None:
+    """Many more than are unconfirmed at once: one that is skipped is reported lost, or is lost; one sent twice runs twice."""
+    work, ran = job_class(harness.queue()), list[int]()
+    app: App[Any] = App("contract", broker=harness.url)
+    count = 12_000
+
+    @app.handler(job=work)
+    async def handle(job: Any) -> None:
+        ran.append(job.n)
+
+    async with app.publisher() as publisher:
+        receipts = await publisher.publish_many((work(n) for n in range(count)), timeout_s=60)
+    async with working(app) as running:
+        async with asyncio.timeout(60):
+            while len(ran) < count or running.consumer.busy:
+                await running.consumer.changed()
+
+    assert len({receipt.job_id for receipt in receipts}) == count
+    assert sorted(ran) == list(range(count))
+
+
 async def test_a_retry_is_the_same_job_with_one_attempt_more(harness: Harness) -> None:
     """Id, level, correlation and a tenant's header must be there on the third attempt as on the first."""
     queue, runs = harness.queue(), Runs(lambda job, attempt: Retry(0.25) if attempt.number < 3 else None)
