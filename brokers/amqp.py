@@ -397,6 +397,8 @@ class Connection(asyncio.Protocol):
         self._beat: asyncio.TimerHandle | None = None
         self._heard = self._beaten = time.monotonic()
         self._sent = False
+        self._last_resort: asyncio.TimerHandle | None = None
+        """Drops a socket whose close the peer doesn't answer."""
 
     # ---- asyncio's side
 
@@ -429,6 +431,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End everything."""
+        if self._last_resort is not None:
+            self._last_resort.cancel()  # or it would hold all of this in memory until then
         why = Closed("socket", 0, _why(exc))
         why.__cause__ = exc
         self.end(why)
@@ -640,7 +644,7 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
             else:
                 self._transport.close()
-                self.loop.call_later(CLOSE_TIMEOUT_S, self._transport.abort)  # a peer that reads nothing would keep it open
+                self._last_resort = self.loop.call_later(CLOSE_TIMEOUT_S, self._transport.abort)  # a peer that reads nothing would keep it open
         if self.on_closed is not None:
             self.on_closed(why)
 

@@ -81,6 +81,7 @@ class RabbitBroker:
         """Return once the broker has confirmed it, persistent and routed."""
         route = self._delayed(queue, envelope, delay_s)
         if delay_s > 0 and not self._publishing.ready(route):
+            _encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
             begun = time.monotonic()
             await self._publishing.prepare(route, envelope, deadline)
             # connecting, and declaring all that a delay needs, took a part of it
@@ -103,7 +104,7 @@ class RabbitBroker:
 
     def _route(self, queue: Queue, level: Priority) -> Route:
         known = self._routes.get((queue.name, level))
-        if known is None or known.queue is not queue:
+        if known is None or (known.queue is not queue and known.queue != queue):
             exchange, key = topology.route(queue, level, 0)
             known = self._routes[queue.name, level] = Route(exchange, key, priority_property(queue, level), queue, None, kept=True)
         return known

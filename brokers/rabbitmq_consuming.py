@@ -100,7 +100,8 @@ class _Taker:
         await self._channel.call(commands.Basic.Qos(prefetch_count=self._prefetch), timeout_s)
         self._generation += 1
         for name, levels in topology.physicals(self.queue).items():
-            level = levels[0] if self.queue.type == "quorum" else None
+            # of a classic queue with one level, too: a foreign priority would name a level that nothing is bound for
+            level = levels[0] if len(levels) == 1 else None
             tag = f"{socket.gethostname()}.{os.getpid()}.{self._generation}.{name}"[:255]
             await self._channel.consume(name, tag, partial(self._take, level), timeout_s)
             self._consumer_tags.append(tag)

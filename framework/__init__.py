@@ -66,11 +66,15 @@ __all__ = [
     "__version__",
 ]
 
+if not TYPE_CHECKING:  # a checker would take any misspelt name for one that is made here
 
-def __getattr__(name: str) -> Any:
-    if name == "BlockingPublisher":  # a worker, and a service on asyncio, never use it
-        from .blocking import BlockingPublisher
+    def __getattr__(name: str) -> Any:
+        if name == "BlockingPublisher":  # a worker, and a service on asyncio, never use it
+            from .blocking import BlockingPublisher
 
-        return BlockingPublisher
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
+            return BlockingPublisher
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -77,8 +77,8 @@ class Attempt(Generic[_R_co]):
     @property
     def first_seen(self) -> datetime:
         """When the job was first delivered; aware, UTC."""
-        seen_ms = self._envelope.first_seen_ms
-        return datetime.fromtimestamp(int(self._arrived * 1000) / 1000 if seen_ms is None else seen_ms / 1000, tz=timezone.utc)
+        seen_ms = self._envelope.first_seen_ms or int(self._arrived * 1000)
+        return datetime.fromtimestamp(seen_ms / 1000, tz=timezone.utc)
 
     @property
     def redelivered(self) -> bool:

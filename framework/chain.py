@@ -8,8 +8,8 @@ state, shared by every handler that it wraps. What else a layer may have:
 - `ready_in_s() -> float`: tower's readiness. Where every handler of a queue here has that very instance, the consumer
   starts nothing of the queue until it returns 0. Beside it, `starts_now() -> int` says how many may start at once, so
   that the consumer needn't go round the loop for each, and `starts_per_s`, a number, bounds the prefetch.
-- `passes_publish() -> bool`: that its `publish` would do nothing but proceed, now. Where all say so, `publish_many`
-  goes without a task for each job.
+- `passes_publish() -> bool`: that its `publish` would do nothing but proceed, now. Where all say so, a publisher goes
+  to the broker without them, and `publish_many` without a task for each job.
 - `bind(runtime)`: called when a worker or a publisher is made, with its `Runtime` (clock, chance, processes).
 
 Order of calls: layers of one run are called in its own task, outermost first; runs of several jobs overlap, so a

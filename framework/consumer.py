@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -274,17 +274,21 @@ class Consumer:
         if queue.gate is not None:
             queue.gate.start()
         held.task = task = self._create_task(self._work(held, queue))
-        self._tasks.add(task)
+        if not task.done():  # an eager task factory may have run it to its end
+            self._tasks.add(task)
         if self._watchers:
             self._tell()
 
     def _end_without_run(self, delivery: Delivery, ending: Ending) -> None:
-        """Settle a delivery that doesn't run here."""
-        rest = self._end(delivery, None, ending, None)
-        if rest is not None:
-            task = self._create_task(rest)
-            self._tasks.add(task)
-            task.add_done_callback(self._forget)
+        """Settle a delivery that doesn't run here: once the broker, which may be delivering it just now, has had its turn."""
+
+        async def settle() -> None:
+            if (rest := self._end(delivery, None, ending, None)) is not None:
+                await rest
+
+        task = self._create_task(settle())
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
         if self._watchers:
             self._tell()
 
@@ -343,7 +347,9 @@ class Consumer:
             if rest is not None:
                 await rest
         finally:
-            self._forget(cast("asyncio.Task[None]", held.task))
+            task, held.task = held.task, None
+            if task is not None:
+                self._forget(task)
 
     def _end(self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None) -> Coroutine[Any, Any, None] | None:
         """Count an ending and settle its delivery; what comes back is the rest of it, to be awaited."""
@@ -536,7 +542,7 @@ class Consumer:
                 timer.cancel()
         await consumption.stop_taking()
         for held in in_arrival_order(held for queue in self._queues.values() for held in queue.remove(lambda _: True)):
-            self._end_without_run(held.delivery, NotStarted())
+            self._end(held.delivery, None, NotStarted(), None)  # here and now: with no grace at all it is still given back
         hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
         try:
             while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):

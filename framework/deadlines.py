@@ -42,7 +42,7 @@ class Deadlines:
         assert task is not None
         entry = Deadline(task, task.cancelling(), deadline)
         self._entries.add(entry)
-        if deadline < self._look_at:
+        if deadline < self._look_at - TICK_S:
             self._look(deadline)
         return entry
 

@@ -43,7 +43,7 @@ class Held(msgspec.Struct, eq=False, gc=False):
     since: float = 0.0
     """Monotonic seconds; 0 for one that needn't wait."""
     task: asyncio.Task[None] | None = None
-    """Its run; None while it waits."""
+    """Its run, while it runs. Taken out at its end: the task of a run that was cancelled holds this in its traceback."""
 
 
 class Gate:

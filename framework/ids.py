@@ -34,11 +34,13 @@ def new_job_id() -> str:
     except IndexError:
         chance = os.urandom(10 * _IDS).hex()
         # version 7 (above) and variant 10 in front of 12 and 62 bits of chance
-        _ends.extend(
+        fresh = [
             f"{chance[at : at + 3]}-{_VARIANT[chance[at + 3]]}{chance[at + 4 : at + 7]}-{chance[at + 7 : at + 19]}"
             for at in range(0, 20 * _IDS, 20)
-        )
-        return begin + _ends.pop()
+        ]
+        end = fresh.pop()  # before the others see them: another thread might take them all
+        _ends.extend(fresh)
+        return begin + end
 
 
 _VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}

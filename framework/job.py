@@ -20,6 +20,8 @@ class Priority(enum.Enum):
     HIGH = "high"
     URGENT = "urgent"
 
+    __hash__ = object.__hash__  # in C: Enum's own is a Python function, and each publish looks up its route by the level
+
 
 LEVELS = (Priority.URGENT, Priority.HIGH, Priority.NORMAL, Priority.LOW)
 """Most urgent first."""

@@ -216,9 +216,11 @@ def environment(
     contestant: Contestant, *, url: str, kind: str, mode: str = "plain", size: int = 200, processes: int = 1, slots: Path | None = None
 ) -> dict[str, str]:
     """Return the environment that tells a contestant's processes what to do."""
+    # a package that pip installs has its bytecode: whoever runs from a checkout writes it at the first run
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     counting = {"LD_PRELOAD": allocations_library(), "PYTHONMALLOC": "malloc"} if mode == "allocations" else {}
     return {
-        **os.environ,
+        **inherited,
         **counting,
         "BENCH_URL": url,
         "BENCH_KIND": kind,

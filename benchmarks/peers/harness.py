@@ -98,6 +98,9 @@ class Broker:
             async def take() -> tuple[Basic.Properties, bytes]:
                 async with connect(self.url) as raw:
                     (found,) = await raw.take_all(name)
+                    # what the queue adds to a message that it gives out isn't there when it is first delivered
+                    kept = {key: value for key, value in (found.properties.headers or {}).items() if key != "x-delivery-count"}
+                    found.properties.headers = kept or None
                     return found.properties, found.body
 
             self._templates[key] = asyncio.run(take())

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 import pytest
 
-from leveret import App, Attempt, Bury, Job, Outcome, Priority, Queue, Retry, Settings, Snooze
+from leveret import App, Attempt, Bury, Job, Outcome, Priority, Publish, Queue, Retry, Settings, Snooze
 from leveret.broker import DeadLetter
 from leveret.consumer import Limits, failures_of
-from leveret.envelope import Envelope
+from leveret.envelope import Envelope, Receipt
+from leveret.middleware import RateLimit
 from leveret.worker import Working, working
 from tests.contract.harness import PATIENCE_S, Harness, depth, make_envelope, soon
 
@@ -453,6 +457,26 @@ async def test_a_worker_that_stops_gives_back_what_it_has_not_started(harness: H
     await assert_empty(harness, queue)
 
 
+async def test_without_any_grace_what_waits_is_given_back_all_the_same(harness: Harness) -> None:
+    """What never started needs no time to end: cut off, it would make the exit code say that jobs were torn."""
+    queue, runs = harness.queue(), Runs()
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url, middleware=[RateLimit(1, every_s=3600)])
+
+    @app.handler(job=work)
+    async def handle(job: Any, attempt: Attempt[Any]) -> None:
+        await runs(job, attempt)
+
+    await publish(app, *(work(n=n) for n in range(4)))
+    async with working(app, queues=[queue.name], grace_s=0) as worker:
+        await runs.next()
+        await until(lambda: worker.consumer.held == 1 and not worker.consumer.busy)
+
+    assert worker.drained
+    assert (worker.consumer.counts["notstarted"], worker.consumer.counts["cutoff"]) == (1, 0)
+    assert (await depth(harness.admin(), queue)).ready == 3
+
+
 async def test_what_is_cut_off_after_the_grace_is_delivered_again(harness: Harness) -> None:
     """A handler that doesn't end keeps no deploy waiting, and its job isn't lost."""
 
@@ -473,6 +497,45 @@ async def test_what_is_cut_off_after_the_grace_is_delivered_again(harness: Harne
     if harness.open().features.counts_redelivery:
         assert again.redelivered
     await assert_empty(harness, queue)
+
+
+async def test_a_worker_that_was_cut_off_is_let_go(harness: Harness) -> None:
+    """An embedded worker, or a test suite's hundredth, that stays in memory with its connection and resources fills it."""
+
+    class Shop: ...
+
+    class Hang:
+        async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
+            if envelope.cause is not None:
+                retrying.set()
+                await asyncio.Event().wait()
+            return await proceed(envelope)
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[Shop, None]:
+        yield (shop := Shop())
+        shops.append(weakref.ref(shop))
+
+    queue, retrying, shops = harness.queue(), asyncio.Event(), list[weakref.ref[Shop]]()
+    work = job_class(queue)
+    app = App("contract", broker=harness.url, middleware=[Hang()], lifespan=lifespan)
+
+    @app.handler(job=work)
+    async def handle(job: Any) -> Outcome | None:
+        return Snooze(60)
+
+    await publish(app, work(n=1))
+    async with working(app, queues=[queue.name], grace_s=0.05) as worker:
+        await retrying.wait()
+    assert not worker.drained
+    del worker
+    [shop] = shops
+
+    def is_gone() -> bool:
+        gc.collect()
+        return shop() is None
+
+    await until(is_gone)
 
 
 async def test_a_lost_connection_neither_cancels_a_handler_nor_loses_its_job(harness: Harness) -> None:

@@ -118,3 +118,21 @@ async def test_a_stop_while_the_broker_hangs_ends_all_the_same_and_loses_nothing
     await one.until_ended(ids)
     await one.until_empty()
     await second.drained()
+
+
+async def test_stops_at_full_speed_repeat_nothing(any_bench: Bench) -> None:
+    """The acks of a worker's last moment are still on their way when it closes its channel: those lost are jobs that run twice at each deploy."""
+    bench, jobs, stops = any_bench, 6000, 5
+    ids = await bench.publish(*(bench.recorder.Note() for _ in range(jobs)))
+    for stop in range(1, stops + 1):
+        worker = await bench.working()
+        await bench.until_lines("end", stop * jobs // (stops + 1))
+        await worker.drained()
+    worker = await bench.working()
+    await bench.until_ended(ids)
+    await bench.until_empty()
+    await worker.drained()
+
+    runs = Counter(bench.recorder.ids("start"))
+    assert set(runs) == set(ids)
+    assert [count for count in runs.values() if count > 1] == [], "a job that had ended ran again"

@@ -10,6 +10,7 @@ from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelo
 from leveret.middleware import RateLimit, Retries, Rule, Timeout
 from leveret.testing import Lab, running
 from leveret.testing import attempt as make_attempt
+from leveret import Pubisher  # wrong: no such name, though one name of leveret is made when it is asked for
 from .programs import Pool, RenderPdf, SendDigest, SendInvoice, Shop, close_old_connections, emails, send_invoice, shop
 
 class Plain(msgspec.Struct):
