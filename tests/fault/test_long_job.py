@@ -52,7 +52,7 @@ async def test_large_bodies_are_held_a_few_at_a_time_and_each_runs_once(bench: C
     """A window counted in jobs is no limit of memory: a hundred images of 3 MB each end the process that takes all its window allows."""
     one = bench(rabbit.url, type)
     small = await one.publish(*(one.recorder.Note() for _ in range(200)))  # this declares it
-    body = b'{"seconds": 0.2, "unread": "%s"}' % (b"x" * (3 << 20))
+    body = b'{"seconds": 1.0, "unread": "%s"}' % (b"x" * (3 << 20))  # long enough for more than 64 MiB to arrive meanwhile
     ids = [f"large-{number}" for number in range(100)]
     await asyncio.gather(
         *(raw.publish(one.queue.name, body, properties=Basic.Properties(message_type="note", message_id=name, delivery_mode=2)) for name in ids)
