@@ -165,8 +165,7 @@ class Channel:
                 await answer
 
     def _asked(self, method: Frame) -> asyncio.Future[Any]:
-        if self.closed is not None:
-            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
+        _check_open(self.closed)
         answer: asyncio.Future[Any] = self.connection.loop.create_future()
         self._calls.append((method.valid_responses, answer))
         self.connection.write(method_frame(self.number, method))
@@ -385,8 +384,6 @@ class Connection(asyncio.Protocol):
         self._channel_max = 2047
         self._out: list[Any] = []
         self._flushing = False
-        self.writable = True
-        """Whether the socket takes more; acks and heartbeats don't ask."""
         self._unwritable: asyncio.Future[None] | None = None
         """Waited for by publishers while too much is unsent; None while it isn't."""
         # there from the beginning: the broker's first word may be read before anybody awaits it
@@ -442,14 +439,12 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Hold publishers: the broker doesn't read as fast as they write."""
         self._unwritable = self.loop.create_future()
-        self.writable = False
 
     def resume_writing(self) -> None:
         """Let them go on."""
         if self._unwritable is not None:
             _wake(self._unwritable)
         self._unwritable = None
-        self.writable = True
 
     # ---- writing
 
@@ -457,6 +452,11 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether it is open."""
         return self.closed is None
+
+    @property
+    def writable(self) -> bool:
+        """Whether the socket takes more; acks and heartbeats don't ask."""
+        return self._unwritable is None
 
     async def drained(self) -> None:
         """Wait until the socket takes more, or is gone."""
@@ -572,14 +572,12 @@ class Connection(asyncio.Protocol):
         )
         await self._expect(commands.Connection.OpenOk, commands.Connection.Open(virtual_host=self.address.vhost))
         self._handshake = None
-        if self.closed is not None:  # in the same breath as the open-ok
-            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
+        _check_open(self.closed)  # it may have closed in the same breath as the open-ok
         self._beaten = self.loop.time()
         self._beat = self.loop.call_later(self._heartbeat_s / 2, self._on_beat)
 
     async def _expect(self, kind: type[Frame], method: Frame | None = None) -> Any:
-        if self.closed is not None:
-            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
+        _check_open(self.closed)
         if method is not None:
             self.write(method_frame(0, method))
         assert self._handshake is not None
@@ -605,8 +603,7 @@ class Connection(asyncio.Protocol):
 
     async def channel(self, timeout_s: float) -> Channel:
         """Open a channel."""
-        if self.closed is not None:
-            raise self.closed.with_traceback(None)  # or each raise would add its frames to it
+        _check_open(self.closed)
         number = next((number for number in range(1, self._channel_max + 1) if number not in self._channels), None)
         if number is None:
             raise Closed("connection", 530, f"all {self._channel_max} channels are in use")
@@ -664,6 +661,11 @@ class Connection(asyncio.Protocol):
             self.end(Closed("connection", 200, "it was closed"))
         if self._transport is not None:
             self._transport.abort()
+
+
+def _check_open(closed: Closed | None) -> None:
+    if closed is not None:
+        raise closed.with_traceback(None)  # or each raise would add its frames to it
 
 
 def _not_open(channel: int) -> ProtocolError:

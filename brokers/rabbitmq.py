@@ -235,9 +235,7 @@ class Publishing:
     async def send(self, route: Route, envelope: Envelope, deadline: float) -> None:
         """Return once `envelope` is confirmed; raises a `PublishError` by `deadline`."""
         properties = _encoded(route, envelope)
-        link = self._link
-        if link is None or not self._ready(link, route):
-            link = await self.prepare(route, envelope, deadline)
+        link = self.ready(route) or await self.prepare(route, envelope, deadline)
         publish = amqp.Unconfirmed(envelope.job_id, route.key, deadline)
         link.channel.publish(route.exchange, properties, envelope.body, publish)
         try:
@@ -247,31 +245,25 @@ class Publishing:
 
     def post(self, route: Route, envelope: Envelope, deadline: float) -> Posted | None:
         """Write `envelope` now if nothing but its confirm is to be waited for."""
-        link = self._link
-        if link is None or not self._ready(link, route):
+        link = self.ready(route)
+        if link is None:
             return None
         properties = _encoded(route, envelope)
         posted = _Posted(envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, envelope=envelope)
         link.channel.publish(route.exchange, properties, envelope.body, posted)
         return posted
 
-    def ready(self, route: Route) -> bool:
-        """Whether a publish needn't wait for anything but its confirm."""
-        return self._link is not None and self._ready(self._link, route)
-
-    @staticmethod
-    def _ready(link: _Link, route: Route) -> bool:
-        """Whether all that `route` needs is there: nearly always."""
-        channel = link.channel
-        if channel.closed is not None or channel.full:
-            return False
-        if route in link.ready:
-            return True
-        if route.queue not in link.declared or route.ladder not in link.declared:
-            return False
-        if route.kept:
-            link.ready.add(route)
-        return True
+    def ready(self, route: Route) -> _Link | None:
+        """Return the link, nearly always, where all that `route` needs is there; None where a publish must wait first."""
+        link = self._link
+        if link is None or link.channel.closed is not None or link.channel.full:
+            return None
+        if route not in link.ready:
+            if route.queue not in link.declared or route.ladder not in link.declared:
+                return None
+            if route.kept:
+                link.ready.add(route)
+        return link
 
     def failure(self, link: _Link, route: Route, envelope: Envelope, error: BaseException) -> PublishError:
         """Return what a failed publish means to its caller."""

@@ -117,7 +117,6 @@ class Consumer:
         bind((layer for handler in handlers for layer in handler.layers), runtime)
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
             self._open(queue, [handler for handler in handlers if handler.queue == queue], around_sync)
-        self._others = len(self._queues) > 1
 
     def _open(
         self, queue: Queue, handlers: Sequence[Handler], around_sync: Callable[[], AbstractContextManager[object]] | None
@@ -340,7 +339,7 @@ class Consumer:
             queue.running -= 1
             if route.in_thread:
                 self._in_threads -= 1
-        if queue.count or (self._others and self.held):
+        if queue.count or (len(self._queues) > 1 and self.held):
             self._pump()
         rest = self._end(delivery, job, ending, held.arrived)
         try:

@@ -248,7 +248,7 @@ class Sender:
 
     async def send(self, envelope: Envelope) -> Receipt:
         """Send an envelope through the publish layers."""
-        limit = self._runtime.settings.max_header_bytes
+        limit = self._settings.max_header_bytes
         if envelope.headers and (size := header_bytes(pack_headers(envelope))) > limit:
             msg = f"{envelope.job} to queue {envelope.queue}: its headers have {size} bytes, the limit is {limit}"
             raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=size, limit_bytes=limit)
