@@ -404,7 +404,7 @@ class Publishing:
         if isinstance(what, Queue):
             name, records = what.name, topology.SHARED + topology.of_queue(what)
         else:
-            name, records = topology.ladder(what, 0), topology.of_ladder(what)
+            name, records = "lv.delay.*", topology.of_ladder(what)
         await declare(link.connection, records, name, self._runtime.settings.connect_timeout_s)
         link.declared.add(what)
 

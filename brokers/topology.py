@@ -1,8 +1,8 @@
 """What leveret declares on RabbitMQ: names, arguments, bindings. Pure data; `declare` in rabbitmq_connection carries it out.
 
     publish ─► lv.jobs ─<queue>.<level>─► <queue>, <queue>.low, .high, .urgent ─rejected, over the limit─► lv.dead ─► <queue>.dead
-    delayed ─► lv.delay.<bit> ─ … ─► lv.delay.due ─q/<queue>/<level>─► the same queues
-                                          └─ nobody takes it ─► lv.delay.alt ─► lv.lost
+    delayed ─► lv.delay.digit.<place> ─► lv.delay.<time> ─ … ─► lv.delay.due ─q/<queue>/<level>─► the same queues
+                                                                     └─ nobody takes it ─► lv.delay.alt ─► lv.lost
 
 A quorum queue is a set of siblings, one a level; a classic one is a single queue in the broker's own order. Arguments
 come from one table, the same for every version of the broker, since a queue can't be declared again with others.
@@ -25,11 +25,13 @@ DUE = "lv.delay.due"
 DUE_ALTERNATE = "lv.delay.alt"
 LOST = "lv.lost"
 
-BITS = 24
 UNIT_MS = 250
+PLACES = 8
+"""Octal digits of a delay in units. Base 2 has the fewest queues and base 16 the fewest hops, but a topic exchange looks
+at each word of the key, and a key of 24 bits took RabbitMQ twice the time of one of 8 digits (docs/design.md)."""
 MAX_DELAY_S = 48 * 86_400.0
-"""Longest delay, seconds; all 24 bits are 48.5 days."""
-_SIGNIFICANT_BITS = 5
+"""Longest delay, seconds; eight octal digits are 48.5 days."""
+_SIGNIFICANT_BITS = 7
 
 PRIORITY_PROPERTY = {Priority.LOW: 3, Priority.NORMAL: 4, Priority.HIGH: 5, Priority.URGENT: 6}
 """AMQP's `priority` of each level, on classic queues. 4 is what brokers take a message without one for."""
@@ -104,45 +106,50 @@ def job_key(name: str, level: Priority) -> str:
 
 
 def destination(name: str, level: Priority) -> str:
-    """Return where a delayed job goes, as one word of a topic key. At most 159 bytes of the 207 that 24 bits leave.
+    """Return where a delayed job goes, as one word of a topic key. At most 159 bytes of the 239 that the digits leave.
 
     Logical, never a physical name, so that what waits follows when a queue is replaced.
     """
     return f"q/{name.replace('.', '/')}/{level.value}"
 
 
-def ladder(kind: str, bit: int) -> str:
-    """Return the exchange, and the queue, of one bit of a ladder."""
-    return f"lv.delay.{bit}" if kind == "quorum" else f"lv.delay.classic.{bit}"
+def _delay(kind: str, rest: str) -> str:
+    return f"lv.delay.{rest}" if kind == "quorum" else f"lv.delay.classic.{rest}"
+
+
+def digit(kind: str, place: int) -> str:
+    """Return the exchange that looks at the digit of one place."""
+    return _delay(kind, f"digit.{place}")
+
+
+def waiting(kind: str, ttl_ms: int) -> str:
+    """Return the queue in which jobs wait for `ttl_ms`: `lv.delay.250ms`, `lv.delay.16s`."""
+    return _delay(kind, f"{ttl_ms}ms" if ttl_ms % 1000 else f"{ttl_ms // 1000}s")
 
 
 # --- routes
 
 
 def delay_units(delay_s: float) -> int:
-    """Return `delay_s` in units of 0.25 s, rounded up to five significant bits: at most five hops, at most 6.25 % late.
+    """Return `delay_s` in units of 0.25 s, rounded up to seven significant bits: at most three hops, at most 1.6 % late.
 
-    Above 47 days five bits would need a 25th: there it takes the fewest that don't. ValueError above 48 days.
+    ValueError above 48 days.
     """
     if not 0 < delay_s <= MAX_DELAY_S:
         msg = f"a delay is above 0 s and at most 48 days ({MAX_DELAY_S:.0f} s), not {delay_s} s"
         raise ValueError(msg)
     units = max(1, math.ceil(delay_s * 1000 / UNIT_MS))
-    for significant in range(_SIGNIFICANT_BITS, BITS + 1):
-        shift = max(0, units.bit_length() - significant)
-        rounded = -(-units >> shift) << shift
-        if rounded < 1 << BITS:
-            return rounded
-    raise AssertionError(delay_s)
+    shift = max(0, units.bit_length() - _SIGNIFICANT_BITS)
+    return -(-units >> shift) << shift
 
 
 def route(queue: Queue, level: Priority, delay_s: float) -> tuple[str, str]:
     """Return exchange and routing key for a job of `queue`, now (`delay_s` <= 0) or later."""
     if delay_s <= 0:
         return JOBS, job_key(queue.name, level)
-    units = delay_units(delay_s)
-    digits = ".".join(format(units, f"0{BITS}b"))
-    return ladder(queue.type, units.bit_length() - 1), f"{digits}.{destination(queue.name, level)}"
+    digits = format(delay_units(delay_s), f"0{PLACES}o")
+    highest = len(digits.lstrip("0")) - 1
+    return digit(queue.type, highest), f"{'.'.join(digits)}.{destination(queue.name, level)}"
 
 
 # --- declarations
@@ -176,7 +183,8 @@ SHARED: tuple[Declaration, ...] = (
 )
 """What all queues share."""
 
-_ANY_BITS = "*." * BITS
+_ANY_DELAY = ("*." * PLACES, "*." * 24)
+"""The keys of jobs that fall due; 24 words are those that 0.1.0 delayed, by up to 48 days, in a ladder of bits."""
 
 
 def of_queue(queue: Queue) -> tuple[Declaration, ...]:
@@ -187,35 +195,37 @@ def of_queue(queue: Queue) -> tuple[Declaration, ...]:
     for name, levels in physicals(queue).items():
         declarations.append(PhysicalQueue(name, arguments))
         for level in levels:
-            declarations.append(Binding(DUE, name, _ANY_BITS + destination(queue.name, level)))
+            declarations += (Binding(DUE, name, delay + destination(queue.name, level)) for delay in _ANY_DELAY)
             # last: once its key routes, all the rest is there
             declarations.append(Binding(JOBS, name, job_key(queue.name, level)))
     return tuple(declarations)
 
 
-def _pattern(bit: int, digit: str) -> str:
-    words = ["*"] * (BITS + 1)
-    words[BITS - 1 - bit] = digit
+def _pattern(place: int, value: int) -> str:
+    words = ["*"] * (PLACES + 1)
+    words[PLACES - 1 - place] = str(value)
     return ".".join(words)
 
 
 def of_ladder(kind: str) -> tuple[Declaration, ...]:
-    """Return the delay ladder for queues of `kind`: a job waits in the queue of each bit that its key has set.
+    """Return the delay ladder for queues of `kind`: a job waits once for each digit of its key that isn't 0.
 
-    One TTL queue can't serve: a message of 1 s behind one of 10 s takes 10 s. Bindings have exactly BITS + 1 words.
+    One TTL queue can't serve: a message of 1 s behind one of 10 s takes 10 s. Bindings have exactly PLACES + 1 words.
     """
     arguments = _QUORUM | _AT_LEAST_ONCE if kind == "quorum" else _CLASSIC
     declarations: list[Declaration] = []
     below = DUE
-    for bit in range(BITS):
-        name = ladder(kind, bit)
-        declarations += (
-            Exchange(name, "topic"),
-            PhysicalQueue(name, arguments | {"x-dead-letter-exchange": below, "x-message-ttl": UNIT_MS << bit}),
-            Binding(name, name, _pattern(bit, "1")),
-            Binding(name, below, _pattern(bit, "0"), to="exchange"),
-        )
-        below = name
+    for place in range(PLACES):
+        exchange = digit(kind, place)
+        declarations += (Exchange(exchange, "topic"), Binding(exchange, below, _pattern(place, 0), to="exchange"))
+        for value in range(1, 8):
+            ttl_ms = value * 8**place * UNIT_MS
+            name = waiting(kind, ttl_ms)
+            declarations += (
+                PhysicalQueue(name, arguments | {"x-dead-letter-exchange": below, "x-message-ttl": ttl_ms}),
+                Binding(exchange, name, _pattern(place, value)),
+            )
+        below = exchange
     return tuple(declarations)
 
 

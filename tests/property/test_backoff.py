@@ -51,14 +51,12 @@ async def test_retries_ends_every_job_and_waits_within_its_figures(number: int, 
 
 
 @given(st.floats(0, MAX_DELAY_S, exclude_min=True))
-def test_a_delay_is_never_shortened_and_at_most_a_sixteenth_longer(delay_s: float) -> None:
-    """A job that comes early finds nothing there yet; five hops bound what a delayed job costs the broker."""
+def test_a_delay_is_never_shortened_and_at_most_a_sixty_fourth_longer(delay_s: float) -> None:
+    """A job that comes early finds nothing there yet; one that comes late by more isn't on time for anybody."""
     units = delay_units(delay_s)
     unit_s = UNIT_MS / 1000
     assert delay_s <= units * unit_s
-    assert units * unit_s <= (delay_s + unit_s) * 1.0625
-    assert units < 1 << 24
-    assert delay_s > 47 * 86_400 or units.bit_count() <= 5
+    assert units * unit_s <= (delay_s + unit_s) * (1 + 1 / 64)
 
 
 @given(st.floats(0.01, MAX_DELAY_S), st.floats(0.01, MAX_DELAY_S))
