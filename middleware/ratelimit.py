@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 from leveret.attempt import Attempt
@@ -10,6 +11,8 @@ from leveret.clock import SystemClock
 from leveret.outcome import Outcome, Snooze
 from leveret.settings import Runtime
 
+_LATE_S = 0.01
+"""How late a loop may wake without a start being lost."""
 _IN_SLOT_S = 0.25
 """The longest wait that a job spends in its slot; for a longer one it goes back to the broker."""
 _NEAR_S = 5.0
@@ -20,7 +23,7 @@ _ALMOST_S = 1e-6
 
 @final
 class RateLimit:
-    """At most `limit` starts in `every_s`, over all processes of one `leveret work`; `burst` at once. ValueError unless all are > 0.
+    """At most `limit` starts in `every_s`, over all processes of one `leveret work`, and `burst` at once. ValueError unless all are > 0.
 
     Each process gets an equal share, and one start of its own at once at least. Where every handler of a queue has
     this very instance, the consumer starts nothing of the queue before it may. On some jobs of a queue it waits in the
@@ -29,13 +32,14 @@ class RateLimit:
     Args:
         limit: Starts in `every_s`; a fraction is allowed.
         every_s: Seconds.
-        burst: Starts that may come at once after a quiet time.
+        burst: Starts that may come at once, at the most. By default as many as fall into 10 ms, and one at least: an event loop
+            wakes up to some milliseconds late, and a limit of 1000 a second would be 800 if those starts were lost.
 
     Source: the token bucket as GCRA, the "virtual scheduling algorithm" of ITU-T I.371: one time is its whole state.
     """
 
-    def __init__(self, limit: float, *, every_s: float = 1.0, burst: int = 1) -> None:
-        for name, value in (("limit", limit), ("every_s", every_s), ("burst", burst)):
+    def __init__(self, limit: float, *, every_s: float = 1.0, burst: int | None = None) -> None:
+        for name, value in (("limit", limit), ("every_s", every_s), ("burst", 1 if burst is None else burst)):
             if isinstance(value, bool) or not isinstance(value, int if name == "burst" else (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
                 msg = f"RateLimit: {name} is a {'whole number' if name == 'burst' else 'number'}, not {value!r}"
                 raise TypeError(msg)
@@ -44,7 +48,7 @@ class RateLimit:
                 raise ValueError(msg)
         self.limit = limit
         self.every_s = every_s
-        self.burst = burst
+        self.burst = math.ceil(limit / every_s * _LATE_S) if burst is None else burst
         self._begin(Runtime(app=""))
 
     def __repr__(self) -> str:
