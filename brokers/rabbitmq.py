@@ -228,6 +228,8 @@ class Publishing:
         self._link: _Link | None = None
         self._opening: asyncio.Task[_Link] | None = None
         self._waiting = 0
+        self._trying = False
+        """Whether an attempt to connect is under way, rather than the pause before one."""
         self._reason = f"RabbitMQ at {', '.join(map(str, where))} wasn't reached yet"
         self._refused: tuple[float, ConfigurationError] | None = None
         self._closed = False
@@ -350,8 +352,8 @@ class Publishing:
             raise
         finally:
             self._waiting -= 1
-            if not self._waiting:
-                opening.cancel()  # nobody waits for it now; no effect where it is done
+            if not self._waiting and not self._trying:
+                opening.cancel()  # it pauses, for nobody now; no effect where it is done
 
     def _opened(self, task: asyncio.Task[_Link]) -> None:
         self._opening = None
@@ -359,25 +361,38 @@ class Publishing:
             self._refused = (time.monotonic(), error)
 
     async def _open(self) -> _Link:
+        """Connect, again and again while somebody waits.
+
+        What has begun goes on when its publish gives up, or publishes with less time than a handshake takes would never get a connection.
+        """
         attempt = 0
-        timeout_s = self._runtime.settings.connect_timeout_s
         while True:
+            self._trying = True
             try:
-                connection = await connect(self._where, self._name, timeout_s)
-                try:
-                    channel = await connection.channel(timeout_s)
-                    await channel.call(commands.Confirm.Select(), timeout_s)
-                except BaseException:
-                    connection.abort()
-                    raise
+                connection, channel = await self._try()
                 break
             except (ConnectionLost, *FAULTS) as error:
                 self._reason = reason_of(error)
+                if not self._waiting:
+                    raise ConnectionLost(self._reason) from error
+            finally:
+                self._trying = False
             attempt += 1
             await self._pause(attempt)
         link = self._link = _Link(connection, channel)
         channel.on_closed = partial(self._lost, link)
         return link
+
+    async def _try(self) -> tuple[amqp.Connection, amqp.Channel]:
+        timeout_s = self._runtime.settings.connect_timeout_s
+        connection = await connect(self._where, self._name, timeout_s)
+        try:
+            channel = await connection.channel(timeout_s)
+            await channel.call(commands.Confirm.Select(), timeout_s)
+        except BaseException:
+            connection.abort()
+            raise
+        return connection, channel
 
     def _lost(self, link: _Link, why: amqp.Closed) -> None:
         if self._link is link:

@@ -61,6 +61,23 @@ async def test_a_black_hole_at_connect_is_an_error_in_time_and_heals(bench: Call
     assert isinstance(error, BrokerUnavailable)
 
 
+async def test_publishes_that_wait_for_less_than_a_handshake_takes_get_their_connection(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+    """An attempt that dies with the publish that began it is begun anew by the next one: such a service never publishes at all."""
+    async with link_to(rabbit) as link:
+        link.latency_s = 0.05    # five round trips to connect, three to declare
+        one = bench(link.url)
+        async with one.app.publisher() as publisher:
+            for _ in range(20):
+                try:
+                    await publisher.publish(one.recorder.Note(), timeout_s=0.3)
+                    break
+                except PublishError:
+                    pass
+            else:
+                pytest.fail("20 publishes, and no connection")
+            assert link.accepted == 1
+
+
 async def test_a_black_hole_in_the_middle_of_a_publish_is_an_error_in_time_and_heals(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
     """Whether it arrived can't be known then; the caller must be told just that, and when."""
     async with link_to(rabbit) as link:
