@@ -137,6 +137,7 @@ class Channel:
         self.on_cancelled: Callable[[str], None] | None = None
         """Called when the broker cancels a consumer: its queue was deleted, or a delivery was held too long."""
         self._calls: deque[tuple[Collection[str], asyncio.Future[Any]]] = deque()
+        self._leaving: asyncio.Future[Any] | None = None
         self.consumers: dict[bytes, Deliver] = {}
         """By tag: who is called with its deliveries."""
         self._next_tag = 1
@@ -178,9 +179,16 @@ class Channel:
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Close it: the answer says that the broker has all that was written before. What is unsettled goes back."""
         if self.closed is None:
-            self.on_closed = None
-            await self.call(commands.Channel.Close(reply_code=200, reply_text="", class_id=0, method_id=0), timeout_s)
-            self.end(Closed("channel", 200, "it was closed"))
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(self.leave())
+
+    def leave(self) -> asyncio.Future[Any]:
+        """Ask for its close; its number is free once the broker has answered, however late, all that it was asked on it."""
+        self.on_closed = None
+        if self._leaving is None:
+            self._leaving = self._asked(commands.Channel.Close(reply_code=200, reply_text="", class_id=0, method_id=0))
+            self._leaving.add_done_callback(lambda _: self.end(Closed("channel", 200, "it was closed")))
+        return self._leaving
 
     def on_method(self, method: Frame) -> None:
         """Take in a method that isn't hot."""
@@ -608,7 +616,11 @@ class Connection(asyncio.Protocol):
         if number is None:
             raise Closed("connection", 530, f"all {self._channel_max} channels are in use")
         channel = self._channels[number] = Channel(self, number)
-        await channel.open(timeout_s)
+        try:
+            await channel.open(timeout_s)
+        except TimeoutError:
+            channel.leave()
+            raise
         return channel
 
     def forget(self, channel: Channel) -> None:

@@ -127,8 +127,12 @@ async def declare(connection: amqp.Connection, declarations: Iterable[Declaratio
     """
     try:
         channel = await connection.channel(timeout_s)
-        await channel.call_all(map(_declaration, declarations), timeout_s)
-        await channel.close(timeout_s)
+        try:
+            await channel.call_all(map(_declaration, declarations), timeout_s)
+            await channel.close(timeout_s)
+        except TimeoutError:
+            channel.leave()  # or a broker that is slow to declare costs a channel a try, and there are 2047
+            raise
     except FAULTS as error:
         text = reason_of(error)
         match kind_of(error):

@@ -554,6 +554,27 @@ async def test_a_closed_channels_number_is_used_again() -> None:
         assert got == [1]
 
 
+async def test_a_channel_that_was_left_is_free_once_its_late_answers_have_come() -> None:
+    """A broker that is slow to declare would cost a number a try: after 2047 tries nothing could be declared on that connection any more."""
+    async with talking() as (connection, peer):
+        first = await opened(connection, peer)
+        calling = asyncio.create_task(first.call_all([commands.Queue.Declare(queue="a"), commands.Queue.Declare(queue="b")], 0.05))
+        for _ in range(2):
+            await peer.hear(commands.Queue.Declare)
+        with pytest.raises(TimeoutError):
+            await calling
+
+        left = first.leave()
+        assert left is first.leave()    # it asks once
+        await peer.hear(commands.Channel.Close)
+        second = await opened(connection, peer)    # the number is taken until then
+        peer.say(*(commands.Queue.DeclareOk(queue=name, message_count=0, consumer_count=0) for name in ("a", "b")), commands.Channel.CloseOk())
+        await asyncio.wait_for(left, 5)
+        third = await opened(connection, peer)
+
+        assert (first.number, second.number, third.number, connection.usable) == (1, 2, 1, True)
+
+
 async def test_a_channel_that_both_sides_close_at_once_disturbs_nobody_who_gets_its_number() -> None:
     """The answer to our close comes late, on a number that is another channel by then."""
     async with talking() as (connection, peer):
