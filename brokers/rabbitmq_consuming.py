@@ -36,6 +36,8 @@ MAX_INBOUND_PROPERTIES_BYTES = 60 << 10
 """A message with more can't be published again with what a retry adds."""
 HELD_BYTES = 64 << 20
 """Most bytes of unsettled bodies of a queue; above, its consumers are cancelled until half is settled."""
+NARROW_FOR = 1000
+"""Deliveries after which a window that large bodies narrowed is fitted anew."""
 _TELL_EVERY_S = 60.0
 
 
@@ -70,7 +72,7 @@ class _Taker:
     def __init__(self, session: _Session, subscription: Subscription, channel: amqp.Channel) -> None:
         self.queue = subscription.queue
         self.live = True
-        self._prefetch = subscription.prefetch
+        self._wanted = self._prefetch = subscription.prefetch
         self._session = session
         self._channel = channel
         self._deliver = session.sink.deliver
@@ -86,6 +88,8 @@ class _Taker:
         self._flushing = False
         self._held_bytes = 0
         self._largest = 0
+        """Of the bodies since the window was last fitted."""
+        self._narrow_for = 0
         self._generation = 0
         self._paused = False
         self._switching = asyncio.Lock()
@@ -130,13 +134,31 @@ class _Taker:
             if self._paused or not self._consumer_tags:  # several deliveries may ask for it before it begins
                 return
             held = self._held_bytes
-            self._prefetch = max(1, min(self._prefetch, HELD_BYTES // 2 // max(1, self._largest * len(topology.physicals(self.queue)))))
+            self._fit()
             await self._cancel()
             logger.warning(
                 "queue %s: %d MiB of unsettled bodies are held here; it goes on with a prefetch of %d", self.queue.name, held >> 20, self._prefetch
             )
             self._paused = True
         await self._resume()
+
+    def _fit(self) -> None:
+        fitting = HELD_BYTES // 2 // max(1, self._largest * len(topology.physicals(self.queue)))
+        self._prefetch = max(1, min(self._wanted, fitting))
+        self._narrow_for = NARROW_FOR if self._prefetch < self._wanted else 0
+        self._largest = 0
+
+    async def _widen(self) -> None:
+        """Take as much as was asked for again, once large bodies come no more: one burst of them must not slow a queue down for days."""
+        async with self._switching:
+            if self._paused or not self._consumer_tags:
+                return
+            before = self._prefetch
+            self._fit()
+            if self._prefetch > before:
+                await self._cancel()
+                await self._register(self._session.runtime.settings.connect_timeout_s)
+                logger.info("queue %s: its bodies are smaller again; it goes on with a prefetch of %d", self.queue.name, self._prefetch)
 
     async def _resume(self) -> None:
         async with self._switching:
@@ -161,6 +183,10 @@ class _Taker:
         self._largest = max(self._largest, size)
         if self._held_bytes > HELD_BYTES and self._consumer_tags and not self._paused:
             self._session.spawn(self._pause())
+        if self._narrow_for:
+            self._narrow_for -= 1
+            if not self._narrow_for:
+                self._session.spawn(self._widen())
         self._deliver(RabbitDelivery(self, tag, envelope, problem, redelivered))
 
     def _reject(self, tag: int, size: int) -> None:

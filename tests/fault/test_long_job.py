@@ -69,3 +69,27 @@ async def test_large_bodies_are_held_a_few_at_a_time_and_each_runs_once(bench: C
     assert depth.consumers == 1, "consumers of one queue, of one worker"
     assert Counter(one.recorder.ids("start")) == Counter([*ids, *small]), "each ran once"
     assert peak_kib < 330 << 10
+
+
+async def test_after_large_bodies_a_queue_takes_as_much_as_before(bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw) -> None:
+    """A window that a burst of large bodies narrowed, and that stays narrow, makes a queue slow until somebody restarts its workers."""
+    one = bench(rabbit.url)
+    first = await one.publish(one.recorder.Note())  # this declares it
+    body = b'{"seconds": 1.0, "unread": "%s"}' % (b"x" * (3 << 20))
+    ids = [f"large-{number}" for number in range(40)]
+    await asyncio.gather(
+        *(raw.publish(one.queue.name, body, properties=Basic.Properties(message_type="note", message_id=name, delivery_mode=2)) for name in ids)
+    )
+    worker = await one.working("--concurrency", "20", "--queue", f"{one.queue.name}=20")
+    await one.until_ended([*ids, *first], timeout_s=60)
+    assert "held here; it goes on with a prefetch of 2" in worker.log, worker.log
+
+    small = await one.publish(*(one.recorder.Note() for _ in range(2500)))  # the first thousand follow large ones
+    await one.until_ended([*ids, *first, *small], timeout_s=60)
+    await one.until_empty()
+    depth = await one.depth()
+    await worker.drained()
+
+    assert "its bodies are smaller again; it goes on with a prefetch of 40" in worker.log, worker.log
+    assert depth.consumers == 1
+    assert Counter(one.recorder.ids("start")) == Counter([*ids, *first, *small]), "each ran once"
