@@ -30,7 +30,7 @@ async def look(job: Look) -> None:
 # Each costs up to 30 ms at every start and up to 3 MB in every process; several also mean that a worker does what only the
 # command line, a cron process or a blocking publisher should.
 _UNWANTED = {
-    "aio_pika", "aiormq", "click", "croniter", "difflib", "email", "hashlib", "http", "importlib.metadata", "multiprocessing", "opentelemetry.sdk",
+    "aio_pika", "aiormq", "click", "croniter", "difflib", "email", "hashlib", "http", "importlib.metadata", "multiprocessing", "opentelemetry",
     "pytest", "rich", "sqlite3", "tenacity", "watchfiles", "zoneinfo",
     "leveret.blocking", "leveret.brokers.memory", "leveret.brokers.rabbitmq_admin", "leveret.brokers.sqlite", "leveret.cli", "leveret.describe",
     "leveret.schedule", "leveret.scheduler", "leveret.supervisor", "leveret.testing",

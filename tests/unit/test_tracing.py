@@ -1,6 +1,7 @@
 """`Tracing`: one trace from the publisher to the last retry, whatever carries the job."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import textwrap
@@ -250,16 +251,16 @@ async def test_constants_are_those_of_the_conventions_package() -> None:
     """A misspelt attribute is an attribute that nobody finds."""
     from opentelemetry.semconv._incubating.attributes import error_attributes, messaging_attributes
 
-    from leveret.middleware import tracing
+    from leveret.middleware import spans
 
-    assert tracing.MESSAGING_SYSTEM == messaging_attributes.MESSAGING_SYSTEM
-    assert tracing.OPERATION_NAME == messaging_attributes.MESSAGING_OPERATION_NAME
-    assert tracing.OPERATION_TYPE == messaging_attributes.MESSAGING_OPERATION_TYPE
-    assert tracing.DESTINATION == messaging_attributes.MESSAGING_DESTINATION_NAME
-    assert tracing.MESSAGE_ID == messaging_attributes.MESSAGING_MESSAGE_ID
-    assert tracing.CONVERSATION_ID == messaging_attributes.MESSAGING_MESSAGE_CONVERSATION_ID
-    assert tracing.BODY_SIZE == messaging_attributes.MESSAGING_MESSAGE_BODY_SIZE
-    assert tracing.ERROR_TYPE == error_attributes.ERROR_TYPE
+    assert spans.MESSAGING_SYSTEM == messaging_attributes.MESSAGING_SYSTEM
+    assert spans.OPERATION_NAME == messaging_attributes.MESSAGING_OPERATION_NAME
+    assert spans.OPERATION_TYPE == messaging_attributes.MESSAGING_OPERATION_TYPE
+    assert spans.DESTINATION == messaging_attributes.MESSAGING_DESTINATION_NAME
+    assert spans.MESSAGE_ID == messaging_attributes.MESSAGING_MESSAGE_ID
+    assert spans.CONVERSATION_ID == messaging_attributes.MESSAGING_MESSAGE_CONVERSATION_ID
+    assert spans.BODY_SIZE == messaging_attributes.MESSAGING_MESSAGE_BODY_SIZE
+    assert spans.ERROR_TYPE == error_attributes.ERROR_TYPE
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), Bury("no such customer")])
@@ -352,8 +353,50 @@ def test_without_an_sdk_nothing_is_made_and_a_context_passes_on() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60, cwd=Path(__file__).parents[2])
 
 
-def test_the_layers_import_no_sdk() -> None:
-    """A worker would pay for it in time and memory, in every process."""
-    program = "import sys, leveret.middleware; print([name for name in sys.modules if 'opentelemetry.sdk' in name or 'importlib.metadata' in name])"
+def test_the_layers_import_nothing_of_opentelemetry() -> None:
+    """A worker that traces nothing would pay 3 MB and 30 ms for it, in every process."""
+    program = "import sys, leveret.middleware; print([name for name in sys.modules if 'opentelemetry' in name or 'importlib.metadata' in name])"
     done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+_TRACED = """
+import asyncio, sys
+from leveret.middleware import Tracing
+from tests.unit.runs import attempt, chain
+
+
+async def handler(_): ...
+
+
+async def main():
+    step = chain(Tracing(), handler=handler)
+    if not NAMED:
+        await step(attempt())
+        assert not [name for name in sys.modules if "opentelemetry" in name]
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        trace.set_tracer_provider(TracerProvider())
+    await step(attempt())    # it finds the SDK
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    exporter = InMemorySpanExporter()
+    trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
+    await step(attempt())
+    print([span.name for span in exporter.get_finished_spans()])
+
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["set by the program, late", "named by the environment"])
+def test_an_sdk_is_found_wherever_it_comes_from(named: bool) -> None:
+    """The layer looks whether OpenTelemetry is there at all: one that it overlooked would record nothing, without a word."""
+    environment = os.environ | ({"OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider"} if named else {})
+    done = subprocess.run(
+        [sys.executable, "-c", _TRACED.replace("NAMED", str(named))], env=environment, cwd=Path(__file__).parents[2],
+        check=False, timeout=60, capture_output=True, text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "['process emails']"), done.stderr
