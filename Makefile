@@ -47,8 +47,8 @@ fault: $(DEV)  ## the tests that kill workers, links and brokers
 examples: $(V)-examples/stamp  ## each example, in an environment with what the examples need
 	$(V)-examples/bin/python examples/run_all.py
 
-bench: $(DEV)  ## throughput of each broker, beside raw aio-pika
-	$(BIN)/python benchmarks/throughput.py $(BENCH_ARGS)
+bench: $(V)/stamp-plot  ## leveret on RabbitMQ and SQLite beside raw aio-pika: tables, and a plot in build/bench.svg
+	$(BIN)/python -m benchmarks.peers --only leveret,aio-pika --measure publish,consume,latency,sqlite --out build/bench.json $(BENCH_ARGS)
 
 bench-peers: $(V)-peers/stamp  ## leveret beside Celery, Dramatiq, Taskiq, FastStream, Node and C; results in benchmarks/results
 	$(V)-peers/bin/python -m benchmarks.peers $(BENCH_ARGS)
@@ -56,6 +56,10 @@ bench-peers: $(V)-peers/stamp  ## leveret beside Celery, Dramatiq, Taskiq, FastS
 clean:  ## remove what the verbs made
 	rm -rf $(V) $(V)-examples $(V)-peers build dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find framework brokers middleware tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(V)/stamp-plot: benchmarks/peers/requirements.txt | $(DEV)
+	@$(call INSTALL,$(V)) $$(grep ^matplotlib= benchmarks/peers/requirements.txt)
+	@touch $@
 
 $(V)-examples/stamp: pyproject.toml examples/requirements.txt | $(V)-examples/bin/python $(RUNTIME)
 	@echo "installing leveret and what the examples need into $(V)-examples"
