@@ -177,7 +177,7 @@ class Channel:
         await self.call(commands.Channel.Open(), timeout_s)
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Close it: the answer says that the broker has all that was written before. What is unsettled goes back."""
+        """Close it: what is unsettled goes back. For what was settled just before, see `session.settled`."""
         if self.closed is None:
             async with asyncio.timeout(timeout_s):
                 await asyncio.shield(self.leave())

@@ -22,7 +22,7 @@ from . import amqp, topology
 from .address import Address
 from .properties import from_dead_queue
 from .rabbitmq import Publishing, Route
-from .session import FAULTS, ConnectionLost, connect, kind_of, reason_of
+from .session import FAULTS, ConnectionLost, connect, kind_of, reason_of, settled
 
 _T = TypeVar("_T")
 _STEP_S = 10.0
@@ -122,7 +122,7 @@ class RabbitAdmin:
             yield letters
         finally:
             # What wasn't settled goes back to its place by the close. After a nack 3.10 gives 345012 for 012345.
-            await self.step(channel.close())
+            await self.step(letters.close())
             if letters.open:
                 await self._returned(queue, letters.open)
 
@@ -189,6 +189,7 @@ class RabbitDeadLetters:
         self._name = name
         self._left = count
         self._open: set[int] = set()
+        self._dropped = False
 
     @property
     def open(self) -> int:
@@ -219,3 +220,10 @@ class RabbitDeadLetters:
             raise BrokerUnavailable(f"the channel to the dead letters of {self._name} is closed: {self._channel.closed}")
         self._channel.ack(letter.tag, multiple=False)
         self._open.discard(letter.tag)
+        self._dropped = True
+
+    async def close(self) -> None:
+        """Close its channel, once the broker has what was dropped; a dead-letter queue is always a quorum queue."""
+        if self._dropped and self._channel.closed is None:
+            await settled(self._channel, [topology.dead_queue(self._name)], _STEP_S)
+        await self._channel.close()

@@ -28,7 +28,7 @@ from leveret.settings import Runtime
 from . import amqp, topology
 from .address import Address
 from .properties import from_job_queue
-from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of
+from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of, settled
 
 logger = logging.getLogger("leveret.rabbitmq")
 
@@ -121,9 +121,11 @@ class _Taker:
             await self._channel.cancel(tag, amqp.CLOSE_TIMEOUT_S)
 
     async def close(self) -> None:
-        """Flush, and close the channel: its answer says that the broker has the acks, and the rest goes back."""
+        """Flush, wait until the broker has it all, and close the channel: what isn't settled goes back."""
         self.flush()
         self.live = False
+        if self.queue.type == "quorum" and self._channel.closed is None:
+            await settled(self._channel, topology.physicals(self.queue), amqp.CLOSE_TIMEOUT_S)
         await self._channel.close()
 
     # ---- what is held stays bounded: the consumers are cancelled, never the socket left unread

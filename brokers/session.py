@@ -157,3 +157,14 @@ def _declaration(record: Declaration) -> Frame:
             return commands.Queue.Bind(queue=record.destination, exchange=record.source, routing_key=record.key)
         return commands.Exchange.Bind(destination=record.destination, source=record.source, routing_key=record.key)
     return commands.Queue.Declare(queue=record.name, durable=True, arguments=cast("Any", record.arguments))
+
+
+async def settled(channel: amqp.Channel, queues: Iterable[str], timeout_s: float) -> None:
+    """Return once quorum `queues` have all that was settled on `channel` before, which is then to be closed.
+
+    The answer to channel.close doesn't say that. A channel hands a quorum queue 32 settlements; the rest it keeps until
+    those are in the queue's log, and forgets when it is closed (`SOFT_LIMIT` in RabbitMQ's rabbit_fifo_client). A
+    basic.get is answered out of the same log, after them. What it takes goes back with the close.
+    """
+    for queue in queues:
+        await channel.get(queue, timeout_s)

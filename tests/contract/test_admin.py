@@ -162,6 +162,21 @@ async def test_a_replayed_letter_goes_to_its_origin_at_its_own_level_and_is_gone
     assert await dead_bodies(admin, queue, 0) == []
 
 
+async def test_many_letters_are_dropped_at_once_and_none_comes_back(harness: Harness) -> None:
+    """Whoever dropped a thousand letters and saw no error doesn't look again."""
+    broker, admin, queue = harness.open(), harness.admin(), harness.queue()
+    await bury(broker, queue, *(b"%d" % number for number in range(200)))
+
+    async with admin.dead(queue) as letters:
+        found = [letter async for letter in letters]
+        for letter in found:
+            await letters.drop(letter)
+
+    assert len(found) == 200
+    async with admin.dead(queue) as letters:
+        assert [letter.envelope.body async for letter in letters] == []
+
+
 async def test_a_dropped_letter_is_gone_and_the_others_stay_in_order(harness: Harness) -> None:
     """What a person throws away must be that letter and no other."""
     broker, admin, queue = harness.open(), harness.admin(), harness.queue()

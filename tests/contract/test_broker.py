@@ -29,7 +29,7 @@ async def rest_of(harness: Harness, queue: Queue, expected: int = 0) -> list[Del
     The marker goes out once the expected are there, since what a broker takes back may take a moment.
     """
     broker = harness.open()
-    consumption, sink = await consume(broker, queue)
+    consumption, sink = await consume(broker, queue, prefetch=expected + 100)
     deliveries = await sink.take(expected)
     await publish(broker, queue, b"marker")
     while (delivery := await sink.next()).envelope.body != b"marker":
@@ -286,6 +286,23 @@ async def test_what_was_not_settled_comes_back_in_its_order(harness: Harness) ->
     assert bodies(rest) == [b"1", b"3"]
     if broker.features.counts_redelivery:
         assert [delivery.redelivered for delivery in rest] == [True, True]
+
+
+async def test_what_was_settled_just_before_the_close_stays_settled(harness: Harness) -> None:
+    """A deploy stops workers at full speed: each ack that the broker forgets then is a job that runs twice."""
+    broker, queue = harness.open(), harness.queue()
+    await publish(broker, queue, *(b"%d" % number for number in range(400)))
+
+    consumption, sink = await consume(broker, queue, prefetch=400)
+    deliveries = await sink.take(400)
+    await consumption.stop_taking()
+    for delivery in deliveries[1::2]:
+        broker.give_back(delivery)
+    for delivery in deliveries[::2]:
+        broker.done(delivery)
+    await consumption.close()
+
+    assert Counter(bodies(await rest_of(harness, queue, 200))) == Counter(bodies(deliveries[1::2]))
 
 
 async def test_closing_the_broker_returns_what_its_consumptions_hold(harness: Harness) -> None:
