@@ -86,7 +86,7 @@ class Unconfirmed(msgspec.Struct, eq=False):
     """When it ends as `Late`, `time.monotonic()` seconds."""
     ended: bool = False
     failure: Exception | None = None
-    """Once it has ended: what it raises."""
+    """Once it has ended: `Returned`, `Nacked`, `Late`, `Closed`, or None."""
     _waiter: asyncio.Future[None] | None = None
 
     def end(self, failure: Exception | None = None) -> None:
@@ -105,8 +105,12 @@ class Unconfirmed(msgspec.Struct, eq=False):
 
     def __await__(self) -> Generator[Any, None, None]:
         yield from self.wait().__await__()
-        if self.failure is not None:
-            raise self.failure.with_traceback(None)  # one failure may end many: each raise would add its frames to it
+        if (error := self.error()) is not None:
+            raise error.with_traceback(None)  # one failure may end many: each raise would add its frames to it
+
+    def error(self) -> Exception | None:
+        """Once it has ended: what awaiting it raises."""
+        return self.failure
 
 
 class Got(msgspec.Struct, frozen=True):
@@ -117,9 +121,6 @@ class Got(msgspec.Struct, frozen=True):
     properties: bytes
     body: bytes
 
-
-FAILURES = (Returned, Nacked, Late, Closed)
-"""What a publish may end with."""
 
 Deliver = Callable[[int, bool, bytes, bytes], None]
 """Called with tag, redelivered, properties as they came, body."""

@@ -1,48 +1,30 @@
 """RabbitMQ 3.10 and later: one connection publishes, another consumes, so that a blocked publish doesn't touch the acks.
 
-    publish ─► connection (made once, by whoever comes first) ─► topology declared ─► window ─► basic.publish ─► confirm
-    queue ─► a channel a logical queue, a consumer a physical one ─► sink.deliver … done / again / bury / give_back ─► acks, batched
+    publish ─► `rabbitmq_publishing`: connection ─► topology declared ─► window ─► basic.publish ─► confirm
+    queue ─► `rabbitmq_consuming`: a channel a logical queue, a consumer a physical one ─► sink.deliver … done / again / bury / give_back ─► acks
 
-The consuming side is `rabbitmq_consuming`, the protocol `amqp` and `frames`.
+The protocol is `amqp` and `frames`, what is declared `topology`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NoReturn
 
 import msgspec
-from pamqp import commands
 
-from leveret.backoff import full_jitter
 from leveret.broker import Admin, Broker, Consumption, Delivery, Features, Posted, Sink, Subscription
 from leveret.envelope import Envelope
-from leveret.errors import (
-    BrokerUnavailable,
-    ConfigurationError,
-    InvalidJob,
-    MessageTooLarge,
-    PublishError,
-    PublishTimeout,
-    Unroutable,
-)
+from leveret.errors import InvalidJob
 from leveret.job import Priority, Queue
 from leveret.settings import Runtime
 
-from . import amqp, topology
+from . import topology
 from .address import Address, addresses
-from .properties import encode, priority_property
+from .properties import priority_property
 from .rabbitmq_consuming import RabbitConsumption, RabbitDelivery
-from .session import FAULTS, ConnectionLost, connect, declare, reason_of
-
-logger = logging.getLogger("leveret.rabbitmq")
-
-MAX_PROPERTIES_BYTES = 120 << 10
-"""All properties travel in one frame of at most 128 KiB; a larger one costs the connection."""
+from .rabbitmq_publishing import Posting, Publishing, Route, encoded
 
 
 def open_broker(url: str, runtime: Runtime) -> Broker:
@@ -79,14 +61,18 @@ class RabbitBroker:
 
     async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
         """Return once the broker has confirmed it, persistent and routed."""
+        await self._publishing.send(await self._routed(queue, envelope, delay_s, deadline), envelope, deadline)
+
+    async def _routed(self, queue: Queue, envelope: Envelope, delay_s: float, deadline: float) -> Route:
+        """Return the way to `queue`; of a delay, what is left once all that it needs is there."""
         route = self._delayed(queue, envelope, delay_s)
         if delay_s > 0 and not self._publishing.ready(route):
-            _encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
+            encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
             begun = time.monotonic()
             await self._publishing.prepare(route, envelope, deadline)
             # connecting, and declaring all that a delay needs, took a part of it
             route = self._delayed(queue, envelope, delay_s - (time.monotonic() - begun))
-        await self._publishing.send(route, envelope, deadline)
+        return route
 
     def _delayed(self, queue: Queue, envelope: Envelope, delay_s: float) -> Route:
         if delay_s <= 0:
@@ -123,18 +109,35 @@ class RabbitBroker:
 
     async def again(self, delivery: Delivery, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
         """Publish `envelope` to the delivery's queue, confirmed, then ack; no effect on a delivery that isn't live."""
-        if not delivery.live:
-            return
-        await self.publish(delivery.queue, envelope, delay_s=delay_s, deadline=deadline)
-        self.done(delivery)
+        if isinstance(delivery, RabbitDelivery) and delivery.live:
+            if delivery.instead is None:
+                route = await self._routed(delivery.queue, envelope, delay_s, deadline)
+                delivery.instead = await self._publishing.write(route, envelope, deadline)
+            await self._replaced(delivery, delivery.instead, deadline)
 
     async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
         """Publish it to the queue's dead letters, confirmed, then ack; no effect on a delivery that isn't live."""
-        if not delivery.live:
-            return
-        queue = delivery.queue
-        buried = envelope if envelope.origin else msgspec.structs.replace(envelope, origin=queue.name)
-        await self._publishing.send(Route(topology.DEAD, queue.name, None, queue, None, topology.dead_queue(queue.name)), buried, deadline)
+        if isinstance(delivery, RabbitDelivery) and delivery.live:
+            if delivery.instead is None:
+                queue = delivery.queue
+                buried = envelope if envelope.origin else msgspec.structs.replace(envelope, origin=queue.name)
+                route = Route(topology.DEAD, queue.name, None, queue, None, topology.dead_queue(queue.name))
+                delivery.instead = await self._publishing.write(route, buried, deadline)
+            await self._replaced(delivery, delivery.instead, deadline)
+
+    async def _replaced(self, delivery: RabbitDelivery, publish: Posting, deadline: float) -> None:
+        """Ack `delivery` once `publish`, which takes its place, is confirmed.
+
+        Where no confirm comes in time (a broker that blocks publishers), the next call waits for the same publish: each
+        copy that is written runs.
+        """
+        try:
+            async with asyncio.timeout_at(deadline):
+                await publish.wait()
+        except TimeoutError:
+            raise publish.late() from None
+        delivery.instead = None
+        await publish
         self.done(delivery)
 
     def give_back(self, delivery: Delivery) -> None:
@@ -148,299 +151,3 @@ class RabbitBroker:
             await consumption.close()
         self._consumptions.clear()
         await self._publishing.close()
-
-
-class Route(msgspec.Struct, frozen=True, eq=False):
-    """Where a publish goes, and what must have been declared for it."""
-
-    exchange: str
-    key: str
-    priority: int | None
-    queue: Queue | None
-    ladder: str | None
-    dead: str | None = None
-    """The dead-letter queue it is meant for, for errors."""
-    kept: bool = False
-    """Whether it is made once and used for every publish to its place."""
-
-    @property
-    def target(self) -> str:
-        """The queue, for people."""
-        return self.dead or (self.queue.name if self.queue is not None else self.key)
-
-
-def _encoded(route: Route, envelope: Envelope) -> bytes:
-    try:
-        properties = encode(envelope, route.priority)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidJob(_says(route, envelope, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id) from error
-    if len(properties) > MAX_PROPERTIES_BYTES:
-        msg = _says(route, envelope, f"its headers have {len(properties)} bytes, the limit is {MAX_PROPERTIES_BYTES}")
-        raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=MAX_PROPERTIES_BYTES)
-    return properties
-
-
-class _Posted(amqp.Unconfirmed, eq=False, kw_only=True):
-    """A publish whose confirm nobody awaits yet."""
-
-    publishing: Publishing
-    link: _Link
-    route: Route
-    envelope: Envelope
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.message_id
-
-    def error(self) -> PublishError | None:
-        """What became of it."""
-        if self.failure is None:
-            return None
-        error = self.publishing.failure(self.link, self.route, self.envelope, self.failure)
-        error.__cause__ = self.failure
-        return error
-
-
-class _Link:
-    """An open publishing connection, its channel, and what was declared on it."""
-
-    def __init__(self, connection: amqp.Connection, channel: amqp.Channel) -> None:
-        self.connection = connection
-        self.channel = channel
-        self.declared: set[Queue | str | None] = {None}
-        self.ready: set[Route] = set()
-        """Routes that are kept and need nothing declared: a look at these is faster than at `declared`."""
-        self.declaring: dict[Queue | str, asyncio.Task[None]] = {}
-
-    @property
-    def usable(self) -> bool:
-        return self.channel.closed is None
-
-
-class Publishing:
-    """Confirmed publishes on one connection, which is made when needed, by whoever comes first, for all who wait."""
-
-    def __init__(self, where: tuple[Address, ...], runtime: Runtime, name: str) -> None:
-        self._where = where
-        self._runtime = runtime
-        self._name = name
-        self._link: _Link | None = None
-        self._opening: asyncio.Task[_Link] | None = None
-        self._waiting = 0
-        self._trying = False
-        """Whether an attempt to connect is under way, rather than the pause before one."""
-        self._reason = f"RabbitMQ at {', '.join(map(str, where))} wasn't reached yet"
-        self._refused: tuple[float, ConfigurationError] | None = None
-        self._closed = False
-
-    async def send(self, route: Route, envelope: Envelope, deadline: float) -> None:
-        """Return once `envelope` is confirmed; raises a `PublishError` by `deadline`."""
-        properties = _encoded(route, envelope)
-        link = self.ready(route) or await self.prepare(route, envelope, deadline)
-        publish = amqp.Unconfirmed(envelope.job_id, route.key, deadline)
-        link.channel.publish(route.exchange, properties, envelope.body, publish)
-        try:
-            await publish
-        except amqp.FAILURES as error:
-            raise self.failure(link, route, envelope, error) from error
-
-    def post(self, route: Route, envelope: Envelope, deadline: float) -> Posted | None:
-        """Write `envelope` now if nothing but its confirm is to be waited for."""
-        link = self.ready(route)
-        if link is None:
-            return None
-        properties = _encoded(route, envelope)
-        posted = _Posted(envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, envelope=envelope)
-        link.channel.publish(route.exchange, properties, envelope.body, posted)
-        return posted
-
-    def ready(self, route: Route) -> _Link | None:
-        """Return the link, nearly always, where all that `route` needs is there; None where a publish must wait first."""
-        link = self._link
-        if link is None or link.channel.closed is not None or link.channel.full:
-            return None
-        if route not in link.ready:
-            if route.queue not in link.declared or route.ladder not in link.declared:
-                return None
-            if route.kept:
-                link.ready.add(route)
-        return link
-
-    def failure(self, link: _Link, route: Route, envelope: Envelope, error: BaseException) -> PublishError:
-        """Return what a failed publish means to its caller."""
-        match error:
-            case amqp.Returned():
-                link.declared -= {route.queue, route.ladder}  # it was deleted: the next publish declares it again
-                link.declared.add(None)
-                link.ready.clear()
-                msg = _says(route, envelope, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}")
-                return Unroutable(msg, job_id=envelope.job_id, queue=route.target)
-            case amqp.Nacked():
-                return BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id)
-            case amqp.Late():
-                msg = f"no confirm in time{self._blocked}. It may be there; publish again under the same id"
-            case _:
-                msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
-        return PublishTimeout(_says(route, envelope, msg), job_id=envelope.job_id, maybe_published=True)
-
-    async def prepare(self, route: Route, envelope: Envelope, deadline: float) -> _Link:
-        """Return a link on which `route` is declared and there is room, or raise a `PublishError` by `deadline`: nothing was sent."""
-        why: str | None = "no connection yet"
-        try:
-            async with asyncio.timeout_at(deadline):
-                while True:
-                    try:
-                        link = await self._linked()
-                        why = None
-                        for what in (route.queue, route.ladder):
-                            if what is not None:
-                                await self._declared(link, what)
-                        await link.channel.room()
-                    except ConfigurationError as error:
-                        raise BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id) from error
-                    except ConnectionLost as error:
-                        why = str(error)
-                        if self._closed:
-                            raise BrokerUnavailable(_says(route, envelope, why), job_id=envelope.job_id) from error
-                        await self._pause(1)
-                    else:
-                        if link.usable:
-                            return link
-        except TimeoutError:
-            self._nothing_sent(route, envelope, why)
-
-    def _nothing_sent(self, route: Route, envelope: Envelope, why: str | None) -> NoReturn:
-        if why is not None and not (self._link is not None and self._link.usable):
-            raise BrokerUnavailable(_says(route, envelope, f"no broker in time: {self._reason}"), job_id=envelope.job_id)
-        said = why or f"{amqp.WINDOW} publishes are unconfirmed, or its queue was being declared"
-        msg = _says(route, envelope, f"nothing was sent in time: {said}{self._blocked}")
-        raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
-
-    @property
-    def _blocked(self) -> str:
-        link = self._link
-        if link is None or link.connection.blocked is None:
-            return ""
-        return f"; the broker blocks publishers (connection.blocked: {link.connection.blocked})"
-
-    async def _pause(self, attempt: int) -> None:
-        settings = self._runtime.settings
-        wait_s = full_jitter(attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng)
-        await self._runtime.clock.sleep(wait_s)
-
-    # -- the connection
-
-    async def _linked(self) -> _Link:
-        """Return the open link, or wait until there is one; ConfigurationError where waiting won't help."""
-        if self._link is not None and self._link.usable:
-            return self._link
-        if self._closed:
-            raise ConnectionLost("the broker is closed")
-        if self._refused is not None and time.monotonic() - self._refused[0] < self._runtime.settings.reconnect_base_s:
-            raise self._refused[1]
-        if self._opening is None:
-            self._opening = asyncio.create_task(self._open())
-            self._opening.add_done_callback(self._opened)
-        opening = self._opening
-        self._waiting += 1
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            if opening.cancelled():  # by `close`
-                raise ConnectionLost("the broker is closed") from None
-            raise
-        finally:
-            self._waiting -= 1
-            if not self._waiting and not self._trying:
-                opening.cancel()  # it pauses, for nobody now; no effect where it is done
-
-    def _opened(self, task: asyncio.Task[_Link]) -> None:
-        self._opening = None
-        if not task.cancelled() and isinstance(error := task.exception(), ConfigurationError):
-            self._refused = (time.monotonic(), error)
-
-    async def _open(self) -> _Link:
-        """Connect, again and again while somebody waits.
-
-        What has begun goes on when its publish gives up, or publishes with less time than a handshake takes would never get a connection.
-        """
-        attempt = 0
-        while True:
-            self._trying = True
-            try:
-                connection, channel = await self._try()
-                break
-            except (ConnectionLost, *FAULTS) as error:
-                self._reason = reason_of(error)
-                if not self._waiting:
-                    raise ConnectionLost(self._reason) from error
-            finally:
-                self._trying = False
-            attempt += 1
-            await self._pause(attempt)
-        link = self._link = _Link(connection, channel)
-        channel.on_closed = partial(self._lost, link)
-        return link
-
-    async def _try(self) -> tuple[amqp.Connection, amqp.Channel]:
-        timeout_s = self._runtime.settings.connect_timeout_s
-        connection = await connect(self._where, self._name, timeout_s)
-        try:
-            channel = await connection.channel(timeout_s)
-            await channel.call(commands.Confirm.Select(), timeout_s)
-        except BaseException:
-            connection.abort()
-            raise
-        return connection, channel
-
-    def _lost(self, link: _Link, why: amqp.Closed) -> None:
-        if self._link is link:
-            self._link = None
-            self._reason = reason_of(why)
-            if not self._closed:
-                logger.warning("the publishing connection to RabbitMQ at %s is lost: %s", link.connection.address, self._reason)
-        if link.connection.usable:  # the channel is all that closed
-            _keep(asyncio.get_running_loop().create_task(link.connection.close()))
-
-    # -- declaring
-
-    async def _declared(self, link: _Link, what: Queue | str) -> None:
-        """Declare `what` (a queue's topology, or a ladder by its kind) once a link; many may wait for it."""
-        if what in link.declared:
-            return
-        task = link.declaring.get(what)
-        if task is None:
-            task = link.declaring[what] = asyncio.create_task(self._declare(link, what))
-            task.add_done_callback(lambda ended: (link.declaring.pop(what, None), ended.cancelled() or ended.exception()))
-        await asyncio.shield(task)
-
-    async def _declare(self, link: _Link, what: Queue | str) -> None:
-        if isinstance(what, Queue):
-            name, records = what.name, topology.SHARED + topology.of_queue(what)
-        else:
-            name, records = "lv.delay.*", topology.of_ladder(what)
-        await declare(link.connection, records, name, self._runtime.settings.connect_timeout_s)
-        link.declared.add(what)
-
-    async def close(self) -> None:
-        """Close the connection; publishes that wait for it fail."""
-        self._closed = True
-        if self._opening is not None:
-            self._opening.cancel()
-        link, self._link = self._link, None
-        if link is not None:
-            await link.connection.close()
-
-
-def _says(route: Route, envelope: Envelope, text: str) -> str:
-    return f"{envelope.job or 'a job'} to queue {route.target}: {text}"
-
-
-_background: set[asyncio.Task[Any]] = set()
-
-
-def _keep(task: asyncio.Task[Any]) -> None:
-    """Hold on to a task that nobody awaits: the loop keeps weak references only."""
-    _background.add(task)
-    task.add_done_callback(_background.discard)

@@ -21,7 +21,7 @@ from leveret.settings import Runtime
 from . import amqp, topology
 from .address import Address
 from .properties import from_dead_queue
-from .rabbitmq import Publishing, Route
+from .rabbitmq_publishing import Publishing, Route
 from .session import FAULTS, ConnectionLost, connect, kind_of, reason_of, settled
 
 _T = TypeVar("_T")

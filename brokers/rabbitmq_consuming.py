@@ -28,6 +28,7 @@ from leveret.settings import Runtime
 from . import amqp, topology
 from .address import Address
 from .properties import from_job_queue
+from .rabbitmq_publishing import Posting
 from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of, settled
 
 logger = logging.getLogger("leveret.rabbitmq")
@@ -49,6 +50,8 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
     envelope: Envelope
     problem: str | None
     redelivered: bool
+    instead: Posting | None = None
+    """What was published to take its place, and isn't confirmed yet."""
 
     @property
     def queue(self) -> Queue:

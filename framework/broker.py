@@ -163,14 +163,15 @@ class Broker(Protocol):
     async def again(self, delivery: Delivery, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
         """Publish `envelope` to the delivery's own queue, confirmed, then ack; raises as `publish` does, and then it isn't acked.
 
-        No effect on a delivery that isn't live: it comes again.
+        Called again after a `PublishTimeout`, it goes on waiting where it can: while a broker blocks publishers, each copy
+        written would run. No effect on a delivery that isn't live: it comes again.
         """
         ...
 
     async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
         """Publish it to the queue's dead letters, body byte for byte, confirmed, then ack; raises as `publish` does, and then it isn't acked.
 
-        No effect on a delivery that isn't live: it comes again.
+        Called again after a `PublishTimeout`, it goes on waiting, as `again` does. No effect on a delivery that isn't live.
         """
         ...
 

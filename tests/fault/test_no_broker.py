@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 
 from leveret import App, BrokerUnavailable, PublishError, PublishManyError, PublishTimeout, Receipt
+from leveret.broker import Delivery
+from leveret.brokers.rabbitmq import open_admin, open_broker
 from leveret.ids import new_job_id
+from leveret.job import Queue
+from leveret.settings import Runtime
 from tests.conftest import StartNode
+from tests.contract.harness import consume, make_envelope, soon
 from tests.fault.bench import Bench, eventually, link_to
 from tests.rabbit.node import Node, Rabbit, free_ports
 from tests.rabbit.proxy import FaultProxy
@@ -220,6 +225,44 @@ async def test_a_broker_short_of_memory_blocks_publishers_by_name_and_no_consume
         assert "block" in str(one_error), one_error
     assert isinstance(error, PublishTimeout)
     assert error.maybe_published
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("ending", ["again", "bury"])
+async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often_it_is_tried(ending: str, rabbit_node: StartNode) -> None:
+    """An alarm of five minutes would make twenty copies of each job that fails meanwhile, and each would run."""
+    node = await rabbit_node()
+    broker, queue = open_broker(node.url, Runtime(app="blocked")), Queue("blocked")
+    _, sink = await consume(broker, queue)
+    for number in range(20):
+        await broker.publish(queue, make_envelope(queue, b"%d" % number), delay_s=0, deadline=soon())
+    deliveries = await sink.take(20)
+
+    async def settled(delivery: Delivery, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        if ending == "again":
+            await broker.again(delivery, delivery.envelope, delay_s=0.25, deadline=deadline)
+        else:
+            await broker.bury(delivery, delivery.envelope, deadline=deadline)
+
+    await settled(deliveries[0], 20)  # declares what it needs
+    await node.ctl("set_vm_memory_high_watermark", "0.0000001")
+    for _ in range(3):
+        errors = await asyncio.gather(*(settled(delivery, 0.5) for delivery in deliveries[1:]), return_exceptions=True)
+        assert {type(error) for error in errors} == {PublishTimeout}
+    await node.ctl("set_vm_memory_high_watermark", "0.6")
+    await asyncio.gather(*(settled(delivery, 20) for delivery in deliveries[1:]))
+    if ending == "again":
+        came = [delivery.envelope.body for delivery in await sink.take(20)]
+        await asyncio.sleep(1)  # longer than the delay: a second copy would be there by now
+        assert sink.waiting == 0
+    else:
+        async with open_admin(node.url, Runtime(app="blocked")).dead(queue) as letters:
+            came = [letter.envelope.body async for letter in letters]
+    await broker.close()
+
+    assert sorted(came) == sorted(b"%d" % number for number in range(20))
 
 
 @pytest.mark.fault
