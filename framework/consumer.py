@@ -10,7 +10,7 @@ import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from .chain import AnyLayer, bind, fold_consume, fold_publish, name_of
 from .clock import Timer
 from .codec import Decoder, UndecodableError
 from .envelope import Envelope, Failure, Receipt
-from .errors import ConfigurationError, PublishError
+from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError
 from .handler import Handler, innermost
 from .held import Gate, Held, QueueHeld, Route, in_arrival_order
 from .job import Job, Queue
@@ -42,6 +42,8 @@ _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
 _UNWIND_S = 1.0
 _MOST = (1 << 63) - 1
+_REFUSED = (InvalidJob, MessageTooLarge)
+"""What no other try would change."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -344,6 +346,8 @@ class Consumer:
         rest = self._end(delivery, job, ending, held.arrived)
         try:
             if rest is not None:
+                if not self._cut:
+                    await _take_back_cancels()
                 await rest
         finally:
             task, held.task = held.task, None
@@ -376,11 +380,15 @@ class Consumer:
                 self._lost(delivery, ending)
             if self._observe is not None:
                 self._observe(Ended(delivery.envelope, job, ending, error))
+        except asyncio.CancelledError as cancelled:
+            if not self._cut:
+                self._stuck(delivery, cancelled)
+            raise
         except Exception as bug:  # noqa: BLE001 - see there
             self._stuck(delivery, bug)
 
-    def _stuck(self, delivery: Delivery, bug: Exception) -> None:
-        """Say that our own code failed: its delivery stays unacked, so nothing is lost, but it must be seen."""
+    def _stuck(self, delivery: Delivery, bug: BaseException) -> None:
+        """Say that our own code failed, or was cancelled by a user's: its delivery stays unacked, so nothing is lost, but it must be seen."""
         logger.critical("%s couldn't be settled, it stays unacked: %r", _what(delivery.envelope), bug, exc_info=bug)
 
     def _lost(self, delivery: Delivery, ending: Ending) -> None:
@@ -399,33 +407,34 @@ class Consumer:
             self._broker.done(delivery)
             return None
         envelope = delivery.envelope
-        seen_ms = envelope.first_seen_ms or int((arrived or self._clock.now()) * 1000)
+        if not envelope.first_seen_ms:
+            envelope = msgspec.structs.replace(envelope, first_seen_ms=int((arrived or self._clock.now()) * 1000))
         match ending:
             case Expired():
                 logger.warning("%s expired before it ran; it is dropped", _what(envelope))
                 self._broker.done(delivery)
             case Snooze(delay_s):
-                return self._again(delivery, _next(envelope, cause="snooze", first_seen_ms=seen_ms), delay_s)
+                return self._again(delivery, _next(envelope, cause="snooze"), delay_s)
             case Retry(delay_s):
                 failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
-                return self._again(delivery, _next(failed, cause="retry", first_seen_ms=seen_ms, attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
+                return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
             case Bury(reason):
                 logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason), exc_info=_at_debug(error))
-                return self._bury(delivery, self._failed(envelope, error, reason), seen_ms)
+                return self._bury(delivery, self._failed(envelope, error, reason))
             case Undecodable(reason):
                 logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason))
-                return self._bury(delivery, self._failed(envelope, None, reason), seen_ms)
+                return self._bury(delivery, self._failed(envelope, None, reason))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
                 since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)  # one in the future would have it wait until then
                 waited_s = (now_ms - since_ms) / 1000
                 if waited_s >= self._runtime.settings.unknown_grace_s:
                     logger.error("%s is buried in %s.dead: %s, for %d s", _what(envelope), delivery.queue.name, _line(reason), waited_s)
-                    return self._bury(delivery, self._failed(envelope, None, reason), seen_ms)
+                    return self._bury(delivery, self._failed(envelope, None, reason))
                 if envelope.unknown_since_ms is None:
                     logger.warning("%s waits in the broker, a deploy may be rolling: %s", _what(envelope), _line(reason))
                 # 1, 2, 4 … 30 s: it waits as long again as it has waited
-                unknown = _next(envelope, cause="snooze", first_seen_ms=seen_ms, unknown_since_ms=since_ms)
+                unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
                 return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
             case NotStarted():
                 self._broker.give_back(delivery)
@@ -451,12 +460,16 @@ class Consumer:
                 msg = "a publish layer returned without proceeding"
                 raise RuntimeError(msg)
 
-        return await self._insist(delivery, publish, envelope)
+        try:
+            return await self._insist(delivery, publish, envelope)
+        except _REFUSED as refused:  # waiting doesn't help
+            reason = f"its {envelope.cause} can't be published: {refused}"
+            logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason), exc_info=_at_debug(refused))  # noqa: TRY400 - one line
+            ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
+            return await self._bury(delivery, self._failed(ran, refused, reason))
 
-    async def _bury(self, delivery: Delivery, envelope: Envelope, first_seen_ms: int) -> bool:
-        buried = msgspec.structs.replace(
-            envelope, origin=delivery.queue.name, cause="bury", first_seen_ms=first_seen_ms, due_ms=None, unknown_since_ms=None
-        )
+    async def _bury(self, delivery: Delivery, envelope: Envelope) -> bool:
+        buried = msgspec.structs.replace(envelope, origin=delivery.queue.name, cause="bury", due_ms=None, unknown_since_ms=None)
 
         async def publish() -> None:
             reached = False
@@ -472,8 +485,9 @@ class Consumer:
             try:
                 await fold_publish(self._publish_layers, last)(_with_deadline(buried))
             except Exception as error:
-                if reached:
+                if reached and not isinstance(error, _REFUSED):  # what a layer adds may be what can't be sent
                     raise
+                reached = False
                 logger.warning("%s: a publish layer raised on its burial, which goes on without: %r", _what(envelope), error)
             if not reached:
                 await last(buried)
@@ -481,12 +495,19 @@ class Consumer:
         return await self._insist(delivery, publish, buried)
 
     async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
-        """Publish until it is confirmed, or until the delivery's channel is gone; it is never acked before, and never nacked."""
+        """Publish until it is confirmed, or until the delivery's channel is gone; it is never acked before, and never nacked.
+
+        Raises `InvalidJob` or `MessageTooLarge` of what can only be buried; a burial goes on.
+        """
         tries, told = 0, float("-inf")
         while delivery.live and not self._cut:
             try:
                 await publish()
             except Exception as error:  # whatever a layer raises, the original must not be lost
+                if isinstance(error, _REFUSED) and envelope.cause != "bury":
+                    if tries:
+                        self.unsettled -= 1
+                    raise
                 if tries == 0:
                     self.unsettled += 1
                 tries += 1
@@ -562,6 +583,16 @@ class Consumer:
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
         self._threads.shutdown(wait=False, cancel_futures=True)
         return drained
+
+
+async def _take_back_cancels() -> None:
+    """Let no cancel that a handler asked for its own task cut off its settlement; one that is pending comes at the next wait."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        while task.uncancel():
+            pass
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
 
 
 def failures_of(envelope: Envelope) -> list[Failure]:

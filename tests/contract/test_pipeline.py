@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from leveret import App, Attempt, Bury, Job, Outcome, Priority, Publish, Queue, Retry, Settings, Snooze
+from leveret import App, Attempt, Bury, InvalidJob, Job, Outcome, Priority, Publish, Queue, Retry, Settings, Snooze
 from leveret.broker import DeadLetter
 from leveret.consumer import Limits, failures_of
 from leveret.envelope import Envelope, Receipt
@@ -614,3 +614,67 @@ async def test_a_settlement_that_cannot_be_confirmed_is_tried_again_until_it_is(
     finally:
         logger.removeHandler(told)
     await assert_empty(harness, queue)
+
+
+@pytest.mark.parametrize("ends", ["returns", "waits"])
+async def test_a_handler_that_cancels_its_own_task_is_settled_all_the_same(harness: Harness, ends: str) -> None:
+    """A cancel that is still pending would hit the publish of its retry, and the job would hang until its connection is closed."""
+
+    async def cancels(job: Any, attempt: Attempt[Any]) -> Outcome | None:
+        if attempt.number == 2:
+            return None
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        if ends == "waits":
+            await asyncio.sleep(0)
+        return Retry(0)
+
+    queue, runs = harness.queue(), Runs(cancels)
+    work = job_class(queue)
+    app = make_app(harness, work, runs)
+
+    async with working(app, queues=[queue.name]):
+        [job_id] = await publish(app, work(n=1))
+        await runs.next()
+        if ends == "returns":
+            assert (await runs.next()).job_id == job_id
+        else:
+            [letter] = await letters_of(harness, queue, 1)
+            assert "CancelledError" in letter.errors
+    await assert_empty(harness, queue)
+
+
+@pytest.mark.parametrize("how", ["raises", "fills"])
+async def test_a_retry_that_can_never_be_published_is_buried(harness: Harness, how: str) -> None:
+    """Tried again and again, it would hold its place in the window for ever; and nobody would see the job."""
+    if how == "fills" and not harness.url.startswith("amqp"):
+        pytest.skip("it has no limit to the headers")
+
+    class Spoils:
+        """Makes of each retry something that can't be sent."""
+
+        async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
+            if envelope.cause is None:
+                return await proceed(envelope)
+            if how == "raises" and envelope.cause == "retry":
+                raise InvalidJob("no such tenant", job_id=envelope.job_id)
+            return await proceed(envelope.with_headers({f"x-{number}": "x" * 1000 for number in range(200)} if how == "fills" else {}))
+
+    queue, runs = harness.queue(), Runs(lambda job, attempt: Retry(0))
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url, middleware=[Spoils()])
+
+    @app.handler(job=work)
+    async def handle(job: Any, attempt: Attempt[Any]) -> Outcome | None:
+        return await runs(job, attempt)
+
+    async with working(app, queues=[queue.name]) as worker:
+        [job_id] = await publish(app, work(n=1))
+        [letter] = await letters_of(harness, queue, 1)
+        await until(lambda: worker.consumer.busy == 0)
+        assert worker.consumer.unsettled == 0
+    await assert_empty(harness, queue)
+
+    assert (letter.job_id, letter.attempt) == (job_id, 1)
+    assert "its retry can't be published" in failures_of(letter)[-1].reason
