@@ -5,6 +5,7 @@ What comes in may be anybody's: whatever is odd becomes an `Envelope` and a prob
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from datetime import datetime
@@ -51,7 +52,7 @@ def _encode_value(value: Any) -> bytes:
         case str():
             raw = value.encode()
             return b"S" + struct.pack(">I", len(raw)) + raw
-        case float():
+        case float() if math.isfinite(value):  # Erlang has no others: RabbitMQ would close the connection
             return b"d" + struct.pack(">d", value)
         case None:
             return b"V"

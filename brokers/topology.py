@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from leveret.job import LEVELS, Priority, Queue
+from leveret.outcome import MAX_DELAY_S
 
 JOBS = "lv.jobs"
 JOBS_ALTERNATE = "lv.jobs.alt"
@@ -27,10 +28,9 @@ LOST = "lv.lost"
 
 UNIT_MS = 250
 PLACES = 8
-"""Octal digits of a delay in units. Base 2 has the fewest queues and base 16 the fewest hops, but a topic exchange looks
-at each word of the key, and a key of 24 bits took RabbitMQ twice the time of one of 8 digits (docs/design.md)."""
-MAX_DELAY_S = 48 * 86_400.0
-"""Longest delay, seconds; eight octal digits are 48.5 days."""
+"""Octal digits of a delay in units: up to 48.5 days, so above `MAX_DELAY_S`. Base 2 has the fewest queues and base 16 the
+fewest hops, but a topic exchange looks at each word of the key, and a key of 24 bits took RabbitMQ twice the time of one of
+8 digits (docs/design.md)."""
 _SIGNIFICANT_BITS = 7
 
 PRIORITY_PROPERTY = {Priority.LOW: 3, Priority.NORMAL: 4, Priority.HIGH: 5, Priority.URGENT: 6}

@@ -28,7 +28,7 @@ from .errors import ConfigurationError, InvalidJob, LeveretError, PublishError, 
 from .job import Job, Priority, spec_of
 from .loading import load, load_app
 from .logs import LEVELS, one_line, set_up_logs
-from .publisher import MAX_DELAY_S
+from .outcome import MAX_DELAY_S
 from .settings import environment, redact
 
 _PUBLISH_TIMEOUT_S = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, final
 
@@ -103,9 +104,13 @@ def is_brokers_own(name: str) -> bool:
     return name in _BROKERS_OWN or name.startswith(_BROKERS_PREFIXES)
 
 
-def check_headers(headers: Mapping[str, HeaderValue]) -> Mapping[str, HeaderValue]:
-    """Return `headers`, or raise ValueError for the first that can't be sent."""
-    for name, value in headers.items():
+def check_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
+    """Return a copy of `headers`, which its owner may change as soon as it is published; ValueError for the first that can't be sent."""
+    if not isinstance(headers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        msg = f"headers are a mapping of names to values, not {headers!r:.80}"
+        raise ValueError(msg)
+    copy = dict(headers)
+    for name, value in copy.items():
         if not isinstance(name, str) or not 0 < len(name.encode()) <= 128:  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"header {name!r}: a name is a text of 1 to 128 bytes"
             raise ValueError(msg)
@@ -118,7 +123,12 @@ def check_headers(headers: Mapping[str, HeaderValue]) -> Mapping[str, HeaderValu
         if isinstance(value, int) and not -_INT64 <= value < _INT64:
             msg = f"header {name!r}: an integer has 64 bits, {value} has more"
             raise ValueError(msg)
-    return headers
+        if isinstance(value, float) and not math.isfinite(value):
+            msg = f"header {name!r}: a number is finite, not {value}; RabbitMQ closes the connection that sends another"
+            raise ValueError(msg)
+        if isinstance(value, str):
+            value.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+    return copy
 
 
 # What travels as a header: field, name on the wire, type.

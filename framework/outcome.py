@@ -14,6 +14,9 @@ from typing import ClassVar, Literal, TypeAlias, final
 
 import msgspec
 
+MAX_DELAY_S = 48 * 86_400.0
+"""How long a broker holds a job back, seconds; a longer wait belongs into a schedule or a table."""
+
 
 class Done(msgspec.Struct, frozen=True):
     """The job is finished; what a handler's None becomes."""
@@ -27,15 +30,15 @@ def _delay(name: str, delay_s: float, *, zero: bool) -> float:
     if isinstance(delay_s, bool) or not isinstance(delay_s, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
         msg = f"{name}: delay_s is a number of seconds, not {delay_s!r}"
         raise TypeError(msg)
-    if not (0 <= delay_s if zero else 0 < delay_s) or delay_s == float("inf"):
-        msg = f"{name}: delay_s must be {'at least' if zero else 'above'} 0 and finite, not {delay_s}"
+    if not (0 <= delay_s if zero else 0 < delay_s) or delay_s > MAX_DELAY_S:
+        msg = f"{name}: delay_s must be {'at least' if zero else 'above'} 0 and at most 48 days ({MAX_DELAY_S:.0f} s), not {delay_s}"
         raise ValueError(msg)
     return float(delay_s)
 
 
 @final
 class Snooze(Exception):
-    """Not yet: run again in `delay_s` seconds (> 0, else ValueError). Costs no attempt. Return it or raise it."""
+    """Not yet: run again in `delay_s` seconds (above 0, at most 48 days, else ValueError). Costs no attempt. Return it or raise it."""
 
     __match_args__: ClassVar[tuple[Literal["delay_s"]]] = ("delay_s",)
 
@@ -62,7 +65,10 @@ class Snooze(Exception):
 
 @final
 class Retry(Exception):
-    """Try again; counts as an attempt. `delay_s` seconds; None: as `Retries` computes, at once without it. Return it or raise it."""
+    """Try again; counts as an attempt. Return it or raise it.
+
+    `delay_s` in seconds, at most 48 days, else ValueError; None: as `Retries` computes, at once without it.
+    """
 
     __match_args__: ClassVar[tuple[Literal["delay_s"]]] = ("delay_s",)
 

@@ -20,13 +20,14 @@ from .envelope import Envelope, HeaderValue, Receipt, check_headers, header_byte
 from .errors import BrokerUnavailable, InvalidJob, MessageTooLarge, PublishError, PublishManyError, PublishTimeout
 from .ids import new_job_id
 from .job import Job, Priority, Queue, spec_of
+from .outcome import MAX_DELAY_S
 from .settings import Runtime
 
 logger = logging.getLogger("leveret.publisher")
 
-MAX_DELAY_S = 48 * 86_400.0
-"""The delay ladder's reach; a longer wait belongs into a schedule or a table."""
 MAX_ID_BYTES = 200
+_MOST_S = 1e10
+"""300 years; as milliseconds since 1970 it still fits into 64 bits."""
 _WINDOW = 1000
 _REFILL = 700
 """A full window is filled again once no more are unconfirmed: waking up for each confirm would cost a turn of the loop each."""
@@ -69,7 +70,13 @@ class Outgoing(Generic[_J_co]):
     ) -> None:
         self._job = job
         self._options = Options(
-            priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id, headers=headers, expires_s=expires_s
+            priority=priority,
+            delay_s=delay_s,
+            at=at,
+            job_id=job_id,
+            correlation_id=correlation_id,
+            headers=dict(headers) if isinstance(headers, dict) else headers,  # what isn't one is refused when it is published
+            expires_s=expires_s,
         )
 
     @property
@@ -90,8 +97,8 @@ def _number(name: str, value: object, *, zero: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         msg = f"{name} is a number of seconds, not {value!r}"
         raise InvalidJob(msg)
-    if not (value >= 0 if zero else value > 0) or value == float("inf"):
-        msg = f"{name} must be {'at least' if zero else 'above'} 0 and finite, not {value}"
+    if not (value >= 0 if zero else value > 0) or value > _MOST_S:
+        msg = f"{name} must be {'at least' if zero else 'above'} 0 and at most {_MOST_S:g}, not {value}"
         raise InvalidJob(msg)
     return float(value)
 
@@ -164,6 +171,9 @@ class Sender:
         except PublishError as error:
             error.args = (f"{spec.name} to queue {spec.queue.name}: {error}",)
             raise
+        except (ValueError, TypeError, OverflowError) as error:  # text that isn't Unicode, a moment before the year 1
+            msg = f"{spec.name} to queue {spec.queue.name}: {error}"
+            raise InvalidJob(msg) from error
 
     def _checked(self, job: Job, contract: _Contract, options: Options, deadline: float) -> Envelope:
         spec = contract.spec
@@ -237,7 +247,7 @@ class Sender:
             if options.delay_s is not None:
                 msg = "delay_s and at exclude each other"
                 raise InvalidJob(msg)
-            if not isinstance(options.at, datetime) or options.at.tzinfo is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not isinstance(options.at, datetime) or options.at.utcoffset() is None:  # pyright: ignore[reportUnnecessaryIsInstance]
                 msg = f"at is an aware datetime (with a time zone), not {options.at!r}"
                 raise InvalidJob(msg)
             delay_s = max(0.0, options.at.timestamp() - now)

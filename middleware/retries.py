@@ -12,7 +12,7 @@ import msgspec
 from leveret.attempt import Attempt
 from leveret.backoff import ceiling_s, full_jitter
 from leveret.chain import Consume
-from leveret.outcome import Bury, Outcome, Retry, Snooze
+from leveret.outcome import MAX_DELAY_S, Bury, Outcome, Retry, Snooze
 from leveret.settings import Runtime
 
 logger = logging.getLogger("leveret.retries")
@@ -291,6 +291,6 @@ def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         msg = f"{name} is a number of seconds, not {value!r}"
         raise TypeError(msg)
-    if not 0 < value < float("inf"):
-        msg = f"{name} must be above 0 and finite, not {value}"
+    if not 0 < value <= MAX_DELAY_S:
+        msg = f"{name} must be above 0 and at most 48 days ({MAX_DELAY_S:.0f} s), not {value}"
         raise ValueError(msg)

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from leveret import Bury, Retry
 from leveret.backoff import ceiling_s, full_jitter
-from leveret.brokers.topology import MAX_DELAY_S, UNIT_MS, delay_units
+from leveret.brokers.topology import UNIT_MS, delay_units
 from leveret.middleware import Retries
+from leveret.outcome import MAX_DELAY_S
 from leveret.settings import Runtime
 from tests.unit.runs import attempt, chain
 

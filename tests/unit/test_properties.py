@@ -27,13 +27,14 @@ shorts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=
 header_names = shorts.filter(lambda name: not name.startswith(("lv-", "x-")) and name not in ("CC", "BCC"))
 counts = st.integers(1, (1 << 63) - 1)
 stamps = st.none() | st.integers(0, (1 << 63) - 1)
+finite = st.floats(allow_nan=False, allow_infinity=False)
 envelopes = st.builds(
     Envelope,
     job_id=shorts, job=texts, queue=st.just(QUEUE), priority=st.sampled_from(LEVELS), body=st.binary(max_size=40),
     content_type=st.sampled_from([JSON, MSGPACK, "text/plain"]), content_encoding=st.none() | shorts,
     created_s=st.integers(0, (1 << 32) - 1),  # above, pamqp takes it for milliseconds
     app=st.none() | shorts, correlation_id=st.none() | shorts, reply_to=st.none() | shorts,
-    headers=st.dictionaries(header_names, texts | st.integers(-(1 << 63), (1 << 63) - 1) | st.floats(allow_nan=False) | st.booleans(), max_size=4),
+    headers=st.dictionaries(header_names, texts | st.integers(-(1 << 63), (1 << 63) - 1) | finite | st.booleans(), max_size=4),
     attempt=counts, passes=st.integers(0, 1 << 40), version=counts, first_seen_ms=stamps, due_ms=stamps, expires_at_ms=stamps,
     unknown_since_ms=stamps, errors=texts,
 )

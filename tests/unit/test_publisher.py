@@ -1,8 +1,8 @@
 """What a publisher refuses before a byte is sent, and what it puts on the way."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from datetime import datetime, timedelta, timezone
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from leveret import (
     Receipt,
     Settings,
 )
+from leveret.envelope import HeaderValue
 from leveret.testing import Lab, running
 
 mails = Queue("mails")
@@ -77,6 +78,15 @@ async def publisher() -> AsyncGenerator[Publisher]:
         yield opened
 
 
+class Nowhere(tzinfo):
+    """A time zone that doesn't say its offset."""
+
+    def utcoffset(self, _: datetime | None) -> None:
+        """Nothing."""
+
+    tzname = dst = utcoffset
+
+
 NOW = datetime.now(timezone.utc)
 WRONG: list[tuple[Job, dict[str, Any], str]] = [
     (Mail(order_id="seven"), {}, "Expected `int`, got `str`"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -102,6 +112,18 @@ WRONG: list[tuple[Job, dict[str, Any], str]] = [
     (Mail(order_id=7), {"headers": {"x": [1]}}, "a value is a str"),
     (Mail(order_id=7), {"headers": {"x": 1 << 63}}, "64 bits"),
     (Mail(order_id=7), {"timeout_s": 0}, "timeout_s must be above 0"),
+    (Mail(order_id=7), {"timeout_s": 10**400}, "timeout_s must be above 0"),
+    (Mail(order_id=7), {"delay_s": 10**400}, "delay_s must be at least 0"),
+    (Mail(order_id=7), {"expires_s": 1e306}, "expires_s must be above 0"),
+    (Mail(order_id=7), {"at": NOW.replace(tzinfo=Nowhere())}, "aware datetime"),
+    (Mail(order_id=7), {"job_id": "\ud800"}, "surrogates not allowed"),
+    (Mail(order_id=7), {"correlation_id": "\ud800"}, "surrogates not allowed"),
+    (Mail(order_id=7), {"headers": {"\ud800": "x"}}, "surrogates not allowed"),
+    (Mail(order_id=7), {"headers": {"x": "\ud800"}}, "surrogates not allowed"),
+    (Mail(order_id=7), {"headers": {"x": float("nan")}}, "a number is finite"),
+    (Mail(order_id=7), {"headers": {"x": float("inf")}}, "a number is finite"),
+    (Mail(order_id=7), {"headers": ["x"]}, "headers are a mapping"),
+    (Mail(order_id=7), {"headers": "x"}, "headers are a mapping"),
 ]
 
 
@@ -110,6 +132,44 @@ async def test_what_is_wrong_is_refused_at_the_publisher(publisher: Publisher, j
     """It would be buried later, at night, far from the code that is wrong."""
     with pytest.raises(InvalidJob, match=says):
         await publisher.publish(job, **options)
+
+
+async def test_one_wrong_job_of_many_costs_no_other(publisher: Publisher) -> None:
+    """A producer that hands over a thousand must not find half of them unsent because of what one header holds."""
+    jobs = [Outgoing(Mail(order_id=number), headers={"x": "\ud800"} if number == 3 else None) for number in range(6)]
+
+    with pytest.raises(PublishManyError) as failed:
+        await publisher.publish_many(jobs)
+
+    assert [isinstance(result, Receipt) for result in failed.value.results] == [True, True, True, False, True, True]
+    assert isinstance(failed.value.results[3], InvalidJob)
+
+
+@pytest.mark.parametrize("hand_over", [iter, list])
+async def test_headers_are_those_of_the_moment_when_they_were_given(hand_over: Callable[[Iterable[Outgoing]], Iterable[Outgoing]]) -> None:
+    """One dict that is filled anew for each job of a batch would send the last one's tenant with all."""
+
+    def jobs() -> Iterator[Outgoing]:
+        headers = dict[str, HeaderValue]()
+        for number in range(3):
+            headers["x-number"] = number
+            yield Outgoing(Mail(order_id=number), headers=headers)
+        headers["x-number"] = -1
+
+    sent = list[object]()
+
+    class Seen:
+        """Sees what is sent, once all is handed over."""
+
+        async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
+            await asyncio.sleep(0)
+            sent.append(envelope.headers["x-number"])
+            return await proceed(envelope)
+
+    async with App("headers", broker="memory://", middleware=[Seen()]).publisher() as publisher:
+        await publisher.publish_many(hand_over(jobs()))
+
+    assert sent == [0, 1, 2]
 
 
 async def test_an_outgoing_or_a_class_is_no_job(publisher: Publisher) -> None:

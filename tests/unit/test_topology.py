@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from leveret.brokers import topology
 from leveret.brokers.topology import Binding, Declaration, Exchange, PhysicalQueue
 from leveret.job import LEVELS, MAX_NAME_BYTES, Priority, Queue
+from leveret.outcome import MAX_DELAY_S
 
 QUORUM, CLASSIC = Queue("shop.emails"), Queue("shop.emails", type="classic")
 ONE, CLASSIC_ONE = Queue("shop.emails", priorities=False), Queue("shop.emails", type="classic", priorities=False)
 KINDS = [QUORUM, CLASSIC, ONE, CLASSIC_ONE]
 
-delays = st.floats(1e-9, topology.MAX_DELAY_S)
+delays = st.floats(1e-9, MAX_DELAY_S)
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,150}", fullmatch=True).filter(
     lambda name: not name.startswith("lv.") and not name.endswith((".low", ".normal", ".high", ".urgent", ".dead", ".suspects"))
 )
@@ -180,7 +181,7 @@ def test_there_are_at_most_three_hops(delay_s: float) -> None:
     assert sum(digit != "0" for digit in format(topology.delay_units(delay_s), "o")) <= 3
 
 
-@pytest.mark.parametrize("delay_s", [0, -1, topology.MAX_DELAY_S + 1, float("inf"), float("nan")])
+@pytest.mark.parametrize("delay_s", [0, -1, MAX_DELAY_S + 1, float("inf"), float("nan")])
 def test_a_delay_that_the_ladder_does_not_have_is_refused(delay_s: float) -> None:
     """It would run at once, or never."""
     with pytest.raises(ValueError, match="at most 48 days"):
