@@ -23,6 +23,7 @@ from pamqp.base import Frame
 from .address import Address
 from .frames import (
     HEARTBEAT,
+    PROPERTIES_OVERHEAD,
     PROTOCOL_HEADER,
     Parser,
     ProtocolError,
@@ -56,6 +57,11 @@ class Closed(Exception):
         self.scope = scope
         self.code = code
         self.text = text
+
+
+BROKERS_HEADERS_BYTES = 64 << 10
+"""By how much a frame may be larger than was agreed on: RabbitMQ (measured on 3.10) adds headers of its own, x-death and
+x-delivery-count, to properties that filled a frame, and sends what comes out."""
 
 
 class Returned(Exception):
@@ -406,6 +412,11 @@ class Connection(asyncio.Protocol):
         self._last_resort: asyncio.TimerHandle | None = None
         """Drops a socket whose close the peer doesn't answer."""
 
+    @property
+    def max_properties_bytes(self) -> int:
+        """What is left of a frame for properties; a larger one costs the connection."""
+        return self.frame_max - PROPERTIES_OVERHEAD
+
     # ---- asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -571,7 +582,8 @@ class Connection(asyncio.Protocol):
         tune = await self._expect(
             commands.Connection.Tune, commands.Connection.StartOk(client_properties=properties, mechanism=mechanism, response=response)
         )
-        self.frame_max = self._parser.frame_max = min(tune.frame_max or 131_072, 131_072)
+        self.frame_max = min(tune.frame_max or 131_072, 131_072)
+        self._parser.frame_max = self.frame_max + BROKERS_HEADERS_BYTES
         self._channel_max = min(tune.channel_max or 2047, 2047)
         self._heartbeat_s = float(min(tune.heartbeat or self.address.heartbeat_s, self.address.heartbeat_s))
         self.write(

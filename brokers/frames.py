@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pamqp.frame
 from pamqp import commands
@@ -20,6 +20,9 @@ from pamqp.base import Frame
 FRAME_END = 0xCE
 OVERHEAD = 8
 """Octets of a frame beside its payload."""
+PROPERTIES_OVERHEAD = OVERHEAD + 12
+"""Octets of a frame of properties beside them: class, weight and the body's size, too."""
+_MAX_NESTING = 32
 FRAME_MIN = 4096
 """A peer must take frames of at least this size (section 4.9)."""
 
@@ -86,7 +89,7 @@ class _Content:
 class Parser:
     """Cuts a stream of octets into frames, and frames into what a `Receiver` hears.
 
-    `frame_max` is the largest frame that was agreed on, 0 for none; `body_max` the largest body that is kept in memory:
+    `frame_max` is the largest frame that is taken, 0 for any; `body_max` the largest body that is kept in memory:
     a longer one is a protocol error too, since a broker of 4.x never sends it.
     """
 
@@ -209,7 +212,7 @@ class Parser:
             raise ProtocolError(501, f"the peer speaks another version of AMQP: it answered {head!r}")
         if kind not in _KINDS:
             raise ProtocolError(501, f"no frame begins with {head!r}; is that port AMQP's?")
-        raise ProtocolError(501, f"a frame of {length} octets, {self.frame_max} is the agreed limit")
+        raise ProtocolError(501, f"a frame of {length} octets, the limit is {self.frame_max}")
 
 
 _KINDS = frozenset((_METHOD, _HEADER, _BODY, _HEARTBEAT))
@@ -386,7 +389,18 @@ def table_of(octets: bytes) -> Mapping[str, Any]:
     except Exception as error:
         msg = f"the headers table can't be read: {error!r:.120}"
         raise ValueError(msg) from error
+    _check_nesting(table, _MAX_NESTING)
     return table
+
+
+def _check_nesting(value: Mapping[str, Any] | list[Any], left: int) -> None:
+    """Refuse a table that is so deep that to write it again would end in a RecursionError."""
+    if not left:
+        msg = f"the headers table has more than {_MAX_NESTING} tables in one another"
+        raise ValueError(msg)
+    for inner in value.values() if isinstance(value, Mapping) else value:
+        if isinstance(inner, (Mapping, list)):
+            _check_nesting(cast("Mapping[str, Any] | list[Any]", inner), left - 1)
 
 
 def message_id_of(raw: bytes) -> str | None:

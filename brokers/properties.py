@@ -257,14 +257,15 @@ def _level_of_property(priority: int | None) -> Priority:
 
 def _read(properties: bytes) -> tuple[dict[str, Any], dict[str, Any], str | None]:
     """Return the properties that are there, `Envelope`'s fields out of the headers table, and what is wrong, if anything."""
+    found: dict[str, Any] = {}
     try:
         found = frames.decode_properties(properties)
         octets = found.get("headers")
         if not octets:
             return found, {}, None
         table = found["table"] = frames.table_of(octets)
-    except ValueError as error:
-        return {}, {}, f"its AMQP properties can't be read: {error}"[:300]
+    except ValueError as error:  # of a table: the other properties were read, and are kept by its burial
+        return found, {}, f"its AMQP properties can't be read: {error}"[:300]
     fields, problem = unpack_headers(table)
     return found, fields, problem
 

@@ -33,8 +33,6 @@ from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_o
 
 logger = logging.getLogger("leveret.rabbitmq")
 
-MAX_INBOUND_PROPERTIES_BYTES = 60 << 10
-"""A message with more can't be published again with what a retry adds."""
 HELD_BYTES = 64 << 20
 """Most bytes of unsettled bodies of a queue; above, its consumers are cancelled until half is settled."""
 NARROW_FOR = 1000
@@ -81,6 +79,8 @@ class _Taker:
         self._deliver = session.sink.deliver
         self._name = subscription.queue.name
         self._max_body_bytes = session.runtime.settings.max_body_bytes
+        self._max_properties_bytes = session.connection.max_properties_bytes * 3 // 4
+        """A message with more can't be published again with what a retry adds."""
         self._consumer_tags: list[str] = []
         self._lowest = 1
         """Every tag below is settled."""
@@ -181,7 +181,7 @@ class _Taker:
             self._held_bytes -= size
             self._flush_soon()
             return
-        if size > self._max_body_bytes or len(properties) > MAX_INBOUND_PROPERTIES_BYTES:
+        if size > self._max_body_bytes or len(properties) > self._max_properties_bytes:
             self._reject(tag, size)
             return
         envelope, problem = from_job_queue(properties, body, self._name, level)

@@ -16,7 +16,7 @@ from pamqp import commands
 
 from leveret.backoff import full_jitter
 from leveret.broker import Posted
-from leveret.envelope import Envelope
+from leveret.envelope import Envelope, shortened
 from leveret.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -35,10 +35,6 @@ from .properties import encode
 from .session import FAULTS, ConnectionLost, connect, declare, reason_of
 
 logger = logging.getLogger("leveret.rabbitmq")
-
-MAX_PROPERTIES_BYTES = 120 << 10
-"""All properties travel in one frame of at most 128 KiB; a larger one costs the connection."""
-
 
 class Route(msgspec.Struct, frozen=True, eq=False):
     """Where a publish goes, and what must have been declared for it."""
@@ -59,15 +55,24 @@ class Route(msgspec.Struct, frozen=True, eq=False):
         return self.dead or (self.queue.name if self.queue is not None else self.key)
 
 
-def encoded(route: Route, envelope: Envelope) -> bytes:
-    """Return the properties of `envelope`; InvalidJob or MessageTooLarge for those that AMQP can't carry."""
+def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
+    """Return the properties of `envelope`; InvalidJob or MessageTooLarge for those that AMQP can't carry, `room` bytes in one frame.
+
+    A publisher gets three eighths of the room: the broker adds headers of its own, and a retry its errors. Those are cut
+    short above a half, and go before a job that failed can't be published any more (`_Taker` takes up to three quarters).
+    """
+    limit = room if envelope.cause is not None else room * 3 // 8
     try:
         properties = encode(envelope, route.priority)
+        if envelope.errors and len(properties) > room // 2:
+            properties = encode(shortened(envelope), route.priority)
+        if envelope.errors and len(properties) > limit:
+            properties = encode(msgspec.structs.replace(envelope, errors=""), route.priority)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidJob(_says(route, envelope, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id) from error
-    if len(properties) > MAX_PROPERTIES_BYTES:
-        msg = _says(route, envelope, f"its headers have {len(properties)} bytes, the limit is {MAX_PROPERTIES_BYTES}")
-        raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=MAX_PROPERTIES_BYTES)
+    if len(properties) > limit:
+        msg = _says(route, envelope, f"its headers have {len(properties)} bytes, the limit is {limit}")
+        raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=limit)
     return properties
 
 
@@ -138,15 +143,18 @@ class Publishing:
     def post(self, route: Route, envelope: Envelope, deadline: float) -> Posted | None:
         """Write `envelope` now if nothing but its confirm is to be waited for."""
         link = self.ready(route)
-        return None if link is None else self._post(link, route, envelope, encoded(route, envelope), deadline)
+        return None if link is None else self._post(link, route, envelope, deadline)
 
     async def write(self, route: Route, envelope: Envelope, deadline: float, *, confirm_by: float = float("inf")) -> Posting:
         """Write `envelope` by `deadline`, or raise a `PublishError`: nothing was sent. Without a confirm it ends at `confirm_by`."""
-        properties = encoded(route, envelope)
-        link = self.ready(route) or await self.prepare(route, envelope, deadline)
-        return self._post(link, route, envelope, properties, confirm_by)
+        link = self.ready(route)
+        if link is None:
+            encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
+            link = await self.prepare(route, envelope, deadline)
+        return self._post(link, route, envelope, confirm_by)
 
-    def _post(self, link: _Link, route: Route, envelope: Envelope, properties: bytes, deadline: float) -> Posting:
+    def _post(self, link: _Link, route: Route, envelope: Envelope, deadline: float) -> Posting:
+        properties = encoded(route, envelope, link.connection.max_properties_bytes)
         posted = Posting(envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, envelope=envelope)
         link.channel.publish(route.exchange, properties, envelope.body, posted)
         return posted

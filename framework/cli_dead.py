@@ -15,8 +15,7 @@ from .broker import DeadLetter, DeadLetters
 from .cli_letter import LetterRecord, Summary, show_letter, summary_of
 from .cli_print import ask, json_option, moment, print_json, print_table, progress
 from .cli_target import Target, run, target_options
-from .consumer import failures_of
-from .envelope import Envelope, Failure
+from .envelope import Envelope, Failure, failures_of
 from .errors import ConfigurationError, LeveretError
 from .settings import redact
 

@@ -7,8 +7,7 @@ import base64
 import msgspec
 
 from .cli_print import lines, moment
-from .consumer import failures_of
-from .envelope import MSGPACK, Envelope, Failure
+from .envelope import MSGPACK, Envelope, Failure, failures_of
 from .logs import one_line
 from .settings import redact
 

@@ -22,7 +22,7 @@ from .broker import Broker, Consumption, Delivery, Subscription
 from .chain import AnyLayer, bind, fold_consume, fold_publish, name_of
 from .clock import Timer
 from .codec import Decoder, UndecodableError
-from .envelope import Envelope, Failure, Receipt
+from .envelope import Envelope, Failure, Receipt, failures_of
 from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError
 from .handler import Handler, innermost
 from .held import Gate, Held, QueueHeld, Route, in_arrival_order
@@ -593,16 +593,6 @@ async def _take_back_cancels() -> None:
             pass
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
-
-
-def failures_of(envelope: Envelope) -> list[Failure]:
-    """Return what went wrong with `envelope` so far, oldest first; an unreadable list is an empty one."""
-    if not envelope.errors:
-        return []
-    try:
-        return msgspec.json.decode(envelope.errors, type=list[Failure])
-    except msgspec.MsgspecError:
-        return []
 
 
 def _next(envelope: Envelope, **changes: Any) -> Envelope:

@@ -94,6 +94,25 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     traceback: str = ""
 
 
+def failures_of(envelope: Envelope) -> list[Failure]:
+    """Return what went wrong with `envelope` so far, oldest first; an unreadable list is an empty one."""
+    if not envelope.errors:
+        return []
+    try:
+        return msgspec.json.decode(envelope.errors, type=list[Failure])
+    except msgspec.MsgspecError:
+        return []
+
+
+def shortened(envelope: Envelope) -> Envelope:
+    """Return a copy whose errors are the newest alone, at most 1.5 KB or so of it."""
+    newest = [
+        msgspec.structs.replace(failure, message=failure.message[:100], reason=failure.reason[:100], traceback="")
+        for failure in failures_of(envelope)[-1:]
+    ]
+    return msgspec.structs.replace(envelope, errors=msgspec.json.encode(newest).decode() if newest else "")
+
+
 _BROKERS_OWN = frozenset({"x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"})
 _BROKERS_PREFIXES = ("x-first-death-", "x-last-death-", "x-stream-")
 _INT64 = 1 << 63

@@ -17,8 +17,8 @@ import pytest
 
 from leveret import App, Attempt, Bury, InvalidJob, Job, Outcome, Priority, Publish, Queue, Retry, Settings, Snooze
 from leveret.broker import DeadLetter
-from leveret.consumer import Limits, failures_of
-from leveret.envelope import Envelope, Receipt
+from leveret.consumer import Limits
+from leveret.envelope import Envelope, Receipt, failures_of
 from leveret.middleware import RateLimit
 from leveret.worker import Working, working
 from tests.contract.harness import PATIENCE_S, Harness, depth, make_envelope, soon

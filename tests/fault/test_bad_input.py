@@ -12,8 +12,13 @@ import aiormq
 import pytest
 from pamqp.commands import Basic
 
+from leveret import MessageTooLarge
 from leveret.brokers import amqp, frames
 from leveret.brokers.address import addresses
+from leveret.brokers.rabbitmq import open_admin
+from leveret.envelope import failures_of
+from leveret.settings import Runtime
+from tests.conftest import StartNode
 from tests.contract.harness import SqliteHarness
 from tests.fault.bench import Bench
 from tests.rabbit.node import Rabbit
@@ -104,9 +109,11 @@ async def test_what_is_too_large_to_publish_again_is_moved_by_the_broker(bench: 
     """A body that no publish could carry must not be held for ever, nor cost the connection of everybody else's jobs."""
     one = bench(rabbit.url, type)
     worker = await one.working()
-    bodies = {"20 MB": b"x" * (20 << 20), "huge header": b"{}"}
+    bodies = {"20 MB": b"x" * (20 << 20), "huge header": b"{}", "a frame full": b"{}"}
     await one.until_ended(await one.publish(*(one.recorder.Note() for _ in range(50))))
     await raw.publish(one.queue.name, b"{}", properties=Basic.Properties(message_type="note", message_id="huge header", headers={"x": "y" * 100_000}))
+    # with what the broker adds, it is larger than any frame that was agreed on
+    await raw.publish(one.queue.name, b"{}", properties=Basic.Properties(message_type="note", message_id="a frame full", headers={"x": "y" * 130_980}))
     try:
         await raw.publish(one.queue.name, bodies["20 MB"], properties=Basic.Properties(message_type="note", message_id="20 MB"))
     except aiormq.exceptions.ChannelPreconditionFailed:  # 4.x takes 16 MiB: refused before it is anybody's
@@ -143,6 +150,53 @@ async def test_properties_that_are_not_utf_8_are_buried_with_their_body(bench: C
 
     assert {letter.body for letter in await raw.take_all(f"{one.queue.name}.dead")} == set(wrong)
     assert len(error_lines(worker.log)) == len(wrong), worker.log
+
+
+@pytest.mark.parametrize("depth", [31, 40, 1000])
+async def test_tables_in_tables_are_buried_at_the_latest_where_they_could_not_be_written_again(
+    bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, depth: int
+) -> None:
+    """A table that can be read and not written would stay unsettled, and be delivered again at each restart."""
+    one = bench(rabbit.url)
+    worker = await one.working()
+    octets = b"\x01xt\x01"
+    for _ in range(depth):
+        octets = b"\x01xF" + len(octets).to_bytes(4, "big") + octets
+    properties = (frames.HEADERS | frames.MESSAGE_ID | frames.TYPE).to_bytes(2, "big") + len(octets).to_bytes(4, "big") + octets + b"\x04deep" + b"\x04note"
+    connection = await amqp.connect(addresses(rabbit.url, 15)[0], "test", 10)
+    channel = await connection.channel(10)
+    channel.publish("", properties, b"not JSON", amqp.Unconfirmed("", one.queue.name, time.monotonic() + 10))
+    await channel.close()
+    await connection.close()
+    await one.until_empty(dead=1)
+    await worker.drained()
+
+    [letter] = await raw.take_all(f"{one.queue.name}.dead")
+    assert (letter.body, letter.properties.message_id, letter.properties.message_type) == (b"not JSON", "deep", "note")
+    assert "is lost" not in worker.log, "its connection"
+
+
+@pytest.mark.timeout(120)
+async def test_a_broker_that_takes_small_frames_only_keeps_its_connection(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+    """Errors and headers fit one frame or end the connection, again at each try: nobody's jobs would be published any more."""
+    node = await rabbit_node(conf={"frame_max": "4096"})
+    one = bench(node.url)
+    worker = await one.working()
+    async with one.app.publisher() as publisher:
+        for _ in range(3):
+            await publisher.publish(one.recorder.Flaky(99), headers={"x": "y" * 1400}, timeout_s=20)
+        with pytest.raises(MessageTooLarge, match="the limit is 1528"):
+            await publisher.publish(one.recorder.Note(), headers={"x": "y" * 1500}, timeout_s=20)
+    await one.until_ended(await one.publish(*(one.recorder.Note() for _ in range(50))))
+    await one.until_empty(dead=3)
+    await worker.drained()
+    admin = open_admin(node.url, Runtime(app="fault"))
+    async with admin.dead(one.queue) as letters:
+        last = [failures_of(letter.envelope)[-1] async for letter in letters]
+    await admin.close()
+
+    assert [(failure.attempt, failure.error) for failure in last] == [(5, "ConnectionError")] * 3
+    assert "is lost" not in worker.log, "its connection"
 
 
 async def test_counts_that_leave_no_room_do_not_keep_a_job_for_ever(bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw) -> None:

@@ -19,7 +19,7 @@ from pamqp.heartbeat import Heartbeat
 
 from leveret.brokers import amqp
 from leveret.brokers.address import Address, addresses
-from leveret.brokers.amqp import WINDOW, Channel, Closed, Connection, Late, Nacked, Returned, Unconfirmed
+from leveret.brokers.amqp import BROKERS_HEADERS_BYTES, WINDOW, Channel, Closed, Connection, Late, Nacked, Returned, Unconfirmed
 
 _T = TypeVar("_T")
 START = commands.Connection.Start(server_properties={"product": "a test"}, mechanisms="PLAIN AMQPLAIN", locales="en_US")
@@ -274,7 +274,7 @@ ACK_OF_NOTHING = commands.Basic.Ack(delivery_tag=5, multiple=False)
     ("said", "code"),
     [
         (b"\x01\x00\x01\x7f\xff\xff\xff\x00", 501),
-        (octets(ContentBody(bytes(131_073 - 8))), 501),
+        (octets(ContentBody(bytes(131_072 + BROKERS_HEADERS_BYTES + 1 - 8))), 501),
         (b"\x01\x00\x01\x00\x00\x00\x04\x00\x99\x00\x99\xce", 502),
         (octets(commands.Queue.DeclareOk("q", 0, 0), 9), 504),
         (content(DELIVER, b"x", 9), 504),
