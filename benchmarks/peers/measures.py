@@ -129,8 +129,13 @@ def latency(per_s: int) -> Callable[[Context, Contestant, str], Row]:
     return run
 
 
+def spread(context: Context, contestant: Contestant, kind: str) -> Row:
+    """Delay each job by 5 s, published evenly over 5 s; how late it runs."""
+    return _late(context, contestant, kind, "spread", context.arguments.delayed, 5.0)
+
+
 def delayed(context: Context, contestant: Contestant, kind: str) -> Row:
-    """Delay each job by 5 s from its publish; how late it runs."""
+    """Delay each job by 5 s, published as fast as it goes; how late it runs."""
     return _late(context, contestant, kind, "delayed", context.arguments.delayed, 5.0)
 
 
@@ -288,6 +293,7 @@ UNITS = (
     Unit("start", "import", {"import_ms": "ms"}, importing, _one_kind),
     Unit("start", "start to first job", {"start_ms": "ms"}, start, _one_kind),
     Unit("memory", "memory", {"idle_mb": "idle MB", "after_mb": "MB after"}, memory, _one_kind, most=1),
+    Unit("delayed", "delayed by 5 s, spread out, lateness", LATE, spread, _delays),
     Unit("delayed", "delayed by 5 s, lateness", LATE, delayed, _delays),
     Unit("delayed", "due within one second, lateness", LATE, due, _delays, most=3),
     Unit("retries", "jobs that fail once", {"net_s": "s without the delay", "seconds": "s"}, failing, _workers),

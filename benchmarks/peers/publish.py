@@ -1,7 +1,7 @@
 """One publishing process: `python -m benchmarks.peers.publish MODULE HOW JOBS [SECONDS]`; prints JSON.
 
-HOW: one (awaited one by one) | many (pipelined, or threads) | paced (JOBS over SECONDS) | delayed (each by SECONDS) |
-due (JOBS that fall due evenly within 1 s, which begins after SECONDS).
+HOW: one (awaited one by one) | many (pipelined, or threads) | paced (JOBS over SECONDS) | spread (the same, delayed by SECONDS) |
+delayed (each by SECONDS) | due (JOBS that fall due evenly within 1 s, which begins after SECONDS).
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ def _now() -> tuple[int, float | None]:
     return time.monotonic_ns(), None
 
 
-async def paced(lanes: Lanes, jobs: int, seconds: float) -> None:
+async def paced(lanes: Lanes, jobs: int, seconds: float, when: Callable[[], tuple[int, float | None]] = _now) -> None:
     """Publish evenly, whether or not the ones before are confirmed."""
     begun, tasks = time.monotonic(), set[asyncio.Task[None]]()
     for n in range(jobs):
         if (wait := begun + n * seconds / jobs - time.monotonic()) > 0:
             await asyncio.sleep(wait)
-        task = asyncio.ensure_future(lanes.one(_now))
+        task = asyncio.ensure_future(lanes.one(when))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         if not n % 100:
@@ -92,9 +92,18 @@ async def paced(lanes: Lanes, jobs: int, seconds: float) -> None:
     await asyncio.gather(*tasks)
 
 
+def _later(seconds: float) -> Callable[[], tuple[int, float | None]]:
+    return lambda: (time.monotonic_ns() + int(seconds * 1e9), seconds)
+
+
+async def spread(lanes: Lanes, jobs: int, seconds: float) -> None:
+    """Publish evenly jobs that are each delayed by as long as that takes."""
+    await paced(lanes, jobs, seconds, _later(seconds))
+
+
 async def delayed(lanes: Lanes, jobs: int, seconds: float) -> None:
-    """Publish jobs that are each delayed by so many seconds."""
-    await asyncio.gather(*(lanes.one(lambda: (time.monotonic_ns() + int(seconds * 1e9), seconds)) for _ in range(jobs)))
+    """Publish jobs that are each delayed by so many seconds, as fast as it goes."""
+    await asyncio.gather(*(lanes.one(_later(seconds)) for _ in range(jobs)))
 
 
 async def due(lanes: Lanes, jobs: int, seconds: float) -> None:
@@ -125,7 +134,7 @@ async def run(module: str, how: str, jobs: int, seconds: float) -> dict[str, flo
             if how == "many":
                 await lanes.many(warm)
                 warm *= 2
-        if how in ("delayed", "due"):
+        if how in ("spread", "delayed", "due"):
             warm = 1
             await lanes.one(lambda: (time.monotonic_ns() + WARM_UP_S * 1_000_000_000, float(WARM_UP_S)))    # what delays need is declared then
         work: Awaitable[None]
@@ -134,7 +143,7 @@ async def run(module: str, how: str, jobs: int, seconds: float) -> dict[str, flo
             for _ in range(jobs):
                 await sender.one(time.monotonic_ns(), None)
         else:
-            work = lanes.many(jobs) if how == "many" else {"paced": paced, "delayed": delayed, "due": due}[how](lanes, jobs, seconds)
+            work = lanes.many(jobs) if how == "many" else {"paced": paced, "spread": spread, "delayed": delayed, "due": due}[how](lanes, jobs, seconds)
             await work
         took, used = time.perf_counter() - begun, cpu_s() - cpu
     return {"sent": jobs + warm, "per_s": jobs / took, "cpu_us": used / jobs * 1e6, "seconds": took}
