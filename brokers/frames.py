@@ -23,8 +23,6 @@ OVERHEAD = 8
 PROPERTIES_OVERHEAD = OVERHEAD + 12
 """Octets of a frame of properties beside them: class, weight and the body's size, too."""
 _MAX_NESTING = 32
-FRAME_MIN = 4096
-"""A peer must take frames of at least this size (section 4.9)."""
 
 _METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
 _DELIVER, _RETURN, _ACK, _NACK, _GET_OK = (struct.pack(">HH", 60, method) for method in (60, 50, 80, 120, 71))
@@ -312,9 +310,7 @@ def short(text: str) -> bytes:
     return _LENGTHS[len(raw)] + raw
 
 
-_TEXTS = (
-    (CORRELATION_ID, "correlation_id"), (REPLY_TO, "reply_to"), (EXPIRATION, "expiration"), (MESSAGE_ID, "message_id"),
-)
+_TEXTS = ((CORRELATION_ID, "correlation_id"), (REPLY_TO, "reply_to"), (EXPIRATION, "expiration"))
 
 
 def decode_properties(raw: bytes) -> dict[str, Any]:  # noqa: PLR0915 - the list of section 4.2.6.1, one after another
@@ -347,7 +343,7 @@ def decode_properties(raw: bytes) -> dict[str, Any]:  # noqa: PLR0915 - the list
             found["priority"] = raw[at]
             at += 1
         if flags & (CORRELATION_ID | REPLY_TO | EXPIRATION):
-            for flag, name in _TEXTS[:3]:
+            for flag, name in _TEXTS:
                 if flags & flag:
                     end = at + 1 + raw[at]
                     found[name] = raw[at + 1 : end].decode()

@@ -24,7 +24,7 @@ from . import topology
 from .address import Address, addresses
 from .properties import priority_property
 from .rabbitmq_consuming import RabbitConsumption, RabbitDelivery
-from .rabbitmq_publishing import Posting, Publishing, Route, encoded
+from .rabbitmq_publishing import Publishing, Route, encoded
 
 
 def open_broker(url: str, runtime: Runtime) -> Broker:
@@ -112,8 +112,8 @@ class RabbitBroker:
         if isinstance(delivery, RabbitDelivery) and delivery.live:
             if delivery.instead is None:
                 route = await self._routed(delivery.queue, envelope, delay_s, deadline)
-                delivery.instead = await self._publishing.write(route, envelope, deadline)
-            await self._replaced(delivery, delivery.instead, deadline)
+                await self._write_instead(delivery, route, envelope, deadline)
+            await self._replaced(delivery, deadline)
 
     async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
         """Publish it to the queue's dead letters, confirmed, then ack; no effect on a delivery that isn't live."""
@@ -122,15 +122,24 @@ class RabbitBroker:
                 queue = delivery.queue
                 buried = envelope if envelope.origin else msgspec.structs.replace(envelope, origin=queue.name)
                 route = Route(topology.DEAD, queue.name, None, queue, None, topology.dead_queue(queue.name))
-                delivery.instead = await self._publishing.write(route, buried, deadline)
-            await self._replaced(delivery, delivery.instead, deadline)
+                await self._write_instead(delivery, route, buried, deadline)
+            await self._replaced(delivery, deadline)
 
-    async def _replaced(self, delivery: RabbitDelivery, publish: Posting, deadline: float) -> None:
-        """Ack `delivery` once `publish`, which takes its place, is confirmed.
+    async def _write_instead(self, delivery: RabbitDelivery, route: Route, envelope: Envelope, deadline: float) -> None:
+        """Write what takes the place of `delivery`, where that is still ours: while a link was waited for, the broker may have it back."""
+        link = await self._publishing.linked(route, envelope, deadline)
+        if delivery.live:
+            delivery.instead = self._publishing.write(link, route, envelope)
+
+    async def _replaced(self, delivery: RabbitDelivery, deadline: float) -> None:
+        """Ack `delivery` once what takes its place is confirmed.
 
         Where no confirm comes in time (a broker that blocks publishers), the next call waits for the same publish: each
         copy that is written runs.
         """
+        publish = delivery.instead
+        if publish is None:
+            return
         try:
             async with asyncio.timeout_at(deadline):
                 await publish.wait()

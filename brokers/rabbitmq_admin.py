@@ -224,6 +224,8 @@ class RabbitDeadLetters:
 
     async def close(self) -> None:
         """Close its channel, once the broker has what was dropped; a dead-letter queue is always a quorum queue."""
-        if self._dropped and self._channel.closed is None:
-            await settled(self._channel, [topology.dead_queue(self._name)], _STEP_S)
-        await self._channel.close()
+        try:
+            if self._dropped and self._channel.closed is None:
+                await settled(self._channel, [topology.dead_queue(self._name)], _STEP_S)
+        finally:
+            await self._channel.close()

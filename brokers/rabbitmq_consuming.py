@@ -139,7 +139,8 @@ class _Taker:
             if self._paused or not self._consumer_tags:  # several deliveries may ask for it before it begins
                 return
             held = self._held_bytes
-            self._fit()
+            self._prefetch = min(self._prefetch, self._fitting())
+            self._narrow_for = NARROW_FOR
             await self._cancel()
             logger.warning(
                 "queue %s: %d MiB of unsettled bodies are held here; it goes on with a prefetch of %d", self.queue.name, held >> 20, self._prefetch
@@ -147,23 +148,23 @@ class _Taker:
             self._paused = True
         await self._resume()
 
-    def _fit(self) -> None:
+    def _fitting(self) -> int:
+        """Return the prefetch that fits the bodies since the last look."""
         fitting = HELD_BYTES // 2 // max(1, self._largest * len(topology.physicals(self.queue)))
-        self._prefetch = max(1, min(self._wanted, fitting))
-        self._narrow_for = NARROW_FOR if self._prefetch < self._wanted else 0
         self._largest = 0
+        return max(1, min(self._wanted, fitting))
 
     async def _widen(self) -> None:
         """Take as much as was asked for again, once large bodies come no more: one burst of them must not slow a queue down for days."""
         async with self._switching:
-            if self._paused or not self._consumer_tags:
-                return
-            before = self._prefetch
-            self._fit()
-            if self._prefetch > before:
+            if self._consumer_tags and not self._paused and (fitting := self._fitting()) > self._prefetch:
                 await self._cancel()
+                if not self._session.taking:
+                    return
+                self._prefetch = fitting
                 await self._register(self._session.runtime.settings.connect_timeout_s)
-                logger.info("queue %s: its bodies are smaller again; it goes on with a prefetch of %d", self.queue.name, self._prefetch)
+                logger.info("queue %s: its bodies are smaller again; it goes on with a prefetch of %d", self.queue.name, fitting)
+            self._narrow_for = NARROW_FOR if self._prefetch < self._wanted else 0
 
     async def _resume(self) -> None:
         async with self._switching:
@@ -233,18 +234,18 @@ class _Taker:
         if self._paused and self._held_bytes <= HELD_BYTES // 2:
             self._session.spawn(self._resume())
         channel = self._channel
-        acks, settled, lowest, top = self._acks, self._settled, self._lowest, 0
+        acks, written, lowest, top = self._acks, self._settled, self._lowest, 0
         if self._nacks:
             for tag in self._nacks:
                 channel.nack(tag)
-            settled.update(self._nacks)
+            written.update(self._nacks)
             self._nacks.clear()
         while True:
             if lowest in acks:
                 acks.remove(lowest)
                 top = lowest
-            elif lowest in settled:
-                settled.remove(lowest)
+            elif lowest in written:
+                written.remove(lowest)
             else:
                 break
             lowest += 1
@@ -254,7 +255,7 @@ class _Taker:
         if acks:
             for tag in sorted(acks):
                 channel.ack(tag, multiple=False)
-            settled |= acks
+            written |= acks
             acks.clear()
         channel.connection.flush()
 
@@ -450,12 +451,14 @@ class RabbitConsumption:
             return
         session.taking = False
         session.connection.on_closed = None
-        try:
-            await asyncio.gather(*(taker.close() for taker in session.takers))
-        except FAULTS as error:
-            logger.warning(
-                "RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", session.connection.address, reason_of(error)
-            )
+        # one that fails (its queue was deleted) must not cut off the others' last acks
+        for error in await asyncio.gather(*(taker.close() for taker in session.takers), return_exceptions=True):
+            if isinstance(error, FAULTS):
+                logger.warning(
+                    "RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", session.connection.address, reason_of(error)
+                )
+            elif error is not None:
+                raise error
         session.end()
         await session.connection.close()
 

@@ -58,10 +58,10 @@ class Route(msgspec.Struct, frozen=True, eq=False):
 def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
     """Return the properties of `envelope`; InvalidJob or MessageTooLarge for those that AMQP can't carry, `room` bytes in one frame.
 
-    A publisher gets three eighths of the room: the broker adds headers of its own, and a retry its errors. Those are cut
+    A first publish gets three eighths of the room: the broker adds headers of its own, and a retry its errors. Those are cut
     short above a half, and go before a job that failed can't be published any more (`_Taker` takes up to three quarters).
     """
-    limit = room if envelope.cause is not None else room * 3 // 8
+    limit = room if envelope.cause is not None or envelope.passes else room * 3 // 8
     try:
         properties = encode(envelope, route.priority)
         if envelope.errors and len(properties) > room // 2:
@@ -80,7 +80,7 @@ class Posting(amqp.Unconfirmed, eq=False, kw_only=True):
     """A publish that was written; see `leveret.broker.Posted`."""
 
     publishing: Publishing
-    link: _Link
+    link: Link
     route: Route
     envelope: Envelope
 
@@ -103,7 +103,7 @@ class Posting(amqp.Unconfirmed, eq=False, kw_only=True):
         return error
 
 
-class _Link:
+class Link:
     """An open publishing connection, its channel, and what was declared on it."""
 
     def __init__(self, connection: amqp.Connection, channel: amqp.Channel) -> None:
@@ -116,6 +116,7 @@ class _Link:
 
     @property
     def usable(self) -> bool:
+        """Whether it can still be written to."""
         return self.channel.closed is None
 
 
@@ -126,8 +127,8 @@ class Publishing:
         self._where = where
         self._runtime = runtime
         self._name = name
-        self._link: _Link | None = None
-        self._opening: asyncio.Task[_Link] | None = None
+        self._link: Link | None = None
+        self._opening: asyncio.Task[Link] | None = None
         self._waiting = 0
         self._trying = False
         """Whether an attempt to connect is under way, rather than the pause before one."""
@@ -137,29 +138,30 @@ class Publishing:
 
     async def send(self, route: Route, envelope: Envelope, deadline: float) -> None:
         """Return once `envelope` is confirmed; raises a `PublishError` by `deadline`."""
-        publish = await self.write(route, envelope, deadline, confirm_by=deadline)
-        await publish
+        link = await self.linked(route, envelope, deadline)
+        await self.write(link, route, envelope, deadline)
 
     def post(self, route: Route, envelope: Envelope, deadline: float) -> Posted | None:
         """Write `envelope` now if nothing but its confirm is to be waited for."""
         link = self.ready(route)
-        return None if link is None else self._post(link, route, envelope, deadline)
+        return None if link is None else self.write(link, route, envelope, deadline)
 
-    async def write(self, route: Route, envelope: Envelope, deadline: float, *, confirm_by: float = float("inf")) -> Posting:
-        """Write `envelope` by `deadline`, or raise a `PublishError`: nothing was sent. Without a confirm it ends at `confirm_by`."""
+    async def linked(self, route: Route, envelope: Envelope, deadline: float) -> Link:
+        """Return a link on which `envelope` can be written now, or raise a `PublishError` by `deadline`: nothing was sent."""
         link = self.ready(route)
         if link is None:
             encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
             link = await self.prepare(route, envelope, deadline)
-        return self._post(link, route, envelope, confirm_by)
+        return link
 
-    def _post(self, link: _Link, route: Route, envelope: Envelope, deadline: float) -> Posting:
+    def write(self, link: Link, route: Route, envelope: Envelope, deadline: float = float("inf")) -> Posting:
+        """Write `envelope`; without a confirm it ends at `deadline`."""
         properties = encoded(route, envelope, link.connection.max_properties_bytes)
         posted = Posting(envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, envelope=envelope)
         link.channel.publish(route.exchange, properties, envelope.body, posted)
         return posted
 
-    def ready(self, route: Route) -> _Link | None:
+    def ready(self, route: Route) -> Link | None:
         """Return the link, nearly always, where all that `route` needs is there; None where a publish must wait first."""
         link = self._link
         if link is None or link.channel.closed is not None or link.channel.full:
@@ -171,7 +173,7 @@ class Publishing:
                 link.ready.add(route)
         return link
 
-    def failure(self, link: _Link, route: Route, envelope: Envelope, error: BaseException) -> PublishError:
+    def failure(self, link: Link, route: Route, envelope: Envelope, error: BaseException) -> PublishError:
         """Return what a failed publish means to its caller."""
         match error:
             case amqp.Returned():
@@ -188,14 +190,14 @@ class Publishing:
                 msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
         return PublishTimeout(_says(route, envelope, msg), job_id=envelope.job_id, maybe_published=True)
 
-    async def prepare(self, route: Route, envelope: Envelope, deadline: float) -> _Link:
+    async def prepare(self, route: Route, envelope: Envelope, deadline: float) -> Link:
         """Return a link on which `route` is declared and there is room, or raise a `PublishError` by `deadline`: nothing was sent."""
         why: str | None = "no connection yet"
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        link = await self._linked()
+                        link = await self._connected()
                         why = None
                         for what in (route.queue, route.ladder):
                             if what is not None:
@@ -235,7 +237,7 @@ class Publishing:
 
     # -- the connection
 
-    async def _linked(self) -> _Link:
+    async def _connected(self) -> Link:
         """Return the open link, or wait until there is one; ConfigurationError where waiting won't help."""
         if self._link is not None and self._link.usable:
             return self._link
@@ -251,20 +253,22 @@ class Publishing:
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            if opening.cancelled():  # by `close`
+            if self._closed and opening.cancelled():
                 raise ConnectionLost("the broker is closed") from None
             raise
         finally:
             self._waiting -= 1
             if not self._waiting and not self._trying:
                 opening.cancel()  # it pauses, for nobody now; no effect where it is done
+                self._opening = None  # now, not at its end: who comes in this very turn makes a new one
 
-    def _opened(self, task: asyncio.Task[_Link]) -> None:
-        self._opening = None
+    def _opened(self, task: asyncio.Task[Link]) -> None:
+        if self._opening is task:
+            self._opening = None
         if not task.cancelled() and isinstance(error := task.exception(), ConfigurationError):
             self._refused = (time.monotonic(), error)
 
-    async def _open(self) -> _Link:
+    async def _open(self) -> Link:
         """Connect, again and again while somebody waits.
 
         What has begun goes on when its publish gives up, or publishes with less time than a handshake takes would never get a connection.
@@ -283,7 +287,7 @@ class Publishing:
                 self._trying = False
             attempt += 1
             await self._pause(attempt)
-        link = self._link = _Link(connection, channel)
+        link = self._link = Link(connection, channel)
         channel.on_closed = partial(self._lost, link)
         return link
 
@@ -298,7 +302,7 @@ class Publishing:
             raise
         return connection, channel
 
-    def _lost(self, link: _Link, why: amqp.Closed) -> None:
+    def _lost(self, link: Link, why: amqp.Closed) -> None:
         if self._link is link:
             self._link = None
             self._reason = reason_of(why)
@@ -309,7 +313,7 @@ class Publishing:
 
     # -- declaring
 
-    async def _declared(self, link: _Link, what: Queue | str) -> None:
+    async def _declared(self, link: Link, what: Queue | str) -> None:
         """Declare `what` (a queue's topology, or a ladder by its kind) once a link; many may wait for it."""
         if what in link.declared:
             return
@@ -319,7 +323,7 @@ class Publishing:
             task.add_done_callback(lambda ended: (link.declaring.pop(what, None), ended.cancelled() or ended.exception()))
         await asyncio.shield(task)
 
-    async def _declare(self, link: _Link, what: Queue | str) -> None:
+    async def _declare(self, link: Link, what: Queue | str) -> None:
         if isinstance(what, Queue):
             name, records = what.name, topology.SHARED + topology.of_queue(what)
         else:

@@ -1,4 +1,4 @@
-"""What leveret declares on RabbitMQ: names, arguments, bindings. Pure data; `declare` in rabbitmq_connection carries it out.
+"""What leveret declares on RabbitMQ: names, arguments, bindings. Pure data; `session.declare` carries it out.
 
     publish ─► lv.jobs ─<queue>.<level>─► <queue>, <queue>.low, .high, .urgent ─rejected, over the limit─► lv.dead ─► <queue>.dead
     delayed ─► lv.delay.digit.<place> ─► lv.delay.<time> ─ … ─► lv.delay.due ─q/<queue>/<level>─► the same queues
@@ -11,7 +11,6 @@ come from one table, the same for every version of the broker, since a queue can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -227,8 +226,3 @@ def of_ladder(kind: str) -> tuple[Declaration, ...]:
             )
         below = exchange
     return tuple(declarations)
-
-
-def queue_names(declarations: Iterable[Declaration]) -> list[str]:
-    """Return the physical queues among `declarations`."""
-    return [record.name for record in declarations if isinstance(record, PhysicalQueue)]

@@ -23,7 +23,7 @@ from .chain import AnyLayer, bind, fold_consume, fold_publish, name_of
 from .clock import Timer
 from .codec import Decoder, UndecodableError
 from .envelope import Envelope, Failure, Receipt, failures_of
-from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError
+from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, named, one_line, said_by
 from .handler import Handler, innermost
 from .held import Gate, Held, QueueHeld, Route, in_arrival_order
 from .job import Job, Queue
@@ -419,20 +419,20 @@ class Consumer:
                 failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
                 return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
             case Bury(reason):
-                logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason), exc_info=_at_debug(error))
+                logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(error))
                 return self._bury(delivery, self._failed(envelope, error, reason))
             case Undecodable(reason):
-                logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason))
+                logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, one_line(reason))
                 return self._bury(delivery, self._failed(envelope, None, reason))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
                 since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)  # one in the future would have it wait until then
                 waited_s = (now_ms - since_ms) / 1000
                 if waited_s >= self._runtime.settings.unknown_grace_s:
-                    logger.error("%s is buried in %s.dead: %s, for %d s", _what(envelope), delivery.queue.name, _line(reason), waited_s)
+                    logger.error("%s is buried in %s.dead: %s, for %d s", _what(envelope), delivery.queue.name, one_line(reason), waited_s)
                     return self._bury(delivery, self._failed(envelope, None, reason))
                 if envelope.unknown_since_ms is None:
-                    logger.warning("%s waits in the broker, a deploy may be rolling: %s", _what(envelope), _line(reason))
+                    logger.warning("%s waits in the broker, a deploy may be rolling: %s", _what(envelope), one_line(reason))
                 # 1, 2, 4 … 30 s: it waits as long again as it has waited
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
                 return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
@@ -464,7 +464,7 @@ class Consumer:
             return await self._insist(delivery, publish, envelope)
         except _REFUSED as refused:  # waiting doesn't help
             reason = f"its {envelope.cause} can't be published: {refused}"
-            logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, _line(reason), exc_info=_at_debug(refused))  # noqa: TRY400 - one line
+            logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(refused))  # noqa: TRY400 - one line
             ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
             return await self._bury(delivery, self._failed(ran, refused, reason))
 
@@ -500,33 +500,32 @@ class Consumer:
         Raises `InvalidJob` or `MessageTooLarge` of what can only be buried; a burial goes on.
         """
         tries, told = 0, float("-inf")
-        while delivery.live and not self._cut:
-            try:
-                await publish()
-            except Exception as error:  # whatever a layer raises, the original must not be lost
-                if isinstance(error, _REFUSED) and envelope.cause != "bury":
+        try:
+            while delivery.live and not self._cut:
+                try:
+                    await publish()
+                except Exception as error:  # whatever a layer raises, the original must not be lost
+                    if isinstance(error, _REFUSED) and envelope.cause != "bury":
+                        raise
+                    if tries == 0:
+                        self.unsettled += 1
+                    tries += 1
+                    if self._clock.monotonic() - told >= 60.0 and delivery.live:
+                        told = self._clock.monotonic()
+                        logger.error(  # noqa: TRY400 - one line; the traceback at debug level
+                            "%s: its %s can't be published, so it stays unacked and is tried again: %s",
+                            _what(envelope), envelope.cause, said_by(error) if isinstance(error, PublishError) else named(error),
+                            exc_info=_at_debug(error),
+                        )
+                    if delivery.live:
+                        await self._clock.sleep(full_jitter(tries, base_s=0.2, cap_s=15.0, rng=self._runtime.rng))
+                else:
                     if tries:
-                        self.unsettled -= 1
-                    raise
-                if tries == 0:
-                    self.unsettled += 1
-                tries += 1
-                if self._clock.monotonic() - told >= 60.0 and delivery.live:
-                    told = self._clock.monotonic()
-                    logger.error(  # noqa: TRY400 - one line; the traceback at debug level
-                        "%s: its %s can't be published, so it stays unacked and is tried again: %s",
-                        _what(envelope), envelope.cause, _line(str(error) if isinstance(error, PublishError) else repr(error)),
-                        exc_info=_at_debug(error),
-                    )
-                if delivery.live:
-                    await self._clock.sleep(full_jitter(tries, base_s=0.2, cap_s=15.0, rng=self._runtime.rng))
-            else:
-                if tries:
-                    self.unsettled -= 1
-                    logger.info("%s: its %s is published after %d tries", _what(envelope), envelope.cause, tries + 1)
-                return True
-        if tries:
-            self.unsettled -= 1
+                        logger.info("%s: its %s is published after %d tries", _what(envelope), envelope.cause, tries + 1)
+                    return True
+        finally:
+            if tries:
+                self.unsettled -= 1
         return False
 
     def _failed(self, envelope: Envelope, error: BaseException | None, reason: str = "") -> Envelope:
@@ -536,8 +535,8 @@ class Consumer:
             at_ms=int(self._clock.now() * 1000),
             host=socket.gethostname(),
             error="" if error is None else type(error).__qualname__,
-            message=_line(reason if error is None else str(error))[:_MESSAGE_CHARS],
-            reason=_line(reason)[:_MESSAGE_CHARS],
+            message=(one_line(reason) if error is None else said_by(error))[:_MESSAGE_CHARS],
+            reason=one_line(reason)[:_MESSAGE_CHARS],
             traceback="" if error is None else _trimmed(error),
         )
         failures = [*failures_of(envelope), failure]
@@ -608,7 +607,7 @@ def _with_deadline(envelope: Envelope) -> Envelope:
 
 def _refused(error: BaseException) -> Bury:
     """Return the burial that an exception becomes when it leaves the outermost layer."""
-    bury = Bury(f"{type(error).__qualname__}: {error}" if str(error) else type(error).__qualname__)
+    bury = Bury(named(error))
     bury.__cause__ = error
     return bury
 
@@ -617,15 +616,10 @@ def _what(envelope: Envelope) -> str:
     return f"{envelope.job or 'a job without a name'} {envelope.job_id} (queue {envelope.queue}, attempt {envelope.attempt})"
 
 
-def _line(text: str) -> str:
-    """Return `text` on one line: a log line a happening, whatever was in a message."""
-    return " ".join(text.split())
-
-
 def _at_debug(error: BaseException | None) -> BaseException | None:
     return error if logger.isEnabledFor(logging.DEBUG) else None
 
 
 def _trimmed(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _TRACEBACK_CHARS else "…" + text[-_TRACEBACK_CHARS:]

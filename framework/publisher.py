@@ -75,7 +75,7 @@ class Outgoing(Generic[_J_co]):
             at=at,
             job_id=job_id,
             correlation_id=correlation_id,
-            headers=dict(headers) if isinstance(headers, dict) else headers,  # what isn't one is refused when it is published
+            headers=dict(headers) if isinstance(headers, Mapping) else headers,  # what isn't one is refused when it is published
             expires_s=expires_s,
         )
 
@@ -114,7 +114,11 @@ class _Contract:
             msg = f"{type(job).__name__} is abstract: it names no job and no queue, so it can't be published"
             raise InvalidJob(msg)
         self.spec = spec
-        self.decoder = codec.Decoder(type(job))
+        try:
+            self.decoder = codec.Decoder(type(job))
+        except Exception as error:  # a type that is imported for the type checker only, a union that msgspec can't tell apart
+            msg = f"{spec.name}: no body of {type(job).__name__} could be decoded: {error}"
+            raise InvalidJob(msg) from error
 
 
 class Sender:

@@ -25,6 +25,8 @@ _ALMOST_S = 1e-6
 class RateLimit:
     """At most `limit` starts in `every_s`, over all processes of one `leveret work`, and `burst` at once. ValueError unless all are > 0.
 
+    Within one `every_s` after a quiet time it may be `limit + burst - 1`: give `burst=1` where a limit is somebody else's law.
+
     Each process gets an equal share, and one start of its own at once at least. Where every handler of a queue has
     this very instance, the consumer starts nothing of the queue before it may. On some jobs of a queue it waits in the
     slot for up to 0.25 s, and otherwise snoozes the job, spread out over the starts to come: that costs no attempt.

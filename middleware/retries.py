@@ -12,6 +12,7 @@ import msgspec
 from leveret.attempt import Attempt
 from leveret.backoff import ceiling_s, full_jitter
 from leveret.chain import Consume
+from leveret.errors import named
 from leveret.outcome import MAX_DELAY_S, Bury, Outcome, Retry, Snooze
 from leveret.settings import Runtime
 
@@ -22,7 +23,6 @@ On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Except
 
 _IN_PLACE_BASE_S = 0.005
 _IN_PLACE_CAP_S = 0.05
-_REASON_CHARS = 500
 
 
 @final
@@ -169,7 +169,7 @@ class Retries:
                         return self._after(attempt, error, plan)
                     tries += 1
                     failed = error
-                    attempt.log.info("%s failed and is tried again in place: %s", attempt.envelope.job, _one_line(error))
+                    attempt.log.info("%s failed and is tried again in place: %s", attempt.envelope.job, named(error))
                     await self._clock.sleep(full_jitter(tries, base_s=_IN_PLACE_BASE_S, cap_s=_IN_PLACE_CAP_S, rng=self._rng))
                     continue
                 if isinstance(outcome, Retry):
@@ -195,9 +195,9 @@ class Retries:
     def _after(self, attempt: Attempt, error: Exception, plan: _Plan, at_least_s: float = 0.0) -> Retry | Bury:
         outcome: Retry | Bury
         if plan.bury:
-            outcome = Bury(f"{_one_line(error)} (a rule buries it at once)")
+            outcome = Bury(f"{named(error)} (a rule buries it at once)")
         elif attempt.number >= plan.max_attempts:
-            outcome = Bury(f"{_one_line(error)} (attempt {attempt.number} of {plan.max_attempts})")
+            outcome = Bury(f"{named(error)} (attempt {attempt.number} of {plan.max_attempts})")
         else:
             outcome = Retry(max(at_least_s, full_jitter(attempt.number, base_s=plan.base_s, cap_s=plan.cap_s, rng=self._rng)))
         outcome.__cause__ = error
@@ -206,7 +206,7 @@ class Retries:
     def _asked(self, attempt: Attempt, asked: Retry) -> Retry | Bury:
         outcome: Retry | Bury
         if attempt.number >= self.max_attempts:
-            why = "another try was asked for" if asked.__cause__ is None else _one_line(asked.__cause__)
+            why = "another try was asked for" if asked.__cause__ is None else named(asked.__cause__)
             outcome = Bury(f"{why} (attempt {attempt.number} of {self.max_attempts})")
         elif asked.delay_s is None:
             outcome = Retry(full_jitter(attempt.number, base_s=self.base_s, cap_s=self.cap_s, rng=self._rng))
@@ -228,18 +228,8 @@ def _applies(on: On, error: Exception) -> bool:
             raise TypeError(msg)
         return bool(answer)
     except Exception:
-        logger.exception("the predicate %s of a Rule failed on %s; that counts as no match", _name(on), _one_line(error))
+        logger.exception("the predicate %s of a Rule failed on %s; that counts as no match", _name(on), named(error))
         return False
-
-
-def _one_line(error: BaseException) -> str:
-    """Return class and text of `error` on one line."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # noqa: BLE001 - a user's __str__
-        text = "its text can't be shown: its __str__ raises"
-    name = type(error).__qualname__
-    return (f"{name}: {text}" if text else name)[:_REASON_CHARS]
 
 
 def _name(on: object) -> str:

@@ -19,7 +19,7 @@ from leveret import App, Attempt, Bury, InvalidJob, Job, Outcome, Priority, Publ
 from leveret.broker import DeadLetter
 from leveret.consumer import Limits
 from leveret.envelope import Envelope, Receipt, failures_of
-from leveret.middleware import RateLimit
+from leveret.middleware import RateLimit, Retries
 from leveret.worker import Working, working
 from tests.contract.harness import PATIENCE_S, Harness, depth, make_envelope, soon
 
@@ -678,3 +678,33 @@ async def test_a_retry_that_can_never_be_published_is_buried(harness: Harness, h
 
     assert (letter.job_id, letter.attempt) == (job_id, 1)
     assert "its retry can't be published" in failures_of(letter)[-1].reason
+
+
+class Unspeakable(Exception):
+    """Can't be shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("nor this")
+
+
+@pytest.mark.parametrize("error", [ValueError("bad name \udcff.txt"), Unspeakable(), Bury("half a pair \ud800")], ids=["surrogate", "no text", "reason"])
+@pytest.mark.parametrize("layers", [[], [Retries(max_attempts=2, base_s=0.01)]], ids=["bare", "retries"])
+async def test_an_error_whose_text_cannot_be_written_is_an_error_like_any_other(harness: Harness, error: Exception, layers: list[Any]) -> None:
+    """A file name that isn't UTF-8 in an error's text left its job unsettled, and with enough of them the queue stood still."""
+
+    def fails(job: Any, attempt: Attempt[Any]) -> None:
+        raise error
+
+    queue = harness.queue()
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url, middleware=layers)
+    app.handler(job=work)(fails)
+
+    async with working(app, queues=[queue.name]) as worker:
+        [job_id] = await publish(app, work(n=1))
+        [letter] = await letters_of(harness, queue, 1)
+        await until(lambda: worker.consumer.busy == 0)
+    await assert_empty(harness, queue)
+
+    assert letter.job_id == job_id
+    assert failures_of(letter)[-1].reason

@@ -82,7 +82,7 @@ async def test_after_large_bodies_a_queue_takes_as_much_as_before(bench: Callabl
     )
     worker = await one.working("--concurrency", "20", "--queue", f"{one.queue.name}=20")
     await one.until_ended([*ids, *first], timeout_s=60)
-    assert "held here; it goes on with a prefetch of 2" in worker.log, worker.log
+    assert "held here; it goes on with a prefetch of 2\n" in worker.log, worker.log
 
     small = await one.publish(*(one.recorder.Note() for _ in range(2500)))  # the first thousand follow large ones
     await one.until_ended([*ids, *first, *small], timeout_s=60)

@@ -76,8 +76,9 @@ async def test_publishes_that_wait_for_less_than_a_handshake_takes_get_their_con
                 try:
                     await publisher.publish(one.recorder.Note(), timeout_s=0.3)
                     break
-                except PublishError:
-                    pass
+                except PublishError as error:
+                    if isinstance(error, PublishTimeout) and error.maybe_published:
+                        break  # connected; the confirm takes a slow disk longer
             else:
                 pytest.fail("20 publishes, and no connection")
             assert link.accepted == 1
@@ -255,8 +256,9 @@ async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often
     await asyncio.gather(*(settled(delivery, 20) for delivery in deliveries[1:]))
     if ending == "again":
         came = [delivery.envelope.body for delivery in await sink.take(20)]
-        await asyncio.sleep(1)  # longer than the delay: a second copy would be there by now
-        assert sink.waiting == 0
+        # behind any second copy: it waits as long, and was published later
+        await broker.publish(queue, make_envelope(queue, b"last"), delay_s=0.25, deadline=soon())
+        assert (await sink.next()).envelope.body == b"last"
     else:
         async with open_admin(node.url, Runtime(app="blocked")).dead(queue) as letters:
             came = [letter.envelope.body async for letter in letters]

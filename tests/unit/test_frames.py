@@ -19,7 +19,6 @@ from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
 from leveret.brokers.frames import (
-    FRAME_MIN,
     HEARTBEAT,
     OVERHEAD,
     Parser,
@@ -32,6 +31,9 @@ from leveret.brokers.frames import (
     reject_frame,
     table_of,
 )
+
+FRAME_MIN = 4096
+"""A peer must take frames of at least this size (section 4.9)."""
 
 
 class Heard:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from msgspec import Struct
 
 from leveret import (
     App,
@@ -41,6 +42,20 @@ class Mail(Job, name="mail.send", queue=mails, expires_s=3600):
 
 class Abstract(Job):
     """Names no job."""
+
+
+class Left(Struct):
+    """One of two."""
+
+
+class Right(Struct):
+    """The other, and nothing tells which."""
+
+
+class Undecodable(Job, name="mail.undecodable", queue=mails):
+    """Could be encoded, and by no worker decoded."""
+
+    side: Left | Right
 
 
 class Flat(Job, name="flat.one", queue=Queue("flat", priorities=False)):
@@ -93,6 +108,7 @@ WRONG: list[tuple[Job, dict[str, Any], str]] = [
     (Mail(order_id=7, share=float("nan")), {}, "Expected `float`, got `null`"),
     (Mail(order_id=object()), {}, "can't be encoded"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     (Abstract(), {}, "is abstract"),
+    (Undecodable(Left()), {}, "could be decoded"),
     (Mail(order_id=7), {"priority": "high"}, "priority is a Priority"),
     (Flat(), {"priority": Priority.HIGH}, "no priority but NORMAL"),
     (Mail(order_id=7), {"delay_s": -1}, "delay_s must be at least 0"),
