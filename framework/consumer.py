@@ -23,13 +23,14 @@ from .chain import AnyLayer, bind, fold_consume, fold_publish, name_of
 from .clock import Timer
 from .codec import Decoder, UndecodableError
 from .envelope import Envelope, Failure, Receipt, failures_of
-from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, named, one_line, said_by
+from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError
 from .handler import Handler, innermost
 from .held import Gate, Held, QueueHeld, Route, in_arrival_order
 from .job import Job, Queue
 from .outcome import OUTCOMES, Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
 from .publisher import Publisher
 from .settings import Runtime
+from .texts import named, one_line, said_by
 
 logger = logging.getLogger("leveret.consumer")
 

@@ -127,22 +127,3 @@ class PublishManyError(LeveretError):
     def results(self) -> list[Receipt | PublishError]:
         """One entry a job given, in its order."""
         return self._results
-
-
-def one_line(text: str) -> str:
-    """Return `text` on one line, half surrogate pairs written out: one happening is one log line, and must be encodable."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-
-
-def said_by(error: BaseException) -> str:
-    """Return what an exception says, a user's with a `__str__` of its own included, on one line."""
-    try:
-        return one_line(str(error))
-    except Exception:  # noqa: BLE001 - a user's __str__
-        return "its text can't be shown: its __str__ raises"
-
-
-def named(error: BaseException) -> str:
-    """Return class and text of an exception, on one line, 500 characters at most."""
-    name, text = type(error).__qualname__, said_by(error)
-    return (f"{name}: {text}" if text else name)[:500]
