@@ -13,7 +13,7 @@ import msgspec
 
 from .app import App
 from .backoff import full_jitter
-from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError
+from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, PublishTimeout
 from .publisher import Options, Outgoing, Sender
 from .schedule import Schedule
 from .settings import Runtime, redact
@@ -23,6 +23,8 @@ logger = logging.getLogger("leveret.cron")
 LONGEST_SLEEP_S = 30.0
 """Looked at the clock at least so often, since it may be set."""
 PUBLISH_TIMEOUT_S = 5.0
+LAST_SLOT_S = 86_400.0
+"""How long a slot is tried that no other follows."""
 FINISH_S = PUBLISH_TIMEOUT_S + 1.0
 """How long a stop waits for what is being published."""
 
@@ -31,8 +33,8 @@ class Scheduler:
     """Publishes the enabled schedules of an app, each in a task of its own, so that none waits for another.
 
     A slot's job has a deterministic id: published again after a restart or an unknown confirm it is the same job,
-    at least once. A slot that can't be published is tried again until the schedule's next one is due. What fell due
-    while no scheduler ran is skipped.
+    at least once. A slot that can't be published is tried again until the schedule's next one is due; while the broker
+    blocks publishers it is written twice at most. What fell due while no scheduler ran is skipped.
     """
 
     def __init__(self, app: App[Any], sender: Sender, runtime: Runtime) -> None:
@@ -113,6 +115,9 @@ class Scheduler:
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock.now(), timezone.utc)
 
+    def _left_s(self, following: datetime | None) -> float:
+        return LAST_SLOT_S if following is None else following.timestamp() - self._clock.now()
+
     async def _emit(self, schedule: Schedule, slot: datetime, following: datetime | None) -> None:
         try:
             # a user's code: it may block, so it has threads of its own
@@ -125,17 +130,20 @@ class Scheduler:
         job, given = (emitted.job, emitted.options) if isinstance(emitted, Outgoing) else (emitted, Options())
         if given.job_id is None:
             given = msgspec.structs.replace(given, job_id=schedule.slot_id(self._app.name, slot))
-        tries = 0
+        tries, timeout_s = 0, PUBLISH_TIMEOUT_S
         while True:
             try:
-                receipt = await self._sender.publish(job, given, PUBLISH_TIMEOUT_S)
+                receipt = await self._sender.publish(job, given, timeout_s)
             except ConfigurationError:
                 raise
             except PublishError as error:
+                if isinstance(error, PublishTimeout) and error.maybe_published:
+                    # written to a broker that blocks publishers: so is each further try, and each copy runs once the alarm is over
+                    timeout_s = max(PUBLISH_TIMEOUT_S, self._left_s(following))
                 final = isinstance(error, (InvalidJob, MessageTooLarge))
                 tries += 1
                 wait_s = full_jitter(tries, base_s=0.5, cap_s=15.0, rng=self._runtime.rng)
-                if final or (following is not None and self._clock.now() + wait_s >= following.timestamp()):
+                if final or self._left_s(following) <= wait_s:
                     logger.error("schedule %s: slot %s is missed, it couldn't be published: %s", schedule.name, slot, redact(str(error)))  # noqa: TRY400 - a line says it all
                     return
                 if tries == 1:

@@ -1,14 +1,16 @@
 """Brokers that are away, silent, full, hung or killed: a worker waits and says for what, a publisher has its answer in time."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any
 
 import pytest
 
-from leveret import App, BrokerUnavailable, PublishError, PublishManyError, PublishTimeout, Receipt
+from leveret import App, BrokerUnavailable, Job, PublishError, PublishManyError, PublishTimeout, Receipt, scheduler
 from leveret.broker import Delivery
 from leveret.brokers.rabbitmq import open_admin, open_broker
 from leveret.ids import new_job_id
@@ -22,6 +24,12 @@ from tests.rabbit.proxy import FaultProxy
 
 SLACK_S = 0.5
 """How late an error may come after its deadline."""
+
+slots = Queue("slots")
+
+
+class Slot(Job, name="slot", queue=slots):
+    what: str = "nightly"
 
 
 async def refused(publishing: Any, timeout_s: float) -> PublishError:
@@ -265,6 +273,42 @@ async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often
     await broker.close()
 
     assert sorted(came) == sorted(b"%d" % number for number in range(20))
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+async def test_a_slot_of_a_schedule_that_a_broker_blocks_is_written_twice_at_most(
+    rabbit_node: StartNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The nightly invoices, published again each few seconds of an alarm, would be sent some twenty times when it is over."""
+    monkeypatch.setattr(scheduler, "PUBLISH_TIMEOUT_S", 0.5)
+    caplog.set_level(logging.INFO)
+    node = await rabbit_node()
+    app: App[None] = App("blocked", broker=node.url)
+    runtime = app.runtime()
+    broker = open_broker(node.url, runtime)
+    async with app.publisher() as publisher:
+        await publisher.publish(Slot("before"), timeout_s=20)
+        await node.ctl("set_vm_memory_high_watermark", "0.0000001")
+        app.cron(f"{datetime.now(timezone.utc) + timedelta(seconds=2):%S %M %H} * * *", Slot(), name="nightly")
+        publishing = scheduler.Scheduler(app, app.sender(broker, runtime), runtime)
+        running = asyncio.create_task(publishing.run())
+        await eventually(lambda: "isn't published yet" in caplog.text)
+        for _ in range(5):
+            await refused(publisher.publish(Slot("blocked"), timeout_s=1), 1)  # so long that another copy would have been written
+        await node.ctl("set_vm_memory_high_watermark", "0.6")
+        await eventually(lambda: "schedule nightly published" in caplog.text)
+        await publisher.publish(Slot("after"), timeout_s=20)  # behind any copy
+    _, sink = await consume(broker, slots)
+    came = [(await sink.next()).envelope]
+    while b"after" not in came[-1].body:
+        came.append((await sink.next()).envelope)
+    publishing.stop()
+    await running
+    await broker.close()
+
+    assert 1 <= sum("nightly@" in envelope.job_id for envelope in came) <= 2
+    assert "the broker blocks publishers" in caplog.text
 
 
 @pytest.mark.fault
