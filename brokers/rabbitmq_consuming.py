@@ -124,9 +124,7 @@ class _Taker:
             await self._channel.cancel(tag, amqp.CLOSE_TIMEOUT_S)
 
     async def close(self) -> None:
-        """Flush, wait until the broker has it all, and close the channel: what isn't settled goes back."""
-        self.flush()
-        self.live = False
+        """Wait until the broker has all that was flushed, and close the channel: what isn't settled goes back."""
         if self.queue.type == "quorum" and self._channel.closed is None:
             await settled(self._channel, topology.physicals(self.queue), amqp.CLOSE_TIMEOUT_S)
         await self._channel.close()
@@ -319,6 +317,17 @@ class _Session:
         for task in self._tasks:
             task.cancel()
 
+    async def close(self) -> None:
+        """Flush the acks, wait until the broker has them, and disconnect; a dead peer costs seconds, not for ever."""
+        self.end()
+        # one that fails (its queue was deleted) must not cut off the others' last acks
+        for error in await asyncio.gather(*(taker.close() for taker in self.takers), return_exceptions=True):
+            if isinstance(error, FAULTS):
+                logger.warning("RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", self.connection.address, reason_of(error))
+            elif error is not None:
+                raise error
+        await self.connection.close()
+
 
 class RabbitConsumption:
     """A running consumption: connects, declares, consumes; and again, whole, when any of it is lost."""
@@ -370,7 +379,7 @@ class RabbitConsumption:
         except BaseException as error:
             session.end()
             self._sink.lost()
-            await connection.close()  # not dropped: some consumers may have delivered, and what was acked must arrive
+            await session.close()  # not dropped: some consumers may have delivered, and what was acked must arrive
             if isinstance(error, FAULTS):
                 self._raise(error, connection.address)
             raise
@@ -419,7 +428,7 @@ class RabbitConsumption:
         logger.warning("the consuming connection to RabbitMQ at %s is lost: %s", session.connection.address, reason)
         self._told = (reason, time.monotonic())
         self._sink.lost()
-        await session.connection.close()
+        await session.close()  # it may be one queue's channel that is lost: the others' last acks must arrive
 
     def _tell(self, reason: str) -> None:
         """Log what it waits for: when that changes, and once a minute."""
@@ -443,24 +452,12 @@ class RabbitConsumption:
             session.lose(f"its consumers couldn't be cancelled: {reason_of(error)}")
 
     async def close(self) -> None:
-        """Flush the acks, wait until the broker has them, and disconnect; a dead peer costs seconds, not for ever."""
+        """End the supervisor, then the session, in order."""
         self._stopping = True
         await self._end_supervisor()
         session, self._session = self._session, None
-        if session is None:
-            return
-        session.taking = False
-        session.connection.on_closed = None
-        # one that fails (its queue was deleted) must not cut off the others' last acks
-        for error in await asyncio.gather(*(taker.close() for taker in session.takers), return_exceptions=True):
-            if isinstance(error, FAULTS):
-                logger.warning(
-                    "RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", session.connection.address, reason_of(error)
-                )
-            elif error is not None:
-                raise error
-        session.end()
-        await session.connection.close()
+        if session is not None:
+            await session.close()
 
     async def _end_supervisor(self) -> None:
         if self._establishing is not None and not self._establishing.done():

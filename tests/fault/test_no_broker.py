@@ -276,6 +276,30 @@ async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often
 
 
 @pytest.mark.fault
+@pytest.mark.timeout(60)
+async def test_a_channel_that_is_lost_costs_no_other_queue_its_last_acks(rabbit: Rabbit) -> None:
+    """Somebody deletes a queue that is no longer used; what its neighbours have just done must not be done again."""
+    broker = open_broker(rabbit.url, Runtime(app="neighbours"))
+    queue, other = Queue(f"acks-{new_job_id()}"), Queue(f"lost-{new_job_id()}")
+    for number in range(400):
+        await broker.publish(queue, make_envelope(queue, b"%d" % number), delay_s=0, deadline=soon())
+    await broker.publish(other, make_envelope(other), delay_s=0, deadline=soon())
+    _, sink = await consume(broker, queue, other, prefetch=500)
+    deliveries = await sink.take(401)
+    unsettled = [delivery for delivery in deliveries if delivery.queue is queue][::2]
+    for delivery in deliveries:
+        if delivery.queue is other:
+            broker.give_back(delivery)
+            broker.give_back(delivery)  # twice, which costs its channel
+        elif delivery not in unsettled:
+            broker.done(delivery)
+    came = {delivery.envelope.body for delivery in await sink.take(201) if delivery.queue is queue}
+    await broker.close()
+
+    assert came == {delivery.envelope.body for delivery in unsettled}
+
+
+@pytest.mark.fault
 @pytest.mark.timeout(120)
 async def test_a_slot_of_a_schedule_that_a_broker_blocks_is_written_twice_at_most(
     rabbit_node: StartNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
