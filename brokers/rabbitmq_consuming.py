@@ -123,11 +123,11 @@ class _Taker:
         for tag in tags:
             await self._channel.cancel(tag, amqp.CLOSE_TIMEOUT_S)
 
-    async def close(self) -> None:
-        """Wait until the broker has all that was flushed, and close the channel: what isn't settled goes back."""
-        if self.queue.type == "quorum" and self._channel.closed is None:
+    async def settled(self) -> None:
+        """Return once the broker has all that was written; nothing can be settled after it."""
+        anything = self._lowest > 1 or self._settled
+        if anything and self.queue.type == "quorum" and self._channel.closed is None:
             await settled(self._channel, topology.physicals(self.queue), amqp.CLOSE_TIMEOUT_S)
-        await self._channel.close()
 
     # ---- what is held stays bounded: the consumers are cancelled, never the socket left unread
 
@@ -321,7 +321,7 @@ class _Session:
         """Flush the acks, wait until the broker has them, and disconnect; a dead peer costs seconds, not for ever."""
         self.end()
         # one that fails (its queue was deleted) must not cut off the others' last acks
-        for error in await asyncio.gather(*(taker.close() for taker in self.takers), return_exceptions=True):
+        for error in await asyncio.gather(*(taker.settled() for taker in self.takers), return_exceptions=True):
             if isinstance(error, FAULTS):
                 logger.warning("RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", self.connection.address, reason_of(error))
             elif error is not None:
