@@ -225,7 +225,7 @@ class RabbitDeadLetters:
     async def close(self) -> None:
         """Close its channel, once the broker has what was dropped; a dead-letter queue is always a quorum queue."""
         try:
-            if self._dropped and self._channel.closed is None:
+            if self._dropped:
                 await settled(self._channel, [topology.dead_queue(self._name)], _STEP_S)
         finally:
             await self._channel.close()

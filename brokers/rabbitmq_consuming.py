@@ -125,8 +125,7 @@ class _Taker:
 
     async def settled(self) -> None:
         """Return once the broker has all that was written; nothing can be settled after it."""
-        anything = self._lowest > 1 or self._settled
-        if anything and self.queue.type == "quorum" and self._channel.closed is None:
+        if self.queue.type == "quorum" and (self._lowest > 1 or self._settled):
             await settled(self._channel, topology.physicals(self.queue), amqp.CLOSE_TIMEOUT_S)
 
     # ---- what is held stays bounded: the consumers are cancelled, never the socket left unread
@@ -318,8 +317,7 @@ class _Session:
             task.cancel()
 
     async def close(self) -> None:
-        """Flush the acks, wait until the broker has them, and disconnect; a dead peer costs seconds, not for ever."""
-        self.end()
+        """After `end`: wait until the broker has all that was settled, and disconnect; a dead peer costs seconds, not for ever."""
         # one that fails (its queue was deleted) must not cut off the others' last acks
         for error in await asyncio.gather(*(taker.settled() for taker in self.takers), return_exceptions=True):
             if isinstance(error, FAULTS):
@@ -457,6 +455,7 @@ class RabbitConsumption:
         await self._end_supervisor()
         session, self._session = self._session, None
         if session is not None:
+            session.end()
             await session.close()
 
     async def _end_supervisor(self) -> None:

@@ -164,7 +164,9 @@ async def settled(channel: amqp.Channel, queues: Iterable[str], timeout_s: float
 
     The answer to channel.close doesn't say that. A channel hands a quorum queue 32 settlements; the rest it keeps until
     those are in the queue's log, and forgets when it is closed (`SOFT_LIMIT` in RabbitMQ's rabbit_fifo_client). A
-    basic.get is answered out of the same log, after them. What it takes goes back with the close.
+    basic.get is answered out of the same log, after them. What it takes goes back with the close. On a channel that is
+    closed already there is nothing to wait for.
     """
-    for queue in queues:
-        await channel.get(queue, timeout_s)
+    if channel.closed is None:
+        for queue in queues:
+            await channel.get(queue, timeout_s)

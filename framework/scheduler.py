@@ -24,7 +24,7 @@ LONGEST_SLEEP_S = 30.0
 """Looked at the clock at least so often, since it may be set."""
 PUBLISH_TIMEOUT_S = 5.0
 LAST_SLOT_S = 86_400.0
-"""How long a slot is tried that no other follows."""
+"""What is left to a slot that no other follows: such a one is tried until it is published, a publish at most so long."""
 FINISH_S = PUBLISH_TIMEOUT_S + 1.0
 """How long a stop waits for what is being published."""
 
