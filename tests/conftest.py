@@ -13,9 +13,11 @@ from tests.rabbit.raw import Raw, connect
 
 
 class StartNode(Protocol):
-    """Starts a private node; `conf` and `plugins` are RabbitMQ's own names."""
+    """Starts a private node; `conf`, `advanced` (of its advanced.config) and `plugins` are RabbitMQ's own names."""
 
-    def __call__(self, *, conf: Mapping[str, str] | None = None, plugins: Sequence[str] = ()) -> Awaitable[Node]: ...
+    def __call__(
+        self, *, conf: Mapping[str, str] | None = None, advanced: Mapping[str, int] | None = None, plugins: Sequence[str] = ()
+    ) -> Awaitable[Node]: ...
 
 
 def _absent(reason: str) -> NoReturn:
@@ -50,10 +52,12 @@ async def rabbit_node(rabbit_found: Rabbit | Installation) -> AsyncGenerator[Sta
     """Start nodes of the test's own, to kill, pause and fill; skips where the broker isn't ours to run."""
     started: list[Node] = []
 
-    async def start(*, conf: Mapping[str, str] | None = None, plugins: Sequence[str] = ()) -> Node:
+    async def start(
+        *, conf: Mapping[str, str] | None = None, advanced: Mapping[str, int] | None = None, plugins: Sequence[str] = ()
+    ) -> Node:
         if not isinstance(rabbit_found, Installation):
             pytest.skip(rabbit_found.why_no_levers)
-        node = Node(rabbit_found, conf=conf, plugins=plugins)
+        node = Node(rabbit_found, conf=conf, advanced=advanced, plugins=plugins)
         started.append(node)
         await node.start()
         return node

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from leveret import App, BrokerUnavailable, Job, PublishError, PublishManyError, PublishTimeout, Receipt, scheduler
+from leveret import (
+    App,
+    BrokerUnavailable,
+    Job,
+    Outgoing,
+    PublishError,
+    PublishManyError,
+    PublishTimeout,
+    Receipt,
+    scheduler,
+)
 from leveret.broker import Delivery
 from leveret.brokers.rabbitmq import open_admin, open_broker
 from leveret.ids import new_job_id
@@ -208,6 +218,30 @@ async def test_a_broker_that_is_killed_and_comes_back_loses_no_confirmed_job(ben
 
     assert len(set(confirmed)) == len(confirmed) > 300
     assert set(one.recorder.ids("end")) == set(confirmed)
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+async def test_every_delayed_job_comes_after_the_broker_was_killed(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+    """A power cut finds thousands of retries on their way from delay queue to delay queue: each comes, though some only when RabbitMQ moves it again."""
+    # 180 s unless told: how long its dead-letter worker waits for a confirm that the kill has cost it
+    node = await rabbit_node(advanced={"dead_letter_worker_publisher_confirm_timeout": 2_000})
+    one = bench(node.url, reconnect_cap_s=1.0)
+    confirmed = list[str]()
+    async with one.app.publisher() as publisher:
+        # declares the queue, and the delay queues with their bindings
+        confirmed.append((await publisher.publish(one.recorder.Note(), delay_s=2, timeout_s=30)).job_id)
+        await node.flush()
+        for _ in range(15):
+            some = [Outgoing(one.recorder.Note(), delay_s=0.25 * (1 + number % 8)) for number in range(200)]
+            confirmed.extend(receipt.job_id for receipt in await publisher.publish_many(some, timeout_s=30))
+    await node.kill9()
+    await node.start()
+    worker = await one.working()
+    await one.until_ended(confirmed)
+    await one.until_empty()
+    await worker.drained()
+    assert len(set(confirmed)) == 3_001
 
 
 @pytest.mark.fault

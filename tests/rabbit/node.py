@@ -100,7 +100,9 @@ class Node(Rabbit):
     The process is this thread's child and dies with it, whatever kills the tests (where `setpriv` exists: Linux).
     """
 
-    def __init__(self, installation: Installation, *, conf: Mapping[str, str] | None = None, plugins: Sequence[str] = ()) -> None:
+    def __init__(
+        self, installation: Installation, *, conf: Mapping[str, str] | None = None, advanced: Mapping[str, int] | None = None, plugins: Sequence[str] = ()
+    ) -> None:
         self.port, self._dist_port, self._epmd_port, self._ctl_port = free_ports(4)
         super().__init__(f"amqp://guest:guest@127.0.0.1:{self.port}/")
         self._installation = installation
@@ -122,6 +124,8 @@ class Node(Rabbit):
             **(conf or {}),
         }
         (self.folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
+        terms = ", ".join(f"{{{key}, {value}}}" for key, value in (advanced or {}).items())
+        (self.folder / "advanced.config").write_text(f"[{{rabbit, [{terms}]}}].\n")
         (self.folder / "plugins").write_text(f"[{','.join(plugins)}].\n")
 
     @property
