@@ -1,14 +1,12 @@
-"""delivery → held → chain → ending → settled. The chain says how a run ended; only `Consumer._settle` acts on it."""
+"""delivery → held → chain → ending. The chain says how a run ended; only `Settlement.settle` acts on it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
-import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -17,34 +15,26 @@ from typing import Any
 import msgspec
 
 from .attempt import current_attempt, make_attempt
-from .backoff import full_jitter
 from .broker import Broker, Consumption, Delivery, Subscription
-from .chain import AnyLayer, bind, fold_consume, fold_publish, name_of
+from .chain import AnyLayer, bind, fold_consume, name_of
 from .clock import Timer
 from .codec import Decoder, UndecodableError
-from .envelope import Envelope, Failure, Receipt, failures_of
-from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError
+from .envelope import Envelope
+from .errors import ConfigurationError
 from .handler import Handler, innermost
 from .held import Gate, Held, QueueHeld, Route, in_arrival_order
 from .job import Job, Queue
-from .outcome import OUTCOMES, Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
+from .outcome import OUTCOMES, Bury, CutOff, Ending, NotStarted, Retry, Snooze, Undecodable, Unknown
 from .publisher import Publisher
 from .settings import Runtime
-from .texts import named, one_line, said_by
+from .settlement import Settlement, what
+from .texts import named
 
 logger = logging.getLogger("leveret.consumer")
 
-SETTLE_TIMEOUT_S = 5.0
-"""Deadline of one try to publish a retry or a burial; it is tried again until its channel is gone."""
 START_WITHIN_S = 60.0
 """Prefetch is what can start within this time: the broker's consumer timeout counts waiting too."""
-MAX_ERRORS_BYTES = 16 << 10
-_TRACEBACK_CHARS = 2000
-_MESSAGE_CHARS = 500
 _UNWIND_S = 1.0
-_MOST = (1 << 63) - 1
-_REFUSED = (InvalidJob, MessageTooLarge)
-"""What no other try would change."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,9 +84,8 @@ class Consumer:
         around_sync: Callable[[], AbstractContextManager[object]] | None = None,
         observe: Callable[[Ended], None] | None = None,
     ) -> None:
-        self._broker = broker
         self._publisher = publisher
-        self._publish_layers = publish_layers
+        self._settlement = Settlement(broker, publish_layers, runtime)
         self._resources = resources
         self._runtime = runtime
         self._clock = runtime.clock
@@ -110,13 +99,10 @@ class Consumer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: Timer | None = None
         self._stopping = False
-        self._cut = False
         self._watchers: list[asyncio.Future[None]] = []
         self._counts: defaultdict[type, int] = defaultdict(int)
         self._loop = asyncio.get_running_loop()
         self._create_task = self._loop.create_task
-        self.unsettled = 0
-        """Retries and burials that can't be published now; their deliveries stay unacked."""
         bind((layer for handler in handlers for layer in handler.layers), runtime)
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
             self._open(queue, [handler for handler in handlers if handler.queue == queue], around_sync)
@@ -162,6 +148,11 @@ class Consumer:
     def held(self) -> int:
         """Deliveries that wait here for a slot."""
         return sum(queue.count for queue in self._queues.values())
+
+    @property
+    def unsettled(self) -> int:
+        """Retries and burials that can't be published now; their deliveries stay unacked."""
+        return self._settlement.unsettled
 
     @property
     def counts(self) -> Counter[str]:
@@ -334,7 +325,7 @@ class Consumer:
         except UndecodableError as undecodable:
             ending = Undecodable(str(undecodable))
         except asyncio.CancelledError as cancelled:
-            ending = CutOff() if self._cut else _refused(cancelled)
+            ending = CutOff() if self._settlement.cut else _refused(cancelled)
         except Exception as failed:  # noqa: BLE001 - what leaves the chain becomes a burial
             ending = _refused(failed)
         finally:
@@ -347,7 +338,7 @@ class Consumer:
         rest = self._end(delivery, job, ending, held.arrived)
         try:
             if rest is not None:
-                if not self._cut:
+                if not self._settlement.cut:
                     await _take_back_cancels()
                 await rest
         finally:
@@ -357,7 +348,7 @@ class Consumer:
 
     def _end(self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None) -> Coroutine[Any, Any, None] | None:
         """Count an ending and settle its delivery; what comes back is the rest of it, to be awaited."""
-        if self._cut:
+        if self._settlement.cut:
             ending = CutOff()
         error = ending.__cause__ if isinstance(ending, BaseException) else None
         try:
@@ -365,7 +356,7 @@ class Consumer:
                 self._counts[type(ending)] += 1
                 if not delivery.live:
                     self._lost(delivery, ending)
-                elif (republishing := self._settle(delivery, ending, error, arrived)) is not None:
+                elif (republishing := self._settlement.settle(delivery, ending, error, arrived)) is not None:
                     return self._republished(republishing, delivery, job, ending, error)
             if self._observe is not None:
                 self._observe(Ended(delivery.envelope, job, ending, error))
@@ -382,7 +373,7 @@ class Consumer:
             if self._observe is not None:
                 self._observe(Ended(delivery.envelope, job, ending, error))
         except asyncio.CancelledError as cancelled:
-            if not self._cut:
+            if not self._settlement.cut:
                 self._stuck(delivery, cancelled)
             raise
         except Exception as bug:  # noqa: BLE001 - see there
@@ -390,162 +381,13 @@ class Consumer:
 
     def _stuck(self, delivery: Delivery, bug: BaseException) -> None:
         """Say that our own code failed, or was cancelled by a user's: its delivery stays unacked, so nothing is lost, but it must be seen."""
-        logger.critical("%s couldn't be settled, it stays unacked: %r", _what(delivery.envelope), bug, exc_info=bug)
+        logger.critical("%s couldn't be settled, it stays unacked: %r", what(delivery.envelope), bug, exc_info=bug)
 
     def _lost(self, delivery: Delivery, ending: Ending) -> None:
         self._counts[Lost] += 1
         logger.warning(
-            "%s: its channel is gone, so the broker delivers it again; it ended as %s", _what(delivery.envelope), type(ending).__name__.lower()
+            "%s: its channel is gone, so the broker delivers it again; it ended as %s", what(delivery.envelope), type(ending).__name__.lower()
         )
-
-    # ---- out: every ending, and what becomes of the delivery ------------------------------------------------------
-
-    def _settle(
-        self, delivery: Delivery, ending: Ending, error: BaseException | None, arrived: float | None
-    ) -> Coroutine[Any, Any, bool] | None:
-        """Act on an ending; what comes back is to be awaited: a publish, which is False where the delivery was lost meanwhile."""
-        if isinstance(ending, Done):
-            self._broker.done(delivery)
-            return None
-        envelope = delivery.envelope
-        if not envelope.first_seen_ms:
-            envelope = msgspec.structs.replace(envelope, first_seen_ms=int((arrived or self._clock.now()) * 1000))
-        match ending:
-            case Expired():
-                logger.warning("%s expired before it ran; it is dropped", _what(envelope))
-                self._broker.done(delivery)
-            case Snooze(delay_s):
-                return self._again(delivery, _next(envelope, cause="snooze"), delay_s)
-            case Retry(delay_s):
-                failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
-                return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
-            case Bury(reason):
-                logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(error))
-                return self._bury(delivery, self._failed(envelope, error, reason))
-            case Undecodable(reason):
-                logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, one_line(reason))
-                return self._bury(delivery, self._failed(envelope, None, reason))
-            case Unknown(reason):
-                now_ms = int(self._clock.now() * 1000)
-                since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)  # one in the future would have it wait until then
-                waited_s = (now_ms - since_ms) / 1000
-                if waited_s >= self._runtime.settings.unknown_grace_s:
-                    logger.error("%s is buried in %s.dead: %s, for %d s", _what(envelope), delivery.queue.name, one_line(reason), waited_s)
-                    return self._bury(delivery, self._failed(envelope, None, reason))
-                if envelope.unknown_since_ms is None:
-                    logger.warning("%s waits in the broker, a deploy may be rolling: %s", _what(envelope), one_line(reason))
-                # 1, 2, 4 … 30 s: it waits as long again as it has waited
-                unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
-                return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
-            case NotStarted():
-                self._broker.give_back(delivery)
-            case CutOff():
-                pass  # left unsettled: when the connection closes, the broker delivers it again
-        return None
-
-    async def _again(self, delivery: Delivery, envelope: Envelope, delay_s: float) -> bool:
-        due_ms = int((self._clock.now() + delay_s) * 1000) if delay_s else None
-        envelope = msgspec.structs.replace(envelope, due_ms=due_ms)
-
-        async def publish() -> None:
-            reached = False
-
-            async def last(changed: Envelope) -> Receipt:
-                nonlocal reached
-                reached = True
-                await self._broker.again(delivery, changed, delay_s=delay_s, deadline=changed.deadline)
-                return Receipt(changed.job_id)
-
-            await fold_publish(self._publish_layers, last)(_with_deadline(envelope))
-            if not reached:
-                msg = "a publish layer returned without proceeding"
-                raise RuntimeError(msg)
-
-        try:
-            return await self._insist(delivery, publish, envelope)
-        except _REFUSED as refused:  # waiting doesn't help
-            reason = f"its {envelope.cause} can't be published: {refused}"
-            logger.error("%s is buried in %s.dead: %s", _what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(refused))  # noqa: TRY400 - one line
-            ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
-            return await self._bury(delivery, self._failed(ran, refused, reason))
-
-    async def _bury(self, delivery: Delivery, envelope: Envelope) -> bool:
-        buried = msgspec.structs.replace(envelope, origin=delivery.queue.name, cause="bury", due_ms=None, unknown_since_ms=None)
-
-        async def publish() -> None:
-            reached = False
-
-            async def last(changed: Envelope) -> Receipt:
-                nonlocal reached
-                reached = True
-                # layers may add headers to a burial, nothing else: it is kept as it came
-                kept = msgspec.structs.replace(buried, headers=changed.headers)
-                await self._broker.bury(delivery, kept, deadline=time.monotonic() + SETTLE_TIMEOUT_S)
-                return Receipt(changed.job_id)
-
-            try:
-                await fold_publish(self._publish_layers, last)(_with_deadline(buried))
-            except Exception as error:
-                if reached and not isinstance(error, _REFUSED):  # what a layer adds may be what can't be sent
-                    raise
-                reached = False
-                logger.warning("%s: a publish layer raised on its burial, which goes on without: %r", _what(envelope), error)
-            if not reached:
-                await last(buried)
-
-        return await self._insist(delivery, publish, buried)
-
-    async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
-        """Publish until it is confirmed, or until the delivery's channel is gone; it is never acked before, and never nacked.
-
-        Raises `InvalidJob` or `MessageTooLarge` of what can only be buried; a burial goes on.
-        """
-        tries, told = 0, float("-inf")
-        try:
-            while delivery.live and not self._cut:
-                try:
-                    await publish()
-                except Exception as error:  # whatever a layer raises, the original must not be lost
-                    if isinstance(error, _REFUSED) and envelope.cause != "bury":
-                        raise
-                    if tries == 0:
-                        self.unsettled += 1
-                    tries += 1
-                    if self._clock.monotonic() - told >= 60.0 and delivery.live:
-                        told = self._clock.monotonic()
-                        logger.error(  # noqa: TRY400 - one line; the traceback at debug level
-                            "%s: its %s can't be published, so it stays unacked and is tried again: %s",
-                            _what(envelope), envelope.cause, said_by(error) if isinstance(error, PublishError) else named(error),
-                            exc_info=_at_debug(error),
-                        )
-                    if delivery.live:
-                        await self._clock.sleep(full_jitter(tries, base_s=0.2, cap_s=15.0, rng=self._runtime.rng))
-                else:
-                    if tries:
-                        logger.info("%s: its %s is published after %d tries", _what(envelope), envelope.cause, tries + 1)
-                    return True
-        finally:
-            if tries:
-                self.unsettled -= 1
-        return False
-
-    def _failed(self, envelope: Envelope, error: BaseException | None, reason: str = "") -> Envelope:
-        """Return `envelope` with one more entry in its errors; the oldest go when they take too much room."""
-        failure = Failure(
-            attempt=envelope.attempt,
-            at_ms=int(self._clock.now() * 1000),
-            host=socket.gethostname(),
-            error="" if error is None else type(error).__qualname__,
-            message=(one_line(reason) if error is None else said_by(error))[:_MESSAGE_CHARS],
-            reason=one_line(reason)[:_MESSAGE_CHARS],
-            traceback="" if error is None else _trimmed(error),
-        )
-        failures = [*failures_of(envelope), failure]
-        text = msgspec.json.encode(failures)
-        while len(text) > MAX_ERRORS_BYTES and len(failures) > 1:
-            failures = failures[1:]
-            text = msgspec.json.encode(failures)
-        return msgspec.structs.replace(envelope, errors=text.decode())
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -576,7 +418,7 @@ class Consumer:
             why = "told again to stop" if hurry is not None and hurry.is_set() else f"the grace of {grace_s:g} s is over"
             names = ", ".join(sorted({queue.queue.name for queue in self._queues.values() if queue.running})) or "settling"
             logger.error("%s: cut off, to be delivered again: %d (%s)", why, len(self._tasks), names)
-            self._cut = True
+            self._settlement.cut = True
             self._counts[CutOff] += len(self._tasks)
             for task in self._tasks:
                 task.cancel()
@@ -595,15 +437,6 @@ async def _take_back_cancels() -> None:
             await asyncio.sleep(0)
 
 
-def _next(envelope: Envelope, **changes: Any) -> Envelope:
-    """Return `envelope` as leveret publishes it anew: same id, one pass more."""
-    # a foreign producer's count may be at its end: one that AMQP can't carry would never be published
-    counted = {"passes": min(envelope.passes + 1, _MOST), "unknown_since_ms": None, **changes}
-    return msgspec.structs.replace(envelope, **counted)
-
-
-def _with_deadline(envelope: Envelope) -> Envelope:
-    return msgspec.structs.replace(envelope, deadline=time.monotonic() + SETTLE_TIMEOUT_S)
 
 
 def _refused(error: BaseException) -> Bury:
@@ -613,14 +446,3 @@ def _refused(error: BaseException) -> Bury:
     return bury
 
 
-def _what(envelope: Envelope) -> str:
-    return f"{envelope.job or 'a job without a name'} {envelope.job_id} (queue {envelope.queue}, attempt {envelope.attempt})"
-
-
-def _at_debug(error: BaseException | None) -> BaseException | None:
-    return error if logger.isEnabledFor(logging.DEBUG) else None
-
-
-def _trimmed(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _TRACEBACK_CHARS else "…" + text[-_TRACEBACK_CHARS:]

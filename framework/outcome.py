@@ -1,4 +1,4 @@
-"""How a run may end. A chain returns an `Outcome`; the consumer alone acts on it.
+"""How a run may end. A chain returns an `Outcome`; `settlement.py` alone acts on it.
 
     Done     acked                       Retry    published again, attempt + 1, then acked
     Expired  acked and counted           Snooze   published again, same attempt, then acked
@@ -150,4 +150,4 @@ class CutOff(msgspec.Struct, frozen=True):
 
 
 Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff
-"""Every way in which a delivery may end here; `Consumer._settle` acts on each."""
+"""Every way in which a delivery may end here; `Settlement.settle` acts on each."""

@@ -1,0 +1,221 @@
+"""ending → settled: the one place that acts on how a run ended. What must be published before the ack is insisted on."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+
+from .backoff import full_jitter
+from .broker import Broker, Delivery
+from .chain import AnyLayer, fold_publish
+from .envelope import Envelope, Failure, Receipt, failures_of
+from .errors import InvalidJob, MessageTooLarge, PublishError
+from .outcome import Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
+from .settings import Runtime
+from .texts import named, one_line, said_by
+
+logger = logging.getLogger("leveret.consumer")    # to its readers it is the consumer that settles
+
+SETTLE_TIMEOUT_S = 5.0
+"""Deadline of one try to publish a retry or a burial; it is tried again until its channel is gone."""
+MAX_ERRORS_BYTES = 16 << 10
+_TRACEBACK_CHARS = 2000
+_MESSAGE_CHARS = 500
+_MOST = (1 << 63) - 1
+_REFUSED = (InvalidJob, MessageTooLarge)
+"""What no other try would change."""
+
+
+class Settlement:
+    """Settles deliveries of one broker, each by its ending."""
+
+    def __init__(self, broker: Broker, publish_layers: Sequence[AnyLayer], runtime: Runtime) -> None:
+        self._broker = broker
+        self._publish_layers = publish_layers
+        self._runtime = runtime
+        self._clock = runtime.clock
+        self.unsettled = 0
+        """Retries and burials that can't be published now; their deliveries stay unacked."""
+        self.cut = False
+        """Whether a stop's grace is over: nothing is tried again."""
+
+    def settle(
+        self, delivery: Delivery, ending: Ending, error: BaseException | None, arrived: float | None
+    ) -> Coroutine[Any, Any, bool] | None:
+        """Act on the ending of a live delivery, `error` its cause, `arrived` when it came here (seconds of the clock's `now`).
+
+        What comes back is to be awaited: a publish, which is False where the delivery's channel was lost meanwhile.
+        """
+        if isinstance(ending, Done):
+            self._broker.done(delivery)
+            return None
+        envelope = delivery.envelope
+        if not envelope.first_seen_ms:
+            envelope = msgspec.structs.replace(envelope, first_seen_ms=int((arrived or self._clock.now()) * 1000))
+        match ending:
+            case Expired():
+                logger.warning("%s expired before it ran; it is dropped", what(envelope))
+                self._broker.done(delivery)
+            case Snooze(delay_s):
+                return self._again(delivery, _next(envelope, cause="snooze"), delay_s)
+            case Retry(delay_s):
+                failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
+                return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
+            case Bury(reason):
+                logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(error))
+                return self._bury(delivery, self._failed(envelope, error, reason))
+            case Undecodable(reason):
+                logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason))
+                return self._bury(delivery, self._failed(envelope, None, reason))
+            case Unknown(reason):
+                now_ms = int(self._clock.now() * 1000)
+                since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)  # one in the future would have it wait until then
+                waited_s = (now_ms - since_ms) / 1000
+                if waited_s >= self._runtime.settings.unknown_grace_s:
+                    logger.error("%s is buried in %s.dead: %s, for %d s", what(envelope), delivery.queue.name, one_line(reason), waited_s)
+                    return self._bury(delivery, self._failed(envelope, None, reason))
+                if envelope.unknown_since_ms is None:
+                    logger.warning("%s waits in the broker, a deploy may be rolling: %s", what(envelope), one_line(reason))
+                # 1, 2, 4 … 30 s: it waits as long again as it has waited
+                unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
+                return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
+            case NotStarted():
+                self._broker.give_back(delivery)
+            case CutOff():
+                pass  # left unsettled: when the connection closes, the broker delivers it again
+        return None
+
+    async def _again(self, delivery: Delivery, envelope: Envelope, delay_s: float) -> bool:
+        due_ms = int((self._clock.now() + delay_s) * 1000) if delay_s else None
+        envelope = msgspec.structs.replace(envelope, due_ms=due_ms)
+
+        async def publish() -> None:
+            reached = False
+
+            async def last(changed: Envelope) -> Receipt:
+                nonlocal reached
+                reached = True
+                await self._broker.again(delivery, changed, delay_s=delay_s, deadline=changed.deadline)
+                return Receipt(changed.job_id)
+
+            await fold_publish(self._publish_layers, last)(_with_deadline(envelope))
+            if not reached:
+                msg = "a publish layer returned without proceeding"
+                raise RuntimeError(msg)
+
+        try:
+            return await self._insist(delivery, publish, envelope)
+        except _REFUSED as refused:  # waiting doesn't help
+            reason = f"its {envelope.cause} can't be published: {refused}"
+            logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(refused))  # noqa: TRY400 - one line
+            ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
+            return await self._bury(delivery, self._failed(ran, refused, reason))
+
+    async def _bury(self, delivery: Delivery, envelope: Envelope) -> bool:
+        buried = msgspec.structs.replace(envelope, origin=delivery.queue.name, cause="bury", due_ms=None, unknown_since_ms=None)
+
+        async def publish() -> None:
+            reached = False
+
+            async def last(changed: Envelope) -> Receipt:
+                nonlocal reached
+                reached = True
+                # layers may add headers to a burial, nothing else: it is kept as it came
+                kept = msgspec.structs.replace(buried, headers=changed.headers)
+                await self._broker.bury(delivery, kept, deadline=time.monotonic() + SETTLE_TIMEOUT_S)
+                return Receipt(changed.job_id)
+
+            try:
+                await fold_publish(self._publish_layers, last)(_with_deadline(buried))
+            except Exception as error:
+                if reached and not isinstance(error, _REFUSED):  # what a layer adds may be what can't be sent
+                    raise
+                reached = False
+                logger.warning("%s: a publish layer raised on its burial, which goes on without: %r", what(envelope), error)
+            if not reached:
+                await last(buried)
+
+        return await self._insist(delivery, publish, buried)
+
+    async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
+        """Publish until it is confirmed, or until the delivery's channel is gone; it is never acked before, and never nacked.
+
+        Raises `InvalidJob` or `MessageTooLarge` of what can only be buried; a burial goes on.
+        """
+        tries, told = 0, float("-inf")
+        try:
+            while delivery.live and not self.cut:
+                try:
+                    await publish()
+                except Exception as error:  # whatever a layer raises, the original must not be lost
+                    if isinstance(error, _REFUSED) and envelope.cause != "bury":
+                        raise
+                    if tries == 0:
+                        self.unsettled += 1
+                    tries += 1
+                    if self._clock.monotonic() - told >= 60.0 and delivery.live:
+                        told = self._clock.monotonic()
+                        logger.error(  # noqa: TRY400 - one line; the traceback at debug level
+                            "%s: its %s can't be published, so it stays unacked and is tried again: %s",
+                            what(envelope), envelope.cause, said_by(error) if isinstance(error, PublishError) else named(error),
+                            exc_info=_at_debug(error),
+                        )
+                    if delivery.live:
+                        await self._clock.sleep(full_jitter(tries, base_s=0.2, cap_s=15.0, rng=self._runtime.rng))
+                else:
+                    if tries:
+                        logger.info("%s: its %s is published after %d tries", what(envelope), envelope.cause, tries + 1)
+                    return True
+        finally:
+            if tries:
+                self.unsettled -= 1
+        return False
+
+    def _failed(self, envelope: Envelope, error: BaseException | None, reason: str = "") -> Envelope:
+        """Return `envelope` with one more entry in its errors; the oldest go when they take too much room."""
+        failure = Failure(
+            attempt=envelope.attempt,
+            at_ms=int(self._clock.now() * 1000),
+            host=socket.gethostname(),
+            error="" if error is None else type(error).__qualname__,
+            message=(one_line(reason) if error is None else said_by(error))[:_MESSAGE_CHARS],
+            reason=one_line(reason)[:_MESSAGE_CHARS],
+            traceback="" if error is None else _trimmed(error),
+        )
+        failures = [*failures_of(envelope), failure]
+        text = msgspec.json.encode(failures)
+        while len(text) > MAX_ERRORS_BYTES and len(failures) > 1:
+            failures = failures[1:]
+            text = msgspec.json.encode(failures)
+        return msgspec.structs.replace(envelope, errors=text.decode())
+
+
+def _next(envelope: Envelope, **changes: Any) -> Envelope:
+    """Return `envelope` as leveret publishes it anew: same id, one pass more."""
+    # a foreign producer's count may be at its end: one that AMQP can't carry would never be published
+    counted = {"passes": min(envelope.passes + 1, _MOST), "unknown_since_ms": None, **changes}
+    return msgspec.structs.replace(envelope, **counted)
+
+
+def _with_deadline(envelope: Envelope) -> Envelope:
+    return msgspec.structs.replace(envelope, deadline=time.monotonic() + SETTLE_TIMEOUT_S)
+
+
+def what(envelope: Envelope) -> str:
+    """Return how a log line names a job."""
+    return f"{envelope.job or 'a job without a name'} {envelope.job_id} (queue {envelope.queue}, attempt {envelope.attempt})"
+
+
+def _at_debug(error: BaseException | None) -> BaseException | None:
+    return error if logger.isEnabledFor(logging.DEBUG) else None
+
+
+def _trimmed(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _TRACEBACK_CHARS else "…" + text[-_TRACEBACK_CHARS:]
