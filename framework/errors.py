@@ -120,7 +120,9 @@ class PublishManyError(LeveretError):
 
     def __init__(self, results: list[Receipt | PublishError]) -> None:
         failed = [result for result in results if isinstance(result, PublishError)]
-        super().__init__(f"{len(failed)} of {len(results)} jobs were not published; the first: {failed[0]}")
+        maybe = sum(isinstance(result, PublishTimeout) and result.maybe_published for result in failed)
+        there = f", {maybe} of them may be there" if maybe else ""
+        super().__init__(f"{len(failed)} of {len(results)} jobs weren't confirmed{there} (results tells of each); the first: {failed[0]}")
         self._results = results
 
     @property

@@ -314,7 +314,8 @@ class Batch:
                 job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, _PLAIN)
                 try:
                     if time.monotonic() >= deadline:
-                        raise PublishTimeout("no time was left to send it", job_id=options.job_id, maybe_published=False)
+                        msg = "it wasn't sent: the time was over, which timeout_s of publish_many gives to all its jobs together"
+                        raise PublishTimeout(msg, job_id=options.job_id, maybe_published=False)
                     envelope = sender.envelope(job, options, deadline)
                     sent = sender.post(envelope) if post else None
                     if sent is None and post:

@@ -65,6 +65,8 @@ class Settlement:
             case Snooze(delay_s):
                 return self._again(delivery, _next(envelope, cause="snooze"), delay_s)
             case Retry(delay_s):
+                # at debug level: the line for everyday is that of `Logs`
+                logger.debug("%s is retried in %.3g s", what(envelope), delay_s or 0.0, exc_info=error)
                 failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
                 return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
             case Bury(reason):

@@ -36,6 +36,11 @@ HURRY_S = 5.0
 """How long after a second signal the process is ended, whatever it is at."""
 _REPORT_BYTES = 512
 """Most of one report: a write of up to so many bytes isn't torn by another process's (POSIX's PIPE_BUF)."""
+_SAID = {
+    "retry": "retried", "snooze": "snoozed", "bury": "buried", "undecodable": "buried as undecodable", "unknown": "sent back as unknown",
+    "notstarted": "given back", "cutoff": "cut off", "lost": "that the broker delivers again, since their channel was gone",
+}
+"""How the last line of a worker names an ending; the others by their own name."""
 
 
 class WorkOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,7 +208,7 @@ async def run(options: WorkOptions) -> int:
             raise
         logger.info("stopped while its lifespan was starting")
         return 0
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(work.consumer.counts.items())) or "nothing"
+    counts = ", ".join(f"{count} {_SAID.get(name, name)}" for name, count in sorted(work.consumer.counts.items()) if count) or "nothing"
     logger.info("stopped%s: %s", "" if work.drained else ", cut off", counts)
     if not work.drained:
         _exit(1)  # here: the loop's end would wait for threads that were cut off, whose jobs run elsewhere by now

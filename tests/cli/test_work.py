@@ -112,6 +112,31 @@ def test_work_runs_jobs_and_sigterm_ends_it_with_0(project: Project) -> None:
     assert "stopped: 2 done" in worker.log
 
 
+def test_what_a_worker_did_is_told_in_words_at_its_end(project: Project) -> None:
+    """`lost` and `notstarted` of a deploy's last line would be taken for lost jobs."""
+    for order in range(2):
+        project.publish("SendInvoice", {"order_id": order, "seconds": 2.0})
+
+    with project.start("work", "--concurrency", "1", "--queue", "emails") as worker:
+        until(lambda: any(line.startswith("start") for line in project.said), lambda: worker.log)
+        worker.stop()
+
+    assert "stopped: 1 done, 1 given back\n" in worker.log
+
+
+def test_a_failure_that_is_retried_is_seen_at_debug_level(project: Project) -> None:
+    """Without a layer that logs, a job that fails again and again would be seen at its burial only."""
+    project.write("fails.py", "from leveret import App\nfrom leveret.middleware import Retries\nimport shop\n"
+                              "app = App('fails', default_broker='sqlite:///shop.db', middleware=[Retries(base_s=60)])\n\n\n"
+                              "@app.handler\nasync def note(job: shop.Note) -> None:\n    raise ConnectionError('the mail server is away')\n")
+    project.publish("Note", {})
+
+    with project.start("work", "fails:app", "--log-level", "debug") as worker:
+        worker.wait_for(r"note \S+ \(queue plain, attempt 1\) is retried in \S+ s")
+        worker.wait_for("ConnectionError: the mail server is away")
+        worker.stop()
+
+
 def test_a_worker_has_neither_click_nor_rich(project: Project) -> None:
     """Each costs megabytes in every worker process; the command hands over to a new interpreter."""
     project.write("spy.py", "import sys\nfrom shop import app\nprint('loaded', sorted({'click', 'rich'} & set(sys.modules)), flush=True)\n")

@@ -46,7 +46,7 @@ async def test_past_its_grace_a_worker_exits_with_1_and_the_next_runs_what_was_c
     worker.term()
 
     assert await worker.ended(3.3) == 1, worker.log
-    assert "5 cutoff" in worker.log
+    assert "stopped, cut off: 5 cut off, 50 done" in worker.log
     assert "Traceback" not in worker.log
     second = await bench.working("--concurrency", "20")
     await bench.until_ended(long)

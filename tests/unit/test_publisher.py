@@ -249,6 +249,12 @@ async def test_a_failed_item_of_publish_many_cannot_go_unnoticed(publisher: Publ
     assert [type(result).__name__ for result in failed.value.results] == ["Receipt", "InvalidJob", "Receipt"]
 
 
+async def test_a_batch_whose_time_is_over_says_that_the_time_was_for_all(publisher: Publisher) -> None:
+    """"No time was left" to send one of a million would be looked for in the network, not in timeout_s."""
+    with pytest.raises(PublishManyError, match=r"3 of 3 jobs weren't confirmed .* it wasn't sent: the time was over, which timeout_s of publish_many gives"):
+        await publisher.publish_many((Mail(order_id=n) for n in range(3)), timeout_s=1e-9)
+
+
 async def test_a_layer_that_raises_fails_its_own_job_of_many() -> None:
     """One tenant's bad header would leave the fate of all the others unknown."""
 
