@@ -20,6 +20,7 @@ from leveret.settings import Runtime
 
 from . import amqp, topology
 from .address import Address
+from .channel import Channel, Closed
 from .properties import from_dead_queue
 from .rabbitmq_publishing import Publishing, Route
 from .session import FAULTS, ConnectionLost, connect, kind_of, reason_of, settled
@@ -78,7 +79,7 @@ class RabbitAdmin:
         """Return how many messages are ready in a physical queue, and its consumers; None where it doesn't exist."""
         return await self._on_channel(partial(_count, name))
 
-    async def _on_channel(self, use: Callable[[amqp.Channel], Awaitable[_T]]) -> _T:
+    async def _on_channel(self, use: Callable[[Channel], Awaitable[_T]]) -> _T:
         """Return what `use` returns for a channel of its own, since a 404 closes it."""
 
         async def work() -> _T:
@@ -101,7 +102,7 @@ class RabbitAdmin:
                 raise ConfigurationError(msg) from error
             raise BrokerUnavailable(f"RabbitMQ at {self._where[0]}: {reason_of(error)}") from error
 
-    async def channel(self) -> amqp.Channel:
+    async def channel(self) -> Channel:
         """Open a channel; a connection that was lost is made again."""
         if self._connection is None or not self._connection.usable:
             self._connection = await connect(self._where, self._name, self._timeout_s)
@@ -155,15 +156,15 @@ class RabbitAdmin:
         await self._publishing.close()
 
 
-async def _purge(name: str, channel: amqp.Channel) -> int:
+async def _purge(name: str, channel: Channel) -> int:
     answer: Any = await channel.call(commands.Queue.Purge(queue=name), _PURGE_S)
     return answer.message_count or 0
 
 
-async def _count(name: str, channel: amqp.Channel) -> tuple[int, int] | None:
+async def _count(name: str, channel: Channel) -> tuple[int, int] | None:
     try:
         answer: Any = await channel.call(commands.Queue.Declare(queue=name, passive=True), _STEP_S)
-    except amqp.Closed as error:
+    except Closed as error:
         if error.code == 404:
             return None
         raise
@@ -183,7 +184,7 @@ class RabbitDeadLetter:
 class RabbitDeadLetters:
     """The dead letters of one queue, as many as there were when it was opened: one that fails again at once isn't met twice."""
 
-    def __init__(self, admin: RabbitAdmin, channel: amqp.Channel, name: str, count: int) -> None:
+    def __init__(self, admin: RabbitAdmin, channel: Channel, name: str, count: int) -> None:
         self._admin = admin
         self._channel = channel
         self._name = name

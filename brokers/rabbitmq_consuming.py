@@ -27,6 +27,7 @@ from leveret.settings import Runtime
 
 from . import amqp, topology
 from .address import Address
+from .channel import CLOSE_TIMEOUT_S, Channel, Closed
 from .properties import from_job_queue
 from .rabbitmq_publishing import Posting
 from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of, settled
@@ -70,7 +71,7 @@ class _Taker:
     yet: one that is, is a 406 and costs the channel.
     """
 
-    def __init__(self, session: _Session, subscription: Subscription, channel: amqp.Channel) -> None:
+    def __init__(self, session: _Session, subscription: Subscription, channel: Channel) -> None:
         self.queue = subscription.queue
         self.live = True
         self._wanted = self._prefetch = subscription.prefetch
@@ -121,12 +122,12 @@ class _Taker:
     async def _cancel(self) -> None:
         tags, self._consumer_tags = self._consumer_tags, []
         for tag in tags:
-            await self._channel.cancel(tag, amqp.CLOSE_TIMEOUT_S)
+            await self._channel.cancel(tag, CLOSE_TIMEOUT_S)
 
     async def settled(self) -> None:
         """Return once the broker has all that was written; nothing can be settled after it."""
         if self.queue.type == "quorum" and (self._lowest > 1 or self._settled):
-            await settled(self._channel, topology.physicals(self.queue), amqp.CLOSE_TIMEOUT_S)
+            await settled(self._channel, topology.physicals(self.queue), CLOSE_TIMEOUT_S)
 
     # ---- what is held stays bounded: the consumers are cancelled, never the socket left unread
 
@@ -302,7 +303,7 @@ class _Session:
             channel.on_cancelled = partial(self._cancelled, name)
             await taker.start(step_s)
 
-    def _channel_closed(self, name: str, why: amqp.Closed) -> None:
+    def _channel_closed(self, name: str, why: Closed) -> None:
         self.lose(f"the channel of queue {name} was closed: {reason_of(why)}" if why.scope == "channel" else reason_of(why))
 
     def _cancelled(self, name: str, _: str) -> None:
@@ -461,7 +462,7 @@ class RabbitConsumption:
     async def _end_supervisor(self) -> None:
         if self._establishing is not None and not self._establishing.done():
             # the first of its consumers may have delivered already: what runs can be settled once all are registered
-            await asyncio.wait({self._establishing}, timeout=amqp.CLOSE_TIMEOUT_S)
+            await asyncio.wait({self._establishing}, timeout=CLOSE_TIMEOUT_S)
         tasks = {task for task in (self._supervisor, self._establishing) if task is not None}
         self._supervisor = self._establishing = None
         for task in tasks:

@@ -31,6 +31,7 @@ from leveret.settings import Runtime
 
 from . import amqp, topology
 from .address import Address
+from .channel import WINDOW, Channel, Closed, Late, Nacked, Returned, Unconfirmed
 from .properties import encode
 from .session import FAULTS, ConnectionLost, connect, declare, reason_of
 
@@ -76,7 +77,7 @@ def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
     return properties
 
 
-class Posting(amqp.Unconfirmed, eq=False, kw_only=True):
+class Posting(Unconfirmed, eq=False, kw_only=True):
     """A publish that was written; see `leveret.broker.Posted`."""
 
     publishing: Publishing
@@ -95,7 +96,7 @@ class Posting(amqp.Unconfirmed, eq=False, kw_only=True):
 
     def late(self) -> PublishError:
         """What its caller is told who has no more time."""
-        return self._error(amqp.Late("no confirm in time"))
+        return self._error(Late("no confirm in time"))
 
     def _error(self, failure: Exception) -> PublishError:
         error = self.publishing.failure(self.link, self.route, self.envelope, failure)
@@ -106,7 +107,7 @@ class Posting(amqp.Unconfirmed, eq=False, kw_only=True):
 class Link:
     """An open publishing connection, its channel, and what was declared on it."""
 
-    def __init__(self, connection: amqp.Connection, channel: amqp.Channel) -> None:
+    def __init__(self, connection: amqp.Connection, channel: Channel) -> None:
         self.connection = connection
         self.channel = channel
         self.declared: set[Queue | str | None] = {None}
@@ -176,15 +177,15 @@ class Publishing:
     def failure(self, link: Link, route: Route, envelope: Envelope, error: BaseException) -> PublishError:
         """Return what a failed publish means to its caller."""
         match error:
-            case amqp.Returned():
+            case Returned():
                 link.declared -= {route.queue, route.ladder}  # it was deleted: the next publish declares it again
                 link.declared.add(None)
                 link.ready.clear()
                 msg = _says(route, envelope, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}")
                 return Unroutable(msg, job_id=envelope.job_id, queue=route.target)
-            case amqp.Nacked():
+            case Nacked():
                 return BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id)
-            case amqp.Late():
+            case Late():
                 msg = f"no confirm in time{self._blocked}. It may be there; publish again under the same id"
             case _:
                 msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
@@ -219,7 +220,7 @@ class Publishing:
     def _nothing_sent(self, route: Route, envelope: Envelope, why: str | None) -> NoReturn:
         if why is not None and not (self._link is not None and self._link.usable):
             raise BrokerUnavailable(_says(route, envelope, f"no broker in time: {self._reason}"), job_id=envelope.job_id)
-        said = why or f"{amqp.WINDOW} publishes are unconfirmed, or its queue was being declared"
+        said = why or f"{WINDOW} publishes are unconfirmed, or its queue was being declared"
         msg = _says(route, envelope, f"nothing was sent in time: {said}{self._blocked}")
         raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
 
@@ -291,7 +292,7 @@ class Publishing:
         channel.on_closed = partial(self._lost, link)
         return link
 
-    async def _try(self) -> tuple[amqp.Connection, amqp.Channel]:
+    async def _try(self) -> tuple[amqp.Connection, Channel]:
         timeout_s = self._runtime.settings.connect_timeout_s
         connection = await connect(self._where, self._name, timeout_s)
         try:
@@ -302,7 +303,7 @@ class Publishing:
             raise
         return connection, channel
 
-    def _lost(self, link: Link, why: amqp.Closed) -> None:
+    def _lost(self, link: Link, why: Closed) -> None:
         if self._link is link:
             self._link = None
             self._reason = reason_of(why)

@@ -18,6 +18,7 @@ from leveret.settings import redact
 
 from . import amqp
 from .address import Address
+from .channel import Channel, Closed
 from .topology import Binding, Declaration, Exchange
 
 logger = logging.getLogger("leveret.rabbitmq")
@@ -29,7 +30,7 @@ class ConnectionLost(Exception):
 
 Kind = Literal["lost", "refused", "drift"]
 
-FAULTS = (amqp.Closed, OSError, TimeoutError)
+FAULTS = (Closed, OSError, TimeoutError)
 """What a connection raises; `ssl.SSLError` is an OSError."""
 
 _DRIFT = re.compile(r"inequivalent arg|invalid arg|invalid property|unknown exchange type")
@@ -45,11 +46,11 @@ _TLS_HINTS = (
 
 def kind_of(error: BaseException) -> Kind:
     """Return what `error` means: lost (try again), refused (waiting won't help), drift (what exists differs)."""
-    if isinstance(error, amqp.Closed) and isinstance(alert := error.__cause__, ssl.SSLError) and "_ALERT_" in (alert.reason or ""):
+    if isinstance(error, Closed) and isinstance(alert := error.__cause__, ssl.SSLError) and "_ALERT_" in (alert.reason or ""):
         return "refused"  # TLS 1.3 refuses a client's certificate after the client's side of the handshake
     if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
         return "refused"
-    if not isinstance(error, amqp.Closed):
+    if not isinstance(error, Closed):
         return "refused" if isinstance(error, FileNotFoundError) else "lost"
     match error.code:
         case 403 | 405:
@@ -66,7 +67,7 @@ def kind_of(error: BaseException) -> Kind:
 
 def reason_of(error: BaseException) -> str:
     """Return one line for people; never a URL's password."""
-    if isinstance(error, amqp.Closed) and isinstance(error.__cause__, ssl.SSLError):
+    if isinstance(error, Closed) and isinstance(error.__cause__, ssl.SSLError):
         error = error.__cause__
     if isinstance(error, ssl.SSLError):
         hint = next((f" ({hint})" for part, hint in _TLS_HINTS if part in (error.reason or "")), "")
@@ -106,15 +107,15 @@ def _refusal(error: BaseException, address: Address) -> str:
     if isinstance(error, FileNotFoundError):
         missing = [file for file in (address.cafile, address.certfile, address.keyfile) if file and not os.path.exists(file)]  # noqa: PTH110
         return f"RabbitMQ at {address}: a file that the URL names isn't there: {', '.join(missing) or error.filename}"
-    if isinstance(error, amqp.Closed) and error.code in (0, 501):
+    if isinstance(error, Closed) and error.code in (0, 501):
         return f"RabbitMQ at {address}: {text}"
-    if isinstance(error, amqp.Closed) and error.code == 403 and address.external:
+    if isinstance(error, Closed) and error.code == 403 and address.external:
         return f"RabbitMQ at {address} refused the login by client certificate (auth_mechanism=external): {text}"
-    if isinstance(error, amqp.Closed) and error.code == 403:
+    if isinstance(error, Closed) and error.code == 403:
         return f"RabbitMQ at {address} refused the login of user {address.user!r}: is the password right? ({text})"
-    if isinstance(error, amqp.Closed) and "not found" in text:
+    if isinstance(error, Closed) and "not found" in text:
         return f"RabbitMQ at {address} has no vhost {address.vhost!r} ({text})"
-    if isinstance(error, amqp.Closed):
+    if isinstance(error, Closed):
         return f"RabbitMQ at {address} refuses user {address.user!r} the vhost {address.vhost!r} ({text})"
     return f"RabbitMQ at {address}: {text}"
 
@@ -159,7 +160,7 @@ def _declaration(record: Declaration) -> Frame:
     return commands.Queue.Declare(queue=record.name, durable=True, arguments=cast("Any", record.arguments))
 
 
-async def settled(channel: amqp.Channel, queues: Iterable[str], timeout_s: float) -> None:
+async def settled(channel: Channel, queues: Iterable[str], timeout_s: float) -> None:
     """Return once quorum `queues` have all that was settled on `channel` before, which is then to be closed.
 
     The answer to channel.close doesn't say that. A channel hands a quorum queue 32 settlements; the rest it keeps until

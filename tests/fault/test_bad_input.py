@@ -15,6 +15,7 @@ from pamqp.commands import Basic
 from leveret import MessageTooLarge
 from leveret.brokers import amqp, frames
 from leveret.brokers.address import addresses
+from leveret.brokers.channel import Unconfirmed
 from leveret.brokers.rabbitmq import open_admin
 from leveret.envelope import failures_of
 from leveret.settings import Runtime
@@ -141,7 +142,7 @@ async def test_properties_that_are_not_utf_8_are_buried_with_their_body(bench: C
         b"a header's name": (frames.HEADERS | frames.TYPE).to_bytes(2, "big") + (5).to_bytes(4, "big") + b"\x02\xff\xfeS"[:3] + b"t\x01" + b"\x04note",
     }
     for body, properties in wrong.items():
-        channel.publish("", properties, body, amqp.Unconfirmed("", one.queue.name, time.monotonic() + 10))
+        channel.publish("", properties, body, Unconfirmed("", one.queue.name, time.monotonic() + 10))
     await channel.close()
     await connection.close()
     await one.until_ended(await one.publish(*(one.recorder.Note() for _ in range(50))))
@@ -165,7 +166,7 @@ async def test_tables_in_tables_are_buried_at_the_latest_where_they_could_not_be
     properties = (frames.HEADERS | frames.MESSAGE_ID | frames.TYPE).to_bytes(2, "big") + len(octets).to_bytes(4, "big") + octets + b"\x04deep" + b"\x04note"
     connection = await amqp.connect(addresses(rabbit.url, 15)[0], "test", 10)
     channel = await connection.channel(10)
-    channel.publish("", properties, b"not JSON", amqp.Unconfirmed("", one.queue.name, time.monotonic() + 10))
+    channel.publish("", properties, b"not JSON", Unconfirmed("", one.queue.name, time.monotonic() + 10))
     await channel.close()
     await connection.close()
     await one.until_empty(dead=1)

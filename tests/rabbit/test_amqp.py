@@ -16,7 +16,8 @@ from pamqp import commands
 
 from leveret.brokers import amqp
 from leveret.brokers.address import addresses
-from leveret.brokers.amqp import Channel, Closed, Connection, Nacked, Returned, Unconfirmed
+from leveret.brokers.amqp import Connection
+from leveret.brokers.channel import Channel, Closed, Nacked, Returned, Unconfirmed
 from leveret.brokers.frames import OVERHEAD
 from leveret.brokers.session import connect as connect_session
 from leveret.errors import ConfigurationError

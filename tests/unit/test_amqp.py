@@ -19,17 +19,8 @@ from pamqp.heartbeat import Heartbeat
 
 from leveret.brokers import amqp
 from leveret.brokers.address import Address, addresses
-from leveret.brokers.amqp import (
-    BROKERS_HEADERS_BYTES,
-    WINDOW,
-    Channel,
-    Closed,
-    Connection,
-    Late,
-    Nacked,
-    Returned,
-    Unconfirmed,
-)
+from leveret.brokers.amqp import BROKERS_HEADERS_BYTES, Connection
+from leveret.brokers.channel import WINDOW, Channel, Closed, Late, Nacked, Returned, Unconfirmed
 
 _T = TypeVar("_T")
 START = commands.Connection.Start(server_properties={"product": "a test"}, mechanisms="PLAIN AMQPLAIN", locales="en_US")

@@ -1,0 +1,385 @@
+"""One channel of an AMQP connection: its calls, its confirmed publishes, its consumers; and how each of them may end.
+
+No task and no future a message but the publisher's own. What is written leaves with its `Connection`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+from pamqp import commands
+from pamqp.base import Frame
+
+from .frames import (
+    ProtocolError,
+    ack_frame,
+    content_frames,
+    message_id_of,
+    method_frame,
+    nack_frame,
+    publish_frame,
+    reject_frame,
+)
+
+if TYPE_CHECKING:
+    from .amqp import Connection
+
+logger = logging.getLogger("leveret.rabbitmq")
+
+WINDOW = 1000
+"""Most unconfirmed publishes at once on a channel."""
+_SWEEP_S = 0.05
+"""How late a publish's deadline may be noticed."""
+CLOSE_TIMEOUT_S = 3.0
+
+
+class Closed(Exception):
+    """A channel, a connection or its socket was closed; `code` is AMQP's, 0 where none was said."""
+
+    def __init__(self, scope: Literal["channel", "connection", "socket"], code: int, text: str) -> None:
+        super().__init__(text)
+        self.scope = scope
+        self.code = code
+        self.text = text
+
+
+class Returned(Exception):
+    """No queue took a mandatory publish."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Nacked(Exception):
+    """The broker said that it doesn't keep a publish."""
+
+
+class Late(Exception):
+    """A publish's deadline passed before its confirm; it may be there."""
+
+
+class Unconfirmed(msgspec.Struct, eq=False):
+    """A publish on its way. Awaited, by one task, it ends with its confirm or raises `Returned`, `Nacked`, `Late` or `Closed`.
+
+    Not a future: of many that are published at once, only few are ever waited for.
+    """
+
+    message_id: str
+    key: str
+    deadline: float
+    """When it ends as `Late`, `time.monotonic()` seconds."""
+    ended: bool = False
+    failure: Exception | None = None
+    """Once it has ended: `Returned`, `Nacked`, `Late`, `Closed`, or None."""
+    _waiter: asyncio.Future[None] | None = None
+
+    def end(self, failure: Exception | None = None) -> None:
+        """Note how it ended, once."""
+        if not self.ended:
+            self.ended = True
+            self.failure = failure
+            if self._waiter is not None:
+                wake(self._waiter)
+
+    async def wait(self) -> None:
+        """Return once it has ended, however it did."""
+        if not self.ended:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from self.wait().__await__()
+        if (error := self.error()) is not None:
+            raise error.with_traceback(None)  # one failure may end many: each raise would add its frames to it
+
+    def error(self) -> Exception | None:
+        """Once it has ended: what awaiting it raises."""
+        return self.failure
+
+
+class Got(msgspec.Struct, frozen=True):
+    """A message that was taken by `Channel.get`."""
+
+    tag: int
+    redelivered: bool
+    properties: bytes
+    body: bytes
+
+
+Deliver = Callable[[int, bool, bytes, bytes], None]
+"""Called with tag, redelivered, properties as they came, body."""
+
+
+class Channel:
+    """One channel: calls one after another, and either confirmed publishes or consumers."""
+
+    def __init__(self, connection: Connection, number: int) -> None:
+        self.connection = connection
+        self.number = number
+        self.closed: Closed | None = None
+        self.on_closed: Callable[[Closed], None] | None = None
+        """Called once, when it is closed by anyone but `close`."""
+        self.on_cancelled: Callable[[str], None] | None = None
+        """Called when the broker cancels a consumer: its queue was deleted, or a delivery was held too long."""
+        self._calls: deque[tuple[Collection[str], asyncio.Future[Any]]] = deque()
+        self._leaving: asyncio.Future[Any] | None = None
+        self.consumers: dict[bytes, Deliver] = {}
+        """By tag: who is called with its deliveries."""
+        self._next_tag = 1
+        self._lowest = 1
+        self._unconfirmed: dict[int, Unconfirmed] = {}
+        """By delivery tag, the oldest first."""
+        self._returned: dict[int, Returned] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._keys: dict[tuple[str, str], bytes] = {}
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._promised = 0
+        """Places in the window that are kept for waiters that were woken and haven't published yet."""
+
+    # ---- calls
+
+    async def call(self, method: Frame, timeout_s: float) -> Frame:
+        """Send `method` and return its answer; `Closed` if the broker closes instead, TimeoutError where it says nothing."""
+        answer: asyncio.Future[Frame] = self._asked(method)
+        async with asyncio.timeout(timeout_s):
+            return await answer
+
+    async def call_all(self, methods: Iterable[Frame], timeout_s: float) -> None:
+        """Send `methods` at once and wait for their answers, `timeout_s` for each: a round trip in all, not one each."""
+        for answer in [self._asked(method) for method in methods]:
+            async with asyncio.timeout(timeout_s):
+                await answer
+
+    def _asked(self, method: Frame) -> asyncio.Future[Any]:
+        check_open(self.closed)
+        answer: asyncio.Future[Any] = self.connection.loop.create_future()
+        self._calls.append((method.valid_responses, answer))
+        self.connection.write(method_frame(self.number, method))
+        return answer
+
+    async def open(self, timeout_s: float) -> None:
+        """Open it."""
+        await self.call(commands.Channel.Open(), timeout_s)
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Close it: what is unsettled goes back. For what was settled just before, see `session.settled`."""
+        if self.closed is None:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(self.leave())
+
+    def leave(self) -> asyncio.Future[Any]:
+        """Ask for its close; its number is free once the broker has answered, however late, all that it was asked on it."""
+        self.on_closed = None
+        if self._leaving is None:
+            self._leaving = self._asked(commands.Channel.Close(reply_code=200, reply_text="", class_id=0, method_id=0))
+            self._leaving.add_done_callback(lambda _: self.end(Closed("channel", 200, "it was closed")))
+        return self._leaving
+
+    def on_method(self, method: Frame) -> None:
+        """Take in a method that isn't hot."""
+        match method:
+            case commands.Channel.Close():
+                self.connection.write(method_frame(self.number, commands.Channel.CloseOk()))
+                self.end(Closed("channel", method.reply_code or 0, str(method.reply_text)))
+            case commands.Basic.Cancel():
+                self.consumers.pop(str(method.consumer_tag).encode(), None)
+                if self.on_cancelled is not None:
+                    self.on_cancelled(str(method.consumer_tag))
+            case commands.Channel.CloseOk() if not self._calls or method.name not in self._calls[0][0]:
+                pass  # of a channel that had this number before and was closed by both sides at once
+            case commands.Channel.Flow():
+                self.connection.write(method_frame(self.number, commands.Channel.FlowOk(active=bool(method.active))))
+            case _:
+                if not self._calls:
+                    raise ProtocolError(503, f"{method.name}, which nobody waits for")
+                expected, answer = self._calls.popleft()
+                if method.name not in expected:
+                    raise ProtocolError(503, f"{method.name} in answer to a call that {' or '.join(expected)} answers")
+                if not answer.done():
+                    answer.set_result(None if isinstance(method, commands.Basic.GetEmpty) else method)
+
+    def end(self, why: Closed) -> None:
+        """Fail all that waits; nothing is written on it any more."""
+        if self.closed is not None:
+            return
+        self.closed = why
+        self.connection.forget(self)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for _, answer in self._calls:
+            fail(answer, why)
+        for publish in self._unconfirmed.values():
+            publish.end(why)
+        while self._waiters:
+            self._promised += 1
+            wake(self._waiters.popleft())
+        self._calls.clear()
+        self._unconfirmed.clear()
+        self.consumers.clear()
+        if self.on_closed is not None:
+            self.on_closed(why)
+
+    # ---- publishing
+
+    @property
+    def full(self) -> bool:
+        """Whether a publish should wait: for confirms, or for the socket."""
+        return len(self._unconfirmed) + self._promised >= WINDOW or not self.connection.writable
+
+    async def room(self) -> None:
+        """Wait until it isn't `full`, first come first served, or until it is closed."""
+        while self.closed is None and not self.connection.writable:
+            await self.connection.drained()
+        if self.closed is not None or not (self._waiters or self.full):
+            return
+        waiter: asyncio.Future[None] = self.connection.loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+            while self.closed is None and not self.connection.writable:
+                await self.connection.drained()
+        except BaseException:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            else:
+                self._promised -= 1  # it was woken, and can't use it: the next one in line can
+                self._wake_waiters()
+            raise
+        self._promised -= 1
+
+    def _wake_waiters(self) -> None:
+        for _ in range(min(len(self._waiters), WINDOW - len(self._unconfirmed) - self._promised)):
+            self._promised += 1
+            wake(self._waiters.popleft())
+
+    def publish(self, exchange: str, properties: bytes, body: bytes, publish: Unconfirmed) -> None:
+        """Write a mandatory publish, to `publish.key`; it ends as `Closed` at once on a channel that is closed already."""
+        if self.closed is not None:
+            publish.end(self.closed)
+            return
+        head = self._keys.get((exchange, publish.key))
+        if head is None:
+            if len(self._keys) > 1000:  # a delayed job's key differs by its delay
+                self._keys.clear()
+            head = self._keys[exchange, publish.key] = publish_frame(self.number, exchange, publish.key)
+        self.connection.write_all(head, content_frames(self.number, properties, body, self.connection.frame_max))
+        self._unconfirmed[self._next_tag] = publish
+        self._next_tag += 1
+        if self._sweeper is None:
+            self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
+
+    def _sweep(self) -> None:
+        """End what is late: one look at all each 50 ms costs less than a timer each."""
+        self._sweeper = None
+        if not self._unconfirmed:
+            return
+        now = time.monotonic()
+        for publish in self._unconfirmed.values():
+            if publish.deadline <= now and not publish.ended:
+                publish.end(Late("no confirm in time"))
+        self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
+
+    def on_confirm(self, tag: int, multiple: bool, ack: bool) -> None:
+        """Take in the broker's word on one publish, or on all up to `tag`."""
+        if not 0 <= tag < self._next_tag:
+            raise ProtocolError(503, f"a confirm of publish {tag}, of which there were {self._next_tag - 1}")
+        unconfirmed = self._unconfirmed
+        if multiple:
+            lowest, top = self._lowest, tag or self._next_tag - 1
+            if lowest not in unconfirmed:  # a broker that confirmed a million one by one: don't look at each again
+                lowest = next(iter(unconfirmed), top + 1)
+            for one in range(lowest, top + 1):
+                if one in unconfirmed:
+                    self._confirm(one, ack)
+            self._lowest = max(lowest, top + 1)
+        elif tag in unconfirmed:
+            self._confirm(tag, ack)
+        if self._waiters:
+            self._wake_waiters()
+
+    def _confirm(self, tag: int, ack: bool) -> None:
+        publish = self._unconfirmed.pop(tag)
+        returned = self._returned.pop(tag, None) if self._returned else None
+        if returned is not None or ack:
+            publish.end(returned)
+        else:
+            publish.end(Nacked("the broker refused to keep it (basic.nack)"))
+
+    def on_return(self, code: int, text: str, key: bytes, properties: bytes) -> None:
+        """Take in a publish that no queue took; its confirm comes after it.
+
+        It names no tag, so the oldest with its id and key that isn't returned yet is the one: the broker returns in order.
+        """
+        message_id, routing = message_id_of(properties), key.decode("utf-8", "replace")
+        for tag, publish in self._unconfirmed.items():
+            if publish.message_id == message_id and publish.key == routing and tag not in self._returned:
+                self._returned[tag] = Returned(code, text)
+                return
+        logger.warning("RabbitMQ returned a message that wasn't published here: %s", message_id)
+
+    # ---- consuming
+
+    async def consume(self, queue: str, tag: str, deliver: Deliver, timeout_s: float) -> None:
+        """Register a consumer; `deliver` is called from the reader and must return at once."""
+        self.consumers[tag.encode()] = deliver
+        await self.call(commands.Basic.Consume(queue=queue, consumer_tag=tag), timeout_s)
+
+    async def cancel(self, tag: str, timeout_s: float) -> None:
+        """End a consumer; what it was delivered stays ackable."""
+        await self.call(commands.Basic.Cancel(consumer_tag=tag), timeout_s)
+        self.consumers.pop(tag.encode(), None)  # after the answer nothing more is delivered to it
+
+    async def get(self, queue: str, timeout_s: float) -> Got | None:
+        """Take one message out of `queue`, to be settled on this channel; None when it is empty."""
+        answer: asyncio.Future[Got | None] = self._asked(commands.Basic.Get(queue=queue))
+        async with asyncio.timeout(timeout_s):
+            return await answer
+
+    def on_got(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+        """Take in what `get` asked for."""
+        if not self._calls or "Basic.GetOk" not in self._calls[0][0]:
+            raise ProtocolError(503, "basic.get-ok, which nobody asked for")
+        _, answer = self._calls.popleft()
+        if not answer.done():
+            answer.set_result(Got(tag, redelivered, properties, body))
+
+    def ack(self, tag: int, *, multiple: bool) -> None:
+        """Ack one delivery, or all up to it."""
+        if self.closed is None:
+            self.connection.write(ack_frame(self.number, tag, multiple=multiple))
+
+    def nack(self, tag: int) -> None:
+        """Requeue one delivery."""
+        if self.closed is None:
+            self.connection.write(nack_frame(self.number, tag))
+
+    def reject(self, tag: int) -> None:
+        """Dead-letter one delivery."""
+        if self.closed is None:
+            self.connection.write(reject_frame(self.number, tag))
+
+
+def check_open(closed: Closed | None) -> None:
+    """Raise why it is closed, if it is."""
+    if closed is not None:
+        raise closed.with_traceback(None)  # or each raise would add its frames to it
+
+
+def fail(future: asyncio.Future[Any], why: Exception) -> None:
+    """End what waits with an error, if it still does."""
+    if not future.done():
+        future.set_exception(why)
+        future.exception()  # looked at: a publisher that was cancelled meanwhile doesn't come for it
+
+
+def wake(future: asyncio.Future[None]) -> None:
+    """End what waits, if it still does."""
+    if not future.done():
+        future.set_result(None)
