@@ -332,9 +332,7 @@ class Store:
                     taken.append(write)
         return taken
 
-    # ---- one transaction
-
-    # ---- after it
+    # ---- after a transaction
 
     def _committed(self, turn: Turn) -> None:
         self._writes = [write for write in self._writes if write.state == PENDING]
