@@ -1,8 +1,8 @@
 """leveret beside its peers, on one RabbitMQ node, rounds interleaved: tables, ratios, JSON, a plot.
 
     make bench-peers BENCH_ARGS="--rounds 3 --only leveret,celery --measure publish,consume"
-    python -m benchmarks.peers --toy        leveret and raw aio-pika, a few jobs each: whether it all still runs
-    python -m benchmarks.peers --show benchmarks/results/X.json
+    .venv/bin/python -m benchmarks.peers --toy        leveret and raw aio-pika, a few jobs each: whether it all still runs
+    .venv/bin/python -m benchmarks.peers --show benchmarks/results/X.json        an earlier run's tables; writes nothing
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import signal
+import string
 import sys
 import time
 from datetime import datetime, timezone
@@ -22,13 +23,17 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from benchmarks.peers.contestants import AIO_PIKA, HUEY, LEVERET, RABBIT, ROOT, Contestant, missing
+from benchmarks.peers.contestants import AIO_PIKA, HUEY, KINDS, LEVERET, RABBIT, ROOT, Contestant, missing
 from benchmarks.peers.harness import Broker, Refused
-from benchmarks.peers.measures import MEASURES, UNITS, Context, entrants
+from benchmarks.peers.measures import MEASURES, UNITS, Context, Unit, entrants
 from benchmarks.peers.report import Figures, draw, goals, show, show_goals
+from leveret.settings import redact
 from tests.rabbit.node import Node, Rabbit, Unavailable, find_rabbit
 
 RESULTS = ROOT / "benchmarks" / "results"
+CONTESTANTS = (*RABBIT, HUEY)
+Turns = list[tuple[Unit, list[tuple[Contestant, str]]]]
+"""Each kind of work, with who does it on which queue type."""
 TOY = {
     "rounds": 2, "jobs": 300, "one_by_one": 50, "seconds": 0.5, "fails": 20, "sqlite_jobs": 100,
     "measure": "publish,consume,latency,retries,sqlite", "only": f"{LEVERET.name},{AIO_PIKA.name}", "out": "",
@@ -51,18 +56,36 @@ def options() -> argparse.Namespace:
     parser.add_argument("--fails", type=int, default=5000)
     parser.add_argument("--sqlite-jobs", type=int, default=5000)
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks", help="where SQLite files are made: a real disk")
-    parser.add_argument("--out", default=None, help="where the JSON goes; empty: nowhere (default: benchmarks/results/<date>-<machine>.json)")
+    parser.add_argument("--out", default=None, help="where the JSON goes, in place of what is there; empty: nowhere (default: "
+                        "benchmarks/results/<date>-<machine>.json, with -b, -c … where that is taken)")
     parser.add_argument("--toy", action="store_true", help="toy size, leveret and raw aio-pika, nothing written")
-    parser.add_argument("--show", type=Path, help="print and draw an earlier run's JSON")
+    parser.add_argument("--show", type=Path, help="print an earlier run's JSON; writes nothing")
+    parser.add_argument("--plot", type=Path, help="with --show: draw it into this file")
     given = parser.parse_args()
     if given.toy:
         for name, value in TOY.items():
             if getattr(given, name) == parser.get_default(name):
                 setattr(given, name, value)
-    unknown = {one for one in given.measure.split(",") if one} - set(MEASURES)
-    if unknown:
-        parser.error(f"--measure: {', '.join(sorted(unknown))} isn't one of {', '.join(MEASURES)}")
+    names = [one.name for one in CONTESTANTS]
+    for option, said, known in (
+        ("--measure", set(listed(given.measure)) - set(MEASURES), MEASURES),
+        ("--kind", {given.kind} - {"", *KINDS}, KINDS),
+        ("--only", {part for part in listed(given.only) if not any(part in name.lower() for name in names)}, names),
+    ):
+        if said:
+            parser.error(f"{option}: no {', '.join(sorted(said))} here; known: {', '.join(known)}")
+    if given.rounds < 1:
+        parser.error(f"--rounds: at least 1, not {given.rounds}")
+    if given.show is not None and not given.show.is_file():
+        parser.error(f"--show: there is no file {given.show}")
+    if given.plot is not None and given.show is None:
+        parser.error("--plot goes with --show: a run draws beside its JSON by itself")
     return given
+
+
+def listed(text: str) -> list[str]:
+    """Return what stands between the commas."""
+    return [one.strip().lower() for one in text.split(",") if one.strip()]
 
 
 def machine() -> dict[str, str]:
@@ -90,10 +113,15 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def output(given: argparse.Namespace, result: dict[str, Any]) -> Path | None:
-    """Return where the JSON goes, if anywhere."""
-    if given.out == "":
-        return None
-    return Path(given.out) if given.out else RESULTS / f"{result['date']}-{result['machine']['name']}.json"
+    """Return where the JSON goes, if anywhere: where `--out` says, else a name that nothing bears yet."""
+    if given.out is not None:
+        return Path(given.out) if given.out else None
+    plain = f"{result['date']}-{result['machine']['name']}"
+    for name in (plain, *(f"{plain}-{letter}" for letter in string.ascii_lowercase[1:])):
+        path = RESULTS / f"{name}.json"
+        if not path.exists() and not path.with_suffix(".svg").exists():
+            return path
+    sys.exit(f"{RESULTS} has {plain}.json to -z.json: say by --out which of them may go")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -102,35 +130,37 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(console: Console, broker: Broker | None, given: argparse.Namespace) -> dict[str, Any]:
-    """Run every unit in every round, each contestant in turn; after each round what there is is written."""
-    wanted, names = [one for one in given.measure.split(",") if one], [one.lower() for one in given.only.split(",") if one]
-    units = [unit for unit in UNITS if (not wanted or unit.measure in wanted) and (broker is not None or unit.sqlite)]
-    chosen = [one for one in (*RABBIT, HUEY) if not names or any(part in one.name.lower() for part in names)]
-    absent = {one.name: why for one in chosen if (why := missing(one))}
-    for name, why in absent.items():
-        console.print(f"skipped: {name}: {why}", highlight=False, markup=False)
-    here = {one.name for one in chosen if one.name not in absent}
+def turns(given: argparse.Namespace, here: set[str], *, rabbit: bool = True) -> Turns:
+    """Return what is asked for, as far as there is who does it."""
+    wanted = listed(given.measure) or MEASURES
+    every = [
+        (unit, [(one, kind) for one, kind in entrants(unit) if one.name in here and given.kind in ("", kind)])
+        for unit in UNITS if unit.measure in wanted and (rabbit or unit.sqlite)
+    ]
+    return [(unit, who) for unit, who in every if who]
+
+
+def measure(console: Console, broker: Broker | None, given: argparse.Namespace, todo: Turns, absent: dict[str, str]) -> tuple[dict[str, Any], Path | None]:
+    """Run every unit in every round, each contestant in turn; after each round what there is is written. Return it, and where it was written."""
+    here = [one for one in CONTESTANTS if any(one.name == who.name for _, each in todo for who, _ in each)]
     result: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
         "rabbitmq": broker.version if broker is not None else "none",
-        "versions": {one.name: one.versions for one in chosen if one.name in here},
-        "settings": {one.name: one.settings for one in chosen if one.name in here},
+        "versions": {one.name: one.versions for one in here},
+        "settings": {one.name: one.settings for one in here},
         "skipped": absent,
         "rounds": given.rounds,
         "toy": given.toy,
         "arguments": {key: value for key, value in vars(given).items() if isinstance(value, (int, float, str))},
     }
-    figures, used = Figures(), set[tuple[Contestant, str]]()
+    figures, used, path = Figures(), set[tuple[Contestant, str]](), None
     try:
         for number in range(given.rounds):
-            for unit in units:
+            for unit, who in todo:
                 if number >= unit.most:
                     continue
-                for contestant, kind in entrants(unit):
-                    if contestant.name not in here or given.kind not in ("", kind):
-                        continue
+                for contestant, kind in who:
                     if not unit.sqlite:
                         used.add((contestant, kind))
                     begun = time.monotonic()
@@ -146,25 +176,46 @@ def measure(console: Console, broker: Broker | None, given: argparse.Namespace) 
                         highlight=False, markup=False,
                     )
             result["figures"] = figures.as_json()
-            if (path := output(given, result)) is not None:
-                write(path, result)
+            if figures:
+                path = path or output(given, result)    # now, not before: whoever ran at the same time has its name by now
+                if path is not None:
+                    write(path, result)
     finally:
         if broker is not None:
             for contestant, kind in used:
                 broker.delete(contestant, kind)
-    return result
+    return result, path
 
 
-def finish(result: dict[str, Any], path: Path | None) -> None:
-    """Print the tables, and draw beside the JSON."""
-    console = Console(width=150)
+def finish(result: dict[str, Any], plot: Path | None) -> None:
+    """Print the conditions and the tables, and draw the plot where one is wanted."""
+    console = Console(width=160)
     figures = Figures.of_json(result["figures"])
-    console.print(describe(result), highlight=False, markup=False)
+    heading = [f"note: {result['note']}"] if result.get("note") else []
+    heading += ["toy size: these figures say nothing about speed"] if result["toy"] else []
+    heading += [describe(result)]
+    for line in heading:
+        console.print(line, highlight=False, markup=False)
     show(console, figures)
     if not result["toy"]:
         show_goals(console, goals(figures))
-    if path is not None and (why := draw(figures, describe(result), path.with_suffix(".svg"))):
-        console.print(why, highlight=False, markup=False)
+    if plot is not None:
+        why = draw(figures, " ".join(heading), plot)
+        console.print(why or f"plot: {plot}", highlight=False, markup=False, soft_wrap=True)
+
+
+def open_node(console: Console) -> Node | Rabbit | None:
+    """Find RabbitMQ, or start one, and say which; None where there is none."""
+    node: Node | Rabbit
+    try:
+        found = find_rabbit()
+        node = found if isinstance(found, Rabbit) else Node(found)
+        if isinstance(node, Node):
+            asyncio.run(node.start())
+    except Unavailable as error:
+        console.print(f"no RabbitMQ here, SQLite only: {error}", highlight=False, markup=False)
+        return None
+    return node
 
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -173,30 +224,39 @@ def terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main() -> int:
-    """Measure, print, write, draw; 1 where leveret has no figure in any round: a peer that can't keep a rate is no failure."""
+    """Measure, print, write, draw; 1 where leveret has no figure in any round (a peer that can't keep a rate is no failure), 2 where there is nothing to do."""
     given = options()
     if given.show:
-        finish(json.loads(given.show.read_text()), given.show)
+        finish(json.loads(given.show.read_text()), given.plot)
         return 0
     signal.signal(signal.SIGTERM, terminate)
     console = Console(stderr=True, width=220)
-    node: Node | Rabbit | None = None
+    chosen = [one for one in CONTESTANTS if not given.only or any(part in one.name.lower() for part in listed(given.only))]
+    absent = {one.name: why for one in chosen if (why := missing(one))}
+    for name, why in absent.items():
+        console.print(f"skipped: {name}: {why}", highlight=False, markup=False)
+    here = {one.name for one in chosen} - set(absent)
+    todo, node, broker = turns(given, here), None, None
     try:
-        found = find_rabbit()
-        node = found if isinstance(found, Rabbit) else Node(found)
-        if isinstance(node, Node):
-            asyncio.run(node.start())
-    except Unavailable as error:
-        console.print(f"no RabbitMQ here, SQLite only: {error}", highlight=False, markup=False)
-    try:
-        result = measure(console, Broker(node.url) if node is not None else None, given)
+        if any(not unit.sqlite for unit, _ in todo):
+            node = open_node(console)
+            todo = turns(given, here, rabbit=node is not None)
+        if not todo:
+            console.print("nothing to measure: nobody of --only who is here takes part in --measure on --kind", highlight=False, markup=False)
+            return 2
+        if node is not None:
+            broker = Broker(node.url)
+            whose = "started for this run" if isinstance(node, Node) else "running already"
+            console.print(f"RabbitMQ {broker.version} at {redact(node.url)}, {whose}", highlight=False, markup=False)
+        result, path = measure(console, broker, given, todo, absent)
     finally:
         if node is not None:
             asyncio.run(node.close())
-    path = output(given, result)
-    if path is not None:
+    if not Figures.of_json(result["figures"]):
+        console.print("no figure in any round, so nothing is written", highlight=False, markup=False)
+    elif path is not None:
         console.print(f"written: {path}", highlight=False, markup=False)
-    finish(result, path)
+    finish(result, path.with_suffix(".svg") if path is not None else None)
     return 1 if any(not any(row["rounds"]) and row["contestant"] == LEVERET.name for row in result["figures"]) else 0
 
 

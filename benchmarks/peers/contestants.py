@@ -22,6 +22,7 @@ BOTH = ("quorum", "classic")
 """leveret's queue types; its classic queues have six priorities."""
 PEERS = ("quorum", "plain")
 """What peers are measured on: plain is a classic queue without priorities, on which they are a little faster."""
+KINDS = ("quorum", "classic", "plain", "sqlite")
 Commands = list[list[str]]
 
 

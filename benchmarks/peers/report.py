@@ -28,6 +28,10 @@ class Figures:
         self.rounds: dict[tuple[str, str, str], Rounds] = {}
         self.refused: dict[tuple[str, str, str], str] = {}
 
+    def __bool__(self) -> bool:
+        """Tell whether any round has a figure."""
+        return any(row is not None for rounds in self.rounds.values() for row in rounds)
+
     def add(self, unit: Unit, contestant: Contestant, kind: str, row: dict[str, float] | str) -> None:
         """Add a round's row, or why there is none."""
         key = (unit.name, contestant.name, kind)

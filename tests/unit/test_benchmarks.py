@@ -1,0 +1,88 @@
+"""benchmarks/peers: what it refuses and what it writes. Nothing is measured here."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.peers import __main__ as program
+from benchmarks.peers.contestants import LEVERET, Contestant
+from benchmarks.peers.measures import UNITS, Unit
+from benchmarks.peers.report import Figures
+
+UNIT = {unit.name: unit for unit in UNITS}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the program; a broker that it looks for is an error."""
+    monkeypatch.setattr(sys, "argv", ["peers", *arguments])
+    monkeypatch.setattr(program, "open_node", lambda _: pytest.fail("nothing was to be measured"))
+    try:
+        return program.main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+
+
+def result(*rows: tuple[Unit, Contestant, str, dict[str, float] | str]) -> dict[str, Any]:
+    """Return a run's JSON."""
+    figures = Figures()
+    for row in rows:
+        figures.add(*row)
+    machine = {"name": "m", "processor": "p", "cpus": "2", "system": "s", "python": "3", "load": "0"}
+    return {
+        "date": "2026-01-01", "machine": machine, "rabbitmq": "4", "versions": {}, "rounds": 1, "toy": False, "arguments": {"jobs": 1},
+        "figures": figures.as_json(),
+    }
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where results go by default."""
+    monkeypatch.setattr(program, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "leveret,nosuch"], "--only: no nosuch here; known: leveret, raw aio-pika, Celery"),
+        (["--measure", "publsh"], "--measure: no publsh here; known: publish, consume"),
+        (["--kind", "quorums"], "--kind: no quorums here; known: quorum, classic"),
+        (["--rounds", "0"], "--rounds: at least 1"),
+        (["--show", "nosuch.json"], "there is no file nosuch.json"),
+        (["--only", "leveret", "--measure", "consume", "--kind", "plain"], "nothing to measure"),
+    ],
+)
+def test_what_can_only_be_empty_is_refused(
+    arguments: list[str], said: str, results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistyped name gave an empty result, exit code 0, and the committed figures were gone."""
+    assert run(monkeypatch, *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(results.iterdir())
+
+
+def test_a_result_takes_a_name_that_is_free(results: Path) -> None:
+    """Two runs of a day on a machine: the second would silently replace figures that the docs cite."""
+    run_of_today, default = result(), argparse.Namespace(out=None)
+    for taken in ("2026-01-01-m.json", "2026-01-01-m-b.svg"):
+        (results / taken).touch()
+    assert program.output(default, run_of_today) == results / "2026-01-01-m-c.json"
+    assert program.output(argparse.Namespace(out="x.json"), run_of_today) == Path("x.json")    # named: its user's own choice
+    assert program.output(argparse.Namespace(out=""), run_of_today) is None
+
+
+def test_showing_a_result_writes_nothing_and_begins_with_its_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Looking at a committed result changed its plot; and figures merged from several runs looked like one run's."""
+    file = tmp_path / "X.json"
+    file.write_text(json.dumps(result((UNIT["publish pipelined"], LEVERET, "quorum", {"per_s": 9.0, "cpu_us": 1.0})) | {"note": "of two runs"}))
+    monkeypatch.setattr(program, "draw", lambda *_: pytest.fail("it drew"))
+    assert run(monkeypatch, "--show", str(file)) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("note: of two runs\n")
+    assert list(tmp_path.iterdir()) == [file]
