@@ -98,8 +98,9 @@ def show(console: Console, figures: Figures) -> None:
         table.add_column("queue")
         for heading in unit.metrics.values():
             table.add_column(heading, justify="right")
-        table.add_column("leveret is", justify="right")
-        table.add_column("to best peer", justify="right")
+        table.add_column("leveret beside it", justify="right")
+        if best is not None:
+            table.add_column("it beside the best peer", justify="right")
         for key in keys:
             _, name, kind = key
             if key in figures.refused:
@@ -116,8 +117,9 @@ def show(console: Console, figures: Figures) -> None:
             ours = (unit.name, LEVERET.name, kind)
             if ours not in figures.rounds:
                 ours = (unit.name, LEVERET.name, "quorum")
-            to_ours, to_best = figures.ratio(ours, key, first), None if best is None else figures.ratio(key, best, first)
-            cells += (_times(to_ours if key != ours else None), _times(to_best if key != best else None, best=key == best))
+            cells.append(_times(figures.ratio(ours, key, first) if key != ours else None, unit.compared))
+            if best is not None:
+                cells.append("the best" if key == best else _times(figures.ratio(key, best, first), unit.compared))
             table.add_row(name, LABELS.get(kind, kind), *cells)
         console.print(table)
 
@@ -126,8 +128,8 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def _times(ratio: float | None, *, best: bool = False) -> str:
-    return "best" if best else "" if ratio is None else f"{ratio:.2f} ×"
+def _times(ratio: float | None, compared: str) -> str:
+    return "" if ratio is None else f"{ratio:.2f} × {compared}"
 
 
 class Goal(NamedTuple):

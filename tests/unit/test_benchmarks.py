@@ -85,4 +85,5 @@ def test_showing_a_result_writes_nothing_and_begins_with_its_note(
     assert run(monkeypatch, "--show", str(file)) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("note: of two runs\n")
+    assert "best peer" not in printed    # none took part
     assert list(tmp_path.iterdir()) == [file]
