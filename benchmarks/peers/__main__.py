@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks.peers.contestants import AIO_PIKA, HUEY, KINDS, LEVERET, RABBIT, ROOT, Contestant, missing
 from benchmarks.peers.harness import Broker, Refused
 from benchmarks.peers.measures import MEASURES, UNITS, Context, Unit, entrants
-from benchmarks.peers.report import Figures, draw, goals, show, show_goals
+from benchmarks.peers.report import Figures, draw, show, show_goals
 from leveret.settings import redact
 from tests.rabbit.node import Node, Rabbit, Unavailable, find_rabbit
 
@@ -198,7 +198,7 @@ def finish(result: dict[str, Any], plot: Path | None) -> None:
         console.print(line, highlight=False, markup=False)
     show(console, figures)
     if not result["toy"]:
-        show_goals(console, goals(figures))
+        show_goals(console, figures)
     if plot is not None:
         why = draw(figures, " ".join(heading), plot)
         console.print(why or f"plot: {plot}", highlight=False, markup=False, soft_wrap=True)

@@ -9,16 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.contestants import AIO_PIKA, HUEY, LEVERET, NODE, RABBIT, C, Contestant
-from benchmarks.peers.measures import UNITS, Unit
+from benchmarks.peers.measures import UNITS, Unit, entrants
 
 LABELS = {"classic": "classic priority", "plain": "classic"}
 
 Rounds = list[dict[str, float] | None]
 """A row a round; None where it was refused."""
+Allow = Callable[[Contestant, str], bool]
+"""Which peers count, with which queue types."""
 
 
 class Figures:
@@ -56,11 +59,25 @@ class Figures:
         ratios = [a[metric] / b[metric] for a, b in both if a is not None and b is not None and b[metric]]
         return statistics.median(ratios) if ratios else None
 
-    def best(self, unit: str, metric: str, *, rising: bool, allow: Callable[[Contestant, str], bool]) -> tuple[str, str, str] | None:
+    def best(self, unit: str, metric: str, *, rising: bool, allow: Allow) -> tuple[str, str, str] | None:
         """Return the key of the best peer, on the queue type that it is faster on."""
         keys = [(unit, peer.name, kind) for peer in RABBIT if peer.peer for kind in peer.kinds if allow(peer, kind)]
         found = {key: value for key in keys if (value := self.median(key, metric)) is not None}
         return (max if rising else min)(found, key=lambda key: found[key]) if found else None
+
+    def lacking(self, unit: str, metric: str, allow: Allow) -> str:
+        """Return which peers and queue types have no figure, so that the best of the others may not be the best: ", on quorum only", ", without Celery"."""
+        (found,) = (one for one in UNITS if one.name == unit)
+        all_of_them = [(peer.name, kind) for peer, kind in entrants(found) if peer.peer and allow(peer, kind)]
+        there = [(name, kind) for name, kind in all_of_them if self.median((unit, name, kind), metric) is not None]
+        names, kinds = {name for name, _ in there}, {kind for _, kind in there}
+        absent = [pair for pair in all_of_them if pair not in there]
+        unseen = {kind for name, kind in absent if name in names} - kinds    # nobody was measured on it, and some who were could have been
+        only = f", on {' and '.join(LABELS.get(kind, kind) for kind in sorted(kinds))} only" if unseen else ""
+        rest = dict.fromkeys(
+            f"{name} ({LABELS.get(kind, kind)})" if name in names else name for name, kind in absent if kind not in unseen
+        )
+        return only + (f", without {', '.join(rest)}" if rest else "")
 
     def as_json(self) -> list[dict[str, Any]]:
         """Return a record a row of the tables."""
@@ -133,13 +150,13 @@ def _times(ratio: float | None, compared: str) -> str:
 
 
 class Goal(NamedTuple):
-    """A line of the list of what must be reached."""
+    """A row of the list of what was to be reached, here and in docs/performance.md."""
 
     what: str
     reached: float | None
+    beside: str
     bound: float
     at_least: bool
-    beside: str
 
     @property
     def verdict(self) -> str:
@@ -147,6 +164,20 @@ class Goal(NamedTuple):
         if self.reached is None:
             return "not measured"
         return "reached" if (self.reached >= self.bound if self.at_least else self.reached <= self.bound) else "MISSED"
+
+    @property
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """The row as it is printed."""
+        reached = "–" if self.reached is None else _beside(self.reached, self.bound)
+        return self.what, reached, self.beside, f"{'≥' if self.at_least else '≤'} {self.bound:,g}", self.verdict
+
+
+def _beside(value: float, bound: float) -> str:
+    """Return the value with as many digits as show on which side of the bound it is."""
+    digits = 3 if bound < 0.2 else 2
+    while value != bound and round(value, digits) == bound:
+        digits += 1
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 and round(value, 1) != bound else f"{value:.{digits}f}"
 
 
 def goals(figures: Figures) -> list[Goal]:
@@ -158,64 +189,64 @@ def goals(figures: Figures) -> list[Goal]:
 
     def against(what: str, unit: str, other: Contestant, bound: float, kind: str = "quorum", metric: str = "per_s", *, at_least: bool = True) -> None:
         ratio = figures.ratio(ours(unit, kind), (unit, other.name, kind), metric)
-        found.append(Goal(what, ratio, bound, at_least, f"× {other.name}"))
+        found.append(Goal(what, ratio, f"× {other.name}", bound, at_least))
 
-    def against_best(
-        what: str, unit: str, bound: float, metric: str = "per_s", *, rising: bool = True, allow: Callable[[Contestant, str], bool] = _anyone,
-        kind: str = "quorum",
-    ) -> None:
+    def against_best(what: str, unit: str, bound: float, metric: str = "per_s", *, rising: bool = True, allow: Allow = _anyone) -> None:
         best = figures.best(unit, metric, rising=rising, allow=allow)
-        ratio = None if best is None else figures.ratio(ours(unit, kind), best, metric)
-        found.append(Goal(what, ratio, bound, rising, "× the best peer" if best is None else f"× {best[1]} ({LABELS.get(best[2], best[2])})"))
+        if best is None:
+            found.append(Goal(what, None, "× the best peer", bound, rising))
+            return
+        beside = f"× {best[1]} ({LABELS.get(best[2], best[2])}){figures.lacking(unit, metric, allow)}"
+        found.append(Goal(what, figures.ratio(ours(unit), best, metric), beside, bound, rising))
 
-    def itself(what: str, unit: str, metric: str, bound: float, kind: str = "quorum", *, at_least: bool = False, beside: str = "") -> None:
-        found.append(Goal(what, figures.median(ours(unit, kind), metric), bound, at_least, beside))
+    def itself(what: str, unit: str, metric: str, bound: float, kind: str = "quorum", *, at_least: bool = False) -> None:
+        found.append(Goal(what, figures.median(ours(unit, kind), metric), "", bound, at_least))
 
     one, many, consume, two = "publish one by one", "publish pipelined", "consume, one process", "consume, two processes"
-    against_best("publish pipelined, quorum", many, 8)
-    against("publish pipelined, quorum", many, C, 0.7)
-    against_best("consume, quorum", consume, 12)
-    against("consume, quorum", consume, C, 0.4)
-    against("publish pipelined, classic priority", many, C, 0.55, "classic")
-    against("consume, classic priority", consume, C, 0.6, "classic")
-    for kind in ("quorum", "classic"):
-        against(f"publish pipelined, {kind}", many, NODE, 0.9, kind)
-        against(f"consume, {kind}", consume, NODE, 1.1, kind)
-    itself("CPU µs a published job, quorum", many, "cpu_us", 8)
-    against("CPU a published job, quorum", many, AIO_PIKA, 1.0, metric="cpu_us", at_least=False)
-    itself("CPU µs a consumed job, quorum", consume, "cpu_us", 15)
-    against("CPU a consumed job, quorum", consume, AIO_PIKA, 1.0, metric="cpu_us", at_least=False)
+    for what, best, c, c_classic, node in ((many, 8, 0.7, 0.55, 0.9), (consume, 12, 0.4, 0.6, 1.1)):
+        against_best(f"{what}, quorum", what, best)
+        against(f"{what}, quorum", what, C, c)
+        against(f"{what}, quorum", what, NODE, node)
+        against(f"{what}, classic priority", what, C, c_classic, "classic")
+        against(f"{what}, classic priority", what, NODE, node, "classic")
+    for what, unit, most in (("a published job, quorum", many, 8), ("a consumed job, quorum", consume, 15)):
+        itself(f"CPU µs of {what}", unit, "cpu_us", most)
+        against(f"CPU of {what}", unit, AIO_PIKA, round(most / 90, 3), metric="cpu_us", at_least=False)    # on the machine that it was hoped for on it takes 90
     both = (figures.median(ours(two), "per_s"), figures.median(ours(consume), "per_s"))
-    found.append(Goal("consume in two processes, quorum", both[0] / both[1] if both[0] and both[1] else None, 1.5, True, "× one process"))
-    against("publish one by one, quorum", one, AIO_PIKA, 1.3)
+    found.append(Goal(f"{two}, quorum", both[0] / both[1] if both[0] and both[1] else None, "× one process", 1.5, at_least=True))
+    against_best(f"{two}, quorum", two, 12)
+    against(f"{one}, quorum", one, AIO_PIKA, 1.3)
     for metric in ("p50_ms", "p99_ms"):
         against_best(f"latency at 200/s, {metric[:3]}", "latency at 200/s", 1.0, metric, rising=False)
         against(f"latency at 200/s, {metric[:3]}", "latency at 200/s", C, 1.5, metric=metric, at_least=False)
-    against_best(
-        "jobs that fail once, delay taken off, quorum", "jobs that fail once", 0.5, "net_s", rising=False, allow=lambda peer, _: peer.real_retry
-    )
+    against_best("jobs that fail once, delay taken off", "jobs that fail once", 0.5, "net_s", rising=False, allow=lambda peer, _: peer.real_retry)
     for what in ("delayed by 5 s, spread out, lateness", "delayed by 5 s, lateness"):
         for metric in ("p50_ms", "p99_ms"):
             against_best(f"{what} {metric[:3]}", what, 1.0, metric, rising=False, allow=lambda peer, kind: kind in peer.broker_held)
-    against_best("idle RSS", "memory", 1.0, "idle_mb", rising=False)
-    against_best("import", "import", 1.0, "import_ms", rising=False)
+    against_best("idle memory of a worker", "memory", 1.0, "idle_mb", rising=False)
+    against_best("import of the app and its broker", "import", 1.0, "import_ms", rising=False)
     against("SQLite, publish_many", "SQLite", HUEY, 3, "sqlite", "publish_per_s")
     against("SQLite, consume", "SQLite", HUEY, 3, "sqlite")
     itself("SQLite, publish_many /s", "SQLite", "publish_per_s", 5000, "sqlite", at_least=True)
     itself("SQLite, consume /s", "SQLite", "per_s", 3000, "sqlite", at_least=True)
+    found.append(Goal("MB that 200 000 jobs with failures leave", None, "tests/fault/test_memory.py asserts it", 10, at_least=False))
     return found
 
 
-def show_goals(console: Console, found: Sequence[Goal]) -> None:
-    """Print the list of what must be reached."""
-    table = Table(title="what must be reached", title_justify="left", title_style="bold")
-    for heading in ("", "reached", "beside", "bound", ""):
-        table.add_column(heading, justify="right" if heading in ("reached", "bound") else "left")
-    for goal in found:
-        if goal.reached is not None:
-            table.add_row(goal.what, _short(goal.reached), goal.beside, f"{'≥' if goal.at_least else '≤'} {goal.bound:g}", goal.verdict)
-    if table.row_count:
+def show_goals(console: Console, figures: Figures) -> None:
+    """Print the list of what was to be reached, as docs/performance.md has it; without a peer only what was measured."""
+    every = goals(figures)
+    peers = {peer.name for peer in RABBIT if peer.peer}
+    rows = every if any(name in peers for _, name, _ in figures.rounds) else [goal for goal in every if goal.reached is not None]
+    table = Table(title="What was to be reached", title_justify="left", title_style="bold", box=box.MARKDOWN)
+    for heading in ("leveret", "reached", "beside", "hoped for", "verdict"):
+        table.add_column(heading, justify="right" if heading in ("reached", "hoped for") else "left")
+    for goal in rows:
+        table.add_row(*goal.cells)
+    if rows:
         console.print(table)
+    if len(rows) < len(every):
+        console.print(f"{len(every) - len(rows)} more goals need what wasn't measured here: `make bench-peers` measures all", highlight=False, markup=False)
 
 
 def draw(figures: Figures, title: str, path: Path) -> str | None:

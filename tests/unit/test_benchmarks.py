@@ -1,4 +1,4 @@
-"""benchmarks/peers: what it refuses and what it writes. Nothing is measured here."""
+"""benchmarks/peers: what it refuses, what it writes, and its verdicts. Nothing is measured here."""
 
 import argparse
 import json
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks.peers import __main__ as program
-from benchmarks.peers.contestants import LEVERET, Contestant
+from benchmarks.peers.contestants import CELERY, DRAMATIQ, LEVERET, TASKIQ, Contestant
 from benchmarks.peers.measures import UNITS, Unit
-from benchmarks.peers.report import Figures
+from benchmarks.peers.report import Figures, Goal, goals
 
 UNIT = {unit.name: unit for unit in UNITS}
 
@@ -87,3 +87,37 @@ def test_showing_a_result_writes_nothing_and_begins_with_its_note(
     assert printed.startswith("note: of two runs\n")
     assert "best peer" not in printed    # none took part
     assert list(tmp_path.iterdir()) == [file]
+
+
+def goal(figures: Figures, beside: str) -> Goal:
+    """Return the one goal that is beside this."""
+    (found,) = (one for one in goals(figures) if one.beside.startswith(beside))
+    return found
+
+
+
+
+def test_a_best_peer_says_who_was_not_measured() -> None:
+    """The best of those that were measured on one queue type may not be the best: a verdict must not pretend it."""
+    unit, figures = UNIT["publish pipelined"], Figures()
+    for name, peer, kind, rate in ((unit, LEVERET, "quorum", 90.0), (unit, CELERY, "quorum", 10.0), (unit, TASKIQ, "quorum", 9.0)):
+        figures.add(name, peer, kind, {"per_s": rate, "cpu_us": 1.0})
+    assert goal(figures, "× Celery").cells[1:] == ("9.00", "× Celery (quorum), on quorum only, without FastStream", "≥ 8", "reached")
+    for peer, rate in ((CELERY, 15.0), (DRAMATIQ, 5.0), (TASKIQ, 4.0)):
+        figures.add(unit, peer, "plain", {"per_s": rate, "cpu_us": 1.0})
+    assert goal(figures, "× Celery").cells[1:] == ("6.00", "× Celery (classic), without FastStream", "≥ 8", "MISSED")
+
+
+def test_delays_are_compared_with_all_that_wait_in_the_broker() -> None:
+    """Celery's delayed jobs wait in the broker on quorum queues: leaving it out would hide that it is the best."""
+    unit, figures = UNIT["delayed by 5 s, lateness"], Figures()
+    for peer, kind, late in ((LEVERET, "quorum", 7.0), (CELERY, "quorum", 1.0), (CELERY, "plain", 0.1), (TASKIQ, "quorum", 3.0), (TASKIQ, "plain", 3.0)):
+        figures.add(unit, peer, kind, dict.fromkeys(unit.metrics, late))
+    every = [found for found in goals(figures) if found.what.startswith(unit.name)]
+    assert [(found.reached, found.beside, found.verdict) for found in every] == [(7.0, "× Celery (quorum)", "MISSED")] * 2
+
+
+def test_a_value_shows_on_which_side_of_its_bound_it_is() -> None:
+    """0.5004 printed as 0.50 beside ≤ 0.5 looks reached."""
+    assert Goal("", 0.5004, "", 0.5, at_least=False).cells[1:] == ("0.5004", "", "≤ 0.5", "MISSED")
+    assert Goal("", None, "", 0.5, at_least=False).cells[1] == "–"
