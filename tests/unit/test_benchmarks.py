@@ -1,7 +1,8 @@
-"""benchmarks/peers: what it refuses, what it writes, and its verdicts. Nothing is measured here."""
+"""benchmarks/peers: what it refuses, what it writes, and that docs/performance.md says what it says. Nothing is measured here."""
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from benchmarks.peers.contestants import CELERY, DRAMATIQ, LEVERET, TASKIQ, Cont
 from benchmarks.peers.measures import UNITS, Unit
 from benchmarks.peers.report import Figures, Goal, goals
 
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "performance.md"
 UNIT = {unit.name: unit for unit in UNITS}
 
 
@@ -121,3 +124,18 @@ def test_a_value_shows_on_which_side_of_its_bound_it_is() -> None:
     """0.5004 printed as 0.50 beside ≤ 0.5 looks reached."""
     assert Goal("", 0.5004, "", 0.5, at_least=False).cells[1:] == ("0.5004", "", "≤ 0.5", "MISSED")
     assert Goal("", None, "", 0.5, at_least=False).cells[1] == "–"
+
+
+def test_the_docs_give_the_verdicts_that_the_program_gives() -> None:
+    """A goal that was missed and that the page calls reached, or leaves out: each row is what the results say that the page links to, in that order."""
+    page = PAGE.read_text(encoding="utf-8")
+    links = dict.fromkeys(re.findall(r"\]\(\.\./(benchmarks/results/[^)]+\.json)\)", page))
+    runs = [goals(Figures.of_json(json.loads((ROOT / link).read_text())["figures"])) for link in links]
+    expected: list[tuple[str, ...]] = []
+    for rows in zip(*runs, strict=True):
+        found = next((row for row in rows if row.reached is not None), rows[0])
+        what, reached, beside, bound, verdict = found.cells
+        verdict = verdict.replace("MISSED", "**missed**") + (", the run before" if found is not rows[0] else "")
+        expected.append((what, reached, beside, bound, verdict))
+    table = page.partition("## What was to be reached\n")[2].partition("|---")[2].partition("\n\n")[0]
+    assert [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()[1:]] == expected
