@@ -214,7 +214,6 @@ def goals(figures: Figures) -> list[Goal]:
         against(f"CPU of {what}", unit, AIO_PIKA, round(most / 90, 3), metric="cpu_us", at_least=False)    # on the machine that it was hoped for on it takes 90
     both = (figures.median(ours(two), "per_s"), figures.median(ours(consume), "per_s"))
     found.append(Goal(f"{two}, quorum", both[0] / both[1] if both[0] and both[1] else None, "× one process", 1.5, at_least=True))
-    against_best(f"{two}, quorum", two, 12)
     against(f"{one}, quorum", one, AIO_PIKA, 1.3)
     for metric in ("p50_ms", "p99_ms"):
         against_best(f"latency at 200/s, {metric[:3]}", "latency at 200/s", 1.0, metric, rising=False)
