@@ -331,13 +331,14 @@ class Connection(asyncio.Protocol):
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Say good-bye, and wait for the answer as long as `timeout_s`; a dead peer costs no more."""
         self.on_closed = None
-        if self.closed is None:
-            self._closing = self.loop.create_future()
-            self.write(method_frame(0, commands.Connection.Close(reply_code=200, reply_text="bye", class_id=0, method_id=0)))
-            await asyncio.wait([self._closing], timeout=timeout_s)
+        try:
+            if self.closed is None:
+                self._closing = self.loop.create_future()
+                self.write(method_frame(0, commands.Connection.Close(reply_code=200, reply_text="bye", class_id=0, method_id=0)))
+                await asyncio.wait([self._closing], timeout=timeout_s)
+        finally:  # cancelled, too: nobody else would close it, and while its heartbeats go on the broker leaves it what it holds
             self.end(Closed("connection", 200, "it was closed"))
-        if self._transport is not None:
-            self._transport.abort()
+            self.abort()
 
 
 def _not_open(channel: int) -> ProtocolError:

@@ -36,6 +36,8 @@ logger = logging.getLogger("leveret.rabbitmq")
 
 HELD_BYTES = 64 << 20
 """Most bytes of unsettled bodies of a queue; above, its consumers are cancelled until half is settled."""
+MOST_PREFETCH = 65_535
+"""AMQP has two octets for it."""
 NARROW_FOR = 1000
 """Deliveries after which a window that large bodies narrowed is fitted anew."""
 _TELL_EVERY_S = 60.0
@@ -74,7 +76,7 @@ class _Taker:
     def __init__(self, session: _Session, subscription: Subscription, channel: Channel) -> None:
         self.queue = subscription.queue
         self.live = True
-        self._wanted = self._prefetch = subscription.prefetch
+        self._wanted = self._prefetch = min(subscription.prefetch, MOST_PREFETCH)
         self._session = session
         self._channel = channel
         self._deliver = session.sink.deliver
@@ -319,13 +321,16 @@ class _Session:
 
     async def close(self) -> None:
         """After `end`: wait until the broker has all that was settled, and disconnect; a dead peer costs seconds, not for ever."""
-        # one that fails (its queue was deleted) must not cut off the others' last acks
-        for error in await asyncio.gather(*(taker.settled() for taker in self.takers), return_exceptions=True):
-            if isinstance(error, FAULTS):
-                logger.warning("RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", self.connection.address, reason_of(error))
-            elif error is not None:
-                raise error
-        await self.connection.close()
+        try:
+            # one that fails (its queue was deleted) must not cut off the others' last acks
+            for error in await asyncio.gather(*(taker.settled() for taker in self.takers), return_exceptions=True):
+                if isinstance(error, FAULTS):
+                    logger.warning("RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", self.connection.address, reason_of(error))
+                elif error is not None:
+                    raise error
+            await self.connection.close()
+        finally:  # cancelled, too: an open connection that nobody has would keep what it was delivered
+            self.connection.abort()
 
 
 class RabbitConsumption:
@@ -338,7 +343,8 @@ class RabbitConsumption:
         self._sink = sink
         self._session: _Session | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._establishing: asyncio.Task[None] | None = None
+        self._step: asyncio.Task[None] | None = None
+        """A session that is being made, or closed: a stop waits for it rather than cut it off in the middle."""
         self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         self._failure.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._was_ready = False
@@ -400,7 +406,7 @@ class RabbitConsumption:
             if self._session is not None:
                 since = time.monotonic()
                 reason = await asyncio.shield(self._session.lost)
-                await self._lost(self._session, reason)
+                await self._undisturbed(self._lost(self._session, reason))
                 if time.monotonic() - since > settings.reconnect_cap_s:
                     attempt = 1
                 if self._stopping:
@@ -409,9 +415,8 @@ class RabbitConsumption:
                 full_jitter(attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng)
             )
             attempt += 1
-            self._establishing = asyncio.create_task(self._establish())
             try:
-                await asyncio.shield(self._establishing)
+                await self._undisturbed(self._establish())
             except ConnectionLost as error:
                 self._tell(str(error))
             except ConfigurationError as error:
@@ -420,6 +425,10 @@ class RabbitConsumption:
                     return
                 self._tell(str(error))
                 await self._runtime.clock.sleep(settings.reconnect_cap_s)
+
+    async def _undisturbed(self, step: Coroutine[Any, Any, None]) -> None:
+        self._step = asyncio.create_task(step)
+        await asyncio.shield(self._step)
 
     async def _lost(self, session: _Session, reason: str) -> None:
         session.end()
@@ -460,11 +469,12 @@ class RabbitConsumption:
             await session.close()
 
     async def _end_supervisor(self) -> None:
-        if self._establishing is not None and not self._establishing.done():
-            # the first of its consumers may have delivered already: what runs can be settled once all are registered
-            await asyncio.wait({self._establishing}, timeout=CLOSE_TIMEOUT_S)
-        tasks = {task for task in (self._supervisor, self._establishing) if task is not None}
-        self._supervisor = self._establishing = None
+        if self._step is not None and not self._step.done():
+            # one that is made may have delivered already: what runs can be settled once all its consumers are registered.
+            # One that is closed has last acks to see through.
+            await asyncio.wait({self._step}, timeout=CLOSE_TIMEOUT_S)
+        tasks = {task for task in (self._supervisor, self._step) if task is not None}
+        self._supervisor = self._step = None
         for task in tasks:
             task.cancel()
         if tasks:

@@ -2,12 +2,16 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.fault.bench import Bench, eventually, link_to
+from leveret import App, Job, Queue
+from leveret.ids import new_job_id
+from tests.fault.bench import PATIENCE_S, Bench, eventually, link_to
 from tests.rabbit.node import Rabbit
+from tests.rabbit.raw import connect
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 
@@ -136,3 +140,86 @@ async def test_stops_at_full_speed_repeat_nothing(any_bench: Bench) -> None:
     runs = Counter(bench.recorder.ids("start"))
     assert set(runs) == set(ids)
     assert [count for count in runs.values() if count > 1] == [], "a job that had ended ran again"
+
+
+@pytest.mark.rabbit
+async def test_a_worker_that_is_left_while_it_closes_a_lost_session_leaves_no_consumer(rabbit: Rabbit, caplog: pytest.LogCaptureFixture) -> None:
+    """Its connection would live on with the program, and keep jobs that no other worker gets, while nobody here runs them."""
+    queue, other = Queue(f"kept-{new_job_id()}", priorities=False), Queue(f"gone-{new_job_id()}", priorities=False)
+
+    class Kept(Job, name="kept", queue=queue):
+        n: int
+
+    class Gone(Job, name="gone", queue=other): ...
+
+    async with link_to(rabbit) as link, connect(rabbit.url) as raw:
+        app: App[None] = App("left", broker=link.url)
+        running = asyncio.Event()
+
+        @app.handler
+        async def keep(job: Kept) -> None:
+            running.set()
+            await asyncio.sleep(0.2)
+
+        @app.handler
+        async def go(job: Gone) -> None: ...
+
+        async with app.publisher() as publisher:
+            await publisher.publish_many([Kept(n) for n in range(150)])
+        async with app.worker(queues=[queue.name, other.name]):
+            await asyncio.wait_for(running.wait(), PATIENCE_S)
+            link.latency_s = 0.2    # the close takes its round trips
+            await raw.delete(other.name)
+            await eventually(lambda: "the consuming connection to RabbitMQ" in caplog.text)
+        link.latency_s = 0.0
+        async with asyncio.timeout(PATIENCE_S):
+            while not await raw.count(queue.name):    # what it held comes back
+                await asyncio.sleep(0.05)
+        await raw.delete(queue.name)
+
+
+@pytest.mark.rabbit
+async def test_a_worker_whose_start_is_cancelled_leaves_no_handler_running(rabbit: Rabbit) -> None:
+    """Its first queue had delivered already: the handler would go on with a lifespan that is over, and beside the second run of its job."""
+    first, second = (Queue(f"start-{new_job_id()}", priorities=False) for _ in range(2))
+    entered, began, ended = list[bool](), asyncio.Event(), list[bool]()
+
+    class First(Job, name="first", queue=first): ...
+
+    class Second(Job, name="second", queue=second): ...
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[None, None]:
+        entered.append(True)
+        yield
+        entered.clear()
+
+    async with link_to(rabbit) as link, connect(rabbit.url) as raw:
+        app: App[None] = App("start", broker=link.url, lifespan=lifespan)
+
+        @app.handler
+        async def run(job: First) -> None:
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(bool(entered))
+
+        @app.handler
+        async def other(job: Second) -> None: ...
+
+        async def service() -> None:
+            async with app.worker(queues=[first.name, second.name]):
+                pytest.fail("it was to be cancelled before")
+
+        async with app.publisher() as publisher:
+            await publisher.publish_many([First(), Second()])
+        link.latency_s = 0.15    # between the first queue's delivery and the second's registration
+        serving = asyncio.create_task(service())
+        await asyncio.wait_for(began.wait(), PATIENCE_S)
+        serving.cancel()
+        await asyncio.wait({serving}, timeout=PATIENCE_S)
+        assert serving.cancelled()
+        assert ended == [True]
+        for name in (first.name, second.name):
+            await raw.delete(name)

@@ -225,6 +225,17 @@ async def test_a_reset_link_ends_all_that_waits(rabbit: Rabbit) -> None:
 # ---- heartbeats
 
 
+async def test_a_close_that_is_cancelled_closes_all_the_same(rabbit: Rabbit) -> None:
+    """A service ends its shutdown after some seconds: a connection that is left open keeps what it was delivered, as long as the program lives."""
+    async with FaultProxy(port_of(rabbit)) as link:
+        opened = await connect(link.url)
+        link.freeze()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await opened.close()
+        assert opened.closed is not None
+
+
 @pytest.mark.fault
 async def test_a_frozen_link_is_given_up_and_an_idle_one_is_kept(rabbit: Rabbit) -> None:
     """A half-open link would hang until the kernel gives up; a worker without jobs must not be dropped by the broker."""
