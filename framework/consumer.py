@@ -325,7 +325,9 @@ class Consumer:
         except UndecodableError as undecodable:
             ending = Undecodable(str(undecodable))
         except asyncio.CancelledError as cancelled:
-            ending = CutOff() if self._settlement.cut else _refused(cancelled)
+            if not self._settlement.cut:
+                await _take_back_cancels()  # who ends a whole program (asyncio.run) cancels the worker in the same turn
+            ending = CutOff() if self._settlement.cut or self._stopping else _refused(cancelled)
         except Exception as failed:  # noqa: BLE001 - what leaves the chain becomes a burial
             ending = _refused(failed)
         finally:
@@ -398,24 +400,33 @@ class Consumer:
         that the broker delivers it again.
         """
         ends = time.monotonic() + grace_s
+        self._stop_starting()
+        hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
+        try:
+            await consumption.stop_taking()
+            for held in in_arrival_order(held for queue in self._queues.values() for held in queue.remove(lambda _: True)):
+                self._end(held.delivery, None, NotStarted(), None)  # here and now: with no grace at all it is still given back
+            while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
+                wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
+                await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # cancelled, too: no handler outlives its worker
+            if hurried is not None:
+                hurried.cancel()
+            drained = not self._tasks
+            again = "told again to stop" if hurry is not None and hurry.is_set() else "cancelled"
+            await self.cut_off(again if time.monotonic() < ends else f"the grace of {grace_s:g} s is over")
+        return drained
+
+    def _stop_starting(self) -> None:
         self._stopping = True
         for timer in (self._sweeper, *(queue.gate.timer for queue in self._queues.values() if queue.gate is not None)):
             if timer is not None:
                 timer.cancel()
-        await consumption.stop_taking()
-        for held in in_arrival_order(held for queue in self._queues.values() for held in queue.remove(lambda _: True)):
-            self._end(held.delivery, None, NotStarted(), None)  # here and now: with no grace at all it is still given back
-        hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
-        try:
-            while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
-                wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
-                await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if hurried is not None:
-                hurried.cancel()
-        drained = not self._tasks
-        if not drained:
-            why = "told again to stop" if hurry is not None and hurry.is_set() else f"the grace of {grace_s:g} s is over"
+
+    async def cut_off(self, why: str) -> None:
+        """Cancel what still runs, without settling it, so that the broker delivers it again; once only."""
+        self._stop_starting()
+        if self._tasks and not self._settlement.cut:
             names = ", ".join(sorted({queue.queue.name for queue in self._queues.values() if queue.running})) or "settling"
             logger.error("%s: cut off, to be delivered again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
@@ -424,7 +435,6 @@ class Consumer:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
         self._threads.shutdown(wait=False, cancel_futures=True)
-        return drained
 
 
 async def _take_back_cancels() -> None:

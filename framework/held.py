@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,7 +15,11 @@ from .clock import Timer
 from .codec import Decoder
 from .handler import Handler
 from .job import Priority, Queue
+from .texts import named
 
+logger = logging.getLogger("leveret.consumer")
+
+_ASK_AGAIN_S = 1.0
 AGEING_S = 10.0
 """A job that was held this much longer goes before one that is a level more urgent, so that the lowest isn't starved."""
 
@@ -68,9 +73,13 @@ class Gate:
 
     def wait_s(self) -> float:
         """Ask the layers: seconds until a start; 0 for now, and then `left` says how many."""
-        wait_s = max(ready() for ready in self._ready)
-        if wait_s <= 0:
-            self.left = max(1, min(now() for now in self._now))
+        try:
+            wait_s = max(ready() for ready in self._ready)
+            if wait_s <= 0:
+                self.left = max(1, min(now() for now in self._now))
+        except Exception as error:  # a user's layer: what was delivered with this one must not be lost sight of
+            logger.error("a layer can't say when its next job may start, so it is asked again in %g s: %s", _ASK_AGAIN_S, named(error), exc_info=error)  # noqa: TRY400
+            return _ASK_AGAIN_S
         return wait_s
 
     def start(self) -> None:

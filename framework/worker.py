@@ -116,14 +116,15 @@ async def working(
             broker, handlers, publisher=publisher, publish_layers=layers, resources=resources, runtime=runtime, limits=limits,
             around_sync=app.around_sync, observe=observe,
         )
+        stack.callback(publisher.close)
+        stack.push_async_callback(consumer.cut_off, "it didn't get to its start")  # though its first queue may have delivered
         consumption = await broker.consume(consumer.subscriptions, consumer)
+        stack.push_async_callback(consumption.close)
         work = Working(consumer, consumption, asyncio.Event())
         try:
             yield work
         finally:
             work.drained = await consumer.drain(consumption, grace_s, work.hurry)
-            await consumption.close()
-            publisher.close()
 
 
 @asynccontextmanager

@@ -499,6 +499,115 @@ async def test_what_is_cut_off_after_the_grace_is_delivered_again(harness: Harne
     await assert_empty(harness, queue)
 
 
+async def test_a_program_that_ends_leaves_what_runs_to_the_next_one(harness: Harness) -> None:
+    """`asyncio.run` cancels every task at once: what a worker in a background task was running would be in the dead letters."""
+    queue, started, next_runs = harness.queue(), list[str](), Runs()
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url, middleware=[Retries()])
+
+    @app.handler(job=work)
+    async def hang(job: Any, attempt: Attempt[Any]) -> None:
+        started.append(attempt.job_id)
+        await asyncio.Event().wait()
+
+    async def service() -> None:
+        async with app.worker(queues=[queue.name]):
+            await asyncio.Event().wait()
+
+    async def program() -> None:
+        serving = asyncio.create_task(service())
+        await until(lambda: len(started) == 20)
+        assert not serving.done()
+
+    ids = await publish(app, *(work(n=n) for n in range(20)))
+    await asyncio.to_thread(asyncio.run, program())
+    async with make_app(harness, work, next_runs).worker(queues=[queue.name]):
+        again = {(await next_runs.next()).job_id for _ in range(20)}
+
+    assert again == set(ids)
+    assert (await depth(harness.admin(), queue)).dead == 0
+
+
+async def test_no_handler_outlives_a_worker_whose_end_is_cancelled(harness: Harness) -> None:
+    """It would go on with a pool that is closed, beside the second run of its job."""
+    queue, runs, pool, ended = harness.queue(), Runs(), list[str](), list[bool]()
+    work = job_class(queue)
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[None, None]:
+        pool.append("open")
+        yield
+        pool.clear()
+
+    app: App[Any] = App("contract", broker=harness.url, lifespan=lifespan)
+
+    @app.handler(job=work)
+    async def hang(job: Any, attempt: Attempt[Any]) -> None:
+        try:
+            await runs(job, attempt)
+            await asyncio.Event().wait()
+        finally:
+            ended.append(bool(pool))
+
+    async def service() -> None:
+        async with app.worker(queues=[queue.name]):
+            await asyncio.Event().wait()
+
+    [job_id] = await publish(app, work(n=1))
+    serving = asyncio.create_task(service())
+    await runs.next()
+    while not serving.done():  # the first leaves the block, the others fall into its end
+        serving.cancel()
+        await asyncio.wait({serving}, timeout=0.05)
+
+    assert ended == [True]
+    next_runs = Runs()
+    async with make_app(harness, work, next_runs).worker(queues=[queue.name]):
+        assert (await next_runs.next()).job_id == job_id
+
+
+async def test_a_layer_that_cannot_say_when_it_is_ready_is_asked_again(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """Its Redis was away for a moment: what was delivered just then would wait in this worker for minutes, started by nobody."""
+
+    class Gate:
+        asked = 0
+
+        def ready_in_s(self) -> float:
+            self.asked += 1
+            if self.asked == 1:
+                msg = "redis is away"
+                raise ConnectionError(msg)
+            return 0.0
+
+        async def consume(self, attempt: Attempt[Any], proceed: Any) -> Outcome:
+            return await proceed(attempt)
+
+    queue, runs = harness.queue(), Runs()
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url, middleware=[Gate()])
+
+    @app.handler(job=work)
+    async def handle(job: Any, attempt: Attempt[Any]) -> None:
+        await runs(job, attempt)
+
+    ids = await publish(app, *(work(n=n) for n in range(20)))
+    async with app.worker(queues=[queue.name]):
+        assert {(await runs.next()).job_id for _ in range(20)} == set(ids)
+    assert "is asked again in 1 s: ConnectionError: redis is away" in caplog.text
+
+
+async def test_any_concurrency_is_taken(harness: Harness) -> None:
+    """A worker of small jobs that is given 40 000 slots: twice that is no prefetch that AMQP could carry."""
+    queue, runs = harness.queue(), Runs()
+    work = job_class(queue)
+    app = make_app(harness, work, runs)
+
+    await publish(app, work(n=1))
+    async with working(app, queues=[queue.name], limits=Limits(concurrency=40_000)):
+        await runs.next()
+    await assert_empty(harness, queue)
+
+
 async def test_a_worker_that_was_cut_off_is_let_go(harness: Harness) -> None:
     """An embedded worker, or a test suite's hundredth, that stays in memory with its connection and resources fills it."""
 
