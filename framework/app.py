@@ -252,7 +252,8 @@ class App(Generic[_R]):
         names = list(dict.fromkeys(handler.queue.name for handler in found.values()))
         for queue in queues:
             if queue not in names:
-                msg = f"app {self._name!r} has no handler for the queue {queue!r}; it has handlers for: {', '.join(names) or 'none'}"
+                there = ", ".join(names) or "none"
+                msg = f"app {self._name!r} has no handler for the queue {queue!r}, only for: {there}; list its module in App(modules=[…])"
                 raise ConfigurationError(msg)
         return [handler for handler in found.values() if not queues or handler.queue.name in queues]
 

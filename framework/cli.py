@@ -32,6 +32,7 @@ from .outcome import MAX_DELAY_S
 from .settings import environment, redact
 
 _PUBLISH_TIMEOUT_S = 10.0
+_log_level_option = click.option("--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Else LEVERET_LOG.  [default: info]")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -76,7 +77,7 @@ def cli() -> None:
     help="How long a stopping worker lets its jobs finish.",
 )
 @click.option("--reload", is_flag=True, help="For development: restart when a Python file below this folder changes. Needs leveret[reload].")
-@click.option("--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Else LEVERET_LOG.  [default: info]")
+@_log_level_option
 def work(
     app: str | None, queue_limits: tuple[str, ...], concurrency: int | None, processes: int, grace_s: float, reload: bool, log_level: str | None
 ) -> None:
@@ -122,7 +123,8 @@ def _queue_limits(given: Sequence[str]) -> dict[str, int | None]:
 
 @cli.command(short_help="Publish an app's recurring jobs at their times.")
 @click.argument("app", required=False, metavar="[APP]")
-def cron(app: str | None) -> None:
+@_log_level_option
+def cron(app: str | None, log_level: str | None) -> None:
     """Publish the recurring jobs of APP (module:attribute, else LEVERET_APP) at their times. Run one of it.
 
     A slot's job has an id made of app, schedule and time, so a restart can't publish another one for it. What fell due while no cron ran
@@ -135,7 +137,7 @@ def cron(app: str | None) -> None:
     from .scheduler import run as run_schedules
 
     path = app_path(app)
-    set_up_logs(environment(os.environ).log_level)
+    set_up_logs(log_level or environment(os.environ).log_level)
     loaded = load_app(path)
     find_target(path, None, modules=False)
     code = run(run_schedules(loaded))

@@ -13,7 +13,7 @@ import msgspec
 
 from .broker import DeadLetter, DeadLetters
 from .cli_letter import LetterRecord, Summary, show_letter, summary_of
-from .cli_print import ask, json_option, moment, print_json, print_table, progress
+from .cli_print import ask, counted, json_option, moment, print_json, print_table, progress
 from .cli_target import Target, run, target_options
 from .envelope import Envelope, Failure, failures_of
 from .errors import ConfigurationError, LeveretError
@@ -88,7 +88,7 @@ async def _reading(target: Target, name: str, wanted: Wanted, what: str) -> Asyn
                 yield _Reading(letters, wanted, step)
 
 
-@click.group()
+@click.group(short_help="Look at what was buried, run it again, or throw it away.")
 def dead() -> None:
     """Look at what was buried, run it again, or throw it away.
 
@@ -101,7 +101,7 @@ def dead() -> None:
     """  # noqa: D301
 
 
-@dead.command("list")
+@dead.command("list", short_help="List the dead letters of a queue, oldest first.")
 @click.argument("queue")
 @wanted_options
 @target_options
@@ -133,7 +133,7 @@ def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> N
         click.echo(f"… and more; --limit N shows more than {limit}", err=True)
 
 
-@dead.command()
+@dead.command(short_help="Show all of one dead letter.")
 @click.argument("queue")
 @click.argument("job_id", metavar="ID")
 @target_options
@@ -185,7 +185,7 @@ def replayed(envelope: Envelope) -> Envelope:
     )
 
 
-@dead.command()
+@dead.command(short_help="Put dead letters back into their queue.")
 @click.argument("queue")
 @wanted_options
 @click.option("--dry-run", is_flag=True, help="Only say which.")
@@ -210,7 +210,7 @@ def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: b
     return _tell(result, "replayed", as_json=as_json)
 
 
-@dead.command()
+@dead.command(short_help="Delete dead letters for good.")
 @click.argument("queue")
 @wanted_options
 @click.option("--dry-run", is_flag=True, help="Only say which.")
@@ -232,7 +232,7 @@ def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, a
         picked = run(_each(target, queue, wanted, None, "counting"))
         if not picked.done:
             return _tell(msgspec.structs.replace(picked, dry_run=False), "dropped", as_json=as_json)
-        ask(f"Delete {picked.done} dead letters of queue {queue} on {redact(target.url)} for good?", yes=yes)
+        ask(f"Delete {counted(picked.done, 'dead letter')} of queue {queue} on {redact(target.url)} for good?", yes=yes)
         # those that were counted, and none that was buried while the question stood
         wanted = msgspec.structs.replace(wanted, limit=picked.done)
     result = run(_each(target, queue, wanted, None if dry_run else act, "dropping"))
@@ -265,6 +265,6 @@ def _tell(result: Result, verb: str, *, as_json: bool) -> int:
         for one in result.failed:
             click.echo(f"leveret: job {one['id']} stays in {result.queue}.dead: {one['error']}", err=True)
         would = "would be " if result.dry_run else ""
-        stay = f", {len(result.failed)} failed and stay" if result.failed else ""
-        click.echo(f"{result.done} dead letter{'' if result.done == 1 else 's'} of queue {result.queue} {would}{verb}{stay}")
+        stay = f", {len(result.failed)} failed and {'stays' if len(result.failed) == 1 else 'stay'}" if result.failed else ""
+        click.echo(f"{counted(result.done, 'dead letter')} of queue {result.queue} {would}{verb}{stay}")
     return 1 if result.failed else 0

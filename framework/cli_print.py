@@ -60,6 +60,11 @@ def seconds(value: float) -> str:
     return f"{value:g} s"
 
 
+def counted(count: int, what: str) -> str:
+    """Return a count with its noun: 1 job, 2 jobs."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def ask(question: str, *, yes: bool) -> None:
     """Go on only after a yes; where nobody can answer, --yes must say it."""
     if yes:

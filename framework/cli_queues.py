@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .broker import Depth
-from .cli_print import ask, json_option, print_json, print_table
+from .cli_print import ask, counted, json_option, print_json, print_table
 from .cli_target import Target, run, target_options
 from .errors import ConfigurationError
 from .settings import redact
@@ -23,7 +23,7 @@ class _Names(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=_Names, subcommand_metavar="[NAME]... | purge NAME")
+@click.group(cls=_Names, subcommand_metavar="[NAME]... | purge NAME", short_help="Show how many jobs wait in each queue; purge one.")
 def queues() -> None:
     """Show how many jobs wait in each queue, by level; or `purge` one.
 
@@ -37,15 +37,15 @@ def queues() -> None:
     """  # noqa: D301
 
 
-@queues.command()
+@queues.command(short_help="Show the depths of queues.")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @target_options
 @json_option
 def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
     """Show the depths of the queues NAME…, or of all that the app has handlers for; `show` may be left out.
 
-    `ready` waits to be delivered, `held` is in the hands of workers, `delayed` waits for its time (a retry does), `dead` was buried.
-    A dash: the broker can't tell.
+    `ready` waits to be delivered, `unsettled` is with a worker, `delayed` waits for its time (a retry does), `dead` was buried;
+    `consumers` are the worker processes that take from it. A dash: the broker can't tell.
 
     \b
     Example:
@@ -64,7 +64,7 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
         print_json(depths)
         return
     print_table(
-        ["queue", ">ready", "by level", ">held", ">delayed", ">dead", ">workers", ""],
+        ["queue", ">ready", "levels", ">unsettled", ">delayed", ">dead", ">consumers", ""],
         [
             [depth.queue, depth.ready, _levels(depth), depth.unsettled, depth.delayed, depth.dead, depth.consumers, "" if depth.exists else "not made yet"]
             for depth in depths
@@ -76,7 +76,7 @@ def _levels(depth: Depth) -> str:
     return " ".join(f"{level}={count}" for level, count in depth.levels.items() if count)
 
 
-@queues.command()
+@queues.command(short_help="Delete every job that waits in a queue.")
 @click.argument("name")
 @target_options
 @click.option("--yes", is_flag=True, help="Don't ask.")
@@ -101,10 +101,10 @@ def purge(name: str, target: Target, yes: bool, as_json: bool) -> None:
     if not depth.exists:
         msg = f"queue {name!r} isn't made yet on {redact(target.url)}: nothing waits there"
         raise ConfigurationError(msg)
-    ask(f"Delete {depth.ready} waiting jobs of queue {name} on {redact(target.url)} for good?", yes=yes)
+    ask(f"Delete {counted(depth.ready, 'waiting job')} of queue {name} on {redact(target.url)} for good?", yes=yes)
     purged = run(delete())
     if as_json:
         answer: dict[str, Any] = {"queue": name, "purged": purged}
         print_json(answer)
     else:
-        click.echo(f"purged {purged} jobs of queue {name}")
+        click.echo(f"purged {counted(purged, 'job')} of queue {name}")

@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import functools
 import os
+import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -42,6 +43,8 @@ class Target(msgspec.Struct, frozen=True):
         except ValueError as error:
             base, dot, ending = name.rpartition(".")
             hint = f"; `leveret dead list {base}` shows the dead letters of {base}" if dot and base and ending == "dead" else ""
+            if re.fullmatch(r"[\w.]+:[\w.]+", name):
+                hint = f"; did you mean --app {name}?"
             raise ConfigurationError(f"{error}{hint}") from None
 
     @asynccontextmanager

@@ -37,13 +37,14 @@ class _OneLine(logging.Formatter):
 
 
 def set_up_logs(level: str) -> None:
-    """Print records of `level` and above; leaves a program's own logging set-up alone where there is one."""
+    """Print records of `level` and above, whatever was said here before; leaves a program's own logging set-up alone."""
     if level.lower() not in LEVELS:
         msg = f"the log level (LEVERET_LOG, --log-level) is one of {', '.join(LEVELS)}, not {level!r}"
         raise ConfigurationError(msg)
     root = logging.getLogger()
-    if root.handlers:
+    if any(not isinstance(handler.formatter, _OneLine) for handler in root.handlers):
         return
+    root.handlers.clear()
     debug = level.lower() == "debug"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine(tracebacks=debug))

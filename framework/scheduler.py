@@ -167,7 +167,7 @@ async def run(app: App[Any]) -> int:
     app.import_modules()
     enabled = [schedule for schedule in app.schedules if schedule.enabled]
     if not enabled:
-        msg = f"app {app.name!r} has no enabled schedule; make one with @app.cron(…)"
+        msg = f"app {app.name!r} has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])"
         raise ConfigurationError(msg)
     runtime = app.runtime()
     broker = app.open_broker(runtime)

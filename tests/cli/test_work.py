@@ -17,7 +17,7 @@ from tests.rabbit.node import Rabbit
     (("work", "-q", "emails=0"), "--queue 'emails=0': it is NAME or NAME=CONCURRENCY"),
     (("work", "-q", "emails=many"), "--queue 'emails=many': it is NAME or NAME=CONCURRENCY"),
     (("work", "-q", "emails", "-q", "emails=3"), "--queue 'emails' is given twice"),
-    (("work", "-q", "emials"), "app 'shop' has no handler for the queue 'emials'; it has handlers for: emails, reports, plain"),
+    (("work", "-q", "emials"), "app 'shop' has no handler for the queue 'emials', only for: emails, reports, plain; list its module in App(modules=[…])"),
     (("work", "--processes", "0"), "'--processes' / '-p': 0 is not in the range"),
     (("work", "--concurrency", "0"), "'--concurrency' / '-c': 0 is not in the range"),
     (("work", "--grace=-1"), "'--grace': it is a number of seconds, 0 or more, not '-1'"),
@@ -27,12 +27,13 @@ from tests.rabbit.node import Rabbit
     (("work", "shpo:app"), "there is no module 'shpo'"),
     (("work", "shop:ap"), "module shop has no 'ap'; did you mean 'app'?"),
     (("work", "shop:emails"), "'shop:emails' is Queue, not an App"),
-    (("cron",), "app 'shop' has no enabled schedule"),
+    (("cron",), "app 'shop' has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])"),
     (("queues", "emails", "--app", "shop:app", "--broker", "memory://"), "--app and --broker exclude each other"),
     (("queues", "emails", "--broker", "rabbit://guest:hunter2@host"), "'rabbit://guest:***@host' has no known scheme"),
     (("queues", "emails", "--broker", "memory://"), "memory:// lives inside the process that opens it"),
     (("queues", "emails.dead", "--broker", "sqlite:///shop.db"), "`leveret dead list emails` shows the dead letters of emails"),
     (("queues", "a b", "--broker", "sqlite:///shop.db"), "a queue's name has 1 to 150 of [A-Za-z0-9_.-], not 'a b'"),
+    (("queues", "shop:app", "--broker", "sqlite:///shop.db"), "not 'shop:app'; did you mean --app shop:app?"),
     (("dead", "list", "emials"), "there is no queue 'emials' on sqlite:///shop.db; did you mean emails?"),
 ])
 def test_what_is_wrong_is_one_line_and_exit_2(project: Project, arguments: tuple[str, ...], said: str) -> None:
@@ -159,6 +160,15 @@ def test_help_has_an_example(project: Project, command: tuple[str, ...]) -> None
     assert re.search(r"Examples?:\n +leveret ", ran.out), ran.out
 
 
+@pytest.mark.parametrize("command", [(), ("queues",), ("dead",)])
+def test_summaries_in_help_are_whole(project: Project, command: tuple[str, ...]) -> None:
+    """A list of commands whose lines break off in the middle tells nobody which one to take."""
+    _, _, listed = project.run(*command, "--help").out.partition("Commands:\n")
+
+    assert listed
+    assert "..." not in listed
+
+
 def test_the_version_and_the_exit_codes_are_told(project: Project) -> None:
     """A script branches on the code, a bug report begins with the version."""
     assert re.fullmatch(r"leveret \d+\.\d+\.\d+\n", project.run("--version").out)
@@ -179,6 +189,17 @@ def test_cron_publishes_each_slot_once_and_sigterm_ends_it_with_0(project: Proje
     assert slots == [slots[0] + timedelta(seconds=n) for n in range(len(slots))], cron.log
     assert abs((datetime.now(timezone.utc) - slots[-1]).total_seconds()) < 30
     assert project.run("queues", "plain", "--json").json[0]["ready"] == len(slots)
+
+
+def test_cron_prints_what_its_log_level_says(project: Project) -> None:
+    """Who wants less of one process, or all of it, must not have to change the environment of all; the option beats LEVERET_LOG."""
+    project.write("every.py", "from shop import Note, app, said\n\n\n@app.cron('* * * * * *')\ndef tick() -> Note:\n    said('asked')\n    return Note()\n")
+
+    with project.start("cron", "every:app", "--log-level", "error", LEVERET_LOG="debug") as cron:
+        until(lambda: "asked" in project.said, lambda: cron.log)
+        cron.stop()
+
+    assert cron.log == ""
 
 
 def test_cron_stopped_in_the_middle_of_a_slot_lets_it_end(project: Project) -> None:
