@@ -546,6 +546,9 @@ class MemoryAdmin:
             exists=name in store._ready,
         )
 
+    async def delayed(self) -> None:
+        """As `Admin.delayed`: `depths` tells it."""
+
     async def purge(self, queue: Queue) -> int:
         """As `Admin.purge`."""
         with self._store._lock:

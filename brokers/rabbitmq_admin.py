@@ -34,7 +34,7 @@ _RETURN_S = 2.0
 class RabbitAdmin:
     """Depths, purging and dead letters over AMQP alone; see `leveret.broker.Admin`.
 
-    What workers hold and what is delayed can't be told over AMQP. A queue's type is looked up, not believed: it is
+    What workers hold, and what is delayed of each queue, can't be told over AMQP. A queue's type is looked up, not believed: it is
     quorum with levels where its sibling `<queue>.high` exists.
     """
 
@@ -65,6 +65,10 @@ class RabbitAdmin:
             consumers=max((consumers for _, consumers in there.values()), default=0),
             exists=Priority.NORMAL in there,
         )
+
+    async def delayed(self) -> int:
+        """Count what waits in the delay ladders, which all queues of the vhost share."""
+        return sum([await self._on_channel(partial(_waiting, kind)) for kind in ("quorum", "classic")])
 
     async def purge(self, queue: Queue) -> int:
         """Delete what waits in all levels; return how many."""
@@ -169,6 +173,13 @@ async def _count(name: str, channel: Channel) -> tuple[int, int] | None:
             return None
         raise
     return answer.message_count or 0, answer.consumer_count or 0
+
+
+async def _waiting(kind: str, channel: Channel) -> int:
+    """Count what waits in a delay ladder, asked for all its queues at once; a ladder that nothing has needed yet holds nothing."""
+    queues = [record.name for record in topology.of_ladder(kind) if isinstance(record, topology.PhysicalQueue)]
+    counts = await asyncio.gather(*(_count(name, channel) for name in queues))
+    return sum(found[0] for found in counts if found is not None)
 
 
 class RabbitDeadLetter:

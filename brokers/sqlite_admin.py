@@ -188,6 +188,9 @@ class SqliteAdmin:
         dead, known = count("SELECT count(*) FROM dead WHERE queue = ?"), count("SELECT count(*) FROM queues WHERE name = ?")
         return _depth(queue, levels, count(_HELD), delayed, dead, exists=known > 0)
 
+    async def delayed(self) -> None:
+        """As `Admin.delayed`: `depths` tells it."""
+
     async def purge(self, queue: Queue) -> int:
         """As `Admin.purge`, some thousands in a transaction, so that workers get their turn between."""
         if not self._path.exists():

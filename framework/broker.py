@@ -231,6 +231,10 @@ class Admin(Protocol):
         """One row a queue, in order; a queue that isn't there says so."""
         ...
 
+    async def delayed(self) -> int | None:
+        """Count what waits for its time, of all queues together; None where `depths` tells it by queue."""
+        ...
+
     async def purge(self, queue: Queue) -> int:
         """Delete what waits in `queue`, all levels; return how many. Delayed, unsettled and dead jobs stay."""
         ...

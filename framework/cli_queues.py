@@ -45,7 +45,8 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
     """Show the depths of the queues NAME…, or of all that the app has handlers for; `show` may be left out.
 
     `ready` waits to be delivered, `unsettled` is with a worker, `delayed` waits for its time (a retry does), `dead` was buried;
-    `consumers` are the worker processes that take from it. A dash: the broker can't tell.
+    `consumers` are the worker processes that take from it. A dash: the broker can't tell; RabbitMQ counts
+    the delayed jobs of all queues together, below the table.
 
     \b
     Example:
@@ -55,11 +56,12 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
         msg = "which queues? Name them, or the app that has them (--app module:app)"
         raise click.UsageError(msg)
 
-    async def read() -> list[Depth]:
+    async def read() -> tuple[list[Depth], int | None]:
         async with target.admin() as admin:
-            return [await target.depth_of(admin, name) for name in names or target.queues]
+            depths = [await target.depth_of(admin, name) for name in names or target.queues]
+            return depths, None if as_json else await admin.delayed()
 
-    depths = run(read())
+    depths, delayed = run(read())
     if as_json:
         print_json(depths)
         return
@@ -70,6 +72,8 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
             for depth in depths
         ],
     )
+    if delayed is not None:
+        click.echo(f"delayed, of all queues of this broker: {delayed}")
 
 
 def _levels(depth: Depth) -> str:

@@ -1,6 +1,7 @@
 """`leveret publish`."""
 
 import json
+import re
 import uuid
 from datetime import datetime, timedelta, timezone
 
@@ -99,8 +100,10 @@ def test_publish_and_queues_on_rabbitmq(project: Project, rabbit: Rabbit) -> Non
         assert project.run("publish", "contract:Ping", json.dumps({"n": 1}), "--priority", level, "--broker", rabbit.url).code == 0
 
     [depth] = project.run("queues", name, "--broker", rabbit.url, "--json").json
+    table = project.run("queues", name, "--broker", rabbit.url).out
     purged = project.run("queues", "purge", name, "--broker", rabbit.url, "--yes", "--json")
 
     assert {level: count for level, count in depth["levels"].items() if count} == {"low": 1, "normal": 1, "urgent": 2}
+    assert re.search(r"^delayed, of all queues of this broker: \d+$", table, re.MULTILINE), table
     assert purged.json == {"queue": name, "purged": 4}
     assert project.run("queues", name, "--broker", rabbit.url, "--json").json[0]["ready"] == 0
