@@ -22,6 +22,8 @@ from .outcome import OUTCOMES, Bury, Done, Expired, Outcome, Retry, Snooze
 
 _DONE = Done()
 _EXPIRED = Expired()
+_OVERDUE = "goes on in its thread past its time; its slot stays taken until it returns, and only then it has failed"
+_GOES_ON = "is cut off, but its thread can't be stopped: it goes on until it returns or the process ends"
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -195,7 +197,7 @@ def _in_thread(
                     raise
                 # A thread can't be stopped. It keeps its slot until it ends, so that the retry doesn't run beside it.
                 if not cancelled:
-                    attempt.log.warning("%s goes on in its thread past its time; its slot stays taken until it ends", attempt.envelope.job)
+                    attempt.log.warning("job %s %s %s", attempt.envelope.job, attempt.job_id, _GOES_ON if attempt.remaining_s() else _OVERDUE)
                 cancelled = True
         if cancelled:
             waiting.exception()  # looked at, so that asyncio doesn't log it as lost

@@ -83,14 +83,16 @@ class Logs:
         if isinstance(outcome, (Retry, Snooze)):
             fields["delay_s"] = outcome.delay_s
             if outcome.delay_s is not None:
-                text = f", again in {outcome.delay_s:.3g} s"
+                text = f", again in {_duration(outcome.delay_s)}"
         if error is not None:
             fields["error"] = _line(f"{type(error).__qualname__}: {error}")
             text += f": {fields['error']}"
         if isinstance(outcome, Bury):
             fields["reason"] = _line(outcome.reason)
             text = f": {fields['reason']}"
-        logger.log(level, "%s %s in %s%s", envelope.job, name, _duration(duration_s), text, extra=fields)
+        logger.log(
+            level, "job %s %s attempt %d: %s after %s%s", envelope.job, envelope.job_id, envelope.attempt, name, _duration(duration_s), text, extra=fields
+        )
 
 
 def _duration(seconds: float) -> str:

@@ -169,7 +169,7 @@ class Retries:
                         return self._after(attempt, error, plan)
                     tries += 1
                     failed = error
-                    attempt.log.info("%s failed and is tried again in place: %s", attempt.envelope.job, named(error))
+                    attempt.log.info("job %s %s failed and is tried again in place: %s", attempt.envelope.job, attempt.job_id, named(error))
                     await self._clock.sleep(full_jitter(tries, base_s=_IN_PLACE_BASE_S, cap_s=_IN_PLACE_CAP_S, rng=self._rng))
                     continue
                 if isinstance(outcome, Retry):

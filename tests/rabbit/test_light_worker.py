@@ -49,7 +49,7 @@ def test_a_running_worker_has_imported_nothing_that_it_does_not_need(rabbit: Rab
         try:
             assert worker.stderr is not None
             for line in worker.stderr:
-                if "tests.look done" in line:
+                if ": done after" in line:
                     break
         finally:
             worker.terminate()

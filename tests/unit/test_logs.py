@@ -47,14 +47,14 @@ def caused(outcome: Retry | Bury, error: Exception) -> Outcome:
 @pytest.mark.parametrize(
     ("outcome", "level", "text"),
     [
-        (Done(), logging.INFO, "greet done in 12.3 ms"),
-        (Snooze(30), logging.INFO, "greet snoozed in 12.3 ms, again in 30 s"),
-        (Expired(), logging.WARNING, "greet expired in 12.3 ms"),
-        (Retry(), logging.WARNING, "greet retry in 12.3 ms"),
-        (caused(Retry(1.5), ValueError("no\nway")), logging.WARNING, "greet retry in 12.3 ms, again in 1.5 s: ValueError: no way"),
-        (caused(Bury("no way\n(attempt 5 of 5)"), ValueError("no way")), logging.ERROR, "greet buried in 12.3 ms: no way (attempt 5 of 5)"),
-        (ValueError("no\nway"), logging.ERROR, "greet failed in 12.3 ms: ValueError: no way"),
-        (asyncio.CancelledError(), logging.WARNING, "greet cancelled in 12.3 ms"),
+        (Done(), logging.INFO, "done after 12.3 ms"),
+        (Snooze(30), logging.INFO, "snoozed after 12.3 ms, again in 30.00 s"),
+        (Expired(), logging.WARNING, "expired after 12.3 ms"),
+        (Retry(), logging.WARNING, "retry after 12.3 ms"),
+        (caused(Retry(1.5), ValueError("no\nway")), logging.WARNING, "retry after 12.3 ms, again in 1.50 s: ValueError: no way"),
+        (caused(Bury("no way\n(attempt 5 of 5)"), ValueError("no way")), logging.ERROR, "buried after 12.3 ms: no way (attempt 5 of 5)"),
+        (ValueError("no\nway"), logging.ERROR, "failed after 12.3 ms: ValueError: no way"),
+        (asyncio.CancelledError(), logging.WARNING, "cancelled after 12.3 ms"),
     ],
 )
 async def test_each_ending_is_one_line_at_its_level(
@@ -62,7 +62,7 @@ async def test_each_ending_is_one_line_at_its_level(
 ) -> None:
     """People filter by level: a burial that is INFO isn't seen, a line in two halves isn't found."""
     record = await line(caplog, outcome)
-    assert (record.levelno, record.getMessage()) == (level, text)
+    assert (record.levelno, record.getMessage()) == (level, f"job greet id-1 attempt 2: {text}")
 
 
 async def test_every_value_is_in_the_record(caplog: pytest.LogCaptureFixture) -> None:
@@ -74,7 +74,7 @@ async def test_every_value_is_in_the_record(caplog: pytest.LogCaptureFixture) ->
         "outcome": "retry", "duration_s": 2.5, "delay_s": 4.0, "error": "OSError: gone",
     }
     assert {name: vars(record)[name] for name in expected} == expected
-    assert record.getMessage() == "greet retry in 2.50 s, again in 4 s: OSError: gone"
+    assert record.getMessage() == "job greet id-1 attempt 2: retry after 2.50 s, again in 4.00 s: OSError: gone"
     record = await line(caplog, Bury("no such customer"))
     assert (cast("Any", record).outcome, cast("Any", record).reason) == ("buried", "no such customer")
 
@@ -89,7 +89,7 @@ async def test_the_payload_is_never_in_a_line(caplog: pytest.LogCaptureFixture) 
 async def test_outside_of_retries_it_sees_what_became_of_a_failure(caplog: pytest.LogCaptureFixture) -> None:
     """The usual order: the line says retry or burial, with the error."""
     record = await line(caplog, Done(), Logs(), Retries())
-    assert record.getMessage() == "greet done in 12.3 ms"
+    assert record.getMessage() == "job greet id-1 attempt 2: done after 12.3 ms"
     caplog.clear()
     clock = ManualClock()
     await chain(Logs(), Retries(max_attempts=2), handler=taking(clock, 0.0, ValueError("no")), bound=runtime(clock))(attempt(2))

@@ -3,11 +3,14 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
 
 from leveret import App, Attempt, Bury, ConfigurationError, Done, Outcome
+from leveret.clock import ManualClock
+from leveret.handler import Registration, innermost, resolve
 from leveret.middleware import Retries, Timeout
 from leveret.testing import running
 from tests.unit.runs import Greet, attempt, chain
@@ -139,12 +142,35 @@ async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytes
         now.release()
 
     async with running(app) as lab:
-        await lab.publish(Greet())
+        receipt = await lab.publish(Greet())
         await lab.drain()
         (run,) = lab.buried
     assert overlapped == [False, False]
     assert run.outcome == Bury("TimeoutError: greet was ended by its Timeout of 0.02 s (attempt 2 of 2)")
-    assert sum("goes on in its thread" in record.getMessage() for record in caplog.records) == 2
+    said = [record.getMessage() for record in caplog.records if "goes on in its thread" in record.getMessage()]
+    assert [line.partition(" goes on")[0] for line in said] == [f"job greet {receipt.job_id}"] * 2
+
+
+async def test_a_handler_in_a_thread_that_is_cut_off_is_not_said_to_be_late(caplog: pytest.LogCaptureFixture) -> None:
+    """People would look for a slow handler where a stop had too little grace."""
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def greet(job: Greet) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait(5)
+
+    with ThreadPoolExecutor(1) as threads:
+        step = innermost(resolve(Registration(greet, Greet, ()), ()), clock=ManualClock(), threads=threads, around_sync=None)
+        task = asyncio.ensure_future(chain(Timeout(60), handler=step)(attempt()))
+        await begun.wait()
+        task.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "leveret.job"]
+    assert line.startswith("job greet id-1 is cut off, but its thread can't be stopped")
 
 
 @pytest.mark.parametrize(
