@@ -7,14 +7,16 @@ from datetime import datetime, timezone
 import click
 
 from .broker import Features
-from .cli_print import json_option, lines, print_json, seconds
+from .cli_print import counted, json_option, lines, print_json, seconds
 from .cli_target import app_path, run
 from .describe import MOST_WAITS, AppRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
 from .describe import describe as describe_app
 from .loading import load_app
 
+_RUNS = {"on the loop": "an async def, on the event loop", "in a thread": "a def, in a thread"}
 
-@click.command(short_help="Show what an app is made of: chains, limits, waits, queues, schedules.")
+
+@click.command(short_help="Show an app's handlers with their layers, queues, schedules.")
 @click.argument("app", required=False, metavar="[APP]")
 @json_option
 def describe(app: str | None, as_json: bool) -> None:
@@ -56,7 +58,7 @@ def _features(features: Features) -> str:
     return ", ".join((
         "durable" if features.durable else "not durable: nothing survives its process",
         "shared by processes" if features.shared else "inside one process",
-        "tells redeliveries" if features.counts_redelivery else "doesn't tell redeliveries",
+        "says which jobs come again" if features.counts_redelivery else "doesn't say which jobs come again",
     ))
 
 
@@ -78,7 +80,7 @@ def _handler(handler: HandlerRecord) -> list[str]:
     if handler.expires_s is not None:
         limits.append(f"expires {seconds(handler.expires_s)} after its publish")
     said = [
-        f"  job {handler.job}{version} ({handler.job_class}), {handler.runs}",
+        f"  job {handler.job}{version} ({handler.job_class}), {_RUNS[handler.runs]}",
         f"    chain    {' → '.join([*chain, handler.handler])}",
         f"    limits   {'; '.join(limits)}",
     ]
@@ -91,7 +93,7 @@ def _handler(handler: HandlerRecord) -> list[str]:
 
 def _waits(waits: Waits, *, alone: bool) -> str:
     what = "" if alone else f"{waits.on or 'any other failure'}: "
-    first = f"{waits.immediate} more tries in place, then " if waits.immediate else ""
+    first = f"{counted(waits.immediate, 'more time')} in place, then " if waits.immediate else ""
     if waits.max_attempts == 1:
         return f"{what}{first}buried at once"
     ceilings = waits.ceilings_s

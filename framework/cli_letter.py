@@ -6,7 +6,7 @@ import base64
 
 import msgspec
 
-from .cli_print import lines, moment
+from .cli_print import counted, lines, moment
 from .envelope import MSGPACK, Envelope, Failure, failures_of
 from .logs import one_line
 from .settings import redact
@@ -112,15 +112,18 @@ def show_letter(record: LetterRecord) -> str:
         ("published", _joined(moment(record.created_s * 1000), record.app and f"by {record.app}")),
         ("first seen", moment(record.first_seen_ms)),
         ("expires", moment(record.expires_at_ms)),
-        ("runs", f"{record.attempt}, published anew {record.passes} times"),
+        ("runs", f"{record.attempt}, published anew {counted(record.passes, 'time')}"),
         ("correlation", record.correlation_id),
         ("reply to", record.reply_to),
     ]
     said = [f"{name:<12} {one_line(str(value))}" for name, value in facts if value]
     said += [f"header       {one_line(f'{name}: {value}')}" for name, value in record.headers.items()]
+    before = ""
     for failure in record.failures:
         said += ["", f"run {failure.attempt}  {one_line(_joined(moment(failure.at_ms), failure.host and f'on {failure.host}', _reason(failure)))}"]
-        said += [f"  {line}" for line in lines(failure.traceback).rstrip().splitlines()]
+        shown = "the same traceback" if failure.traceback and failure.traceback == before else failure.traceback
+        said += [f"  {line}" for line in lines(shown).rstrip().splitlines()]
+        before = failure.traceback
     encoding = f", content encoding {record.content_encoding}" if record.content_encoding else ""
     said += ["", f"body         {record.bytes} bytes, {one_line(record.content_type + encoding)}"]
     return "\n".join([*said, *_body_lines(record)])

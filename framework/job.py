@@ -168,7 +168,8 @@ def _spec(class_name: str, name: object, queue: object, priority: object, expire
         msg = f"job class {class_name}: {error}"
         raise type(error)(msg) from None
     if not isinstance(queue, Queue):
-        msg = f"job class {class_name}: queue is a Queue, not {queue!r}"
+        named = queue if isinstance(queue, str) else "…"
+        msg = f'job class {class_name}: queue is a Queue, not {queue!r}; give queue=Queue("{named}")'
         raise TypeError(msg)
     if not isinstance(priority, Priority):
         msg = f"job class {class_name}: priority is a Priority, not {priority!r}"

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import uuid
 
@@ -165,6 +166,7 @@ def test_replay_runs_it_again_as_new(project: Project, buried: dict[str, str]) -
         worker.wait_for("is buried", count=2)
         worker.stop()
     assert [line.split()[3:] for line in project.said[-2:]] == [["attempt=1", "pass=1"]] * 2
+    assert re.findall(r"Traceback|the same traceback", project.run("dead", "show", "emails", buried["first"]).out) == ["Traceback", "the same traceback"]
     letter = project.run("dead", "show", "emails", buried["first"], "--json").json
     assert letter["headers"] == {"x-tenant-id": "7"}
     assert [failure["attempt"] for failure in letter["failures"]] == [1, 1]  # its history is kept

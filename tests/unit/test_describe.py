@@ -92,6 +92,8 @@ async def test_a_handler_says_what_it_takes_and_how_it_runs() -> None:
     assert mail.handler.endswith(".send")
     assert (report.runs, report.concurrency) == ("in a thread", 8)
     assert (mail.timeout_s, report.timeout_s, mail.starts_per_s) == (300, 30, 50)
+    assert f"({mail.job_class}), an async def, on the event loop\n" in text_of(record)
+    assert f"({report.job_class}), a def, in a thread\n" in text_of(record)
     assert "100 at once in a process; ended after 300 s; 50 starts a second; expires 60 s after its publish" in text_of(record)
 
 
@@ -106,7 +108,7 @@ async def test_retry_waits_are_shown_rule_by_rule() -> None:
     ]
     text = text_of(record)
     assert "retries  ValueError, KeyError: buried at once" in text
-    assert "OSError: 2 more tries in place, then waits of ≤10 s, ≤20 s, then buried (after 3 runs)" in text
+    assert "OSError: 2 more times in place, then waits of ≤10 s, ≤20 s, then buried (after 3 runs)" in text
     assert "any other failure: waits of ≤1 s, ≤2 s, ≤4 s, then buried (after 4 runs)" in text
 
 

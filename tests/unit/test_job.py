@@ -58,9 +58,9 @@ def test_a_job_class_takes_msgspecs_own_keywords() -> None:
 @pytest.mark.parametrize(
     ("keywords", "says"),
     [
-        ({"name": "x"}, "queue is a Queue"),
+        ({"name": "x"}, 'queue is a Queue, not None; give queue=Queue\\("…"\\)'),
         ({"queue": emails}, "name is a text"),
-        ({"name": "x", "queue": "emails"}, "queue is a Queue"),
+        ({"name": "x", "queue": "emails"}, "not 'emails'; give queue=Queue"),
         ({"name": "a b", "queue": emails}, "has 1 to"),
         ({"name": "x", "queue": emails, "priority": 3}, "priority is a Priority"),
         ({"name": "x", "queue": emails, "expires_s": "60"}, "expires_s is a number"),
