@@ -110,6 +110,19 @@ async def test_a_block_runs(block: Block, shop: Path, monkeypatch: pytest.Monkey
     sys.modules.pop("shop", None)
 
 
+def test_blocks_are_the_modules_that_the_readme_calls_them(shop: Path) -> None:
+    """Who splits an app as shown must not end with a worker that doesn't know its handlers, or a cron process without schedules."""
+    (shop / "shop.py").write_text(SHOP.text.replace('App("shop", ', 'App("shop", modules=["pages", "digests"], '), encoding="utf-8")
+    for module, job in (("pages", 'name="page.fetch"'), ("digests", 'name="digest.send"')):
+        [block] = [block for block in PROGRAMS if job in block.text]
+        (shop / f"{module}.py").write_text(block.text, encoding="utf-8")
+
+    described = msgspec.json.decode(typed("leveret describe shop:app --json", shop))
+
+    assert {handler["job"] for handler in described["handlers"]} == {"invoice.send", "page.fetch", "digest.send"}
+    assert [schedule["name"] for schedule in described["schedules"]] == ["morning", "digest.us"]
+
+
 @pytest.mark.parametrize("block", TESTS, ids=_ids)
 def test_a_block_of_tests_passes(block: Block, shop: Path) -> None:
     """It is how users begin to test."""
