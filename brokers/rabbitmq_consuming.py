@@ -428,6 +428,7 @@ class RabbitConsumption:
 
     async def _undisturbed(self, step: Coroutine[Any, Any, None]) -> None:
         self._step = asyncio.create_task(step)
+        self._step.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at, though a stop may have ended who waits
         await asyncio.shield(self._step)
 
     async def _lost(self, session: _Session, reason: str) -> None:
