@@ -34,6 +34,8 @@ FAULTS = (Closed, OSError, TimeoutError)
 """What a connection raises; `ssl.SSLError` is an OSError."""
 
 _DRIFT = re.compile(r"inequivalent arg|invalid arg|invalid property|unknown exchange type")
+_LIMIT = re.compile(r"limit \(\d+\) is reached")
+"""Of connections, set for a vhost, a user or the node: "refused" stands in the text, but there is room once another one closes."""
 
 
 _TLS_HINTS = (
@@ -59,7 +61,7 @@ def kind_of(error: BaseException) -> Kind:
             return "refused"
         case 406 if _DRIFT.search(error.text):  # else: a replica that isn't there yet, a delivery tag
             return "drift"
-        case 530 if error.scope == "connection" and re.search(r"vhost .* not found|refused", error.text):
+        case 530 if error.scope == "connection" and not _LIMIT.search(error.text) and re.search(r"vhost .* not found|refused", error.text):
             return "refused"
         case _:
             return "lost"

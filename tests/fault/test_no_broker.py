@@ -31,6 +31,7 @@ from tests.contract.harness import consume, make_envelope, soon
 from tests.fault.bench import Bench, eventually, link_to
 from tests.rabbit.node import Node, Rabbit, free_ports
 from tests.rabbit.proxy import FaultProxy
+from tests.rabbit.raw import connect
 
 SLACK_S = 0.5
 """How late an error may come after its deadline."""
@@ -69,6 +70,26 @@ async def test_a_publisher_without_a_broker_has_one_documented_error_in_time(ben
     assert took_s < 1 + 2 * SLACK_S
     assert all(isinstance(result, (BrokerUnavailable, PublishTimeout)) for result in many.value.results)
     assert not any(isinstance(result, PublishTimeout) and result.maybe_published for result in many.value.results)
+
+
+@pytest.mark.parametrize("limit", [("set_vhost_limits", "-p", "/"), ("set_user_limits", "guest")], ids=["vhost", "user"])
+async def test_a_limit_of_connections_is_waited_for(bench: Callable[..., Bench], rabbit_node: StartNode, limit: tuple[str, ...]) -> None:
+    """In a rolling deploy the old workers still have their connections: new ones that end at once, and aren't restarted, leave nobody."""
+    node = await rabbit_node()
+    one = bench(node.url, reconnect_cap_s=1.0)
+    async with connect(node.url):
+        await node.ctl(*limit, '{"max-connections": 1}')
+        worker = one.start("-p", "2")
+        await worker.says(r"waiting to consume: .*connection limit \(1\) is reached")
+        async with one.app.publisher() as publisher:
+            error = await refused(publisher.publish(one.recorder.Note(), timeout_s=2), 2)
+        await node.ctl(*limit, '{"max-connections": 4}')
+        ids = await one.publish(one.recorder.Note())
+        await one.until_ended(ids)
+        await worker.drained()
+
+    assert isinstance(error, BrokerUnavailable)
+    assert "connection limit (1) is reached" in str(error)
 
 
 async def test_a_black_hole_at_connect_is_an_error_in_time_and_heals(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
