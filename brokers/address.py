@@ -71,6 +71,9 @@ def _address(text: str, heartbeat_s: float) -> Address:
     if parts.scheme not in ("amqp", "amqps") or not host:
         msg = f"the broker's URL {shown!r} names no host: amqp://user:password@host:port/vhost is the form"
         raise ConfigurationError(msg)
+    if port == 0:
+        msg = f"the broker's URL {shown!r}: nothing listens on port 0; leave the port out for {5671 if parts.scheme == 'amqps' else 5672}"
+        raise ConfigurationError(msg)
     vhost = "/" if parts.path in ("", "/") else unquote(parts.path[1:])
     if len(vhost.encode()) > 255:
         msg = f"the broker's URL {shown!r}: a vhost has at most 255 bytes, not {len(vhost.encode())}"

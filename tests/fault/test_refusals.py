@@ -37,6 +37,7 @@ def line_of(ran: Ran) -> str:
         (f"amqp://guest:{PASSWORD}@/", "names no host"),
         (f"amqp://guest:{PASSWORD}@localhost:56x72/", "56x72"),
         (f"amqp://guest:{PASSWORD}@localhost:99999/", "99999"),
+        (f"amqp://guest:{PASSWORD}@localhost:0/", "port 0"),
         (f"amqp://guest:{PASSWORD}@localhost/?heartbeat=never", "heartbeat"),
         (f"amqp://guest:{PASSWORD}@localhost/?hartbeat=3", "hartbeat"),
         (f"amqps://guest:{PASSWORD}@localhost/?cafile=/nowhere.pem", "/nowhere.pem"),
