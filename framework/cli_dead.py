@@ -15,7 +15,7 @@ from .broker import DeadLetter, DeadLetters
 from .cli_letter import LetterRecord, Summary, show_letter, summary_of
 from .cli_print import ask, counted, json_option, moment, print_json, print_table, progress
 from .cli_target import Target, run, target_options
-from .envelope import Envelope, Failure, failures_of
+from .envelope import MOST, Envelope, Failure, failures_of
 from .errors import ConfigurationError, LeveretError
 from .settings import redact
 
@@ -180,7 +180,7 @@ def replayed(envelope: Envelope) -> Envelope:
     Its errors stay, as history. When it was to run and to expire is over: it runs now, whatever it said.
     """
     return msgspec.structs.replace(
-        envelope, attempt=1, passes=envelope.passes + 1, origin=None, due_ms=None, expires_at_ms=None, unknown_since_ms=None, cause=None,
+        envelope, attempt=1, passes=min(envelope.passes + 1, MOST), origin=None, due_ms=None, expires_at_ms=None, unknown_since_ms=None, cause=None,
         deadline=time.monotonic() + _REPLAY_S,
     )
 

@@ -116,6 +116,8 @@ def shortened(envelope: Envelope) -> Envelope:
 _BROKERS_OWN = frozenset({"x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"})
 _BROKERS_PREFIXES = ("x-first-death-", "x-last-death-", "x-stream-")
 _INT64 = 1 << 63
+MOST = _INT64 - 1
+"""No count goes above it: one that AMQP can't carry would never be published."""
 
 
 def is_brokers_own(name: str) -> bool:

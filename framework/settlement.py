@@ -14,7 +14,7 @@ import msgspec
 from .backoff import full_jitter
 from .broker import Broker, Delivery
 from .chain import AnyLayer, fold_publish
-from .envelope import Envelope, Failure, Receipt, failures_of
+from .envelope import MOST, Envelope, Failure, Receipt, failures_of
 from .errors import InvalidJob, MessageTooLarge, PublishError
 from .outcome import Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
 from .settings import Runtime
@@ -27,7 +27,6 @@ SETTLE_TIMEOUT_S = 5.0
 MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
-_MOST = (1 << 63) - 1
 _REFUSED = (InvalidJob, MessageTooLarge)
 """What no other try would change."""
 
@@ -68,7 +67,7 @@ class Settlement:
                 # at debug level: the line for everyday is that of `Logs`
                 logger.debug("%s is retried in %.3g s", what(envelope), delay_s or 0.0, exc_info=error)
                 failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
-                return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, _MOST)), delay_s or 0.0)
+                return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST)), delay_s or 0.0)
             case Bury(reason):
                 logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(error))
                 return self._bury(delivery, self._failed(envelope, error, reason))
@@ -200,8 +199,8 @@ class Settlement:
 
 def _next(envelope: Envelope, **changes: Any) -> Envelope:
     """Return `envelope` as leveret publishes it anew: same id, one pass more."""
-    # a foreign producer's count may be at its end: one that AMQP can't carry would never be published
-    counted = {"passes": min(envelope.passes + 1, _MOST), "unknown_since_ms": None, **changes}
+    # a foreign producer's count may be at its end
+    counted = {"passes": min(envelope.passes + 1, MOST), "unknown_since_ms": None, **changes}
     return msgspec.structs.replace(envelope, **counted)
 
 

@@ -6,11 +6,14 @@ import pty
 import re
 import subprocess
 import uuid
+from typing import Any
 
 import pytest
+from pamqp.commands import Basic
 
 from tests.cli.command import LEVERET, PATIENCE_S, Project
 from tests.rabbit.node import Rabbit
+from tests.rabbit.raw import Raw
 
 
 @pytest.fixture
@@ -217,6 +220,22 @@ def test_dead_letters_on_rabbitmq(project: Project, rabbit: Rabbit, kind: str) -
         worker.stop()
     assert [line.split()[3:] for line in project.said[-1:]] == [["attempt=1", "pass=1"]]
     assert project.run("dead", "list", name, "--json", LEVERET_APP="", **env).json[0]["priority"] == "urgent"
+
+
+@pytest.mark.rabbit
+async def test_a_letter_with_a_count_at_its_end_is_replayed(project: Project, rabbit: Rabbit, raw: Raw) -> None:
+    """A foreign producer may send the largest number there is: one more can't be written, and its letter would lie there for ever."""
+    name, most = f"cli-{uuid.uuid4().hex[:8]}", (1 << 63) - 1
+    project.write("shop.py", (project.folder / "shop.py").read_text().replace('Queue("emails")', f'Queue("{name}")'))
+    env = {"LEVERET_BROKER": rabbit.url}
+    project.publish("SendInvoice", {"order_id": 1}, **env)  # this declares it
+    headers: dict[str, Any] = {"lv-pass": most, "lv-origin": name, "lv-priority": "normal"}
+    await raw.publish(f"{name}.dead", b'{"order_id": 2}', properties=Basic.Properties(message_id="foreign", message_type="invoice.send", headers=headers))
+
+    ran = project.run("dead", "replay", name, **env)
+
+    assert (ran.code, ran.out) == (0, f"1 dead letter of queue {name} replayed\n"), ran
+    assert [job.headers["lv-pass"] for job in await raw.take_all(name) if job.properties.message_id == "foreign"] == [most]
 
 
 @pytest.mark.rabbit
