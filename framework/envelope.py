@@ -164,6 +164,11 @@ _FIELDS: tuple[tuple[str, str, type], ...] = (
     ("errors", "lv-errors", str),
     ("origin", "lv-origin", str),
 )
+_MOMENTS = ("lv-first-seen", "lv-due", "lv-expires-at", "lv-unknown-since")
+_RANGES = {
+    "attempt": range(1, _INT64),
+    "first_seen_ms": range(-62_135_596_800_000, 253_402_300_800_000),  # the years 1 to 9999: `Attempt.first_seen` is a datetime
+}
 PRIORITY_HEADER = "lv-priority"
 
 
@@ -212,10 +217,10 @@ def unpack_headers(table: Mapping[str, object] | None) -> tuple[dict[str, Any], 
         value = table.get(name)
         if value is None:
             continue
-        if type(value) is kind and not (field == "attempt" and not 1 <= int(value) < _INT64):  # type: ignore[call-overload]
+        if type(value) is kind and (field not in _RANGES or value in _RANGES[field]):
             fields[field] = value
         else:
-            problem = problem or f"header {name} is {value!r:.80}, not {'a text' if kind is str else 'a count'}"
+            problem = problem or f"header {name} is {value!r:.80}, not {'a text' if kind is str else 'a moment' if name in _MOMENTS else 'a count'}"
     level = table.get(PRIORITY_HEADER)
     if level is not None:
         try:

@@ -42,6 +42,7 @@ BAD: dict[str, tuple[bytes, str, str, dict[str, Any]]] = {
     "attempt-is-a-text": (b'{"seconds": 0.001}', "lv-attempt is 'three'", "note", {"headers": {"lv-attempt": "three"}}),
     "attempt-is-a-table": (b'{"seconds": 0.002}', "lv-attempt is {", "note", {"headers": {"lv-attempt": {"a": [1, {"b": None}]}}}),
     "attempt-is-negative": (b'{"seconds": 0.003}', "lv-attempt is -7", "note", {"headers": {"lv-attempt": -7}}),
+    "first-seen-in-no-year": (b'{"seconds": 0.005}', "lv-first-seen is 999999999999999, not a moment", "note", {"headers": {"lv-first-seen": 10**15 - 1}}),
     "errors-are-a-number": (b'{"seconds": 0.004}', "lv-errors is 7", "note", {"headers": {"lv-errors": 7}}),
     "nested-tables": (b"[1]", "Expected `object`", "note", {"headers": {"x": {"y": {"z": [1, {"a": "b"}, [[]]]}}, "x-death": "none"}}),
     "100-000-brackets": (NESTED, "Expected `object`, got `array`", "note", {}),

@@ -26,6 +26,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 shorts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 header_names = shorts.filter(lambda name: not name.startswith(("lv-", "x-")) and name not in ("CC", "BCC"))
 counts = st.integers(1, (1 << 63) - 1)
+moments = st.none() | st.integers(0, 253_402_300_799_999)
 stamps = st.none() | st.integers(0, (1 << 63) - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 envelopes = st.builds(
@@ -35,7 +36,7 @@ envelopes = st.builds(
     created_s=st.integers(0, (1 << 32) - 1),  # above, pamqp takes it for milliseconds
     app=st.none() | shorts, correlation_id=st.none() | shorts, reply_to=st.none() | shorts,
     headers=st.dictionaries(header_names, texts | st.integers(-(1 << 63), (1 << 63) - 1) | finite | st.booleans(), max_size=4),
-    attempt=counts, passes=st.integers(0, 1 << 40), version=counts, first_seen_ms=stamps, due_ms=stamps, expires_at_ms=stamps,
+    attempt=counts, passes=st.integers(0, 1 << 40), version=counts, first_seen_ms=moments, due_ms=stamps, expires_at_ms=stamps,
     unknown_since_ms=stamps, errors=texts,
 )
 
@@ -144,7 +145,11 @@ def test_in_a_job_queue_the_queue_says_the_level_and_headers_of_dead_letters_do_
     assert (envelope.priority, envelope.origin, envelope.queue) == (Priority.HIGH, None, QUEUE)
 
 
-@pytest.mark.parametrize("headers", [{"lv-attempt": "two"}, {"lv-attempt": 0}, {"lv-due": "soon"}, {"lv-errors": 7}, {"lv-priority": "huge"}], ids=str)
+@pytest.mark.parametrize(
+    "headers",
+    [{"lv-attempt": "two"}, {"lv-attempt": 0}, {"lv-due": "soon"}, {"lv-first-seen": (1 << 63) - 1}, {"lv-errors": 7}, {"lv-priority": "huge"}],
+    ids=str,
+)
 def test_a_header_of_leverets_with_another_type_is_a_problem_and_no_crash(headers: dict[str, Any]) -> None:
     """Whoever writes `lv-attempt: two` must not stop the good jobs behind it."""
     envelope, problem = properties.from_job_queue(amqp(message_id="1", headers=headers), b"{}", QUEUE, Priority.NORMAL)
