@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import msgspec
@@ -23,6 +23,8 @@ logger = logging.getLogger("leveret.cron")
 LONGEST_SLEEP_S = 30.0
 """Looked at the clock at least so often, since it may be set."""
 PUBLISH_TIMEOUT_S = 5.0
+SET_BACK_S = 60.0
+"""A clock set back by more was wrong before: the next slot is looked for anew. By less, and it is waited for, so that none comes twice."""
 LAST_SLOT_S = 86_400.0
 """What is left to a slot that no other follows: such a one is tried until it is published, a publish at most so long."""
 FINISH_S = PUBLISH_TIMEOUT_S + 1.0
@@ -71,10 +73,15 @@ class Scheduler:
         return self._emitting
 
     async def _follow(self, schedule: Schedule) -> None:
-        slot = schedule.next(self._now())
+        slot, since = schedule.next(self._now()), self._clock.now()  # between the two there is no other slot
+        looked = self._clock.monotonic()
         while slot is not None:
             # the next slot comes from the expression, never from when the last one was published: no drift
-            while (left_s := slot.timestamp() - self._clock.now()) > 0:
+            while (left_s := slot.timestamp() - (now := self._clock.now())) > 0:
+                if now < since - SET_BACK_S:
+                    slot, since = self._after_set_back(schedule, slot, self._clock.monotonic() - looked), now
+                    continue
+                looked = self._clock.monotonic()
                 if await self._stopped_within(min(left_s, LONGEST_SLEEP_S)):
                     return
             if self._stop.is_set():
@@ -85,9 +92,17 @@ class Scheduler:
                 await self._emit(schedule, slot, following)
             finally:
                 self._emitting -= 1
+            since = max(slot.timestamp(), self._clock.now())
             slot = self._not_missed(schedule, following)
         logger.info("schedule %s has no further slot", schedule.name)
         await self._stop.wait()
+
+    def _after_set_back(self, schedule: Schedule, slot: datetime, unseen_s: float) -> datetime:
+        """Return what comes next by a clock that was ahead until `unseen_s` ago at most: `slot` may be hours away, and all before it missed."""
+        now = self._now()
+        following = schedule.next(now - timedelta(seconds=unseen_s)) or slot
+        logger.warning("schedule %s: the clock was set back to %s; its next slot is %s, not %s", schedule.name, now, following, slot)
+        return following
 
     def _not_missed(self, schedule: Schedule, following: datetime | None) -> datetime | None:
         """Return `following`, late though it may be, unless the slot after it is due as well: then what comes next."""

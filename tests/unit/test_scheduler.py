@@ -24,11 +24,19 @@ class Tick(Job, name="tick", queue=ticks):
     slot: str = ""
 
 
+class SettableClock(ManualClock):
+    """A clock that somebody sets, as NTP does; timers don't care."""
+
+    def set_back(self, seconds: float) -> None:
+        """Correct it."""
+        self._start -= seconds
+
+
 class Lab:
     """A scheduler that runs, its clock, and what it published."""
 
     def __init__(self, app: App[Any]) -> None:
-        self.clock = ManualClock(START)
+        self.clock = SettableClock(START)
         self.store = MemoryStore()
         runtime = Runtime(app=app.name, clock=self.clock)
         self.published: list[str] = []
@@ -97,6 +105,34 @@ async def test_after_a_long_sleep_it_does_not_catch_up(caplog: pytest.LogCapture
 
         assert lab.published == ["08:01:00Z", "09:01:00Z"]
     assert "the slots from 2027-01-15 08:02:00+00:00 to now are missed" in caplog.text
+
+
+@pytest.mark.parametrize("published", [0, 2], ids=["before its first slot", "after some"])
+async def test_a_clock_that_was_ahead_and_is_set_right_costs_no_slot(published: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A machine that starts with a wrong clock is corrected by NTP: a cron that waits for the wrong time is silent for an hour, or a year."""
+    async with running(every_minute()) as lab:
+        for _ in range(published):
+            await lab.advance(60)
+        await lab.until(lambda: lab.clock.sleepers > 0)
+        lab.clock.set_back(3600)
+        for _ in range(3):
+            await lab.advance(60)
+
+        assert lab.published[published:] == [f"07:0{published + number}:00Z" for number in (1, 2, 3)]
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "schedule tick: the clock was set back to 2027-01-15 07:0" in warning
+
+
+async def test_a_small_correction_of_the_clock_publishes_no_slot_twice(caplog: pytest.LogCaptureFixture) -> None:
+    """NTP takes back some seconds on most machines, some day: a report that goes out twice for it is one too many."""
+    async with running(every_minute()) as lab:
+        await lab.advance(60)
+        lab.clock.set_back(59)
+        await lab.advance(59)
+        await lab.advance(60)
+
+        assert lab.published == ["08:01:00Z", "08:02:00Z"]
+    assert not caplog.records
 
 
 async def test_a_slot_that_cannot_be_published_is_tried_again_until_the_next_is_due(caplog: pytest.LogCaptureFixture) -> None:
