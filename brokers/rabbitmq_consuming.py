@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+from bisect import bisect
 from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -66,7 +67,7 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
 
 
 class _Taker:
-    """The channel of one logical queue: its consumers, and which of its delivery tags are settled.
+    """The channel of one logical queue: its consumers, and which of its delivery tags aren't settled.
 
     Acks are written once a loop turn: one `multiple` for the run of finished tags from the lowest unsettled one, single
     ones above a gap, so that one long job doesn't hold back the others'. A `multiple` must name a tag that isn't acked
@@ -85,12 +86,14 @@ class _Taker:
         self._max_properties_bytes = session.connection.max_properties_bytes * 3 // 4
         """A message with more can't be published again with what a retry adds."""
         self._consumer_tags: list[str] = []
+        self._open: set[int] = set()
+        """Tags that were delivered and aren't settled: no more than the windows hold, however long the oldest one runs."""
         self._lowest = 1
         """Every tag below is settled."""
-        self._acks: set[int] = set()
+        self._acks: list[int] = []
         self._nacks: list[int] = []
-        self._settled: set[int] = set()
-        """Tags above `_lowest` whose settlement is written."""
+        self._wrote = False
+        """Whether anything was ever settled here."""
         self._flushing = False
         self._held_bytes = 0
         self._largest = 0
@@ -128,7 +131,7 @@ class _Taker:
 
     async def settled(self) -> None:
         """Return once the broker has all that was written; nothing can be settled after it."""
-        if self.queue.type == "quorum" and (self._lowest > 1 or self._settled):
+        if self.queue.type == "quorum" and self._wrote:
             await settled(self._channel, topology.physicals(self.queue), CLOSE_TIMEOUT_S)
 
     # ---- what is held stays bounded: the consumers are cancelled, never the socket left unread
@@ -193,6 +196,7 @@ class _Taker:
             self._narrow_for -= 1
             if not self._narrow_for:
                 self._session.spawn(self._widen())
+        self._open.add(tag)
         self._deliver(RabbitDelivery(self, tag, envelope, problem, redelivered))
 
     def _reject(self, tag: int, size: int) -> None:
@@ -202,22 +206,24 @@ class _Taker:
         )
         self._channel.reject(tag)
         self._held_bytes -= size
-        self._settled.add(tag)
+        self._wrote = True
 
     # ---- settled: acks and nacks of one loop turn together
 
     def ack(self, delivery: RabbitDelivery) -> None:
         """Ack it at the end of this loop turn."""
-        if self.live:
-            self._acks.add(delivery.tag)
+        if self.live and (tag := delivery.tag) in self._open:
+            self._open.remove(tag)
+            self._acks.append(tag)
             self._held_bytes -= len(delivery.envelope.body)
             if not self._flushing:
                 self._flush_soon()
 
     def nack(self, delivery: RabbitDelivery) -> None:
         """Requeue it at the end of this loop turn."""
-        if self.live:
-            self._nacks.append(delivery.tag)
+        if self.live and (tag := delivery.tag) in self._open:
+            self._open.remove(tag)
+            self._nacks.append(tag)
             self._held_bytes -= len(delivery.envelope.body)
             self._flush_soon()
 
@@ -233,29 +239,29 @@ class _Taker:
             return
         if self._paused and self._held_bytes <= HELD_BYTES // 2:
             self._session.spawn(self._resume())
-        channel = self._channel
-        acks, written, lowest, top = self._acks, self._settled, self._lowest, 0
+        self._wrote = True
+        channel, acks = self._channel, self._acks
         if self._nacks:
             for tag in self._nacks:
                 channel.nack(tag)
-            written.update(self._nacks)
             self._nacks.clear()
-        while True:
-            if lowest in acks:
-                acks.remove(lowest)
-                top = lowest
-            elif lowest in written:
-                written.remove(lowest)
-            else:
-                break
-            lowest += 1
-        self._lowest = lowest
-        if top:
-            channel.ack(top, multiple=True)
         if acks:
-            for tag in sorted(acks):
-                channel.ack(tag, multiple=False)
-            written |= acks
+            acks.sort()
+            top, held, lowest = acks[-1], self._open, self._lowest
+            if held:
+                while lowest not in held:  # each tag is passed once
+                    lowest += 1
+            else:
+                lowest = top + 1
+            self._lowest = lowest
+            if top < lowest:
+                channel.ack(top, multiple=True)
+            else:
+                run = bisect(acks, lowest)
+                if run:
+                    channel.ack(acks[run - 1], multiple=True)
+                for tag in acks[run:]:
+                    channel.ack(tag, multiple=False)
             acks.clear()
         channel.connection.flush()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 from collections import Counter
 
@@ -303,6 +304,27 @@ async def test_what_was_settled_just_before_the_close_stays_settled(harness: Har
     await consumption.close()
 
     assert Counter(bodies(await rest_of(harness, queue, 200))) == Counter(bodies(deliveries[1::2]))
+
+
+async def test_jobs_may_be_settled_in_any_order(harness: Harness) -> None:
+    """Jobs end when they end: an ack too many costs the channel and all that is held, one too few runs a job twice."""
+    broker, queue, chance = harness.open(), harness.queue(), random.Random(7)
+    await publish(broker, queue, *(b"%d" % number for number in range(600)))
+
+    consumption, sink = await consume(broker, queue, prefetch=50)
+    held, ended, came = list[Delivery](), list[bytes](), 0
+    while came < 600:
+        held.append(await sink.next())
+        came += 1
+        while len(held) == 50 or (held and chance.random() < 0.4):
+            delivery = held.pop(chance.randrange(1, len(held)) if len(held) > 1 and came < 500 else 0)  # the first is a long one
+            ended.append(delivery.envelope.body)
+            broker.done(delivery)
+    await consumption.close()
+
+    assert sink.losses == 0
+    assert Counter(bodies(await rest_of(harness, queue, len(held)))) == Counter(bodies(held))
+    assert len(set(ended)) == 600 - len(held)
 
 
 async def test_closing_the_broker_returns_what_its_consumptions_hold(harness: Harness) -> None:

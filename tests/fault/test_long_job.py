@@ -1,12 +1,16 @@
 """One long job among thousands of short ones."""
 
 import asyncio
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 from pamqp.commands import Basic
 
+from leveret.brokers.rabbitmq import open_broker
+from leveret.settings import Runtime
+from tests.contract.harness import consume
 from tests.fault.bench import Bench
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import Raw
@@ -45,6 +49,27 @@ async def test_short_jobs_and_their_acks_do_not_wait_for_a_long_one(any_bench: B
     assert runs.pop(long) == 3
     repeated = sum(runs.values()) - SHORT
     assert repeated <= CONCURRENCY + ONE_TURN, f"{repeated} short jobs were repeated"
+
+
+async def test_short_jobs_leave_no_memory_behind_while_a_long_one_runs(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+    """What is kept of each until the long one ends grows to hundreds of MB in a night."""
+    one = bench(rabbit.url, "classic")
+    await one.publish(*[one.recorder.Note()] * 50_000)
+    broker, kept = open_broker(rabbit.url, Runtime(app="fault")), list[int]()
+    try:
+        _, sink = await consume(broker, one.queue, prefetch=500)
+        long = await sink.next()
+        tracemalloc.start()
+        for count in (10_000, 39_000):
+            for _ in range(count):
+                broker.done(await sink.next())
+            kept.append(tracemalloc.get_traced_memory()[0])
+        assert long.live
+    finally:
+        tracemalloc.stop()
+        await broker.close()
+
+    assert kept[1] - kept[0] < 500_000
 
 
 @pytest.mark.parametrize("type", ["quorum", "classic"])
