@@ -148,7 +148,7 @@ class _Consumption:
         for delivery in deliveries:
             if self.taker.taking:
                 self._sink.deliver(delivery)
-            elif delivery.live:
+            elif delivery.unsettled:
                 self._store.give_back(delivery)
 
     def lost(self) -> None:
@@ -213,21 +213,21 @@ class SqliteBroker:
     def done(self, delivery: Delivery) -> None:
         """As `Broker.done`; where the file is locked it is kept, and tried until it succeeds."""
         own = _own(delivery)
-        if own.live:
+        if own.unsettled:
             self._store.done(own)
 
     async def again(self, delivery: Delivery, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
-        """As `Broker.again`, in one transaction with the ack; no effect on a delivery that isn't live."""
+        """As `Broker.again`, in one transaction with the ack; no effect on a delivery that isn't live, or that a late commit has settled."""
         own = _own(delivery)
-        if own.live:
+        if own.unsettled:
             row = packed(own.queue.name, envelope, self._due_ms(delay_s))
             about = f"job {envelope.job_id}, to go again to queue {own.queue.name!r},"
             await self._store.run(Write(about, deadline=deadline, job_id=envelope.job_id, job=row, delivery=own))
 
     async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
-        """As `Broker.bury`, in one transaction with the ack; no effect on a delivery that isn't live."""
+        """As `Broker.bury`, in one transaction with the ack; no effect on a delivery that isn't live, or that a late commit has settled."""
         own = _own(delivery)
-        if own.live:
+        if own.unsettled:
             buried = msgspec.structs.replace(envelope, origin=envelope.origin or own.queue.name)
             row = packed(own.queue.name, buried, int(self._clock.now() * 1000))
             about = f"job {envelope.job_id}, to be buried from queue {own.queue.name!r},"
@@ -236,7 +236,7 @@ class SqliteBroker:
     def give_back(self, delivery: Delivery) -> None:
         """As `Broker.give_back`; it keeps its place, and doesn't count as redelivered."""
         own = _own(delivery)
-        if own.live:
+        if own.unsettled:
             self._store.give_back(own)
 
     async def close(self) -> None:

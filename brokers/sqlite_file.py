@@ -131,7 +131,12 @@ class SqliteDelivery:
 
     @property
     def live(self) -> bool:
-        """Whether its lease holds and nobody settled it."""
+        """Whether its lease holds. One that is settled stays live: a retry that was committed late isn't lost."""
+        return self.lease.alive
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether it can still be settled: its lease holds and nobody settled it."""
         return self.lease.alive and not self.settled
 
 
@@ -411,7 +416,7 @@ class File:
         left: list[Write] = []
         for write in writes:
             if write.delivery is not None:
-                if not write.delivery.live:  # lost, or done by a try before whose caller gave up waiting: there is nothing to do
+                if not write.delivery.unsettled:  # lost, or done by a try before whose caller gave up waiting: there is nothing to do
                     turn.outcomes.append((write, None))
                     continue
                 gone[write.delivery.lease].append(write.delivery.seq)

@@ -55,7 +55,10 @@ class Delivery(Protocol):
 
     @property
     def live(self) -> bool:
-        """Whether it can still be settled; False once its channel or lease is gone: the broker delivers it again. Undefined once it is settled."""
+        """Whether it can still be settled; False once its channel or lease is gone: the broker delivers it again.
+
+        A settlement that is committed after its caller gave up waiting doesn't end it: the next try of it returns as done.
+        """
         ...
 
 

@@ -23,7 +23,7 @@ from .texts import named, one_line, said_by
 logger = logging.getLogger("leveret.consumer")    # to its readers it is the consumer that settles
 
 SETTLE_TIMEOUT_S = 5.0
-"""Deadline of one try to publish a retry or a burial; it is tried again until its channel is gone."""
+"""Deadline of one try to publish a retry or a burial; it is tried again until its channel or lease is gone."""
 MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
@@ -49,7 +49,7 @@ class Settlement:
     ) -> Coroutine[Any, Any, bool] | None:
         """Act on the ending of a live delivery, `error` its cause, `arrived` when it came here (seconds of the clock's `now`).
 
-        What comes back is to be awaited: a publish, which is False where the delivery's channel was lost meanwhile.
+        What comes back is to be awaited: a publish, which is False where the delivery's channel or lease was lost meanwhile.
         """
         if isinstance(ending, Done):
             self._broker.done(delivery)
@@ -145,7 +145,7 @@ class Settlement:
         return await self._insist(delivery, publish, buried)
 
     async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
-        """Publish until it is confirmed, or until the delivery's channel is gone; it is never acked before, and never nacked.
+        """Publish until it is confirmed, or until the delivery's channel or lease is gone; it is never acked before, and never nacked.
 
         Raises `InvalidJob` or `MessageTooLarge` of what can only be buried; a burial goes on.
         """

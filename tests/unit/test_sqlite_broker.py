@@ -6,10 +6,12 @@ import asyncio
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -17,11 +19,14 @@ import pytest
 from leveret.broker import Broker, Subscription
 from leveret.brokers import sqlite_file
 from leveret.brokers.sqlite import open_admin, open_broker
+from leveret.brokers.sqlite_file import Write
 from leveret.brokers.sqlite_schema import known_dead, my_identity
 from leveret.clock import ManualClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, PublishTimeout
 from leveret.job import Queue
+from leveret.outcome import Retry
 from leveret.settings import Runtime
+from leveret.settlement import Settlement
 from tests.contract.harness import PATIENCE_S, Recorder, consume, make_envelope, soon
 
 QUEUE = Queue("jobs")
@@ -176,6 +181,31 @@ async def test_a_settlement_that_timed_out_leaves_the_job_claimed_and_can_be_tri
 
     with closing(sqlite3.connect(path)) as file:
         assert file.execute("SELECT count(*), count(due_ms) FROM jobs").fetchone() == (1, 1)
+
+
+async def test_a_retry_committed_after_its_deadline_is_done_and_not_lost(
+    path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that hangs for six seconds: "delivered again" in the log and a job counted as lost send somebody to look for what is all right."""
+    monkeypatch.setattr("leveret.settlement.SETTLE_TIMEOUT_S", 0.2)
+    broker, clock, disk = opened(), ManualClock(), threading.Event()
+    await publish(broker, b"1")
+    consumption, sink = await consume(broker, QUEUE)
+    delivery = await sink.next()
+    await consumption.stop_taking()
+
+    rest = Settlement(broker, [], Runtime(app="unit", clock=clock)).settle(delivery, Retry(0), None, None)
+    assert rest is not None
+    settling = asyncio.create_task(rest)
+    store = cast("Any", broker)._store  # what hangs is in the same transaction
+    hanging = asyncio.create_task(store.run(Write("a disk that hangs", call=lambda _: disk.wait(PATIENCE_S))))
+    await until(lambda: clock.sleepers)
+    disk.set()
+    await hanging
+    clock.advance(60)
+
+    assert await settling
+    assert await ready_count(path) == 1
 
 
 async def test_a_consumer_that_starts_under_a_lock_waits_for_it_and_says_so(
