@@ -388,6 +388,8 @@ class Publisher:
 
     def __init__(self, sender: Sender) -> None:
         self._sender: Sender | None = sender
+        self._loop = asyncio._get_running_loop()
+        """The loop that it was made on, and its connection belongs to; None for a test's attempt that was made outside of one."""
 
     def close(self) -> None:
         """Refuse what comes from now on; called when the block that made it is left."""
@@ -396,6 +398,13 @@ class Publisher:
     def _open(self, job_id: str | None = None) -> Sender:
         if self._sender is None:
             msg = "this publisher is closed: its `async with app.publisher()` was left"
+            raise BrokerUnavailable(msg, job_id=job_id)
+        if self._loop is not None and asyncio._get_running_loop() is not self._loop:
+            # a connection made on a loop that ends would take all publishes, retries and burials of a worker with it
+            msg = (
+                "nothing was sent: this publisher belongs to another event loop (asyncio.run makes a new one); in a `def` handler "
+                "or a thread use app.blocking_publisher(), kept as a module's variable"
+            )
             raise BrokerUnavailable(msg, job_id=job_id)
         return self._sender
 

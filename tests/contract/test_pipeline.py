@@ -15,7 +15,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from leveret import App, Attempt, Bury, InvalidJob, Job, Outcome, Priority, Publish, Queue, Retry, Settings, Snooze
+from leveret import (
+    App,
+    Attempt,
+    BrokerUnavailable,
+    Bury,
+    InvalidJob,
+    Job,
+    Outcome,
+    Priority,
+    Publish,
+    Queue,
+    Retry,
+    Settings,
+    Snooze,
+)
 from leveret.broker import DeadLetter
 from leveret.consumer import Limits
 from leveret.envelope import Envelope, Receipt, failures_of
@@ -287,6 +301,39 @@ async def test_a_blocking_publisher_reaches_a_worker(harness: Harness) -> None:
             assert (await runs.next()).job_id == receipt.job_id
     finally:
         await asyncio.to_thread(publisher.close)
+    await assert_empty(harness, queue)
+
+
+async def test_a_def_handler_publishes_with_the_blocking_publisher_and_never_on_a_loop_of_its_own(harness: Harness) -> None:
+    """The worker's connection, made on a loop that ends, would fail each publish, retry and burial until the restart."""
+    queue, ran, refused = harness.queue(), asyncio.Queue[tuple[int, int]](), list[BaseException]()
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url)
+    publisher, loop = app.blocking_publisher(), asyncio.get_running_loop()
+
+    @app.handler(job=work)
+    def handle(job: Any, attempt: Attempt[Any]) -> Retry | None:
+        loop.call_soon_threadsafe(ran.put_nowait, (job.n, attempt.number))
+        if job.n == 2:
+            return None
+        if attempt.number == 1:
+            try:
+                asyncio.run(attempt.publish(work(n=2)))
+            except BrokerUnavailable as error:
+                refused.append(error)
+            return Retry(0)
+        publisher.publish(work(n=2), timeout_s=PATIENCE_S)
+        return None
+
+    try:
+        await publish(app, work(n=1))
+        async with app.worker(queues=[queue.name]):
+            got = [await asyncio.wait_for(ran.get(), PATIENCE_S) for _ in range(3)]
+    finally:
+        await asyncio.to_thread(publisher.close)
+
+    assert got == [(1, 1), (1, 2), (2, 1)]
+    assert "app.blocking_publisher()" in str(refused[0])
     await assert_empty(harness, queue)
 
 

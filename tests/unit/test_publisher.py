@@ -284,6 +284,20 @@ async def test_a_closed_publisher_says_so(publisher: Publisher) -> None:
         await opened.publish(Mail(order_id=7))
 
 
+async def test_a_publisher_on_a_loop_that_isnt_its_own_says_so(publisher: Publisher) -> None:
+    """On a loop that ends it would make the connection that everybody else's publishes wait for; on one beside it, it would hang for ever."""
+
+    def elsewhere() -> None:
+        with pytest.raises(BrokerUnavailable, match=r"another event loop .* app\.blocking_publisher\(\)") as refused:
+            asyncio.run(publisher.publish(Mail(order_id=1), job_id="id-1"))
+        assert refused.value.job_id == "id-1"
+        with pytest.raises(BrokerUnavailable, match="another event loop"):
+            asyncio.run(publisher.publish_many([Mail(order_id=1)]))
+
+    await asyncio.to_thread(elsewhere)
+    assert (await publisher.publish(Mail(order_id=1))).state == "confirmed"
+
+
 async def test_the_envelope_holds_what_was_asked_for(lab: Lab) -> None:
     """Priority, id, line, headers or expiry would be lost on the way."""
     await lab.publish(Mail(order_id=7), priority=Priority.URGENT, job_id="one", correlation_id="line", headers={"x-a": 1}, delay_s=60)
