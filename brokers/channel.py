@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("leveret.rabbitmq")
 
 WINDOW = 1000
-"""Most unconfirmed publishes at once on a channel."""
+"""Most publishes on their way at once on a channel."""
+_MOST_LATE = 9 * WINDOW
+"""Most that ended as `Late` and are still known, for the broker's word on them: one queue that confirms nothing mustn't fill the memory."""
 _SWEEP_S = 0.05
 """How late a publish's deadline may be noticed."""
 CLOSE_TIMEOUT_S = 3.0
@@ -135,7 +137,9 @@ class Channel:
         self._next_tag = 1
         self._lowest = 1
         self._unconfirmed: dict[int, Unconfirmed] = {}
-        """By delivery tag, the oldest first."""
+        """By delivery tag, the oldest first; those that ended as `Late` too."""
+        self._late = 0
+        """How many of them ended as `Late`: they take no place in the window, or one queue that confirms nothing would end all publishing."""
         self._returned: dict[int, Returned] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._keys: dict[tuple[str, str], bytes] = {}
@@ -231,7 +235,7 @@ class Channel:
     @property
     def full(self) -> bool:
         """Whether a publish should wait: for confirms, or for the socket."""
-        return len(self._unconfirmed) + self._promised >= WINDOW or not self.connection.writable
+        return len(self._unconfirmed) - self._late + self._promised >= WINDOW or not self.connection.writable
 
     async def room(self) -> None:
         """Wait until it isn't `full`, first come first served, or until it is closed."""
@@ -255,7 +259,7 @@ class Channel:
         self._promised -= 1
 
     def _wake_waiters(self) -> None:
-        for _ in range(min(len(self._waiters), WINDOW - len(self._unconfirmed) - self._promised)):
+        for _ in range(min(len(self._waiters), WINDOW - len(self._unconfirmed) + self._late - self._promised)):
             self._promised += 1
             wake(self._waiters.popleft())
 
@@ -284,7 +288,19 @@ class Channel:
         for publish in self._unconfirmed.values():
             if publish.deadline <= now and not publish.ended:
                 publish.end(Late("no confirm in time"))
+                self._late += 1
+        if self._late > _MOST_LATE:
+            self._forget_late()
+        if self._waiters:
+            self._wake_waiters()
         self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
+
+    def _forget_late(self) -> None:
+        late = [tag for tag, publish in self._unconfirmed.items() if publish.ended]
+        for tag in late[:-_MOST_LATE]:
+            del self._unconfirmed[tag]
+            self._returned.pop(tag, None)
+        self._late = _MOST_LATE
 
     def on_confirm(self, tag: int, multiple: bool, ack: bool) -> None:
         """Take in the broker's word on one publish, or on all up to `tag`."""
@@ -306,6 +322,8 @@ class Channel:
 
     def _confirm(self, tag: int, ack: bool) -> None:
         publish = self._unconfirmed.pop(tag)
+        if publish.ended:
+            self._late -= 1
         returned = self._returned.pop(tag, None) if self._returned else None
         if returned is not None or ack:
             publish.end(returned)

@@ -70,20 +70,20 @@ def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
         if envelope.errors and len(properties) > limit:
             properties = encode(msgspec.structs.replace(envelope, errors=""), route.priority)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidJob(_says(route, envelope, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id) from error
+        raise InvalidJob(_says(route, envelope.job, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id) from error
     if len(properties) > limit:
-        msg = _says(route, envelope, f"its headers have {len(properties)} bytes, the limit is {limit}")
+        msg = _says(route, envelope.job, f"its headers have {len(properties)} bytes, the limit is {limit}")
         raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=limit)
     return properties
 
 
 class Posting(Unconfirmed, eq=False, kw_only=True):
-    """A publish that was written; see `leveret.broker.Posted`."""
+    """A publish that was written; see `leveret.broker.Posted`. It keeps no body: one that is late is known for as long as its channel."""
 
     publishing: Publishing
     link: Link
     route: Route
-    envelope: Envelope
+    job: str
 
     @property
     def job_id(self) -> str:
@@ -99,7 +99,7 @@ class Posting(Unconfirmed, eq=False, kw_only=True):
         return self._error(Late("no confirm in time"))
 
     def _error(self, failure: Exception) -> PublishError:
-        error = self.publishing.failure(self.link, self.route, self.envelope, failure)
+        error = self.publishing.failure(self, failure)
         error.__cause__ = failure
         return error
 
@@ -158,7 +158,7 @@ class Publishing:
     def write(self, link: Link, route: Route, envelope: Envelope, deadline: float = float("inf")) -> Posting:
         """Write `envelope`; without a confirm it ends at `deadline`."""
         properties = encoded(route, envelope, link.connection.max_properties_bytes)
-        posted = Posting(envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, envelope=envelope)
+        posted = Posting(envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, job=envelope.job)
         link.channel.publish(route.exchange, properties, envelope.body, posted)
         return posted
 
@@ -174,22 +174,23 @@ class Publishing:
                 link.ready.add(route)
         return link
 
-    def failure(self, link: Link, route: Route, envelope: Envelope, error: BaseException) -> PublishError:
+    def failure(self, posted: Posting, error: BaseException) -> PublishError:
         """Return what a failed publish means to its caller."""
+        link, route, job_id = posted.link, posted.route, posted.job_id
         match error:
             case Returned():
                 link.declared -= {route.queue, route.ladder}  # it was deleted: the next publish declares it again
                 link.declared.add(None)
                 link.ready.clear()
-                msg = _says(route, envelope, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}")
-                return Unroutable(msg, job_id=envelope.job_id, queue=route.target)
+                msg = _says(route, posted.job, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}")
+                return Unroutable(msg, job_id=job_id, queue=route.target)
             case Nacked():
-                return BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id)
+                return BrokerUnavailable(_says(route, posted.job, str(error)), job_id=job_id)
             case Late():
                 msg = f"no confirm in time{self._blocked}. It may be there; publish again under the same id"
             case _:
                 msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
-        return PublishTimeout(_says(route, envelope, msg), job_id=envelope.job_id, maybe_published=True)
+        return PublishTimeout(_says(route, posted.job, msg), job_id=job_id, maybe_published=True)
 
     async def prepare(self, route: Route, envelope: Envelope, deadline: float) -> Link:
         """Return a link on which `route` is declared and there is room, or raise a `PublishError` by `deadline`: nothing was sent."""
@@ -205,11 +206,11 @@ class Publishing:
                                 await self._declared(link, what)
                         await link.channel.room()
                     except ConfigurationError as error:
-                        raise BrokerUnavailable(_says(route, envelope, str(error)), job_id=envelope.job_id) from error
+                        raise BrokerUnavailable(_says(route, envelope.job, str(error)), job_id=envelope.job_id) from error
                     except ConnectionLost as error:
                         why = str(error)
                         if self._closed:
-                            raise BrokerUnavailable(_says(route, envelope, why), job_id=envelope.job_id) from error
+                            raise BrokerUnavailable(_says(route, envelope.job, why), job_id=envelope.job_id) from error
                         await self._pause(1)
                     else:
                         if link.usable:
@@ -219,9 +220,9 @@ class Publishing:
 
     def _nothing_sent(self, route: Route, envelope: Envelope, why: str | None) -> NoReturn:
         if why is not None and not (self._link is not None and self._link.usable):
-            raise BrokerUnavailable(_says(route, envelope, f"no broker in time: {self._reason}"), job_id=envelope.job_id)
+            raise BrokerUnavailable(_says(route, envelope.job, f"no broker in time: {self._reason}"), job_id=envelope.job_id)
         said = why or f"{WINDOW} publishes are unconfirmed, or its queue was being declared"
-        msg = _says(route, envelope, f"nothing was sent in time: {said}{self._blocked}")
+        msg = _says(route, envelope.job, f"nothing was sent in time: {said}{self._blocked}")
         raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
 
     @property
@@ -342,8 +343,8 @@ class Publishing:
             await link.connection.close()
 
 
-def _says(route: Route, envelope: Envelope, text: str) -> str:
-    return f"{envelope.job or 'a job'} to queue {route.target}: {text}"
+def _says(route: Route, job: str, text: str) -> str:
+    return f"{job or 'a job'} to queue {route.target}: {text}"
 
 
 _background: set[asyncio.Task[Any]] = set()

@@ -447,6 +447,46 @@ async def test_a_full_window_lets_publishers_in_first_come_first_served() -> Non
         assert "".join(went) == "abcdefgh"
 
 
+async def test_a_queue_that_confirms_nothing_leaves_room_for_the_others() -> None:
+    """One queue without its majority would end all publishing of a process, other queues' retries and burials among it."""
+    async with talking() as (connection, peer):
+        channel = await opened(connection, peer)
+        stuck = [publish(channel, "stuck", timeout_s=0.1) for _ in range(WINDOW)]
+        _, tasks = await in_line(channel, "ab")  # nothing else wakes them
+        async with asyncio.timeout(5):
+            await asyncio.gather(*tasks.values())
+        await stuck[-1].wait()
+        assert all(isinstance(one.failure, Late) for one in stuck)
+        well = publish(channel, "well")
+        peer.say(commands.Basic.Ack(WINDOW + 3, False))
+        await well
+        await publish_confirmed(channel, peer)
+        assert (channel._unconfirmed, channel._late) == ({}, 0)
+
+
+async def test_what_ended_without_a_confirm_is_not_kept_for_ever() -> None:
+    """Publishes to a queue that is stuck for a day would fill the memory."""
+    async with talking() as (connection, peer):
+        channel = await opened(connection, peer)
+        for _ in range(12):
+            for _ in range(WINDOW):
+                last = publish(channel, "stuck", timeout_s=0)
+            await last.wait()
+        assert len(channel._unconfirmed) == channel._late == 9 * WINDOW
+        assert not channel.full
+        peer.say(commands.Basic.Ack(1, False), commands.Basic.Ack(12 * WINDOW, True))  # one that is forgotten, and all
+        await publish_confirmed(channel, peer)
+        assert (channel._unconfirmed, channel._late) == ({}, 0)
+
+
+async def publish_confirmed(channel: Channel, peer: Peer) -> None:
+    """Publish, and confirm all; what the peer said before is taken in by then."""
+    sent = publish(channel)
+    peer.say(commands.Basic.Ack(0, True))
+    async with asyncio.timeout(5):
+        await sent
+
+
 async def test_nobody_overtakes_those_who_wait() -> None:
     """Whoever asks at the right moment would take the place of one who has waited for seconds."""
     async with talking() as (connection, peer):
