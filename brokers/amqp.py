@@ -19,13 +19,11 @@ from pamqp import commands
 from pamqp.base import Frame
 
 from .address import Address
-from .channel import CLOSE_TIMEOUT_S, Channel, Closed, check_open, fail, wake
+from .channel import CLOSE_TIMEOUT_S, WRITE_HIGH_BYTES, Channel, Closed, check_open, fail
 from .frames import HEARTBEAT, PROPERTIES_OVERHEAD, PROTOCOL_HEADER, Parser, ProtocolError, method_frame
 
 logger = logging.getLogger("leveret.rabbitmq")
 
-WRITE_HIGH_BYTES = 1 << 20
-"""Above so many unsent bytes publishers wait; acks and heartbeats don't."""
 BROKERS_HEADERS_BYTES = 64 << 10
 """By how much a frame may be larger than was agreed on: RabbitMQ (measured on 3.10) adds headers of its own, x-death and
 x-delivery-count, to properties that filled a frame, and sends what comes out."""
@@ -51,8 +49,12 @@ class Connection(asyncio.Protocol):
         self._channel_max = 2047
         self._out: list[Any] = []
         self._flushing = False
-        self._unwritable: asyncio.Future[None] | None = None
-        """Waited for by publishers while too much is unsent; None while it isn't."""
+        self.writable = True
+        """Whether it takes more publishes; acks and heartbeats don't ask."""
+        self.queued = 0
+        """Bytes of publishes that leave at the end of this turn of the loop."""
+        self._paused = False
+        """Whether the socket takes no more for now."""
         # there from the beginning: the broker's first word may be read before anybody awaits it
         self._handshake: asyncio.Future[Frame] | None = self.loop.create_future()
         self._closing: asyncio.Future[None] | None = None
@@ -110,13 +112,14 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Hold publishers: the broker doesn't read as fast as they write."""
-        self._unwritable = self.loop.create_future()
+        self._paused, self.writable = True, False
 
     def resume_writing(self) -> None:
         """Let them go on."""
-        if self._unwritable is not None:
-            wake(self._unwritable)
-        self._unwritable = None
+        self._paused = False
+        self.writable = self.queued <= WRITE_HIGH_BYTES
+        for channel in list(self._channels.values()):
+            channel.wake_waiters()
 
     # ---- writing
 
@@ -125,16 +128,6 @@ class Connection(asyncio.Protocol):
         """Whether it is open."""
         return self.closed is None
 
-    @property
-    def writable(self) -> bool:
-        """Whether the socket takes more; acks and heartbeats don't ask."""
-        return self._unwritable is None
-
-    async def drained(self) -> None:
-        """Wait until the socket takes more, or is gone."""
-        if self._unwritable is not None:
-            await asyncio.shield(self._unwritable)
-
     def write(self, data: bytes) -> None:
         """Send `data` with all else of this turn of the loop."""
         self._out.append(data)
@@ -142,10 +135,13 @@ class Connection(asyncio.Protocol):
             self._flushing = True
             self.loop.call_soon(self.flush)
 
-    def write_all(self, head: bytes, rest: list[bytes | memoryview]) -> None:
-        """Send several pieces, in order."""
+    def write_all(self, head: bytes, rest: list[bytes | memoryview], size: int) -> None:
+        """Send a publish of `size` bytes in pieces, in order."""
         self._out.append(head)
         self._out += rest
+        self.queued += size
+        if self.queued > WRITE_HIGH_BYTES:
+            self.writable = False
         if not self._flushing:
             self._flushing = True
             self.loop.call_soon(self.flush)
@@ -153,10 +149,12 @@ class Connection(asyncio.Protocol):
     def flush(self) -> None:
         """Hand what was written to the socket."""
         self._flushing = False
-        out, self._out = self._out, []
+        out, self._out, self.queued = self._out, [], 0
         if out and self._transport is not None and not self._transport.is_closing():
             self._sent = True
-            self._transport.write(b"".join(out))
+            self._transport.write(b"".join(out))  # and perhaps pauses
+        if not self.writable and not self._paused:
+            self.resume_writing()
 
     # ---- the parser's side
 

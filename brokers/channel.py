@@ -36,6 +36,8 @@ WINDOW = 1000
 """Most publishes on their way at once on a channel."""
 _MOST_LATE = 9 * WINDOW
 """Most that ended as `Late` and are still known, for the broker's word on them: one queue that confirms nothing mustn't fill the memory."""
+WRITE_HIGH_BYTES = 1 << 20
+"""Above so many unsent bytes publishers wait; acks and heartbeats don't."""
 _SWEEP_S = 0.05
 """How late a publish's deadline may be noticed."""
 CLOSE_TIMEOUT_S = 3.0
@@ -143,9 +145,10 @@ class Channel:
         self._returned: dict[int, Returned] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._keys: dict[tuple[str, str], bytes] = {}
-        self._waiters: deque[asyncio.Future[None]] = deque()
-        self._promised = 0
-        """Places in the window that are kept for waiters that were woken and haven't published yet."""
+        self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
+        """Who waits for room, and for how many bytes."""
+        self._promised = self._promised_bytes = 0
+        """Places in the window, and bytes, that are kept for waiters that were woken and haven't published yet."""
 
     # ---- calls
 
@@ -222,8 +225,7 @@ class Channel:
         for publish in self._unconfirmed.values():
             publish.end(why)
         while self._waiters:
-            self._promised += 1
-            wake(self._waiters.popleft())
+            self._wake_first()
         self._calls.clear()
         self._unconfirmed.clear()
         self.consumers.clear()
@@ -237,31 +239,41 @@ class Channel:
         """Whether a publish should wait: for confirms, or for the socket."""
         return len(self._unconfirmed) - self._late + self._promised >= WINDOW or not self.connection.writable
 
-    async def room(self) -> None:
-        """Wait until it isn't `full`, first come first served, or until it is closed."""
-        while self.closed is None and not self.connection.writable:
-            await self.connection.drained()
+    async def room(self, size: int = 0) -> None:
+        """Wait until it isn't `full`, for a body of `size` bytes, first come first served; or until it is closed."""
         if self.closed is not None or not (self._waiters or self.full):
             return
-        waiter: asyncio.Future[None] = self.connection.loop.create_future()
-        self._waiters.append(waiter)
+        place = self.connection.loop.create_future(), size
+        self._waiters.append(place)
         try:
-            await waiter
-            while self.closed is None and not self.connection.writable:
-                await self.connection.drained()
+            await place[0]
         except BaseException:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+            if place in self._waiters:
+                self._waiters.remove(place)
             else:
-                self._promised -= 1  # it was woken, and can't use it: the next one in line can
-                self._wake_waiters()
+                self._kept(size)  # it was woken, and can't use it: the next one in line can
             raise
-        self._promised -= 1
+        self._kept(size)
 
-    def _wake_waiters(self) -> None:
-        for _ in range(min(len(self._waiters), WINDOW - len(self._unconfirmed) + self._late - self._promised)):
-            self._promised += 1
-            wake(self._waiters.popleft())
+    def _kept(self, size: int) -> None:
+        """End a promise; the last one looks who else may go on, since no other event may come where nothing was written."""
+        self._promised -= 1
+        self._promised_bytes -= size
+        if self._waiters and not self._promised:
+            self.connection.loop.call_soon(self.wake_waiters)
+
+    def wake_waiters(self) -> None:
+        """Let in as many as there is room for, in the window and in the bytes of one write: all at once would fill the memory."""
+        places = WINDOW - len(self._unconfirmed) + self._late - self._promised
+        while self._waiters and places > 0 and self.connection.writable and self.connection.queued + self._promised_bytes < WRITE_HIGH_BYTES:
+            self._wake_first()
+            places -= 1
+
+    def _wake_first(self) -> None:
+        waiter, size = self._waiters.popleft()
+        self._promised += 1
+        self._promised_bytes += size
+        wake(waiter)
 
     def publish(self, exchange: str, properties: bytes, body: bytes, publish: Unconfirmed) -> None:
         """Write a mandatory publish, to `publish.key`; it ends as `Closed` at once on a channel that is closed already."""
@@ -273,7 +285,7 @@ class Channel:
             if len(self._keys) > 1000:  # a delayed job's key differs by its delay
                 self._keys.clear()
             head = self._keys[exchange, publish.key] = publish_frame(self.number, exchange, publish.key)
-        self.connection.write_all(head, content_frames(self.number, properties, body, self.connection.frame_max))
+        self.connection.write_all(head, content_frames(self.number, properties, body, self.connection.frame_max), len(properties) + len(body))
         self._unconfirmed[self._next_tag] = publish
         self._next_tag += 1
         if self._sweeper is None:
@@ -292,7 +304,7 @@ class Channel:
         if self._late > _MOST_LATE:
             self._forget_late()
         if self._waiters:
-            self._wake_waiters()
+            self.wake_waiters()
         self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
 
     def _forget_late(self) -> None:
@@ -318,7 +330,7 @@ class Channel:
         elif tag in unconfirmed:
             self._confirm(tag, ack)
         if self._waiters:
-            self._wake_waiters()
+            self.wake_waiters()
 
     def _confirm(self, tag: int, ack: bool) -> None:
         publish = self._unconfirmed.pop(tag)

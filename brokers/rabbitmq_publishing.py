@@ -204,7 +204,7 @@ class Publishing:
                         for what in (route.queue, route.ladder):
                             if what is not None:
                                 await self._declared(link, what)
-                        await link.channel.room()
+                        await link.channel.room(len(envelope.body))
                     except ConfigurationError as error:
                         raise BrokerUnavailable(_says(route, envelope.job, str(error)), job_id=envelope.job_id) from error
                     except ConnectionLost as error:

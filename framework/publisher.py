@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Generic, cast, final
 
 import msgspec
@@ -31,6 +32,8 @@ _MOST_S = 1e10
 _WINDOW = 1000
 _REFILL = 700
 """A full window is filled again once no more are unconfirmed: waking up for each confirm would cost a turn of the loop each."""
+_WINDOW_BYTES = 16 << 20
+"""Most bytes of bodies that wait in tasks of their own: 1000 large ones would fill the memory."""
 
 _J_co = TypeVar("_J_co", bound=Job, covariant=True, default=Job)
 
@@ -303,6 +306,7 @@ class Batch:
         self._known = 0
         """Results before it hold no `Posted`."""
         self._flying: set[asyncio.Task[None]] = set()
+        self._flying_bytes = 0
         self._room: asyncio.Future[None] | None = None
 
     async def publish(self, jobs: Iterable[Job | Outgoing]) -> list[Receipt]:
@@ -355,13 +359,15 @@ class Batch:
 
     async def _fly(self, index: int, envelope: Envelope) -> None:
         """Send one in a task of its own."""
-        if len(self._flying) >= _WINDOW:
+        size = len(envelope.body)
+        if len(self._flying) >= _WINDOW or (self._flying and self._flying_bytes + size > _WINDOW_BYTES):
             self._room = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._room], timeout=max(0.0, self._deadline - time.monotonic()))
             self._room = None
         task = asyncio.get_running_loop().create_task(self._send(index, envelope))
         self._flying.add(task)
-        task.add_done_callback(self._landed)
+        self._flying_bytes += size
+        task.add_done_callback(partial(self._landed, size))
 
     async def _send(self, index: int, envelope: Envelope) -> None:
         try:
@@ -373,9 +379,10 @@ class Batch:
             failed.__cause__ = error
             self._results[index] = failed
 
-    def _landed(self, task: asyncio.Task[None]) -> None:
+    def _landed(self, size: int, task: asyncio.Task[None]) -> None:
         self._flying.discard(task)
-        if self._room is not None and len(self._flying) <= _REFILL and not self._room.done():
+        self._flying_bytes -= size
+        if self._room is not None and len(self._flying) <= _REFILL and self._flying_bytes <= _WINDOW_BYTES // 2 and not self._room.done():
             self._room.set_result(None)
 
 

@@ -17,7 +17,7 @@ from pamqp import commands
 from leveret.brokers import amqp
 from leveret.brokers.address import addresses
 from leveret.brokers.amqp import Connection
-from leveret.brokers.channel import Channel, Closed, Nacked, Returned, Unconfirmed
+from leveret.brokers.channel import WRITE_HIGH_BYTES, Channel, Closed, Nacked, Returned, Unconfirmed
 from leveret.brokers.frames import OVERHEAD
 from leveret.brokers.session import connect as connect_session
 from leveret.errors import ConfigurationError
@@ -416,6 +416,6 @@ async def test_a_slow_link_holds_publishers_while_heartbeats_keep_it_open(rabbit
             await asyncio.sleep(0)
             most = max(most, vars(connection)["_transport"].get_write_buffer_size())
         assert waited > 3
-        assert most < 3 * amqp.WRITE_HIGH_BYTES
+        assert most < 3 * WRITE_HIGH_BYTES
         await asyncio.gather(*publishes)
         assert connection.usable

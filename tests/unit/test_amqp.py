@@ -20,7 +20,7 @@ from pamqp.heartbeat import Heartbeat
 from leveret.brokers import amqp
 from leveret.brokers.address import Address, addresses
 from leveret.brokers.amqp import BROKERS_HEADERS_BYTES, Connection
-from leveret.brokers.channel import WINDOW, Channel, Closed, Late, Nacked, Returned, Unconfirmed
+from leveret.brokers.channel import WINDOW, WRITE_HIGH_BYTES, Channel, Closed, Late, Nacked, Returned, Unconfirmed
 
 _T = TypeVar("_T")
 START = commands.Connection.Start(server_properties={"product": "a test"}, mechanisms="PLAIN AMQPLAIN", locales="en_US")
@@ -548,6 +548,43 @@ async def test_a_peer_that_reads_slowly_makes_publishers_wait_and_not_acks() -> 
         async with asyncio.timeout(5):
             await waiting
         assert connection.writable
+
+
+async def test_large_bodies_of_one_turn_of_the_loop_wait_for_the_next() -> None:
+    """A window of 1 MB bodies, written at once, takes a gigabyte and holds up the loop for seconds."""
+    async with talking() as (connection, peer):
+        channel = await opened(connection, peer)
+        reading = asyncio.create_task(peer.hear(commands.Basic.Ack))  # and all before it
+        large, most, order = bytes(WRITE_HIGH_BYTES // 4), 0, list[int]()
+
+        async def send(n: int) -> None:
+            nonlocal most
+            await channel.room(len(large))
+            publish(channel, body=large)
+            most = max(most, connection.queued)
+            order.append(n)
+
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(send(n) for n in range(100)))
+        channel.ack(77, multiple=True)
+        await reading
+        assert most <= 1.5 * WRITE_HIGH_BYTES
+        assert order == list(range(100))
+        assert (channel._promised, channel._promised_bytes, connection.queued) == (0, 0, 0)
+
+
+async def test_who_is_woken_for_large_bodies_and_cant_publish_makes_room_for_the_next() -> None:
+    """A request that timed out as it was woken would leave the next one waiting for ever: nothing was written that would wake it."""
+    async with talking() as (connection, peer):
+        channel = await opened(connection, peer)
+        connection.pause_writing()  # as the socket would
+        woken, last = asyncio.create_task(channel.room(WRITE_HIGH_BYTES)), asyncio.create_task(channel.room(WRITE_HIGH_BYTES))
+        await asyncio.sleep(0)
+        connection.resume_writing()
+        woken.cancel()
+        async with asyncio.timeout(5):
+            await last
+        assert woken.cancelled()
 
 
 # ---- channels and the connection's end

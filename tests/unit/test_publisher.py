@@ -62,6 +62,12 @@ class Flat(Job, name="flat.one", queue=Queue("flat", priorities=False)):
     """Of a queue of one level."""
 
 
+class Text(Job, name="text.store", queue=Queue("texts")):
+    """Of any size."""
+
+    text: str
+
+
 class Tenant:
     """Sends a header."""
 
@@ -274,6 +280,29 @@ async def test_a_layer_that_raises_fails_its_own_job_of_many() -> None:
     assert isinstance(first, PublishError)
     assert isinstance(first.__cause__, LookupError)
     assert isinstance(second, Receipt)
+
+
+async def test_large_jobs_of_many_dont_all_wait_at_once() -> None:
+    """A thousand jobs of 1 MB, each in a task of its own, take a gigabyte: the process is killed for a batch that it could have sent."""
+
+    class Weigh:
+        on_the_way = most = 0
+
+        async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
+            self.on_the_way += len(envelope.body)
+            self.most = max(self.most, self.on_the_way)
+            await asyncio.sleep(0)
+            try:
+                return await proceed(envelope)
+            finally:
+                self.on_the_way -= len(envelope.body)
+
+    weigh = Weigh()
+    async with App("large", broker="memory://", middleware=[weigh]).publisher() as opened:
+        receipts = await opened.publish_many((Text(text="x" * (3 << 20)) for _ in range(30)), timeout_s=30)
+
+    assert len(receipts) == 30
+    assert weigh.most <= 16 << 20
 
 
 async def test_a_closed_publisher_says_so(publisher: Publisher) -> None:
