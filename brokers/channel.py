@@ -345,11 +345,12 @@ class Channel:
     def on_return(self, code: int, text: str, key: bytes, properties: bytes) -> None:
         """Take in a publish that no queue took; its confirm comes after it.
 
-        It names no tag, so the oldest with its id and key that isn't returned yet is the one: the broker returns in order.
+        It names no tag, so the oldest with its id and key that isn't returned yet is the one: the broker returns in order. Where it
+        comes without an id its key has to do, or the ack after it would be taken for a confirm.
         """
         message_id, routing = message_id_of(properties), key.decode("utf-8", "replace")
         for tag, publish in self._unconfirmed.items():
-            if publish.message_id == message_id and publish.key == routing and tag not in self._returned:
+            if publish.key == routing and (not message_id or publish.message_id == message_id) and tag not in self._returned:
                 self._returned[tag] = Returned(code, text)
                 return
         logger.warning("RabbitMQ returned a message that wasn't published here: %s", message_id)

@@ -382,6 +382,21 @@ async def test_only_the_publish_that_no_queue_took_is_returned() -> None:
             assert returned.value.code == 312
 
 
+async def test_a_return_without_an_id_is_that_of_the_oldest_with_its_key() -> None:
+    """A proxy or a broker that leaves the properties out: the ack behind it would be a receipt for a job that is nowhere."""
+    async with talking() as (connection, peer):
+        channel = await opened(connection, peer)
+        there, gone, later = publish(channel, "there", "a"), publish(channel, "gone", "b"), publish(channel, "gone", "c")
+        back = content(commands.Basic.Return(312, "NO_ROUTE", "", "gone"), b"", properties=commands.Basic.Properties())
+        peer.say(back, commands.Basic.Ack(2, True))
+        await there
+        with pytest.raises(Returned):
+            await gone
+        assert not later.ended
+        peer.say(commands.Basic.Ack(3, False))
+        await later
+
+
 async def test_a_publish_ends_at_its_deadline_and_a_return_after_it_is_forgotten() -> None:
     """A broker that stays silent must cost a web request its timeout, not more; what comes late must not pile up."""
     async with talking() as (connection, peer):
