@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, final
 
 from .envelope import HeaderValue, Receipt
-from .errors import PublishTimeout
+from .errors import BrokerUnavailable, PublishTimeout
 from .job import Job, Priority
 
 if TYPE_CHECKING:
@@ -134,6 +134,16 @@ class BlockingPublisher:
             return self._opened
 
     def _call(self, make: Callable[[Publisher], Awaitable[_T]], timeout_s: float, job_id: str | None = None) -> _T:
+        try:
+            return self._wait(make, timeout_s, job_id)
+        except RuntimeError as error:
+            if threading.main_thread().is_alive():
+                raise
+            # in an atexit handler: Python starts no thread any more, be it ours or that which looks up a host's name
+            msg = f"nothing was sent, the interpreter exits: {error}; publish before the main thread ends, not first in an atexit handler"
+            raise BrokerUnavailable(msg, job_id=job_id) from error
+
+    def _wait(self, make: Callable[[Publisher], Awaitable[_T]], timeout_s: float, job_id: str | None) -> _T:
         opened = self._ready()
         if asyncio._get_running_loop() is opened.thread.loop:
             msg = "the blocking publisher was called on its own loop, from a publish layer; it would wait for itself"

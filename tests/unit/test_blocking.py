@@ -1,6 +1,8 @@
 """The blocking publisher: from threads, after a fork, from `def` handlers."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -63,6 +65,30 @@ def test_it_starts_anew_after_a_fork(tmp_path: object) -> None:
     assert said == b"confirmed"
     assert publisher.publish(Note(3)).state == "confirmed"
     publisher.close()
+
+
+AT_EXIT = """
+import atexit
+from leveret import App, BrokerUnavailable, Job, Queue
+
+class Note(Job, name="note.take", queue=Queue("notes")):
+    n: int
+
+publisher = App("exit", broker="amqp://localhost:1/").blocking_publisher()
+
+@atexit.register
+def last() -> None:
+    try:
+        publisher.publish(Note(1), job_id="id-1", timeout_s=2)
+    except BrokerUnavailable as error:
+        print(error.job_id, error)
+"""
+
+
+def test_first_used_while_the_interpreter_exits_it_raises_an_error_of_the_family() -> None:
+    """A service's last words end in a RuntimeError of Python's insides, past the `except PublishError` that would have kept the job."""
+    ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=30, check=True)
+    assert ended.stdout.startswith("id-1 nothing was sent, the interpreter exits"), ended
 
 
 async def test_in_a_def_handler_it_inherits_the_line_of_the_job() -> None:
