@@ -239,6 +239,16 @@ class Channel:
         """Whether a publish should wait: for confirms, or for the socket."""
         return len(self._unconfirmed) - self._late + self._promised >= WINDOW or not self.connection.writable
 
+    @property
+    def why_full(self) -> str:
+        """What a publish waits for that finds no room, for people."""
+        on_their_way = len(self._unconfirmed) - self._late
+        if on_their_way + self._promised >= WINDOW:
+            return f"{on_their_way} publishes are unconfirmed"
+        if not self.connection.writable:
+            return "RabbitMQ doesn't read what was written before it"
+        return "others waited before it"
+
     async def room(self, size: int = 0) -> None:
         """Wait until it isn't `full`, for a body of `size` bytes, first come first served; or until it is closed."""
         if self.closed is not None or not (self._waiters or self.full):

@@ -31,7 +31,7 @@ from leveret.settings import Runtime
 
 from . import amqp, topology
 from .address import Address
-from .channel import WINDOW, Channel, Closed, Late, Nacked, Returned, Unconfirmed
+from .channel import Channel, Closed, Late, Nacked, Returned, Unconfirmed
 from .properties import encode
 from .session import FAULTS, ConnectionLost, connect, declare, reason_of
 
@@ -194,35 +194,36 @@ class Publishing:
 
     async def prepare(self, route: Route, envelope: Envelope, deadline: float) -> Link:
         """Return a link on which `route` is declared and there is room, or raise a `PublishError` by `deadline`: nothing was sent."""
-        why: str | None = "no connection yet"
+        declared, failed = False, ""
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
+                    declared = False
                     try:
                         link = await self._connected()
-                        why = None
                         for what in (route.queue, route.ladder):
                             if what is not None:
                                 await self._declared(link, what)
+                        declared = True
                         await link.channel.room(len(envelope.body))
                     except ConfigurationError as error:
                         raise BrokerUnavailable(_says(route, envelope.job, str(error)), job_id=envelope.job_id) from error
                     except ConnectionLost as error:
-                        why = str(error)
+                        failed = str(error)
                         if self._closed:
-                            raise BrokerUnavailable(_says(route, envelope.job, why), job_id=envelope.job_id) from error
+                            raise BrokerUnavailable(_says(route, envelope.job, failed), job_id=envelope.job_id) from error
                         await self._pause(1)
                     else:
                         if link.usable:
                             return link
         except TimeoutError:
-            self._nothing_sent(route, envelope, why)
+            self._nothing_sent(route, envelope, None if declared else failed or "RabbitMQ hasn't answered the declares of its queue")
 
-    def _nothing_sent(self, route: Route, envelope: Envelope, why: str | None) -> NoReturn:
-        if why is not None and not (self._link is not None and self._link.usable):
+    def _nothing_sent(self, route: Route, envelope: Envelope, undeclared: str | None) -> NoReturn:
+        if self._link is None or not self._link.usable:
             raise BrokerUnavailable(_says(route, envelope.job, f"no broker in time: {self._reason}"), job_id=envelope.job_id)
-        said = why or f"{WINDOW} publishes are unconfirmed, or its queue was being declared"
-        msg = _says(route, envelope.job, f"nothing was sent in time: {said}{self._blocked}")
+        why = undeclared or self._link.channel.why_full
+        msg = _says(route, envelope.job, f"nothing was sent in time: {why}{self._blocked}")
         raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
 
     @property

@@ -17,6 +17,7 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
+from leveret import App, Job, PublishTimeout, Queue
 from leveret.brokers import amqp
 from leveret.brokers.address import Address, addresses
 from leveret.brokers.amqp import BROKERS_HEADERS_BYTES, Connection
@@ -500,6 +501,37 @@ async def publish_confirmed(channel: Channel, peer: Peer) -> None:
     peer.say(commands.Basic.Ack(0, True))
     async with asyncio.timeout(5):
         await sent
+
+
+async def test_what_a_publish_waits_for_is_said_as_it_is() -> None:
+    """Who reads of a thousand unconfirmed publishes looks for them, in a process that has sent none."""
+    async with talking() as (connection, peer):
+        channel = await filled(connection, peer)
+        assert channel.why_full == "1000 publishes are unconfirmed"
+        await publish_confirmed(channel, peer)
+        connection.pause_writing()
+        assert channel.why_full == "RabbitMQ doesn't read what was written before it"
+
+
+async def test_a_queue_whose_declare_isnt_answered_is_said_to_be_just_that() -> None:
+    """The declare of a quorum queue without its majority hangs: that is to be looked at, not the confirms of others."""
+    notes = Queue("notes")
+
+    class Note(Job, name="note", queue=notes):
+        """A job."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = Peer(reader, writer)
+        await peer.greet()
+        number = await peer.open()
+        await peer.hear(commands.Confirm.Select)
+        peer.say(commands.Confirm.SelectOk(), channel=number)
+        await peer.open()
+        await reader.read()
+
+    async with listening(serve) as address, App("test", broker=f"amqp://u:p@127.0.0.1:{address.port}/").publisher() as publisher:
+        with pytest.raises(PublishTimeout, match=r"nothing was sent in time: RabbitMQ hasn't answered the declares of its queue$"):
+            await publisher.publish(Note(), timeout_s=0.5)
 
 
 async def test_nobody_overtakes_those_who_wait() -> None:
