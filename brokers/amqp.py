@@ -13,7 +13,7 @@ import logging
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from pamqp import commands
 from pamqp.base import Frame
@@ -75,10 +75,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the protocol header."""
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]
-        self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)  # type: ignore[union-attr]
-        self._transport.write(PROTOCOL_HEADER)  # type: ignore[union-attr]
+        self._transport = opened = cast("asyncio.Transport", transport)  # uvloop's isn't one of asyncio's, and does the same
+        opened.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        opened.write(PROTOCOL_HEADER)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
@@ -209,7 +208,7 @@ class Connection(asyncio.Protocol):
             raise _not_open(channel)
         known.on_got(tag, redelivered, properties, body)
 
-    def on_return(self, channel: int, code: int, text: str, exchange: bytes, key: bytes, properties: bytes) -> None:  # noqa: ARG002
+    def on_return(self, channel: int, code: int, text: str, key: bytes, properties: bytes) -> None:
         """Hand it to its channel."""
         known = self._channels.get(channel)
         if known is None:

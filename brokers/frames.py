@@ -67,7 +67,7 @@ class Receiver(Protocol):
         """basic.get-ok, whole."""
         ...
 
-    def on_return(self, channel: int, code: int, text: str, exchange: bytes, key: bytes, properties: bytes) -> None:
+    def on_return(self, channel: int, code: int, text: str, key: bytes, properties: bytes) -> None:
         """basic.return, whole: no queue took it."""
         ...
 
@@ -202,8 +202,8 @@ class Parser:
             tag, redelivered = content.method
             self._receiver.on_got(channel, tag, bool(redelivered), properties, body)
         else:
-            code, text, exchange, key = content.method
-            self._receiver.on_return(channel, code, text, exchange, key, properties)
+            code, text, _, key = content.method
+            self._receiver.on_return(channel, code, text, key, properties)
 
     def _refuse(self, kind: int, length: int, head: bytes) -> None:
         if head[:4] == b"AMQP":

@@ -54,8 +54,8 @@ class Heard:
     def on_got(self, channel: int, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         self.events.append(("got", channel, tag, redelivered, properties, body))
 
-    def on_return(self, channel: int, code: int, text: str, exchange: bytes, key: bytes, properties: bytes) -> None:
-        self.events.append(("return", channel, code, text, exchange, key, properties))
+    def on_return(self, channel: int, code: int, text: str, key: bytes, properties: bytes) -> None:
+        self.events.append(("return", channel, code, text, key, properties))
 
 
 def parse(*pieces: bytes, frame_max: int = 131_072) -> list[tuple[Any, ...]]:
@@ -104,7 +104,7 @@ HEARD = [
     ("deliver", 1, b"c1", 7, True, RAW_PROPERTIES, b'{"order_id":7}'),
     ("confirm", 2, 3, True, True),
     ("deliver", 1, b"c1", 7, True, RAW_PROPERTIES, b""),
-    ("return", 2, 312, "NO_ROUTE", b"lv.jobs", b"gone.normal", RAW_PROPERTIES),
+    ("return", 2, 312, "NO_ROUTE", b"gone.normal", RAW_PROPERTIES),
     ("confirm", 2, 4, False, False),
     ("deliver", 3, b"c1", 7, True, RAW_PROPERTIES, bytes(range(256)) * 20),
     ("method", 1, "Basic.Cancel", {"consumer_tag": "c1", "nowait": False}),
@@ -368,7 +368,7 @@ RECORDED_HEARD = [
     ("Connection.Start", 0), ("Connection.Tune", 0), ("Connection.OpenOk", 0),
     ("Channel.OpenOk", 1), ("Confirm.SelectOk", 1), ("Queue.DeclareOk", 1),
     ("confirm", 1, 1, False, True), ("confirm", 1, 2, False, True), ("confirm", 1, 3, True, False),
-    ("return", 1, 312, "NO_ROUTE", b"", b"gone", RECORDED_PROPERTIES), ("confirm", 1, 4, False, True),
+    ("return", 1, 312, "NO_ROUTE", b"gone", RECORDED_PROPERTIES), ("confirm", 1, 4, False, True),
     ("got", 1, 1, False, RECORDED_PROPERTIES, b'{"order_id":7}'),
     ("Basic.ConsumeOk", 1),
     ("deliver", 1, b"c1", 2, True, RECORDED_PROPERTIES, b'{"order_id":7}'), ("deliver", 1, b"c1", 3, False, RECORDED_PROPERTIES, b""),
