@@ -178,11 +178,13 @@ class SqliteAdmin:
             found: int = file.execute(statement, (queue.name,)).fetchone()[0]
             return found
 
-        levels = Counter[str](dict(file.execute(_READY, (queue.name,)).fetchall()))
+        levels = Counter[str]()
+        for level, jobs in file.execute(_READY, (queue.name,)).fetchall():
+            levels[_text(level)] += jobs
         delayed = 0
         for level, due, jobs in file.execute(_DUE, (now_ms, queue.name)).fetchall():
             if due:
-                levels[level] += jobs
+                levels[_text(level)] += jobs
             else:
                 delayed += jobs
         dead, known = count("SELECT count(*) FROM dead WHERE queue = ?"), count("SELECT count(*) FROM queues WHERE name = ?")
@@ -226,6 +228,11 @@ class SqliteAdmin:
     async def close(self) -> None:
         """As `Admin.close`."""
         await self._store.close(CLOSE_S)
+
+
+def _text(level: str | bytes) -> str:
+    # a foreign producer's may be anything
+    return level if isinstance(level, str) else level.decode(errors="replace")
 
 
 def _depth(queue: Queue, levels: dict[str, int], held: int, delayed: int, dead: int, *, exists: bool) -> Depth:

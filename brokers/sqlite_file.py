@@ -25,7 +25,7 @@ from leveret.clock import Clock
 from leveret.errors import ConfigurationError
 from leveret.job import Queue
 
-from .sqlite_schema import INSERTS, READ, Row, known_dead, my_identity, open_file, unpack
+from .sqlite_schema import INSERTS, READ, Row, known_dead, my_identity, open_file, text_or_bytes, unpack
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -230,6 +230,17 @@ class File:
         self._version = -1
         self._names = set()
         return self._connection
+
+    def reads_bytes(self, error: sqlite3.Error) -> bool:
+        """Whether `error` was that of a text that isn't UTF-8, and reading such texts as bytes, from now on, mends it.
+
+        Not from the start: a function that is called for each text costs more than all else that is done to read a row.
+        """
+        # it is Python's own error, without a code of SQLite's
+        if self._connection is None or hasattr(error, "sqlite_errorcode") or self._connection.text_factory is text_or_bytes:
+            return False
+        self._connection.text_factory = text_or_bytes
+        return True
 
     def disconnect(self) -> None:
         """Close the connection; what wasn't committed is rolled back."""

@@ -292,7 +292,8 @@ class Store:
             self._give_up(error)
         except sqlite3.Error as error:
             self._rollback()
-            self._failed(error, taken)
+            if not self._file.reads_bytes(error):  # then it is tried again at once
+                self._failed(error, taken)
         except (ValueError, OverflowError) as error:  # a text that has no UTF-8, a number of more than 64 bits
             self._rollback()
             self._refused(error, taken)

@@ -348,6 +348,81 @@ async def test_large_bodies_are_committed_some_at_a_time(path: Path, opened: Cal
     assert await ready_count(path) == 8
 
 
+# ---- what a foreign producer writes
+
+POISON = {
+    "job_id": "CAST(x'ff41' AS TEXT)", "job": "CAST(x'80' AS TEXT)", "correlation_id": "CAST(x'c3' AS TEXT)",
+    "headers": "CAST('{\"x\":\"' || x'fc' || '\"}' AS TEXT)",
+    "app": "x'ff42'", "content_type": "x'00ff'",
+}
+"""A column, and what SQLite takes for it: text that isn't UTF-8, and bytes."""
+
+
+def poison(path: Path, column: str, table: str = "jobs", body: str = "bad") -> None:
+    """Write a row that isn't UTF-8 in `column`."""
+    row = {"queue": "'jobs'", "level": "'normal'", "job_id": "'id'", "job": "'case'", "content_type": "'application/json'", "created_s": "0"}
+    row["body"] = f"'{body}'"
+    row[column] = POISON.get(column, "CAST(x'ff' AS TEXT)")
+    with closing(sqlite3.connect(path, timeout=PATIENCE_S)) as file, file:
+        file.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join(row.values())})")
+
+
+@pytest.mark.parametrize("column", POISON)
+@pytest.mark.parametrize("running", [True, False], ids=["running", "starting"])
+async def test_a_row_that_is_not_utf_8_stops_nobody_and_can_be_buried(
+    path: Path, opened: Callable[..., Broker], caplog: pytest.LogCaptureFixture, column: str, running: bool
+) -> None:
+    """One such row of a program in another language stood before all others: no worker of the file took a job any more."""
+    broker, sink = opened(), Recorder()
+    await publish(broker, b"1")
+    if running:
+        await consume(broker, QUEUE, sink=sink)
+        await sink.next()
+    poison(path, column)
+    await publish(broker, b"2")
+    if not running:
+        await consume(broker, QUEUE, sink=sink)
+        await sink.next()
+
+    bad, good = await sink.take(2)
+    await broker.bury(bad, bad.envelope, deadline=soon())
+
+    assert good.envelope.body == b"2"
+    assert bad.envelope.body == b"bad"
+    assert f"its column {column} is no UTF-8 text" in str(bad.problem)
+    assert not caplog.records
+    assert sink.losses == 0
+    admin = open_admin(f"sqlite:///{path}", RUNTIME)
+    async with admin.dead(QUEUE) as letters:
+        assert [letter.envelope.body async for letter in letters] == [b"bad"]
+    await admin.close()
+
+
+@pytest.mark.parametrize("column", [*POISON, "level"])
+async def test_a_letter_that_is_not_utf_8_is_read_replayed_and_dropped(path: Path, opened: Callable[..., Broker], column: str) -> None:
+    """An operator who can't list the dead letters for the sake of one of them can do nothing for the others."""
+    broker = opened()
+    await publish(broker, b"1")
+    consumption, sink = await consume(broker, QUEUE)
+    delivery = await sink.next()
+    await broker.bury(delivery, delivery.envelope, deadline=soon())
+    await consumption.close()
+    poison(path, column, "dead", "to be replayed")
+    poison(path, column, "dead", "to be dropped")
+    poison(path, "level", "jobs", "never taken")
+
+    admin = open_admin(f"sqlite:///{path}", RUNTIME)
+    async with admin.dead(QUEUE) as letters:
+        good, replayed, dropped = [letter async for letter in letters]
+        await letters.replay(replayed, replayed.envelope)
+        await letters.drop(dropped)
+    [row] = await admin.depths([QUEUE])
+    await admin.close()
+
+    assert [letter.envelope.body for letter in (good, replayed, dropped)] == [b"1", b"to be replayed", b"to be dropped"]
+    assert (row.dead, row.levels["normal"], row.levels["\ufffd"]) == (1, 1, 1)
+
+
 # ---- leases
 
 
