@@ -388,7 +388,7 @@ class Consumer:
     def _lost(self, delivery: Delivery, ending: Ending) -> None:
         self._counts[Lost] += 1
         logger.warning(
-            "%s: its channel is gone, so the broker delivers it again; it ended as %s", what(delivery.envelope), type(ending).__name__.lower()
+            "%s: its channel or lease is gone, so the broker delivers it again; it ended as %s", what(delivery.envelope), type(ending).__name__.lower()
         )
 
     # ---- the end --------------------------------------------------------------------------------------------------

@@ -228,7 +228,7 @@ async def test_a_worker_that_was_stopped_for_longer_than_its_lease_settles_nothi
     """A paused container wakes up with jobs that another has done since: its acks must not touch them, and it must know."""
     path, log = tmp_path / "jobs.db", tmp_path / "worked"
     broker = open_broker(f"sqlite:///{path}", RUNTIME)
-    await broker.publish(QUEUE, make_envelope(QUEUE, job_id="job-9", headers={"takes_s": 2}), delay_s=0, deadline=soon())
+    await broker.publish(QUEUE, make_envelope(QUEUE, job_id="job-9", headers={"takes_s": 6}), delay_s=0, deadline=soon())
     with programs() as running:
         running.append(Program(_WORKER, path, log, "1.5"))
         await line(log, "start")
