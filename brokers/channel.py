@@ -274,10 +274,8 @@ class Channel:
 
     def wake_waiters(self) -> None:
         """Let in as many as there is room for, in the window and in the bytes of one write: all at once would fill the memory."""
-        places = WINDOW - len(self._unconfirmed) + self._late - self._promised
-        while self._waiters and places > 0 and self.connection.writable and self.connection.queued + self._promised_bytes < WRITE_HIGH_BYTES:
-            self._wake_first()
-            places -= 1
+        while self._waiters and not self.full and self.connection.queued + self._promised_bytes < WRITE_HIGH_BYTES:
+            self._wake_first()  # which takes a place
 
     def _wake_first(self) -> None:
         waiter, size = self._waiters.popleft()

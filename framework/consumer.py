@@ -327,7 +327,7 @@ class Consumer:
         except asyncio.CancelledError as cancelled:
             if not self._settlement.cut:
                 await _take_back_cancels()  # who ends a whole program (asyncio.run) cancels the worker in the same turn
-            ending = CutOff() if self._settlement.cut or self._stopping else _refused(cancelled)
+            ending = CutOff() if self._stopping else _refused(cancelled)
         except Exception as failed:  # noqa: BLE001 - what leaves the chain becomes a burial
             ending = _refused(failed)
         finally:

@@ -15,6 +15,7 @@ from .clock import Timer
 from .codec import Decoder
 from .handler import Handler
 from .job import Priority, Queue
+from .settlement import at_debug
 from .texts import named
 
 logger = logging.getLogger("leveret.consumer")
@@ -78,7 +79,9 @@ class Gate:
             if wait_s <= 0:
                 self.left = max(1, min(now() for now in self._now))
         except Exception as error:  # a user's layer: what was delivered with this one must not be lost sight of
-            logger.error("a layer can't say when its next job may start, so it is asked again in %g s: %s", _ASK_AGAIN_S, named(error), exc_info=error)  # noqa: TRY400
+            logger.error(  # noqa: TRY400 - one line
+                "a layer can't say when its next job may start, so it is asked again in %g s: %s", _ASK_AGAIN_S, named(error), exc_info=at_debug(error)
+            )
             return _ASK_AGAIN_S
         return wait_s
 

@@ -69,7 +69,7 @@ class Settlement:
                 failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
                 return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST)), delay_s or 0.0)
             case Bury(reason):
-                logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(error))
+                logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=at_debug(error))
                 return self._bury(delivery, self._failed(envelope, error, reason))
             case Undecodable(reason):
                 logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason))
@@ -114,7 +114,7 @@ class Settlement:
             return await self._insist(delivery, publish, envelope)
         except _REFUSED as refused:  # waiting doesn't help
             reason = f"its {envelope.cause} can't be published: {refused}"
-            logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=_at_debug(refused))  # noqa: TRY400 - one line
+            logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=at_debug(refused))  # noqa: TRY400 - one line
             ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
             return await self._bury(delivery, self._failed(ran, refused, reason))
 
@@ -165,7 +165,7 @@ class Settlement:
                         logger.error(  # noqa: TRY400 - one line; the traceback at debug level
                             "%s: its %s can't be published, so it stays unacked and is tried again: %s",
                             what(envelope), envelope.cause, said_by(error) if isinstance(error, PublishError) else named(error),
-                            exc_info=_at_debug(error),
+                            exc_info=at_debug(error),
                         )
                     if delivery.live:
                         await self._clock.sleep(full_jitter(tries, base_s=0.2, cap_s=15.0, rng=self._runtime.rng))
@@ -213,7 +213,8 @@ def what(envelope: Envelope) -> str:
     return f"{envelope.job or 'a job without a name'} {envelope.job_id} (queue {envelope.queue}, attempt {envelope.attempt})"
 
 
-def _at_debug(error: BaseException | None) -> BaseException | None:
+def at_debug(error: BaseException | None) -> BaseException | None:
+    """Return what a log record takes as `exc_info`: one line else."""
     return error if logger.isEnabledFor(logging.DEBUG) else None
 
 

@@ -38,7 +38,7 @@ _REPORT_BYTES = 512
 """Most of one report: a write of up to so many bytes isn't torn by another process's (POSIX's PIPE_BUF)."""
 _SAID = {
     "retry": "retried", "snooze": "snoozed", "bury": "buried", "undecodable": "buried as undecodable", "unknown": "sent back as unknown",
-    "notstarted": "given back", "cutoff": "cut off", "lost": "that the broker delivers again, since their channel was gone",
+    "notstarted": "given back", "cutoff": "cut off", "lost": "that the broker delivers again, since their channel or lease was gone",
 }
 """How the last line of a worker names an ending; the others by their own name."""
 
