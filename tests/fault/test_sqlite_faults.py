@@ -24,13 +24,15 @@ from leveret.errors import BrokerUnavailable
 from leveret.job import Queue
 from leveret.settings import Runtime
 from tests.contract.harness import consume, make_envelope, soon
+from tests.fault.apps import diary
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(240)]
 
+_ROOT = Path(__file__).parents[2]
 QUEUE = Queue("jobs")
 RUNTIME = Runtime(app="fault")
 
-# Each line of a log is one write to a file opened for appending: a kill leaves whole lines. Times are the machine's monotonic clock.
+# Each line of a log is one of a diary. Times are the machine's monotonic clock.
 _COMMON = """
 import asyncio, os, sys, time
 from leveret.broker import Subscription
@@ -41,13 +43,14 @@ from leveret.errors import PublishError
 from leveret.ids import new_job_id
 from leveret.job import Queue
 from leveret.settings import Runtime
+from tests.fault.apps import diary
 
 url, log_path, argument = sys.argv[1:]
-log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+log = diary.open_diary(log_path)
 QUEUE = Queue("jobs")
 
 def say(*words):
-    os.write(log, (" ".join(map(str, words)) + "\\n").encode())
+    diary.write(log, *words)
 """
 
 _PUBLISHER = _COMMON + """
@@ -112,7 +115,7 @@ class Program:
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self._command)
+        self.process = subprocess.Popen(self._command, cwd=_ROOT)    # where `tests` is
 
     def kill(self) -> tuple[int, float]:
         """End it as the kernel's out-of-memory killer does; return its pid, and when that was at the earliest."""
@@ -134,14 +137,10 @@ async def line(log: Path, *words: str) -> list[str]:
     """Wait for a line of `log` that begins so."""
     async with asyncio.timeout(60):
         while True:
-            for found in lines(log):
+            for found in diary.read(log):
                 if found[: len(words)] == list(words):
                     return found
             await asyncio.sleep(0.05)
-
-
-def lines(log: Path) -> list[list[str]]:
-    return [text.split() for text in log.read_text().splitlines()] if log.exists() else []
 
 
 @contextlib.contextmanager
@@ -181,8 +180,8 @@ async def test_thirty_kills_lose_no_confirmed_job_and_no_job_runs_twice_at_once(
             while (row := await depth_of(path)).ready + (row.delayed or 0) + (row.unsettled or 0):
                 await asyncio.sleep(0.2)
 
-    confirmed = {words[0] for words in lines(confirmed_log)}
-    runs = lines(worker_log)
+    confirmed = {words[0] for words in diary.read(confirmed_log)}
+    runs = diary.read(worker_log)
     done = Counter(words[2] for words in runs if words[0] == "done")
     assert len(confirmed) > 500, f"seed {seed}: too few to prove anything"
     assert confirmed - done.keys() == set(), f"seed {seed}"
@@ -211,7 +210,7 @@ async def test_what_a_killed_worker_held_comes_back_at_once_and_in_order(tmp_pat
         await broker.publish(QUEUE, make_envelope(QUEUE, body, headers={"takes_s": 600}), delay_s=0, deadline=soon())
     with programs() as running:
         running.append(Program(_WORKER, path, log, "0"))
-        while len([words for words in lines(log) if words[0] == "start"]) < 5:
+        while len([words for words in diary.read(log) if words[0] == "start"]) < 5:
             await asyncio.sleep(0.05)
         _, sink = await consume(broker, QUEUE)
         await asyncio.to_thread(running[0].kill)

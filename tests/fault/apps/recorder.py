@@ -1,4 +1,4 @@
-"""An app whose handlers write down what they do, a line a write: a kill leaves whole lines. Run by workers, published to by tests.
+"""An app whose handlers write down what they do. Run by workers, published to by tests.
 
 A worker imports `app`, made out of the environment; a test makes the same with `Recorder`.
 """
@@ -6,12 +6,12 @@ A worker imports `app`, made out of the environment; a test makes the same with 
 import asyncio
 import os
 import time
-from pathlib import Path
 
 import msgspec
 
 from leveret import App, Attempt, Job, Queue, Settings
 from leveret.middleware import Retries
+from tests.fault.apps import diary
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -76,15 +76,12 @@ class Recorder:
     def say(self, verb: str, attempt: Attempt, *words: object) -> None:
         """Append one line."""
         if self._file is None:
-            self._file = os.open(self.plan.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        line = (verb, attempt.job_id, attempt.number, os.getpid(), time.monotonic(), *words)
-        os.write(self._file, (" ".join(map(str, line)) + "\n").encode())
+            self._file = diary.open_diary(self.plan.file)
+        diary.write(self._file, verb, attempt.job_id, attempt.number, os.getpid(), time.monotonic(), *words)
 
     def lines(self, verb: str = "") -> list[list[str]]:
         """What the handlers wrote so far, of one verb or all of it."""
-        path = Path(self.plan.file)
-        found = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-        return [words for words in found if not verb or words[0] == verb]
+        return [words for words in diary.read(self.plan.file) if not verb or words[0] == verb]
 
     def ids(self, verb: str) -> list[str]:
         """The jobs of `verb`, in order, each as often as it is there."""
