@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable
@@ -33,7 +34,7 @@ from leveret import (
 from leveret.broker import DeadLetter
 from leveret.consumer import Limits
 from leveret.envelope import Envelope, Receipt, failures_of
-from leveret.middleware import RateLimit, Retries
+from leveret.middleware import RateLimit, Retries, Timeout
 from leveret.worker import Working, working
 from tests.contract.harness import PATIENCE_S, Harness, depth, make_envelope, soon
 
@@ -218,6 +219,32 @@ async def test_an_exception_buries_the_job_with_what_was_raised(harness: Harness
     assert (failure.attempt, failure.error, failure.message) == (1, "LookupError", "no such order")
     assert "fail" in failure.traceback
     await assert_empty(harness, queue)
+
+
+@pytest.mark.parametrize("n", [1, 2], ids=["the handler's error", "the layer's own"])
+async def test_a_traceback_begins_where_users_can_mend_something(harness: Harness, n: int) -> None:
+    """The way through the layers is the same each time: with it first, who is woken reads our files, and each failure costs twice the CPU."""
+    queue = harness.queue()
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url, middleware=[Retries(max_attempts=1), RateLimit(1000), Timeout(0.2)])
+
+    @app.handler(job=work)
+    async def handle(job: Any) -> None:
+        if job.n == 1:
+            raise LookupError
+        await asyncio.Event().wait()
+
+    await publish(app, work(n=n))
+    async with app.worker(queues=[queue.name]):
+        [letter] = await letters_of(harness, queue, 1)
+
+    [failure] = failures_of(letter)
+    first, *others = re.findall(r'File ".*/(\S+)", line \d+, in (\S+)', failure.traceback)
+    if n == 1:
+        assert (first, others) == (("test_pipeline.py", "handle"), [])
+    else:
+        assert ("test_pipeline.py", "handle") in (first, *others), "where it hung"
+        assert failure.traceback.endswith("TimeoutError: contract.work was ended by its Timeout of 0.2 s\n")
 
 
 async def test_bury_keeps_its_reason(harness: Harness) -> None:
