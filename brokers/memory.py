@@ -5,7 +5,7 @@ thread. A test that wants its own makes one: `MemoryBroker(MemoryStore(), runtim
 """
 
 # pyright: reportPrivateUsage=false
-# One lock over what is shared: the classes of this module work on the store's insides, and nobody else does.
+# One lock over what is shared: the classes of this module and of `memory_admin` work on the store's insides, and nobody else does.
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import final
 
 import msgspec
 
-from leveret.broker import Consumption, DeadLetter, DeadLetters, Delivery, Depth, Features, Sink, Subscription
+from leveret.broker import Admin, Consumption, Delivery, Features, Sink, Subscription
 from leveret.clock import Clock, Timer
 from leveret.envelope import JSON, Envelope, pack_headers, unpack_headers
-from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
+from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.ids import new_job_id
 from leveret.job import LEVELS, Priority, Queue
 from leveret.settings import Runtime, redact
@@ -39,12 +39,13 @@ class _Stored(msgspec.Struct, eq=False):
     delivered: bool = False
 
 
-class _Letter(msgspec.Struct, eq=False):
+class Letter(msgspec.Struct, eq=False):
     """A buried job, and who has it open."""
 
     envelope: Envelope
     order: int
-    reader: _Letters | None = None
+    reader: object = None
+    """The `Admin.dead` that reads it."""
 
 
 class StoreState(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +77,7 @@ class MemoryStore:
         self._order = itertools.count(1)
         self._ready: dict[str, dict[Priority, list[tuple[int, _Stored]]]] = {}
         self._delayed: list[tuple[float, int, _Stored]] = []
-        self._dead: dict[str, dict[int, _Letter]] = {}
+        self._dead: dict[str, dict[int, Letter]] = {}
         self._consumptions: dict[_Consumption, None] = {}
         self._refusal: str | None = None
         self._version = 0
@@ -204,11 +205,11 @@ class MemoryStore:
 
     def _bury(self, envelope: Envelope) -> None:
         order = next(self._order)
-        self._dead.setdefault(envelope.queue, {})[order] = _Letter(envelope, order)
+        self._dead.setdefault(envelope.queue, {})[order] = Letter(envelope, order)
         self._changed()
 
 
-def _sent(envelope: Envelope, queue: str, origin: str | None = None) -> tuple[Envelope, str | None]:
+def sent(envelope: Envelope, queue: str, origin: str | None = None) -> tuple[Envelope, str | None]:
     """Return what arrives of `envelope` in `queue`, and what is wrong with it: the headers go through the table that AMQP carries.
 
     `origin` is for a dead letter; a job in a queue has none.
@@ -410,7 +411,7 @@ class MemoryBroker:
                 msg = f"job {envelope.job_id} wasn't published: this memory broker was closed"
                 raise BrokerUnavailable(msg, job_id=envelope.job_id)
             self._store._check_accepts(envelope, deadline)
-            self._store._put(*_sent(envelope, queue.name), self._due(delay_s))
+            self._store._put(*sent(envelope, queue.name), self._due(delay_s))
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
         """As `Broker.consume`; it is ready at once, and deliveries come from the loop's next turn on."""
@@ -434,7 +435,7 @@ class MemoryBroker:
         with self._store._lock:
             if own.live:
                 self._store._check_accepts(envelope, deadline)
-                self._store._put(*_sent(envelope, own.queue.name), self._due(delay_s))
+                self._store._put(*sent(envelope, own.queue.name), self._due(delay_s))
                 own.consumption._settled(own)
 
     async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
@@ -444,7 +445,7 @@ class MemoryBroker:
         with self._store._lock:
             if own.live:
                 self._store._check_accepts(envelope, deadline)
-                buried, _ = _sent(envelope, own.queue.name, origin=own.queue.name)
+                buried, _ = sent(envelope, own.queue.name, origin=own.queue.name)
                 self._store._bury(buried)
                 own.consumption._settled(own)
 
@@ -461,111 +462,6 @@ class MemoryBroker:
         for consumption in self._consumptions:
             await consumption.close()
         self._consumptions.clear()
-
-
-@final
-class _Letters:
-    """The dead letters that were there when it was opened."""
-
-    def __init__(self, store: MemoryStore, queue: str) -> None:
-        self._store = store
-        self._queue = queue
-        self._last = 0
-
-    async def __aenter__(self) -> _Letters:
-        with self._store._lock:
-            self._last = next(self._store._order)  # a job replayed and buried again meanwhile isn't read twice
-        return self
-
-    async def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        while (letter := self._next()) is not None:
-            yield letter
-
-    def _next(self) -> _Letter | None:
-        with self._store._lock:
-            for letter in self._store._dead.get(self._queue, {}).values():
-                if letter.order < self._last and letter.reader is None:
-                    letter.reader = self
-                    return letter
-        return None
-
-    def _check_open(self, letter: DeadLetter) -> _Letter:
-        if not isinstance(letter, _Letter) or letter.reader is not self:
-            msg = f"job {letter.envelope.job_id} isn't among the dead letters of {self._queue!r} that are open here; read it again"
-            raise LeveretError(msg)
-        return letter
-
-    def _forget(self, letter: _Letter) -> None:
-        letter.reader = None
-        del self._store._dead[self._queue][letter.order]
-        self._store._changed()
-
-    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        with self._store._lock:
-            own = self._check_open(letter)
-            self._store._check_accepts(envelope, float("inf"))
-            self._store._put(*_sent(envelope, own.envelope.queue))
-            self._forget(own)
-
-    async def drop(self, letter: DeadLetter) -> None:
-        with self._store._lock:
-            self._forget(self._check_open(letter))
-
-    async def __aexit__(self, *_: object) -> None:
-        with self._store._lock:
-            for letter in self._store._dead.get(self._queue, {}).values():
-                if letter.reader is self:
-                    letter.reader = None
-
-
-@final
-class MemoryAdmin:
-    """An `Admin` on a `MemoryStore`, under `runtime`'s clock."""
-
-    def __init__(self, store: MemoryStore, runtime: Runtime) -> None:
-        self._store = store
-        self._clock = runtime.clock
-
-    async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
-        """As `Admin.depths`; a queue is there once something was published to it or consumes it."""
-        with self._store._lock:
-            self._store._promote(self._clock.monotonic())
-            return [self._depth(queue.name) for queue in queues]
-
-    def _depth(self, name: str) -> Depth:
-        store = self._store
-        levels = {level.value: len(line) for level, line in store._ready.get(name, {level: [] for level in LEVELS}).items()}
-        return Depth(
-            queue=name,
-            ready=sum(levels.values()),
-            levels=levels,
-            unsettled=sum(1 for consumption in store._consumptions for delivery in consumption._held if delivery.queue.name == name),
-            delayed=sum(1 for _, _, stored in store._delayed if stored.envelope.queue == name),
-            dead=len(store._dead.get(name, ())),
-            consumers=sum(1 for consumption in store._consumptions if name in consumption._names),
-            exists=name in store._ready,
-        )
-
-    async def delayed(self) -> None:
-        """As `Admin.delayed`: `depths` tells it."""
-
-    async def purge(self, queue: Queue) -> int:
-        """As `Admin.purge`."""
-        with self._store._lock:
-            self._store._promote(self._clock.monotonic())
-            lines = self._store._ready.get(queue.name, {}).values()
-            count = sum(map(len, lines))
-            for line in lines:
-                line.clear()
-            self._store._changed()
-        return count
-
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
-        """As `Admin.dead`; letters that are buried while it is open aren't among them."""
-        return _Letters(self._store, queue.name)
-
-    async def close(self) -> None:
-        """Nothing to end."""
 
 
 _URL = re.compile(r"memory://[A-Za-z0-9_.-]*/?\Z")
@@ -587,6 +483,8 @@ def open_broker(url: str, runtime: Runtime) -> MemoryBroker:
     return MemoryBroker(memory_store(url), runtime)
 
 
-def open_admin(url: str, runtime: Runtime) -> MemoryAdmin:
+def open_admin(url: str, runtime: Runtime) -> Admin:
     """Make an admin on the store of `url`."""
+    from .memory_admin import MemoryAdmin
+
     return MemoryAdmin(memory_store(url), runtime)

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from leveret.broker import Subscription
-from leveret.brokers.memory import MemoryAdmin, MemoryBroker, MemoryStore, memory_store, open_admin, open_broker
+from leveret.brokers.memory import MemoryBroker, MemoryStore, memory_store, open_admin, open_broker
+from leveret.brokers.memory_admin import MemoryAdmin
 from leveret.clock import ManualClock, SystemClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
