@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import msgspec
@@ -148,64 +149,71 @@ def embedded(app: App[Any], queues: Sequence[str]) -> AbstractAsyncContextManage
     return cast("AbstractAsyncContextManager[None, None]", _embedded(app, queues))
 
 
-async def run(options: WorkOptions) -> int:
-    """Run a worker process until a signal, its supervisor's end or a fault that waiting can't mend; return its exit code."""
-    app = load_app(options.app)
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    hurry: list[asyncio.Event] = []
-    starting: asyncio.Task[Any] | None = None
+class _Stop:
+    """What ends a worker process: a signal, a second one, its supervisor's end."""
 
-    def on_stop() -> None:
-        stop.set()
-        if starting is not None:
-            starting.cancel()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            for event in hurry:
-                event.set()
-            # a lifespan's end, or a connection's, that doesn't come isn't waited for
-            loop.call_later(HURRY_S, _exit_now)
-        on_stop()
-
-    def on_orphaned(lifeline: int) -> None:
-        loop.remove_reader(lifeline)
-        on_stop()
+    def __init__(self, lifeline: int | None) -> None:
+        self.told = asyncio.Event()
+        self.work: Working | None = None
+        """What a second signal hurries."""
+        self.starting: asyncio.Task[Any] | None = None
+        """Whose lifespan is being entered: until it is there is nothing to drain, so a stop cancels it."""
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_signal)
+        if lifeline is not None:
+            self._loop.add_reader(lifeline, self._on_orphaned, lifeline)
 
     @asynccontextmanager
-    async def lifespan() -> AsyncGenerator[Any, None]:
-        # until it is entered there is nothing to drain, so a stop cancels it
-        nonlocal starting
+    async def lifespan(self, app: App[Any]) -> AsyncGenerator[Any, None]:
+        """Enter the app's own, unless a stop comes first."""
         if app.lifespan is None:
             _freeze()
             yield None
             return
-        starting = asyncio.current_task()
+        self.starting = asyncio.current_task()
         async with app.lifespan() as resources:
-            starting = None
+            self.starting = None
             _freeze()
             yield resources
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    if options.lifeline is not None:
-        loop.add_reader(options.lifeline, on_orphaned, options.lifeline)
-    runtime = app.runtime(options.processes)
+    def _tell(self) -> None:
+        self.told.set()
+        if self.starting is not None:
+            self.starting.cancel()
+
+    def _on_signal(self) -> None:
+        if self.told.is_set():
+            if self.work is not None:
+                self.work.hurry.set()
+            # a lifespan's end, or a connection's, that doesn't come isn't waited for
+            self._loop.call_later(HURRY_S, _exit_now)
+        self._tell()
+
+    def _on_orphaned(self, lifeline: int) -> None:
+        self._loop.remove_reader(lifeline)
+        self._tell()
+
+
+async def run(options: WorkOptions) -> int:
+    """Run a worker process until a signal, its supervisor's end or a fault that waiting can't mend; return its exit code."""
+    app = load_app(options.app)
+    stop = _Stop(options.lifeline)
     try:
         async with working(
-            app, queues=list(options.queues), limits=options.limits, runtime=runtime, grace_s=options.grace_s, lifespan=lifespan
+            app, queues=list(options.queues), limits=options.limits, runtime=app.runtime(options.processes), grace_s=options.grace_s,
+            lifespan=partial(stop.lifespan, app),
         ) as work:
-            hurry.append(work.hurry)
+            stop.work = work
             names = ", ".join(f"{s.queue.name} (prefetch {s.prefetch})" for s in work.consumer.subscriptions)
             takes = "takes" if work.consumption.ready else "will take, once the broker is there,"
             logger.info("worker %s of app %s %s from %s on %s", os.getpid(), app.name, takes, names, redact(app.broker_url() or ""))
-            await _first(stop.wait(), work.consumption.failed())
+            await _first(stop.told.wait(), work.consumption.failed())
             logger.info(
                 "stopping: %d running, %d held; up to %g s, a second signal cuts off", work.consumer.running, work.consumer.held, options.grace_s
             )
     except asyncio.CancelledError:
-        if starting is None or not stop.is_set():
+        if stop.starting is None or not stop.told.is_set():
             raise
         logger.info("stopped while its lifespan was starting")
         return 0
