@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -40,6 +40,11 @@ WRITE_HIGH_BYTES = 1 << 20
 """Above so many unsent bytes publishers wait; acks and heartbeats don't."""
 _SWEEP_S = 0.05
 """How late a publish's deadline may be noticed."""
+MOST_STUCK = 16
+"""With 32 unconfirmed in one quorum queue (its `quorum_commands_soft_limit`) RabbitMQ 3.10.8 takes at most 400 more publishes of that
+connection, to whatever queue (its `credit_flow_default_credit`), and confirms none after them."""
+_STUCK_SWEEPS = 20
+"""A second of them."""
 CLOSE_TIMEOUT_S = 3.0
 
 
@@ -130,6 +135,8 @@ class Channel:
         self.closed: Closed | None = None
         self.on_closed: Callable[[Closed], None] | None = None
         """Called once, when it is closed by anyone but `close`."""
+        self.on_swept: Callable[[], None] | None = None
+        """Called after each look for publishes that are late, until none is on its way."""
         self.on_cancelled: Callable[[str], None] | None = None
         """Called when the broker cancels a consumer: its queue was deleted, or a delivery was held too long."""
         self._calls: deque[tuple[Collection[str], asyncio.Future[Any]]] = deque()
@@ -142,6 +149,10 @@ class Channel:
         """By delivery tag, the oldest first; those that ended as `Late` too."""
         self._late = 0
         """How many of them ended as `Late`: they take no place in the window, or one queue that confirms nothing would end all publishing."""
+        self._confirmed = 0
+        """The highest tag that the broker has confirmed."""
+        self._marks: deque[tuple[int, int]] = deque(maxlen=_STUCK_SWEEPS)
+        """The next tag, and the highest confirmed one, at each look for late ones: the first is how it was a second ago."""
         self._returned: dict[int, Returned] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._keys: dict[tuple[str, str], bytes] = {}
@@ -224,8 +235,7 @@ class Channel:
             fail(answer, why)
         for publish in self._unconfirmed.values():
             publish.end(why)
-        while self._waiters:
-            self._wake_first()
+        self.let_go()
         self._calls.clear()
         self._unconfirmed.clear()
         self.consumers.clear()
@@ -238,6 +248,32 @@ class Channel:
     def full(self) -> bool:
         """Whether a publish should wait: for confirms, or for the socket."""
         return len(self._unconfirmed) - self._late + self._promised >= WINDOW or not self.connection.writable
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for its publishes: all are confirmed, or all have ended, and none was written for a second."""
+        if self._waiters or self._promised or len(self._unconfirmed) > self._late:
+            return False
+        return not self._unconfirmed or (len(self._marks) == _STUCK_SWEEPS and self._marks[0][0] == self._next_tag)
+
+    def stuck(self) -> list[Unconfirmed]:
+        """Return the publishes whose queue seems to confirm nothing, and will hold up all others, or does already; the oldest first.
+
+        A second after they were written they aren't confirmed: `MOST_STUCK` or more though later ones are, or the oldest where nothing was
+        confirmed in that second. RabbitMQ handles the publishes of a channel in turn, and the first to such a queue may take it minutes.
+        """
+        found: list[Unconfirmed] = []
+        written, confirmed = self._marks[0] if len(self._marks) == _STUCK_SWEEPS else (0, 0)
+        for tag, publish in self._unconfirmed.items():
+            if tag >= written or (found and tag > self._confirmed):
+                break
+            found.append(publish)
+        return found if len(found) >= MOST_STUCK or confirmed == self._confirmed else []
+
+    @property
+    def waited_for(self) -> Iterator[Unconfirmed]:
+        """The publishes that haven't ended."""
+        return (publish for publish in self._unconfirmed.values() if not publish.ended)
 
     @property
     def why_full(self) -> str:
@@ -277,6 +313,11 @@ class Channel:
         while self._waiters and not self.full and self.connection.queued + self._promised_bytes < WRITE_HIGH_BYTES:
             self._wake_first()  # which takes a place
 
+    def let_go(self) -> None:
+        """Wake all that wait for room: they must look for another channel."""
+        while self._waiters:
+            self._wake_first()
+
     def _wake_first(self) -> None:
         waiter, size = self._waiters.popleft()
         self._promised += 1
@@ -302,8 +343,14 @@ class Channel:
     def _sweep(self) -> None:
         """End what is late: one look at all each 50 ms costs less than a timer each."""
         self._sweeper = None
-        if not self._unconfirmed:
-            return
+        self._marks.append((self._next_tag, self._confirmed))
+        if self._unconfirmed:
+            self._end_late()
+            self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
+        if self.on_swept is not None:
+            self.on_swept()
+
+    def _end_late(self) -> None:
         now = time.monotonic()
         for publish in self._unconfirmed.values():
             if publish.deadline <= now and not publish.ended:
@@ -313,7 +360,6 @@ class Channel:
             self._forget_late()
         if self._waiters:
             self.wake_waiters()
-        self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
 
     def _forget_late(self) -> None:
         late = [tag for tag, publish in self._unconfirmed.items() if publish.ended]
@@ -335,8 +381,10 @@ class Channel:
                 if one in unconfirmed:
                     self._confirm(one, ack)
             self._lowest = max(lowest, top + 1)
+            self._confirmed = max(self._confirmed, top)
         elif tag in unconfirmed:
             self._confirm(tag, ack)
+            self._confirmed = max(self._confirmed, tag)
         if self._waiters:
             self.wake_waiters()
 

@@ -1,4 +1,4 @@
-"""RabbitMQ 3.10 and later: one connection publishes, another consumes, so that a blocked publish doesn't touch the acks.
+"""RabbitMQ 3.10 and later: a connection publishes, one settles (retries, burials), one consumes, so that what one waits for touches no other.
 
     publish ─► `rabbitmq_publishing`: connection ─► topology declared ─► window ─► basic.publish ─► confirm
     queue ─► `rabbitmq_consuming`: a channel a logical queue, a consumer a physical one ─► sink.deliver … done / again / bury / give_back ─► acks
@@ -51,6 +51,8 @@ class RabbitBroker:
         self._where = where
         self._runtime = runtime
         self._publishing = Publishing(where, runtime, f"leveret {runtime.app} publish")
+        self._settling = Publishing(where, runtime, f"leveret {runtime.app} settle")
+        """For retries and burials: what handlers publish to a queue that confirms nothing holds them up on no connection of theirs."""
         self._consumptions: set[RabbitConsumption] = set()
         self._routes: dict[tuple[str, Priority], Route] = {}
 
@@ -61,15 +63,15 @@ class RabbitBroker:
 
     async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
         """Return once the broker has confirmed it, persistent and routed."""
-        await self._publishing.send(await self._routed(queue, envelope, delay_s, deadline), envelope, deadline)
+        await self._publishing.send(await self._routed(self._publishing, queue, envelope, delay_s, deadline), envelope, deadline)
 
-    async def _routed(self, queue: Queue, envelope: Envelope, delay_s: float, deadline: float) -> Route:
+    async def _routed(self, publishing: Publishing, queue: Queue, envelope: Envelope, delay_s: float, deadline: float) -> Route:
         """Return the way to `queue`; of a delay, what is left once all that it needs is there."""
         route = self._delayed(queue, envelope, delay_s)
-        if delay_s > 0 and not self._publishing.ready(route):
+        if delay_s > 0 and not publishing.ready(route):
             encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
             begun = time.monotonic()
-            await self._publishing.prepare(route, envelope, deadline)
+            await publishing.prepare(route, envelope, deadline)
             # connecting, and declaring all that a delay needs, took a part of it
             route = self._delayed(queue, envelope, delay_s - (time.monotonic() - begun))
         return route
@@ -111,7 +113,7 @@ class RabbitBroker:
         """Publish `envelope` to the delivery's queue, confirmed, then ack; no effect on a delivery that isn't live."""
         if isinstance(delivery, RabbitDelivery) and delivery.live:
             if delivery.instead is None:
-                route = await self._routed(delivery.queue, envelope, delay_s, deadline)
+                route = await self._routed(self._settling, delivery.queue, envelope, delay_s, deadline)
                 await self._write_instead(delivery, route, envelope, deadline)
             await self._replaced(delivery, deadline)
 
@@ -127,9 +129,9 @@ class RabbitBroker:
 
     async def _write_instead(self, delivery: RabbitDelivery, route: Route, envelope: Envelope, deadline: float) -> None:
         """Write what takes the place of `delivery`, where that is still ours: while a link was waited for, the broker may have it back."""
-        link = await self._publishing.linked(route, envelope, deadline)
+        link = await self._settling.linked(route, envelope, deadline)
         if delivery.live:
-            delivery.instead = self._publishing.write(link, route, envelope)
+            delivery.instead = self._settling.write(link, route, envelope)
 
     async def _replaced(self, delivery: RabbitDelivery, deadline: float) -> None:
         """Ack `delivery` once what takes its place is confirmed.
@@ -155,8 +157,8 @@ class RabbitBroker:
             delivery.taker.nack(delivery)
 
     async def close(self) -> None:
-        """End both connections."""
+        """End all connections."""
         for consumption in list(self._consumptions):
             await consumption.close()
         self._consumptions.clear()
-        await self._publishing.close()
+        await asyncio.gather(self._publishing.close(), self._settling.close())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -31,7 +32,7 @@ from leveret.settings import Runtime
 
 from . import amqp, topology
 from .address import Address
-from .channel import Channel, Closed, Late, Nacked, Returned, Unconfirmed
+from .channel import MOST_STUCK, Channel, Closed, Late, Nacked, Returned, Unconfirmed
 from .properties import encode
 from .session import FAULTS, ConnectionLost, connect, declare, reason_of
 
@@ -49,6 +50,11 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     """The dead-letter queue it is meant for, for errors."""
     kept: bool = False
     """Whether it is made once and used for every publish to its place."""
+
+    @property
+    def lane(self) -> str:
+        """What stands for the queue that it comes to first, in which it may be stuck."""
+        return self.key if self.ladder is None else self.exchange
 
     @property
     def target(self) -> str:
@@ -104,6 +110,10 @@ class Posting(Unconfirmed, eq=False, kw_only=True):
         return error
 
 
+_MOST_ASIDE = 4
+"""Most connections that are left to queues that confirm nothing: where all stands still, more would help nobody."""
+
+
 class Link:
     """An open publishing connection, its channel, and what was declared on it."""
 
@@ -129,6 +139,8 @@ class Publishing:
         self._runtime = runtime
         self._name = name
         self._link: Link | None = None
+        self._aside: dict[str, Link] = {}
+        """By lane, links that are left to queues that confirm nothing; all else goes on `_link`."""
         self._opening: asyncio.Task[Link] | None = None
         self._waiting = 0
         self._trying = False
@@ -155,6 +167,9 @@ class Publishing:
             link = await self.prepare(route, envelope, deadline)
         return link
 
+    def _link_of(self, route: Route) -> Link | None:
+        return self._aside.get(route.lane, self._link)
+
     def write(self, link: Link, route: Route, envelope: Envelope, deadline: float = float("inf")) -> Posting:
         """Write `envelope`; without a confirm it ends at `deadline`."""
         properties = encoded(route, envelope, link.connection.max_properties_bytes)
@@ -164,7 +179,7 @@ class Publishing:
 
     def ready(self, route: Route) -> Link | None:
         """Return the link, nearly always, where all that `route` needs is there; None where a publish must wait first."""
-        link = self._link
+        link = self._link_of(route) if self._aside else self._link
         if link is None or link.channel.closed is not None or link.channel.full:
             return None
         if route not in link.ready:
@@ -187,7 +202,7 @@ class Publishing:
             case Nacked():
                 return BrokerUnavailable(_says(route, posted.job, str(error)), job_id=job_id)
             case Late():
-                msg = f"no confirm in time{self._blocked}. It may be there; publish again under the same id"
+                msg = f"no confirm in time{_blocked(link)}. It may be there; publish again under the same id"
             case _:
                 msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
         return PublishTimeout(_says(route, posted.job, msg), job_id=job_id, maybe_published=True)
@@ -200,7 +215,7 @@ class Publishing:
                 while True:
                     declared = False
                     try:
-                        link = await self._connected()
+                        link = await self._connected(route)
                         for what in (route.queue, route.ladder):
                             if what is not None:
                                 await self._declared(link, what)
@@ -214,24 +229,17 @@ class Publishing:
                             raise BrokerUnavailable(_says(route, envelope.job, failed), job_id=envelope.job_id) from error
                         await self._pause(1)
                     else:
-                        if link.usable:
+                        if link.usable and link is self._link_of(route):  # it may have been left meanwhile
                             return link
         except TimeoutError:
             self._nothing_sent(route, envelope, None if declared else failed or "RabbitMQ hasn't answered the declares of its queue")
 
     def _nothing_sent(self, route: Route, envelope: Envelope, undeclared: str | None) -> NoReturn:
-        if self._link is None or not self._link.usable:
+        link = self._link_of(route)
+        if link is None or not link.usable:
             raise BrokerUnavailable(_says(route, envelope.job, f"no broker in time: {self._reason}"), job_id=envelope.job_id)
-        why = undeclared or self._link.channel.why_full
-        msg = _says(route, envelope.job, f"nothing was sent in time: {why}{self._blocked}")
+        msg = _says(route, envelope.job, f"nothing was sent in time: {undeclared or link.channel.why_full}{_blocked(link)}")
         raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
-
-    @property
-    def _blocked(self) -> str:
-        link = self._link
-        if link is None or link.connection.blocked is None:
-            return ""
-        return f"; the broker blocks publishers (connection.blocked: {link.connection.blocked})"
 
     async def _pause(self, attempt: int) -> None:
         settings = self._runtime.settings
@@ -240,10 +248,11 @@ class Publishing:
 
     # -- the connection
 
-    async def _connected(self) -> Link:
+    async def _connected(self, route: Route) -> Link:
         """Return the open link, or wait until there is one; ConfigurationError where waiting won't help."""
-        if self._link is not None and self._link.usable:
-            return self._link
+        link = self._link_of(route)
+        if link is not None and link.usable:
+            return link
         if self._closed:
             raise ConnectionLost("the broker is closed")
         if self._refused is not None and time.monotonic() - self._refused[0] < self._runtime.settings.reconnect_base_s:
@@ -292,6 +301,7 @@ class Publishing:
             await self._pause(attempt)
         link = self._link = Link(connection, channel)
         channel.on_closed = partial(self._lost, link)
+        channel.on_swept = partial(self._swept, link)
         return link
 
     async def _try(self) -> tuple[amqp.Connection, Channel]:
@@ -306,13 +316,36 @@ class Publishing:
         return connection, channel
 
     def _lost(self, link: Link, why: Closed) -> None:
+        self._forget(link)
         if self._link is link:
             self._link = None
             self._reason = reason_of(why)
             if not self._closed:
-                logger.warning("the publishing connection to RabbitMQ at %s is lost: %s", link.connection.address, self._reason)
+                logger.warning("the connection %r to RabbitMQ at %s is lost: %s", self._name, link.connection.address, self._reason)
         if link.connection.usable:  # the channel is all that closed
             _keep(asyncio.get_running_loop().create_task(link.connection.close()))
+
+    def _swept(self, link: Link) -> None:
+        """Leave a link to the queues that are stuck on it, before RabbitMQ holds up all others; close one whose publishes have all ended."""
+        channel, connection = link.channel, link.connection
+        if link is not self._link:
+            if channel.idle and link in self._aside.values():
+                self._forget(link)
+                _keep(connection.loop.create_task(connection.close()))
+        elif connection.blocked is None and (stuck := channel.stuck()) and len({*self._aside.values()}) < _MOST_ASIDE:
+            lanes = _lanes(stuck)
+            if len(stuck) < MOST_STUCK and _lanes(channel.waited_for) <= lanes:
+                return  # nobody is held up but its own publishers
+            logger.warning(
+                "RabbitMQ at %s confirms no publish to %s (%d wait): they keep this connection, all others go on on a new one",
+                connection.address, ", ".join(sorted(lanes)), len(stuck),
+            )
+            self._link = None
+            self._aside.update(dict.fromkeys(lanes, link))
+            channel.let_go()
+
+    def _forget(self, link: Link) -> None:
+        self._aside = {lane: aside for lane, aside in self._aside.items() if aside is not link}
 
     # -- declaring
 
@@ -339,9 +372,18 @@ class Publishing:
         self._closed = True
         if self._opening is not None:
             self._opening.cancel()
-        link, self._link = self._link, None
-        if link is not None:
-            await link.connection.close()
+        links = {self._link, *self._aside.values()}
+        self._link, self._aside = None, {}
+        await asyncio.gather(*(link.connection.close() for link in links if link is not None))
+
+
+def _blocked(link: Link) -> str:
+    blocked = link.connection.blocked
+    return "" if blocked is None else f"; the broker blocks publishers (connection.blocked: {blocked})"
+
+
+def _lanes(publishes: Iterable[Unconfirmed]) -> set[str]:
+    return {publish.route.lane for publish in publishes if isinstance(publish, Posting)}
 
 
 def _says(route: Route, job: str, text: str) -> str:

@@ -1,0 +1,141 @@
+"""A quorum queue that confirms nothing, as one without its majority: what isn't for it goes on. Its process is suspended in a real node."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from leveret import App, Attempt, Job, PublishTimeout, Queue
+from leveret.middleware import Retries
+from leveret.worker import working
+from tests.fault.bench import eventually
+from tests.rabbit.node import Rabbit
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
+
+
+class Shop:
+    """An app with a queue that will confirm nothing and one that is well."""
+
+    def __init__(self, url: str) -> None:
+        name = uuid.uuid4().hex[:12]
+        self.app = App("shop", broker=url, middleware=[Retries(base_s=0.01, cap_s=0.01)])
+        self.sick = Queue(f"sick-{name}")
+        self.well = Queue(f"well-{name}")
+
+        class Sick(Job, name="sick", queue=self.sick):
+            n: int = 0
+
+        class Well(Job, name="well", queue=self.well):
+            n: int = 0
+
+        self.Sick, self.Well = Sick, Well
+
+    @asynccontextmanager
+    async def suspended(self, rabbit: Rabbit) -> AsyncGenerator[None]:
+        """Let the sick queue confirm nothing: to its publishers it is as one whose other members are gone."""
+        process = f"whereis('%2F_{self.sick.name}')"
+        await rabbit.ctl("eval", f"ok = sys:suspend({process}).")
+        try:
+            yield
+        finally:
+            await rabbit.ctl("eval", f"ok = sys:resume({process}).")
+
+
+async def connections(rabbit: Rabbit) -> list[str]:
+    """Return the names that the app's connections have in RabbitMQ."""
+    listed = await rabbit.ctl("list_connections", "client_properties", "--silent")
+    return [line for line in listed.splitlines() if "leveret shop" in line]
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["", "from its first publish on"])
+async def test_publishes_to_other_queues_go_on_beside_a_queue_that_confirms_nothing(
+    rabbit: Rabbit, caplog: pytest.LogCaptureFixture, fresh: bool
+) -> None:
+    """RabbitMQ soon confirms nothing more on that connection: one queue without its majority then ends all publishing of a service."""
+    caplog.set_level(logging.WARNING, "leveret")
+    shop = Shop(rabbit.url)
+    late, failed, began = 0, list[float](), 0.0
+
+    async def insist() -> None:
+        nonlocal late
+        while time.monotonic() < began + 8:
+            with pytest.raises(PublishTimeout):
+                await publisher.publish(shop.Sick(), timeout_s=0.5)
+            late += 1
+
+    async with shop.app.publisher() as publisher:
+        await publisher.publish_many([shop.Sick(), shop.Well()])
+    async with AsyncExitStack() as stack:
+        if fresh:  # RabbitMQ takes the first publish of a channel to such a queue as a call, which it waits for
+            await stack.enter_async_context(shop.suspended(rabbit))
+        publisher = await stack.enter_async_context(shop.app.publisher())
+        await publisher.publish_many([shop.Well()] if fresh else [shop.Sick(), shop.Well()])
+        if not fresh:
+            await stack.enter_async_context(shop.suspended(rabbit))
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as insisting:
+            for _ in range(50):
+                insisting.create_task(insist())
+            while (now := time.monotonic()) < began + 8:
+                try:
+                    await publisher.publish(shop.Well(), timeout_s=2)
+                except PublishTimeout:
+                    failed.append(now - began)
+                await asyncio.sleep(0.02)
+        assert late > 450, "too few to hold up a connection: it proves nothing"
+        assert not failed or (fresh and max(failed) < 1.5), "a second until it is noticed"
+        assert f"confirms no publish to {shop.sick.name}.normal (" in caplog.text
+
+
+async def test_a_queue_that_confirms_again_has_no_connection_of_its_own(rabbit: Rabbit) -> None:
+    """Each incident would leave connections behind, until RabbitMQ has no more."""
+    shop = Shop(rabbit.url)
+    async with shop.app.publisher() as publisher:
+        await publisher.publish_many([shop.Sick(), shop.Well()])
+        async with asyncio.TaskGroup() as publishing, shop.suspended(rabbit):
+            sent = [publishing.create_task(publisher.publish(shop.Sick(n), timeout_s=60)) for n in range(40)]
+            await asyncio.sleep(0)
+            async with asyncio.timeout(20):
+                while len(await connections(rabbit)) < 2:
+                    await publisher.publish(shop.Well())
+            assert not any(one.done() for one in sent)
+            publishing.create_task(publisher.publish(shop.Sick(), timeout_s=60))
+        async with asyncio.timeout(20):
+            while len(await connections(rabbit)) > 1:
+                await asyncio.sleep(0.2)
+        await publisher.publish_many([shop.Sick(), shop.Well()])
+        assert len(await connections(rabbit)) == 1
+
+
+async def test_retries_go_on_while_handlers_publish_to_a_queue_that_confirms_nothing(rabbit: Rabbit) -> None:
+    """A worker whose retries wait behind what its handlers publish stands still, with every slot taken, for as long as that queue is sick."""
+    shop = Shop(rabbit.url)
+    flooding, done = asyncio.Event(), 0
+
+    @shop.app.handler(job=shop.Well)
+    async def handle(job: Any, attempt: Attempt[Any]) -> None:
+        nonlocal done
+        if job.n == 0:
+            flooding.set()
+            await asyncio.gather(*(attempt.publish(shop.Sick(n), timeout_s=30) for n in range(900)), return_exceptions=True)
+        elif attempt.number == 1:
+            raise LookupError
+        else:
+            done += 1
+
+    async with working(shop.app, grace_s=0), shop.app.publisher() as publisher:
+        await publisher.publish_many([shop.Sick(-1)])
+        async with shop.suspended(rabbit):
+            await publisher.publish(shop.Well(0))
+            await flooding.wait()
+            await asyncio.sleep(1)  # what it published is on its way; nothing tells that RabbitMQ has stopped reading
+            began = time.monotonic()
+            await publisher.publish_many([shop.Well(n) for n in range(1, 201)])
+            await eventually(lambda: done == 200, lambda: f"{done} of 200 retries ran", timeout_s=15)
+            assert time.monotonic() - began < 10
