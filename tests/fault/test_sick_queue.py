@@ -60,7 +60,7 @@ async def test_publishes_to_other_queues_go_on_beside_a_queue_that_confirms_noth
     """RabbitMQ soon confirms nothing more on that connection: one queue without its majority then ends all publishing of a service."""
     caplog.set_level(logging.WARNING, "leveret")
     shop = Shop(rabbit.url)
-    late, failed, began = 0, list[float](), 0.0
+    late, failed, began = 0, 0, 0.0
 
     async def insist() -> None:
         nonlocal late
@@ -82,14 +82,14 @@ async def test_publishes_to_other_queues_go_on_beside_a_queue_that_confirms_noth
         async with asyncio.TaskGroup() as insisting:
             for _ in range(50):
                 insisting.create_task(insist())
-            while (now := time.monotonic()) < began + 8:
+            while time.monotonic() < began + 8:
                 try:
                     await publisher.publish(shop.Well(), timeout_s=2)
                 except PublishTimeout:
-                    failed.append(now - began)
+                    failed += 1
                 await asyncio.sleep(0.02)
         assert late > 450, "too few to hold up a connection: it proves nothing"
-        assert not failed or (fresh and max(failed) < 1.5), "a second until it is noticed"
+        assert failed <= fresh, "only one that was on its way in the second until it was noticed"
         assert f"confirms no publish to {shop.sick.name}.normal (" in caplog.text
 
 
