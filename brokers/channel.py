@@ -151,6 +151,8 @@ class Channel:
         """How many of them ended as `Late`: they take no place in the window, or one queue that confirms nothing would end all publishing."""
         self._confirmed = 0
         """The highest tag that the broker has confirmed."""
+        self._known: set[str] = set()
+        """Keys of which any was confirmed."""
         self._marks: deque[tuple[int, int]] = deque(maxlen=_STUCK_SWEEPS)
         """The next tag, and the highest confirmed one, at each look for late ones: the first is how it was a second ago."""
         self._returned: dict[int, Returned] = {}
@@ -259,16 +261,36 @@ class Channel:
     def stuck(self) -> list[Unconfirmed]:
         """Return the publishes whose queue seems to confirm nothing, and will hold up all others, or does already; the oldest first.
 
-        A second after they were written they aren't confirmed: `MOST_STUCK` or more though later ones are, or the oldest where nothing was
-        confirmed in that second. RabbitMQ handles the publishes of a channel in turn, and the first to such a queue may take it minutes.
+        A second after they were written they aren't confirmed: `MOST_STUCK` or more though later ones are, or where nothing was confirmed in
+        that second the first to a queue that never confirmed any here. RabbitMQ handles the publishes of a channel in turn, and the first
+        one to such a queue may take it minutes.
         """
         found: list[Unconfirmed] = []
         written, confirmed = self._marks[0] if len(self._marks) == _STUCK_SWEEPS else (0, 0)
         for tag, publish in self._unconfirmed.items():
-            if tag >= written or (found and tag > self._confirmed):
+            if tag >= written or tag > self._confirmed:
                 break
             found.append(publish)
-        return found if len(found) >= MOST_STUCK or confirmed == self._confirmed else []
+        if len(found) >= MOST_STUCK:
+            return found
+        if confirmed < self._confirmed:
+            return []
+        old = [publish for tag, publish in self._unconfirmed.items() if tag < written]
+        return next(([publish] for publish in old if publish.key not in self._known), old[:1])
+
+    @property
+    def confirms(self) -> bool:
+        """Whether any was confirmed in the last second, and none is stuck."""
+        return len(self._marks) == _STUCK_SWEEPS and self._marks[0][1] < self._confirmed and not self.stuck()
+
+    def start_anew(self) -> None:
+        """Forget how long publishes have waited: they had to, for an alarm."""
+        self._marks.clear()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody waits for room."""
+        return bool(self._waiters)
 
     @property
     def waited_for(self) -> Iterator[Unconfirmed]:
@@ -314,7 +336,7 @@ class Channel:
             self._wake_first()  # which takes a place
 
     def let_go(self) -> None:
-        """Wake all that wait for room: they must look for another channel."""
+        """Wake all that wait for room, whether or not there is any: there may be another channel for them."""
         while self._waiters:
             self._wake_first()
 
@@ -343,8 +365,10 @@ class Channel:
     def _sweep(self) -> None:
         """End what is late: one look at all each 50 ms costs less than a timer each."""
         self._sweeper = None
+        if len(self._known) > 1000:  # a delayed job's key differs by its delay
+            self._known.clear()
         self._marks.append((self._next_tag, self._confirmed))
-        if self._unconfirmed:
+        if self._unconfirmed or self._waiters or self._promised:
             self._end_late()
             self._sweeper = self.connection.loop.call_later(_SWEEP_S, self._sweep)
         if self.on_swept is not None:
@@ -394,6 +418,7 @@ class Channel:
             self._late -= 1
         returned = self._returned.pop(tag, None) if self._returned else None
         if returned is not None or ack:
+            self._known.add(publish.key)
             publish.end(returned)
         else:
             publish.end(Nacked("the broker refused to keep it (basic.nack)"))

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 from pamqp import commands
@@ -141,6 +141,10 @@ class Publishing:
         self._link: Link | None = None
         self._aside: dict[str, Link] = {}
         """By lane, links that are left to queues that confirm nothing; all else goes on `_link`."""
+        self._leaving: set[Link] = set()
+        """Links that aren't `_link` any more, and are closed once nobody waits for what was written to them."""
+        self._relieving: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Task[Link] | None = None
         self._waiting = 0
         self._trying = False
@@ -229,7 +233,8 @@ class Publishing:
                             raise BrokerUnavailable(_says(route, envelope.job, failed), job_id=envelope.job_id) from error
                         await self._pause(1)
                     else:
-                        if link.usable and link is self._link_of(route):  # it may have been left meanwhile
+                        # it may have been left meanwhile, and all that waited for room were woken
+                        if link.usable and link is self._link_of(route) and not link.channel.full:
                             return link
         except TimeoutError:
             self._nothing_sent(route, envelope, None if declared else failed or "RabbitMQ hasn't answered the declares of its queue")
@@ -299,6 +304,9 @@ class Publishing:
                 self._trying = False
             attempt += 1
             await self._pause(attempt)
+        return self._use(connection, channel)
+
+    def _use(self, connection: amqp.Connection, channel: Channel) -> Link:
         link = self._link = Link(connection, channel)
         channel.on_closed = partial(self._lost, link)
         channel.on_swept = partial(self._swept, link)
@@ -317,35 +325,77 @@ class Publishing:
 
     def _lost(self, link: Link, why: Closed) -> None:
         self._forget(link)
+        self._leaving.discard(link)
         if self._link is link:
             self._link = None
             self._reason = reason_of(why)
             if not self._closed:
                 logger.warning("the connection %r to RabbitMQ at %s is lost: %s", self._name, link.connection.address, self._reason)
         if link.connection.usable:  # the channel is all that closed
-            _keep(asyncio.get_running_loop().create_task(link.connection.close()))
+            self._end(link)
+
+    # -- left to queues that confirm nothing
 
     def _swept(self, link: Link) -> None:
-        """Leave a link to the queues that are stuck on it, before RabbitMQ holds up all others; close one whose publishes have all ended."""
-        channel, connection = link.channel, link.connection
-        if link is not self._link:
-            if channel.idle and link in self._aside.values():
+        """See that no queue holds up the others; close a link that was left once it has nothing to wait for."""
+        channel = link.channel
+        if link.connection.blocked is not None:
+            channel.start_anew()
+        if link is self._link:
+            if self._relieving is None and self._held_up_by(link):
+                self._relieving = asyncio.get_running_loop().create_task(self._relieve(link))
+                self._relieving.add_done_callback(self._relieved)
+        elif link in self._leaving:
+            if channel.confirms:
                 self._forget(link)
-                _keep(connection.loop.create_task(connection.close()))
-        elif connection.blocked is None and (stuck := channel.stuck()) and len({*self._aside.values()}) < _MOST_ASIDE:
-            lanes = _lanes(stuck)
-            if len(stuck) < MOST_STUCK and _lanes(channel.waited_for) <= lanes:
-                return  # nobody is held up but its own publishers
-            logger.warning(
-                "RabbitMQ at %s confirms no publish to %s (%d wait): they keep this connection, all others go on on a new one",
-                connection.address, ", ".join(sorted(lanes)), len(stuck),
-            )
-            self._link = None
-            self._aside.update(dict.fromkeys(lanes, link))
-            channel.let_go()
+            if channel.idle:
+                self._end(link)
+
+    def _held_up_by(self, link: Link) -> set[str]:
+        """Return the lanes that are stuck on `link`, where others are held up by them, or will be soon."""
+        stuck = link.channel.stuck()
+        lanes = _lanes(stuck)
+        if not lanes or len({*self._aside.values()}) >= _MOST_ASIDE:
+            return set()
+        others = link.channel.waiting or link.declaring or len(stuck) >= MOST_STUCK or _lanes(link.channel.waited_for) - lanes
+        return lanes if others else set()
+
+    async def _relieve(self, link: Link) -> None:
+        """Open another link, and leave `link` to what is stuck on it then; without another it stays as it is."""
+        try:
+            connection, channel = await self._try()
+        except (ConnectionLost, ConfigurationError, *FAULTS):
+            await self._pause(4)
+            return
+        lanes = self._held_up_by(link) if link is self._link else set[str]()
+        if not lanes:
+            await connection.close()
+            return
+        logger.warning(
+            "RabbitMQ at %s confirms no publish to %s: they keep this connection, all others go on on a new one",
+            connection.address, ", ".join(sorted(lanes)),
+        )
+        self._use(connection, channel)
+        self._leaving.add(link)
+        self._aside.update(dict.fromkeys(lanes, link))
+        link.channel.let_go()
+
+    def _relieved(self, task: asyncio.Task[None]) -> None:
+        self._relieving = None
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            logger.critical("a bug of leveret's: no other connection was made", exc_info=bug)
 
     def _forget(self, link: Link) -> None:
-        self._aside = {lane: aside for lane, aside in self._aside.items() if aside is not link}
+        """Let what was left to `link` go where all goes."""
+        if self._aside:
+            self._aside = {lane: aside for lane, aside in self._aside.items() if aside is not link}
+
+    def _end(self, link: Link) -> None:
+        self._forget(link)
+        self._leaving.discard(link)
+        task = asyncio.get_running_loop().create_task(link.connection.close())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     # -- declaring
 
@@ -370,11 +420,20 @@ class Publishing:
     async def close(self) -> None:
         """Close the connection; publishes that wait for it fail."""
         self._closed = True
-        if self._opening is not None:
-            self._opening.cancel()
-        links = {self._link, *self._aside.values()}
-        self._link, self._aside = None, {}
-        await asyncio.gather(*(link.connection.close() for link in links if link is not None))
+        for task in (self._opening, self._relieving):
+            if task is not None:
+                task.cancel()
+        if self._link is not None:
+            self._end(self._link)
+        for link in [*self._leaving]:
+            self._end(link)
+        self._link = None
+        try:
+            if self._ending:
+                await asyncio.wait(self._ending)
+        finally:  # cancelled, too: a close that is cut off drops its socket
+            for task in self._ending:
+                task.cancel()
 
 
 def _blocked(link: Link) -> str:
@@ -388,12 +447,3 @@ def _lanes(publishes: Iterable[Unconfirmed]) -> set[str]:
 
 def _says(route: Route, job: str, text: str) -> str:
     return f"{job or 'a job'} to queue {route.target}: {text}"
-
-
-_background: set[asyncio.Task[Any]] = set()
-
-
-def _keep(task: asyncio.Task[Any]) -> None:
-    """Hold on to a task that nobody awaits: the loop keeps weak references only."""
-    _background.add(task)
-    task.add_done_callback(_background.discard)
