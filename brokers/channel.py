@@ -154,7 +154,7 @@ class Channel:
         self._known: set[str] = set()
         """Keys of which any was confirmed."""
         self._marks: deque[tuple[int, int]] = deque(maxlen=_STUCK_SWEEPS)
-        """The next tag, and the highest confirmed one, at each look for late ones: the first is how it was a second ago."""
+        """The next tag, and the highest confirmed one, at each look for late ones."""
         self._returned: dict[int, Returned] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._keys: dict[tuple[str, str], bytes] = {}
@@ -252,11 +252,16 @@ class Channel:
         return len(self._unconfirmed) - self._late + self._promised >= WINDOW or not self.connection.writable
 
     @property
+    def _second_ago(self) -> tuple[int, int]:
+        """The next tag and the highest confirmed one of then; as if nothing had been written by then, where it isn't known."""
+        return self._marks[0] if len(self._marks) == _STUCK_SWEEPS else (0, self._confirmed)
+
+    @property
     def idle(self) -> bool:
         """Whether nobody waits for its publishes: all are confirmed, or all have ended, and none was written for a second."""
         if self._waiters or self._promised or len(self._unconfirmed) > self._late:
             return False
-        return not self._unconfirmed or (len(self._marks) == _STUCK_SWEEPS and self._marks[0][0] == self._next_tag)
+        return not self._unconfirmed or self._second_ago[0] == self._next_tag
 
     def stuck(self) -> list[Unconfirmed]:
         """Return the publishes whose queue seems to confirm nothing, and will hold up all others, or does already; the oldest first.
@@ -266,7 +271,7 @@ class Channel:
         one to such a queue may take it minutes.
         """
         found: list[Unconfirmed] = []
-        written, confirmed = self._marks[0] if len(self._marks) == _STUCK_SWEEPS else (0, 0)
+        written, confirmed = self._second_ago
         for tag, publish in self._unconfirmed.items():
             if tag >= written or tag > self._confirmed:
                 break
@@ -281,7 +286,7 @@ class Channel:
     @property
     def confirms(self) -> bool:
         """Whether any was confirmed in the last second, and none is stuck."""
-        return len(self._marks) == _STUCK_SWEEPS and self._marks[0][1] < self._confirmed and not self.stuck()
+        return self._second_ago[1] < self._confirmed and not self.stuck()
 
     def start_anew(self) -> None:
         """Forget how long publishes have waited: they had to, for an alarm."""

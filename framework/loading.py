@@ -11,6 +11,7 @@ from typing import Any
 
 from .app import App
 from .errors import ConfigurationError, LeveretError
+from .texts import is_ours
 
 
 def load(path: str, what: str) -> Any:
@@ -59,7 +60,7 @@ def _where(error: Exception) -> str:
     if isinstance(error, SyntaxError):  # its text says where
         return ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    own = [frame for frame in frames if os.path.dirname(frame.filename) != os.path.dirname(__file__)]  # noqa: PTH120
+    own = [frame for frame in frames if not is_ours(frame.filename)]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 

@@ -7,8 +7,6 @@ import socket
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -20,7 +18,7 @@ from .envelope import MOST, Envelope, Failure, Receipt, failures_of
 from .errors import InvalidJob, MessageTooLarge, PublishError
 from .outcome import Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
 from .settings import Runtime
-from .texts import named, one_line, said_by
+from .texts import below_ours, named, one_line, said_by
 
 logger = logging.getLogger("leveret.consumer")    # to its readers it is the consumer that settles
 
@@ -28,8 +26,6 @@ SETTLE_TIMEOUT_S = 5.0
 """Deadline of one try to publish a retry or a burial; it is tried again until its channel or lease is gone."""
 MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
-_LEVERET = str(Path(__file__).parent)
-"""Where this package is."""
 _MESSAGE_CHARS = 500
 _REFUSED = (InvalidJob, MessageTooLarge)
 """What no other try would change."""
@@ -223,13 +219,5 @@ def at_debug(error: BaseException | None) -> BaseException | None:
 
 
 def _trimmed(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(type(error), error, _below_layers(error.__traceback__))).encode("utf-8", "backslashreplace").decode()
+    text = "".join(traceback.format_exception(type(error), error, below_ours(error.__traceback__))).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _TRACEBACK_CHARS else "…" + text[-_TRACEBACK_CHARS:]
-
-
-def _below_layers(whole: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without leveret's frames before the first other one: they are the same each time, and each takes 15 µs to print."""
-    rest = whole
-    while rest is not None and rest.tb_frame.f_code.co_filename.startswith(_LEVERET):
-        rest = rest.tb_next
-    return rest or whole
