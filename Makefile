@@ -33,7 +33,8 @@ install: $(DEV)  ## .venv with leveret (editable) and the tools of its developer
 demo: $(RUNTIME)  ## index a folder of text through queues, on SQLite or on what LEVERET_BROKER names
 	$(BIN)/python examples/index_files.py
 
-check: $(DEV)  ## ruff, mypy and pyright
+check: $(DEV)  ## ruff (format and rules), mypy and pyright
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright

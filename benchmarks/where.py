@@ -110,7 +110,9 @@ async def profiled(jobs: int, url: str) -> None:
 def main() -> None:
     """Profile on the RabbitMQ whose URL is given."""
     if len(sys.argv) < 2 or not sys.argv[1].startswith("amqp") or not all(text.isdecimal() for text in sys.argv[2:]):
-        sys.exit("usage: python -m benchmarks.where amqp://… [JOBS]; from the clone's folder, with its .venv. Below 100 000 jobs there are few samples")
+        sys.exit(
+            "usage: python -m benchmarks.where amqp://… [JOBS]; from the clone's folder, with its .venv. Below 100 000 jobs there are few samples"
+        )
     run_loop(profiled(int(sys.argv[2]) if len(sys.argv) > 2 else 100_000, sys.argv[1]))
 
 

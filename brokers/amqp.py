@@ -71,11 +71,11 @@ class Connection(asyncio.Protocol):
         """What is left of a frame for properties; a larger one costs the connection."""
         return self.frame_max - PROPERTIES_OVERHEAD
 
-    # ---- asyncio's side
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the protocol header."""
-        self._transport = opened = cast("asyncio.Transport", transport)  # uvloop's isn't one of asyncio's, and does the same
+        self._transport = opened = cast(
+            "asyncio.Transport", transport
+        )  # uvloop's isn't one of asyncio's, and does the same
         opened.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         opened.write(PROTOCOL_HEADER)
 
@@ -92,7 +92,9 @@ class Connection(asyncio.Protocol):
         except ProtocolError as error:
             self._break(error.code, str(error))
         except Exception as error:
-            logger.critical("a bug of leveret's: the connection to RabbitMQ at %s is given up", self.address, exc_info=error)
+            logger.critical(
+                "a bug of leveret's: the connection to RabbitMQ at %s is given up", self.address, exc_info=error
+            )
             self._break(541, f"internal error: {error!r:.100}")
 
     def eof_received(self) -> bool:
@@ -119,8 +121,6 @@ class Connection(asyncio.Protocol):
         self.writable = self.queued <= WRITE_HIGH_BYTES
         for channel in list(self._channels.values()):
             channel.wake_waiters()
-
-    # ---- writing
 
     @property
     def usable(self) -> bool:
@@ -155,8 +155,6 @@ class Connection(asyncio.Protocol):
         if not self.writable and not self._paused:
             self.resume_writing()
 
-    # ---- the parser's side
-
     def on_method(self, channel: int, method: Frame) -> None:
         """Take in a method that isn't hot."""
         if channel:
@@ -190,7 +188,9 @@ class Connection(asyncio.Protocol):
             raise _not_open(channel)
         known.on_confirm(tag, multiple, ack)
 
-    def on_deliver(self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+    def on_deliver(
+        self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes
+    ) -> None:
         """Hand it to its consumer."""
         known = self._channels.get(channel)
         if known is None:
@@ -215,8 +215,6 @@ class Connection(asyncio.Protocol):
             raise _not_open(channel)
         known.on_return(code, text, key, properties)
 
-    # ---- life
-
     async def handshake(self) -> None:
         """Log in, agree on limits, open the vhost; the caller sets the deadline."""
         start = await self._expect(commands.Connection.Start)
@@ -225,11 +223,19 @@ class Connection(asyncio.Protocol):
         if mechanism not in offered:
             raise Closed("connection", 403, f"it offers no {mechanism} login, only {' '.join(offered)}")
         capabilities = dict.fromkeys(
-            ("publisher_confirms", "basic.nack", "connection.blocked", "consumer_cancel_notify", "authentication_failure_close"), True
+            (
+                "publisher_confirms",
+                "basic.nack",
+                "connection.blocked",
+                "consumer_cancel_notify",
+                "authentication_failure_close",
+            ),
+            True,
         )
         properties: dict[str, Any] = {"product": "leveret", "connection_name": self.name, "capabilities": capabilities}
         tune = await self._expect(
-            commands.Connection.Tune, commands.Connection.StartOk(client_properties=properties, mechanism=mechanism, response=response)
+            commands.Connection.Tune,
+            commands.Connection.StartOk(client_properties=properties, mechanism=mechanism, response=response),
         )
         self.frame_max = min(tune.frame_max or 131_072, 131_072)
         self._parser.frame_max = self.frame_max + BROKERS_HEADERS_BYTES
@@ -237,7 +243,10 @@ class Connection(asyncio.Protocol):
         self._heartbeat_s = float(min(tune.heartbeat or self.address.heartbeat_s, self.address.heartbeat_s))
         self.write(
             method_frame(
-                0, commands.Connection.TuneOk(channel_max=self._channel_max, frame_max=self.frame_max, heartbeat=round(self._heartbeat_s))
+                0,
+                commands.Connection.TuneOk(
+                    channel_max=self._channel_max, frame_max=self.frame_max, heartbeat=round(self._heartbeat_s)
+                ),
             )
         )
         await self._expect(commands.Connection.OpenOk, commands.Connection.Open(virtual_host=self.address.vhost))
@@ -294,7 +303,9 @@ class Connection(asyncio.Protocol):
     def _break(self, code: int, text: str) -> None:
         """Close because the peer broke the protocol."""
         text = text[:250]
-        self.write(method_frame(0, commands.Connection.Close(reply_code=code, reply_text=text[:120], class_id=0, method_id=0)))
+        self.write(
+            method_frame(0, commands.Connection.Close(reply_code=code, reply_text=text[:120], class_id=0, method_id=0))
+        )
         self.flush()
         self.end(Closed("connection", code, f"the broker broke the protocol: {text}"))
 
@@ -315,7 +326,9 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
             else:
                 self._transport.close()
-                self._last_resort = self.loop.call_later(CLOSE_TIMEOUT_S, self._transport.abort)  # a peer that reads nothing would keep it open
+                self._last_resort = self.loop.call_later(
+                    CLOSE_TIMEOUT_S, self._transport.abort
+                )  # a peer that reads nothing would keep it open
         if self.on_closed is not None:
             self.on_closed(why)
 
@@ -331,7 +344,11 @@ class Connection(asyncio.Protocol):
         try:
             if self.closed is None:
                 self._closing = self.loop.create_future()
-                self.write(method_frame(0, commands.Connection.Close(reply_code=200, reply_text="bye", class_id=0, method_id=0)))
+                self.write(
+                    method_frame(
+                        0, commands.Connection.Close(reply_code=200, reply_text="bye", class_id=0, method_id=0)
+                    )
+                )
                 await asyncio.wait([self._closing], timeout=timeout_s)
         finally:  # cancelled, too: nobody else would close it, and while its heartbeats go on the broker leaves it what it holds
             self.end(Closed("connection", 200, "it was closed"))
@@ -356,7 +373,11 @@ async def connect(address: Address, name: str, timeout_s: float) -> Connection:
     try:
         async with asyncio.timeout(timeout_s):
             await loop.create_connection(
-                lambda: connection, address.host, address.port, ssl=context, server_hostname=address.host if context is not None else None
+                lambda: connection,
+                address.host,
+                address.port,
+                ssl=context,
+                server_hostname=address.host if context is not None else None,
             )
             await connection.handshake()
     except BaseException:

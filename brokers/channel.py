@@ -163,8 +163,6 @@ class Channel:
         self._promised = self._promised_bytes = 0
         """Places in the window, and bytes, that are kept for waiters that were woken and haven't published yet."""
 
-    # ---- calls
-
     async def call(self, method: Frame, timeout_s: float) -> Frame:
         """Send `method` and return its answer; `Closed` if the broker closes instead, TimeoutError where it says nothing."""
         answer: asyncio.Future[Frame] = self._asked(method)
@@ -243,8 +241,6 @@ class Channel:
         self.consumers.clear()
         if self.on_closed is not None:
             self.on_closed(why)
-
-    # ---- publishing
 
     @property
     def full(self) -> bool:
@@ -361,7 +357,9 @@ class Channel:
             if len(self._keys) > 1000:  # a delayed job's key differs by its delay
                 self._keys.clear()
             head = self._keys[exchange, publish.key] = publish_frame(self.number, exchange, publish.key)
-        self.connection.write_all(head, content_frames(self.number, properties, body, self.connection.frame_max), len(properties) + len(body))
+        self.connection.write_all(
+            head, content_frames(self.number, properties, body, self.connection.frame_max), len(properties) + len(body)
+        )
         self._unconfirmed[self._next_tag] = publish
         self._next_tag += 1
         if self._sweeper is None:
@@ -436,12 +434,14 @@ class Channel:
         """
         message_id, routing = message_id_of(properties), key.decode("utf-8", "replace")
         for tag, publish in self._unconfirmed.items():
-            if publish.key == routing and (not message_id or publish.message_id == message_id) and tag not in self._returned:
+            if (
+                publish.key == routing
+                and (not message_id or publish.message_id == message_id)
+                and tag not in self._returned
+            ):
                 self._returned[tag] = Returned(code, text)
                 return
         logger.warning("RabbitMQ returned a message that wasn't published here: %s", message_id)
-
-    # ---- consuming
 
     async def consume(self, queue: str, tag: str, deliver: Deliver, timeout_s: float) -> None:
         """Register a consumer; `deliver` is called from the reader and must return at once."""

@@ -59,7 +59,9 @@ class Receiver(Protocol):
         """basic.ack or basic.nack of the broker's, for what was published."""
         ...
 
-    def on_deliver(self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+    def on_deliver(
+        self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes
+    ) -> None:
         """basic.deliver, whole; `properties` are the header frame's flags and values as they came."""
         ...
 
@@ -138,21 +140,39 @@ class Parser:
                         if size - end > _CONTENT_HEAD:
                             kind, on, length, _, _, body_size = _unpack_content(data, end + 1)
                             ends = end + 8 + length
-                            if kind == _HEADER and on == channel and 14 <= length <= largest and 0 < body_size <= whole and size - ends > OVERHEAD:
+                            if (
+                                kind == _HEADER
+                                and on == channel
+                                and 14 <= length <= largest
+                                and 0 < body_size <= whole
+                                and size - ends > OVERHEAD
+                            ):
                                 kind, on, length = _unpack_head(data, ends + 1)
                                 last = ends + 8 + length
                                 if (
-                                    kind == _BODY and on == channel and length == body_size
-                                    and last < size and data[ends] == FRAME_END == data[last]
+                                    kind == _BODY
+                                    and on == channel
+                                    and length == body_size
+                                    and last < size
+                                    and data[ends] == FRAME_END == data[last]
                                 ):
-                                    receiver.on_deliver(channel, consumer, tag, bool(redelivered), data[end + 20 : ends], data[ends + 8 : last])
+                                    receiver.on_deliver(
+                                        channel,
+                                        consumer,
+                                        tag,
+                                        bool(redelivered),
+                                        data[end + 20 : ends],
+                                        data[ends + 8 : last],
+                                    )
                                     position = last + 1
                                     continue
                         contents[channel] = _Content((consumer, tag, redelivered))
                     elif method in (_ACK, _NACK):
                         if length < 13:
                             raise ProtocolError(502, "a confirm that ends too early")
-                        receiver.on_confirm(channel, _unpack_u64(data, start + 4)[0], bool(data[start + 12] & 1), method == _ACK)
+                        receiver.on_confirm(
+                            channel, _unpack_u64(data, start + 4)[0], bool(data[start + 12] & 1), method == _ACK
+                        )
                     elif method == _RETURN:
                         contents[channel] = _Content(_returned(data[start:end]))
                     elif method == _GET_OK:
@@ -183,7 +203,9 @@ class Parser:
                         content.body += data[start:end]
                         if len(content.body) >= content.size:
                             if len(content.body) > content.size:
-                                raise ProtocolError(501, f"a body longer than the {content.size} octets that its header said")
+                                raise ProtocolError(
+                                    501, f"a body longer than the {content.size} octets that its header said"
+                                )
                             del contents[channel]
                             self._complete(channel, content, bytes(content.body))
                 elif length or channel:
@@ -238,9 +260,6 @@ def _returned(payload: bytes) -> tuple[int, str, bytes, bytes]:
     return code, texts[0].decode("utf-8", "replace"), texts[1], texts[2]
 
 
-# --- out
-
-
 def method_frame(channel: int, method: Frame) -> bytes:
     """Return the frame of a method that isn't hot."""
     return pamqp.frame.marshal(method, channel)
@@ -289,8 +308,6 @@ def reject_frame(channel: int, tag: int) -> bytes:
     """Return a basic.reject that dead-letters one delivery."""
     return _ack(_METHOD, channel, 13, 60, 90, tag, 0, FRAME_END)
 
-
-# --- properties of a content header
 
 # In the order of the wire, with their flag bits (section 4.2.6.1). A shortstr unless it says otherwise.
 CONTENT_TYPE, CONTENT_ENCODING, HEADERS, DELIVERY_MODE, PRIORITY = 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11

@@ -83,8 +83,6 @@ class MemoryStore:
         self._version = 0
         self._watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
-    # ---- what a test does with it
-
     def refuse(self, reason: str = "the memory broker was told to refuse") -> None:
         """From now on every publish, retry, burial and replay raises `BrokerUnavailable(reason)`, until `accept`; deliveries go on."""
         with self._lock:
@@ -122,7 +120,13 @@ class MemoryStore:
         fields, problem = unpack_headers(headers)
         fields |= {"priority": priority, "origin": None}  # where it is put says these, whatever a header says
         envelope = Envelope(
-            job_id=job_id or new_job_id(), job=job, queue=queue, body=bytes(body), content_type=content_type, content_encoding=content_encoding, **fields
+            job_id=job_id or new_job_id(),
+            job=job,
+            queue=queue,
+            body=bytes(body),
+            content_type=content_type,
+            content_encoding=content_encoding,
+            **fields,
         )
         with self._lock:
             self._put(envelope, problem)
@@ -153,8 +157,6 @@ class MemoryStore:
         finally:
             with self._lock, suppress(ValueError):  # gone from the list once it was called
                 self._watchers.remove(watcher)
-
-    # ---- what the brokers do with it; every one of these is called with the lock held
 
     def _changed(self) -> None:
         self._version += 1
@@ -326,7 +328,9 @@ class _Consumption:
         self._woken = True
         try:
             self._loop.call_soon_threadsafe(self._pump)
-        except RuntimeError:  # its loop was closed without `close`: that consumer is dead, and what it held goes to the others
+        except (
+            RuntimeError
+        ):  # its loop was closed without `close`: that consumer is dead, and what it held goes to the others
             self._end()
 
     def _pump(self) -> None:
@@ -405,7 +409,9 @@ class MemoryBroker:
 
     async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
         """As `Broker.publish`; every queue exists, so that none is unroutable."""
-        await asyncio.sleep(0)  # no broker answers within one turn of the loop, and a loop of publishes must let consumers run
+        await asyncio.sleep(
+            0
+        )  # no broker answers within one turn of the loop, and a loop of publishes must let consumers run
         with self._store._lock:
             if self._closed:
                 msg = f"job {envelope.job_id} wasn't published: this memory broker was closed"

@@ -89,12 +89,19 @@ class MemoryAdmin:
 
     def _depth(self, name: str) -> Depth:
         store = self._store
-        levels = {level.value: len(line) for level, line in store._ready.get(name, {level: [] for level in LEVELS}).items()}
+        levels = {
+            level.value: len(line) for level, line in store._ready.get(name, {level: [] for level in LEVELS}).items()
+        }
         return Depth(
             queue=name,
             ready=sum(levels.values()),
             levels=levels,
-            unsettled=sum(1 for consumption in store._consumptions for delivery in consumption._held if delivery.queue.name == name),
+            unsettled=sum(
+                1
+                for consumption in store._consumptions
+                for delivery in consumption._held
+                if delivery.queue.name == name
+            ),
             delayed=sum(1 for _, _, stored in store._delayed if stored.envelope.queue == name),
             dead=len(store._dead.get(name, ())),
             consumers=sum(1 for consumption in store._consumptions if name in consumption._names),

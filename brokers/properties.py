@@ -26,9 +26,6 @@ _LATEST_S = 253_402_300_799
 """The end of the year 9999: what a foreign producer says beyond it (milliseconds) no clock can show."""
 
 
-# --- the headers table
-
-
 def encode_table(table: Mapping[str, Any]) -> bytearray:
     """Return the items of an AMQP table, without the length before them. TypeError for a value that AMQP has no type for."""
     out = bytearray()
@@ -81,8 +78,6 @@ def _encode_value(value: Any) -> bytes:
     raise TypeError(msg)
 
 
-# --- out
-
 _shorts: dict[str, bytes] = {}
 _flags = struct.Struct(">H").pack
 _u64 = struct.Struct(">Q").pack
@@ -123,7 +118,11 @@ def encode(envelope: Envelope, priority: int | None) -> bytes:
     Raises TypeError or ValueError for what AMQP can't carry.
     """
     headers = pack_headers(envelope)
-    if not (headers or envelope.correlation_id or envelope.reply_to or envelope.content_encoding) and envelope.created_s and envelope.job:
+    if (
+        not (headers or envelope.correlation_id or envelope.reply_to or envelope.content_encoding)
+        and envelope.created_s
+        and envelope.job
+    ):
         # most: all but id and time is the same for every job of a name
         key = (envelope.job, envelope.app, priority, envelope.content_type)
         ends = _plain.get(key)
@@ -169,9 +168,6 @@ def encode(envelope: Envelope, priority: int | None) -> bytes:
 def priority_property(queue: Queue, level: Priority) -> int | None:
     """Return AMQP's priority for a job of `queue`; None where the level is the queue."""
     return PRIORITY_PROPERTY[level] if queue.type == "classic" and queue.priorities else None
-
-
-# --- in
 
 
 def from_job_queue(properties: bytes, body: bytes, queue: str, level: Priority | None) -> tuple[Envelope, str | None]:
@@ -224,7 +220,13 @@ def _plain_envelope(raw: bytes, body: bytes, queue: str, level: Priority | None)
     if not job_id or not known[0] or created_s > _LATEST_S:
         return None
     return Envelope(
-        job_id=job_id, job=ends[0], queue=queue, priority=level or known[1], body=body, content_type=known[0], created_s=created_s,
+        job_id=job_id,
+        job=ends[0],
+        queue=queue,
+        priority=level or known[1],
+        body=body,
+        content_type=known[0],
+        created_s=created_s,
         app=ends[1],
     )
 
@@ -244,7 +246,13 @@ def from_dead_queue(properties: bytes, body: bytes, queue: str) -> tuple[Envelop
             level, reason = death
             fields.setdefault("priority", level or _level_of_property(found.get("priority")))
             # so that `dead list` can say why
-            failure = Failure(attempt=fields.get("attempt", 1), at_ms=0, host="", error="dead-lettered", message=f"by the broker: {reason}")
+            failure = Failure(
+                attempt=fields.get("attempt", 1),
+                at_ms=0,
+                host="",
+                error="dead-lettered",
+                message=f"by the broker: {reason}",
+            )
             fields["errors"] = fields.get("errors") or msgspec.json.encode([failure]).decode()
     return _envelope(found, fields, fields["origin"], body), problem
 

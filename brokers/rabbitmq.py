@@ -63,9 +63,13 @@ class RabbitBroker:
 
     async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
         """Return once the broker has confirmed it, persistent and routed."""
-        await self._publishing.send(await self._routed(self._publishing, queue, envelope, delay_s, deadline), envelope, deadline)
+        await self._publishing.send(
+            await self._routed(self._publishing, queue, envelope, delay_s, deadline), envelope, deadline
+        )
 
-    async def _routed(self, publishing: Publishing, queue: Queue, envelope: Envelope, delay_s: float, deadline: float) -> Route:
+    async def _routed(
+        self, publishing: Publishing, queue: Queue, envelope: Envelope, delay_s: float, deadline: float
+    ) -> Route:
         """Return the way to `queue`; of a delay, what is left once all that it needs is there."""
         route = self._delayed(queue, envelope, delay_s)
         if delay_s > 0 and not publishing.ready(route):
@@ -94,7 +98,9 @@ class RabbitBroker:
         known = self._routes.get((queue.name, level))
         if known is None or (known.queue is not queue and known.queue != queue):
             exchange, key = topology.route(queue, level, 0)
-            known = self._routes[queue.name, level] = Route(exchange, key, priority_property(queue, level), queue, None, kept=True)
+            known = self._routes[queue.name, level] = Route(
+                exchange, key, priority_property(queue, level), queue, None, kept=True
+            )
         return known
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:

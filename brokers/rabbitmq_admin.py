@@ -229,7 +229,9 @@ class RabbitDeadLetters:
             msg = f"not a dead letter of RabbitMQ: {letter!r}"
             raise TypeError(msg)
         if self._channel.closed is not None:
-            raise BrokerUnavailable(f"the channel to the dead letters of {self._name} is closed: {self._channel.closed}")
+            raise BrokerUnavailable(
+                f"the channel to the dead letters of {self._name} is closed: {self._channel.closed}"
+            )
         self._channel.ack(letter.tag, multiple=False)
         self._open.discard(letter.tag)
         self._dropped = True

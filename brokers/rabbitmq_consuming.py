@@ -134,8 +134,6 @@ class _Taker:
         if self.queue.type == "quorum" and self._wrote:
             await settled(self._channel, topology.physicals(self.queue), CLOSE_TIMEOUT_S)
 
-    # ---- what is held stays bounded: the consumers are cancelled, never the socket left unread
-
     async def _pause(self) -> None:
         """Cancel the consumers until half of what is held is settled, then consume again with a window that fits the bodies."""
         async with self._switching:
@@ -146,7 +144,10 @@ class _Taker:
             self._narrow_for = NARROW_FOR
             await self._cancel()
             logger.warning(
-                "queue %s: %d MiB of unsettled bodies are held here; it goes on with a prefetch of %d", self.queue.name, held >> 20, self._prefetch
+                "queue %s: %d MiB of unsettled bodies are held here; it goes on with a prefetch of %d",
+                self.queue.name,
+                held >> 20,
+                self._prefetch,
             )
             self._paused = True
         await self._resume()
@@ -166,7 +167,9 @@ class _Taker:
                     return
                 self._prefetch = fitting
                 await self._register(self._session.runtime.settings.connect_timeout_s)
-                logger.info("queue %s: its bodies are smaller again; it goes on with a prefetch of %d", self.queue.name, fitting)
+                logger.info(
+                    "queue %s: its bodies are smaller again; it goes on with a prefetch of %d", self.queue.name, fitting
+                )
             self._narrow_for = NARROW_FOR if self._prefetch < self._wanted else 0
 
     async def _resume(self) -> None:
@@ -202,13 +205,13 @@ class _Taker:
     def _reject(self, tag: int, size: int) -> None:
         logger.error(
             "a message of %d bytes from queue %s is over the limits, so it can't be published again: RabbitMQ moves it to %s.dead",
-            size, self.queue.name, self.queue.name,
+            size,
+            self.queue.name,
+            self.queue.name,
         )
         self._channel.reject(tag)
         self._held_bytes -= size
         self._wrote = True
-
-    # ---- settled: acks and nacks of one loop turn together
 
     def ack(self, delivery: RabbitDelivery) -> None:
         """Ack it at the end of this loop turn."""
@@ -312,10 +315,14 @@ class _Session:
             await taker.start(step_s)
 
     def _channel_closed(self, name: str, why: Closed) -> None:
-        self.lose(f"the channel of queue {name} was closed: {reason_of(why)}" if why.scope == "channel" else reason_of(why))
+        self.lose(
+            f"the channel of queue {name} was closed: {reason_of(why)}" if why.scope == "channel" else reason_of(why)
+        )
 
     def _cancelled(self, name: str, _: str) -> None:
-        self.lose(f"the broker cancelled a consumer of queue {name} (the queue was deleted, or a delivery was held too long)")
+        self.lose(
+            f"the broker cancelled a consumer of queue {name} (the queue was deleted, or a delivery was held too long)"
+        )
 
     def end(self) -> None:
         """What is settled and not yet written is written where a channel is still open; the rest is lost."""
@@ -331,7 +338,11 @@ class _Session:
             # one that fails (its queue was deleted) must not cut off the others' last acks
             for error in await asyncio.gather(*(taker.settled() for taker in self.takers), return_exceptions=True):
                 if isinstance(error, FAULTS):
-                    logger.warning("RabbitMQ at %s: the last acks may be lost, their jobs come again: %s", self.connection.address, reason_of(error))
+                    logger.warning(
+                        "RabbitMQ at %s: the last acks may be lost, their jobs come again: %s",
+                        self.connection.address,
+                        reason_of(error),
+                    )
                 elif error is not None:
                     raise error
             await self.connection.close()
@@ -342,7 +353,9 @@ class _Session:
 class RabbitConsumption:
     """A running consumption: connects, declares, consumes; and again, whole, when any of it is lost."""
 
-    def __init__(self, where: tuple[Address, ...], runtime: Runtime, subscriptions: Sequence[Subscription], sink: Sink) -> None:
+    def __init__(
+        self, where: tuple[Address, ...], runtime: Runtime, subscriptions: Sequence[Subscription], sink: Sink
+    ) -> None:
         self._where = where
         self._runtime = runtime
         self._subscriptions = tuple(subscriptions)
@@ -381,7 +394,9 @@ class RabbitConsumption:
             self._failure.set_exception(bug)
 
     async def _establish(self) -> None:
-        connection = await connect(self._where, f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s)
+        connection = await connect(
+            self._where, f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s
+        )
         session = _Session(connection, self._runtime, self._sink)
         try:
             await session.start(self._subscriptions)
@@ -395,7 +410,10 @@ class RabbitConsumption:
                 self._raise(error, connection.address)
             raise
         if self._told[0]:
-            logger.info("RabbitMQ at %s: consuming again" if self._was_ready else "RabbitMQ at %s: consuming", connection.address)
+            logger.info(
+                "RabbitMQ at %s: consuming again" if self._was_ready else "RabbitMQ at %s: consuming",
+                connection.address,
+            )
         self._told = ("", 0.0)
         self._session = session
         self._was_ready = True
@@ -418,7 +436,9 @@ class RabbitConsumption:
                 if self._stopping:
                     return
             await self._runtime.clock.sleep(
-                full_jitter(attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng)
+                full_jitter(
+                    attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng
+                )
             )
             attempt += 1
             try:
@@ -434,7 +454,9 @@ class RabbitConsumption:
 
     async def _undisturbed(self, step: Coroutine[Any, Any, None]) -> None:
         self._step = asyncio.create_task(step)
-        self._step.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at, though a stop may have ended who waits
+        self._step.add_done_callback(
+            lambda ended: ended.cancelled() or ended.exception()
+        )  # looked at, though a stop may have ended who waits
         await asyncio.shield(self._step)
 
     async def _lost(self, session: _Session, reason: str) -> None:

@@ -1,6 +1,6 @@
 """The publishing side of RabbitMQ: one connection, made by whoever comes first; topology declared; a window; confirms.
 
-    publish ─► connection ─► topology declared ─► window ─► basic.publish ─► confirm, return, refusal, or nobody knows
+publish ─► connection ─► topology declared ─► window ─► basic.publish ─► confirm, return, refusal, or nobody knows
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .properties import encode
 from .session import FAULTS, ConnectionLost, connect, declare, reason_of
 
 logger = logging.getLogger("leveret.rabbitmq")
+
 
 class Route(msgspec.Struct, frozen=True, eq=False):
     """Where a publish goes, and what must have been declared for it."""
@@ -76,7 +77,9 @@ def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
         if envelope.errors and len(properties) > limit:
             properties = encode(msgspec.structs.replace(envelope, errors=""), route.priority)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidJob(_says(route, envelope.job, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id) from error
+        raise InvalidJob(
+            _says(route, envelope.job, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id
+        ) from error
     if len(properties) > limit:
         msg = _says(route, envelope.job, f"its headers have {len(properties)} bytes, the limit is {limit}")
         raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=limit)
@@ -177,7 +180,9 @@ class Publishing:
     def write(self, link: Link, route: Route, envelope: Envelope, deadline: float = float("inf")) -> Posting:
         """Write `envelope`; without a confirm it ends at `deadline`."""
         properties = encoded(route, envelope, link.connection.max_properties_bytes)
-        posted = Posting(envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, job=envelope.job)
+        posted = Posting(
+            envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, job=envelope.job
+        )
         link.channel.publish(route.exchange, properties, envelope.body, posted)
         return posted
 
@@ -201,7 +206,9 @@ class Publishing:
                 link.declared -= {route.queue, route.ladder}  # it was deleted: the next publish declares it again
                 link.declared.add(None)
                 link.ready.clear()
-                msg = _says(route, posted.job, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}")
+                msg = _says(
+                    route, posted.job, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}"
+                )
                 return Unroutable(msg, job_id=job_id, queue=route.target)
             case Nacked():
                 return BrokerUnavailable(_says(route, posted.job, str(error)), job_id=job_id)
@@ -226,32 +233,42 @@ class Publishing:
                         declared = True
                         await link.channel.room(len(envelope.body))
                     except ConfigurationError as error:
-                        raise BrokerUnavailable(_says(route, envelope.job, str(error)), job_id=envelope.job_id) from error
+                        raise BrokerUnavailable(
+                            _says(route, envelope.job, str(error)), job_id=envelope.job_id
+                        ) from error
                     except ConnectionLost as error:
                         failed = str(error)
                         if self._closed:
-                            raise BrokerUnavailable(_says(route, envelope.job, failed), job_id=envelope.job_id) from error
+                            raise BrokerUnavailable(
+                                _says(route, envelope.job, failed), job_id=envelope.job_id
+                            ) from error
                         await self._pause(1)
                     else:
                         # it may have been left meanwhile, and all that waited for room were woken
                         if link.usable and link is self._link_of(route) and not link.channel.full:
                             return link
         except TimeoutError:
-            self._nothing_sent(route, envelope, None if declared else failed or "RabbitMQ hasn't answered the declares of its queue")
+            self._nothing_sent(
+                route, envelope, None if declared else failed or "RabbitMQ hasn't answered the declares of its queue"
+            )
 
     def _nothing_sent(self, route: Route, envelope: Envelope, undeclared: str | None) -> NoReturn:
         link = self._link_of(route)
         if link is None or not link.usable:
-            raise BrokerUnavailable(_says(route, envelope.job, f"no broker in time: {self._reason}"), job_id=envelope.job_id)
-        msg = _says(route, envelope.job, f"nothing was sent in time: {undeclared or link.channel.why_full}{_blocked(link)}")
+            raise BrokerUnavailable(
+                _says(route, envelope.job, f"no broker in time: {self._reason}"), job_id=envelope.job_id
+            )
+        msg = _says(
+            route, envelope.job, f"nothing was sent in time: {undeclared or link.channel.why_full}{_blocked(link)}"
+        )
         raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
 
     async def _pause(self, attempt: int) -> None:
         settings = self._runtime.settings
-        wait_s = full_jitter(attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng)
+        wait_s = full_jitter(
+            attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng
+        )
         await self._runtime.clock.sleep(wait_s)
-
-    # -- the connection
 
     async def _connected(self, route: Route) -> Link:
         """Return the open link, or wait until there is one; ConfigurationError where waiting won't help."""
@@ -330,11 +347,11 @@ class Publishing:
             self._link = None
             self._reason = reason_of(why)
             if not self._closed:
-                logger.warning("the connection %r to RabbitMQ at %s is lost: %s", self._name, link.connection.address, self._reason)
+                logger.warning(
+                    "the connection %r to RabbitMQ at %s is lost: %s", self._name, link.connection.address, self._reason
+                )
         if link.connection.usable:  # the channel is all that closed
             self._end(link)
-
-    # -- left to queues that confirm nothing
 
     def _swept(self, link: Link) -> None:
         """See that no queue holds up the others; close a link that was left once it has nothing to wait for."""
@@ -357,7 +374,12 @@ class Publishing:
         lanes = _lanes(stuck)
         if not lanes or len({*self._aside.values()}) >= _MOST_ASIDE:
             return set()
-        others = link.channel.waiting or link.declaring or len(stuck) >= MOST_STUCK or _lanes(link.channel.waited_for) - lanes
+        others = (
+            link.channel.waiting
+            or link.declaring
+            or len(stuck) >= MOST_STUCK
+            or _lanes(link.channel.waited_for) - lanes
+        )
         return lanes if others else set()
 
     async def _relieve(self, link: Link) -> None:
@@ -373,7 +395,8 @@ class Publishing:
             return
         logger.warning(
             "RabbitMQ at %s confirms no publish to %s: they keep this connection, all others go on on a new one",
-            connection.address, ", ".join(sorted(lanes)),
+            connection.address,
+            ", ".join(sorted(lanes)),
         )
         self._use(connection, channel)
         self._leaving.add(link)
@@ -397,8 +420,6 @@ class Publishing:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    # -- declaring
-
     async def _declared(self, link: Link, what: Queue | str) -> None:
         """Declare `what` (a queue's topology, or a ladder by its kind) once a link; many may wait for it."""
         if what in link.declared:
@@ -406,7 +427,9 @@ class Publishing:
         task = link.declaring.get(what)
         if task is None:
             task = link.declaring[what] = asyncio.create_task(self._declare(link, what))
-            task.add_done_callback(lambda ended: (link.declaring.pop(what, None), ended.cancelled() or ended.exception()))
+            task.add_done_callback(
+                lambda ended: (link.declaring.pop(what, None), ended.cancelled() or ended.exception())
+            )
         await asyncio.shield(task)
 
     async def _declare(self, link: Link, what: Queue | str) -> None:

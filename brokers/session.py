@@ -48,9 +48,15 @@ _TLS_HINTS = (
 
 def kind_of(error: BaseException) -> Kind:
     """Return what `error` means: lost (try again), refused (waiting won't help), drift (what exists differs)."""
-    if isinstance(error, Closed) and isinstance(alert := error.__cause__, ssl.SSLError) and "_ALERT_" in (alert.reason or ""):
+    if (
+        isinstance(error, Closed)
+        and isinstance(alert := error.__cause__, ssl.SSLError)
+        and "_ALERT_" in (alert.reason or "")
+    ):
         return "refused"  # TLS 1.3 refuses a client's certificate after the client's side of the handshake
-    if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)):
+    if isinstance(error, ssl.SSLError) and not isinstance(
+        error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+    ):
         return "refused"
     if not isinstance(error, Closed):
         return "refused" if isinstance(error, FileNotFoundError) else "lost"
@@ -61,7 +67,11 @@ def kind_of(error: BaseException) -> Kind:
             return "refused"
         case 406 if _DRIFT.search(error.text):  # else: a replica that isn't there yet, a delivery tag
             return "drift"
-        case 530 if error.scope == "connection" and not _LIMIT.search(error.text) and re.search(r"vhost .* not found|refused", error.text):
+        case 530 if (
+            error.scope == "connection"
+            and not _LIMIT.search(error.text)
+            and re.search(r"vhost .* not found|refused", error.text)
+        ):
             return "refused"
         case _:
             return "lost"
@@ -107,7 +117,11 @@ async def connect(choices: Iterable[Address], name: str, timeout_s: float) -> am
 def _refusal(error: BaseException, address: Address) -> str:
     text = reason_of(error)
     if isinstance(error, FileNotFoundError):
-        missing = [file for file in (address.cafile, address.certfile, address.keyfile) if file and not os.path.exists(file)]  # noqa: PTH110
+        missing = [
+            file
+            for file in (address.cafile, address.certfile, address.keyfile)
+            if file and not os.path.exists(file)  # noqa: PTH110
+        ]
         return f"RabbitMQ at {address}: a file that the URL names isn't there: {', '.join(missing) or error.filename}"
     if isinstance(error, Closed) and error.code in (0, 501):
         return f"RabbitMQ at {address}: {text}"
@@ -122,7 +136,9 @@ def _refusal(error: BaseException, address: Address) -> str:
     return f"RabbitMQ at {address}: {text}"
 
 
-async def declare(connection: amqp.Connection, declarations: Iterable[Declaration], queue: str, timeout_s: float) -> None:
+async def declare(
+    connection: amqp.Connection, declarations: Iterable[Declaration], queue: str, timeout_s: float
+) -> None:
     """Declare what is missing, on a channel of its own: a 404 or 406 closes its channel.
 
     Raises UnsupportedTopology where one exists with other arguments, ConfigurationError where the user may not,
@@ -141,7 +157,11 @@ async def declare(connection: amqp.Connection, declarations: Iterable[Declaratio
         match kind_of(error):
             case "drift":
                 # e.g. inequivalent arg 'x-max-priority' for queue 'emails' in vhost '/': received '6' but current is '10'
-                hint = " (quorum or classic: is it of the other type?)" if re.search(r"x-queue-type|x-dead-letter-strategy|x-max-priority", text) else ""
+                hint = (
+                    " (quorum or classic: is it of the other type?)"
+                    if re.search(r"x-queue-type|x-dead-letter-strategy|x-max-priority", text)
+                    else ""
+                )
                 msg = f"queue {queue!r}: what RabbitMQ has differs from what leveret declares, and is left as it is{hint}: {text}"
                 raise UnsupportedTopology(msg, queue=queue) from error
             case "refused":
@@ -154,7 +174,9 @@ async def declare(connection: amqp.Connection, declarations: Iterable[Declaratio
 
 def _declaration(record: Declaration) -> Frame:
     if isinstance(record, Exchange):
-        return commands.Exchange.Declare(exchange=record.name, exchange_type=record.kind, durable=True, arguments=cast("Any", record.arguments))
+        return commands.Exchange.Declare(
+            exchange=record.name, exchange_type=record.kind, durable=True, arguments=cast("Any", record.arguments)
+        )
     if isinstance(record, Binding):
         if record.to == "queue":
             return commands.Queue.Bind(queue=record.destination, exchange=record.source, routing_key=record.key)

@@ -75,7 +75,8 @@ class _Letters:
             return  # there is no file
         # what is buried while they are read isn't read: a replay that fails at once would come round for ever
         last = await self._admin.run(
-            "the dead letters", lambda file: file.execute("SELECT max(seq) FROM dead WHERE queue = ?", (self._queue,)).fetchone()[0]
+            "the dead letters",
+            lambda file: file.execute("SELECT max(seq) FROM dead WHERE queue = ?", (self._queue,)).fetchone()[0],
         )
         seen = 0
         while last is not None:
@@ -104,7 +105,9 @@ class _Letters:
         seq = letter.seq
 
         def take(file: sqlite3.Connection) -> bool:
-            if not file.execute("DELETE FROM dead WHERE seq = ? AND claimed_by = ?", (seq, self._taker.lease.id)).rowcount:
+            if not file.execute(
+                "DELETE FROM dead WHERE seq = ? AND claimed_by = ?", (seq, self._taker.lease.id)
+            ).rowcount:
                 return False
             if row is not None:
                 file.execute(INSERTS["jobs"][-1][1], row)
@@ -187,7 +190,10 @@ class SqliteAdmin:
                 levels[_text(level)] += jobs
             else:
                 delayed += jobs
-        dead, known = count("SELECT count(*) FROM dead WHERE queue = ?"), count("SELECT count(*) FROM queues WHERE name = ?")
+        dead, known = (
+            count("SELECT count(*) FROM dead WHERE queue = ?"),
+            count("SELECT count(*) FROM queues WHERE name = ?"),
+        )
         return _depth(queue, levels, count(_HELD), delayed, dead, exists=known > 0)
 
     async def delayed(self) -> None:
@@ -238,5 +244,12 @@ def _text(level: str | bytes) -> str:
 def _depth(queue: Queue, levels: dict[str, int], held: int, delayed: int, dead: int, *, exists: bool) -> Depth:
     by_level = {level.value: levels.get(level.value, 0) for level in queue.levels} | levels
     return Depth(
-        queue=queue.name, ready=sum(by_level.values()), levels=by_level, unsettled=held, delayed=delayed, dead=dead, consumers=None, exists=exists
+        queue=queue.name,
+        ready=sum(by_level.values()),
+        levels=by_level,
+        unsettled=held,
+        delayed=delayed,
+        dead=dead,
+        consumers=None,
+        exists=exists,
     )

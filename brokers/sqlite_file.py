@@ -45,9 +45,7 @@ _CLAIM = (
     f" RETURNING seq, deliveries, {READ}"
 )
 _SETTLE = "DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
-_GIVE_BACK = (
-    "UPDATE jobs SET claimed_by = NULL, deliveries = deliveries - 1 WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
-)
+_GIVE_BACK = "UPDATE jobs SET claimed_by = NULL, deliveries = deliveries - 1 WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
 _DUE = "SELECT json_group_array(seq) FROM (SELECT seq FROM jobs WHERE due_ms <= ? ORDER BY due_ms, seq LIMIT ?)"
 _COLUMNS = "job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers"
 _PROMOTED = (
@@ -109,7 +107,9 @@ class Taker:
     def __init__(self, subscriptions: Iterable[Subscription], listener: Listener | None) -> None:
         self.lease = Lease()
         self.listener = listener
-        self.windows = [Window(each.queue, level.value, each.prefetch) for each in subscriptions for level in each.queue.levels]
+        self.windows = [
+            Window(each.queue, level.value, each.prefetch) for each in subscriptions for level in each.queue.levels
+        ]
         self.taking = bool(self.windows)
         self.ready = False
 
@@ -147,7 +147,20 @@ Call: TypeAlias = Callable[[sqlite3.Connection], Any]
 class Write:
     """One thing to do in the next transaction, all or nothing, and the future that hears how it went."""
 
-    __slots__ = ("about", "call", "closes", "deadline", "delivery", "future", "job", "job_id", "letter", "opens", "reads", "state")
+    __slots__ = (
+        "about",
+        "call",
+        "closes",
+        "deadline",
+        "delivery",
+        "future",
+        "job",
+        "job_id",
+        "letter",
+        "opens",
+        "reads",
+        "state",
+    )
 
     def __init__(
         self, about: str, *, deadline: float = float("inf"), job_id: str | None = None, job: Row | None = None, letter: Row | None = None,
@@ -211,8 +224,6 @@ class File:
         self._opened: list[Lease] = []
         self._lost: list[Taker] = []
 
-    # ---- connection
-
     def connect(self) -> sqlite3.Connection:
         """Return the connection to what is at `path` now. ConfigurationError where that can't be used."""
         if self._connection is not None:
@@ -237,7 +248,11 @@ class File:
         Not from the start: a function that is called for each text costs more than all else that is done to read a row.
         """
         # it is Python's own error, without a code of SQLite's
-        if self._connection is None or hasattr(error, "sqlite_errorcode") or self._connection.text_factory is text_or_bytes:
+        if (
+            self._connection is None
+            or hasattr(error, "sqlite_errorcode")
+            or self._connection.text_factory is text_or_bytes
+        ):
             return False
         self._connection.text_factory = text_or_bytes
         return True
@@ -275,8 +290,6 @@ class File:
                 for taker in self.takers:
                     if taker.lease.id is not None:
                         self._reap(self._connection, taker.lease.id)
-
-    # ---- between two transactions
 
     @property
     def takes(self) -> bool:
@@ -332,8 +345,6 @@ class File:
             for window in taker.windows:
                 window.maybe = True
 
-    # ---- one transaction
-
     def transact(
         self, connection: sqlite3.Connection, writes: list[Write], done: list[SqliteDelivery], back: list[SqliteDelivery]
     ) -> Turn:  # fmt: skip
@@ -371,7 +382,11 @@ class File:
         return {window.queue.name for window in taker.windows} - self._names
 
     def _lose(self, taker: Taker) -> None:
-        log.warning("the lease on %s was lost: this process showed no life for %g s; what it held is delivered again", self.path, LEASE_S)
+        log.warning(
+            "the lease on %s was lost: this process showed no life for %g s; what it held is delivered again",
+            self.path,
+            LEASE_S,
+        )
         taker.lease.alive = False
         taker.lease = Lease()
         for window in taker.windows:
@@ -382,7 +397,9 @@ class File:
     def _beat(self, connection: sqlite3.Connection, turn: Turn) -> None:
         """Show life, and take from the dead what they held."""
         mine = [taker.lease.id for taker in self.takers]
-        connection.execute("UPDATE workers SET beat = beat + 1 WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(mine),))
+        connection.execute(
+            "UPDATE workers SET beat = beat + 1 WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(mine),)
+        )
         turn.beats = {}
         for worker, beat in connection.execute("SELECT id, beat FROM workers").fetchall():
             if worker in mine:
@@ -390,7 +407,9 @@ class File:
             before, missed = self._beats.get(worker, (beat - 1, 0))
             missed = missed + 1 if before == beat else 0
             if missed * BEAT_S >= LEASE_S:
-                log.warning("a worker on %s showed no life for %g s; what it held is delivered again", self.path, LEASE_S)
+                log.warning(
+                    "a worker on %s showed no life for %g s; what it held is delivered again", self.path, LEASE_S
+                )
                 self._reap(connection, worker)
             else:
                 turn.beats[worker] = (beat, missed)
@@ -427,7 +446,9 @@ class File:
         left: list[Write] = []
         for write in writes:
             if write.delivery is not None:
-                if not write.delivery.unsettled:  # lost, or done by a try before whose caller gave up waiting: there is nothing to do
+                if (
+                    not write.delivery.unsettled
+                ):  # lost, or done by a try before whose caller gave up waiting: there is nothing to do
                     turn.outcomes.append((write, None))
                     continue
                 gone[write.delivery.lease].append(write.delivery.seq)
@@ -511,7 +532,9 @@ class File:
         """Give some of the file's free pages back to the disk, where there are many."""
         assert self._connection is not None
         with suppress(sqlite3.Error):  # it was locked: there is a next time
-            free, pages = (self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count"))
+            free, pages = (
+                self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count")
+            )
             if free > max(_FREE_PAGES, pages // 4):
                 # a script, since `execute` would stop after the first page
                 self._connection.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")

@@ -55,9 +55,7 @@ Row: TypeAlias = tuple[
 ]  # fmt: skip
 BODY: Final = 7
 """Where the body stands in a `Row`."""
-READ: Final = (
-    "queue, level, job_id, job, content_type, content_encoding, CAST(body AS BLOB), created_s, app, correlation_id, reply_to, headers"
-)
+READ: Final = "queue, level, job_id, job, content_type, content_encoding, CAST(body AS BLOB), created_s, app, correlation_id, reply_to, headers"
 """What `unpack` reads; a body that a foreign producer wrote as text comes as its bytes."""
 
 
@@ -79,8 +77,6 @@ def _inserts(table: str, when: str) -> tuple[tuple[int, str], ...]:
 INSERTS: Final = {"jobs": _inserts("jobs", "due_ms"), "dead": _inserts("dead", "buried_ms")}
 """By table: statements that insert so many rows, most first."""
 
-
-# ---- rows
 
 _NOT_JSON: dict[str, tuple[type, Callable[[Any], str], Callable[[str], object]]] = {
     "$bytes": (bytes, lambda value: base64.b64encode(value).decode(), base64.b64decode),
@@ -129,14 +125,40 @@ def unpack(row: Sequence[Any]) -> tuple[Envelope, str | None]:
     """Return the envelope in a row of `READ`, and what is wrong with it, if anything."""
     fields: dict[str, Any] = {}
     problem = None
-    queue, level, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers = row
+    (
+        queue,
+        level,
+        job_id,
+        job,
+        content_type,
+        content_encoding,
+        body,
+        created_s,
+        app,
+        correlation_id,
+        reply_to,
+        headers,
+    ) = row
     # written out, since each job comes here: a loop takes three times as long
     if (
         type(job_id) is bytes or type(job) is bytes or type(content_type) is bytes or type(content_encoding) is bytes or type(app) is bytes
         or type(correlation_id) is bytes or type(reply_to) is bytes or type(headers) is bytes or type(level) is bytes
     ):  # fmt: skip
         row, problem = _readable(row)
-        queue, level, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers = row
+        (
+            queue,
+            level,
+            job_id,
+            job,
+            content_type,
+            content_encoding,
+            body,
+            created_s,
+            app,
+            correlation_id,
+            reply_to,
+            headers,
+        ) = row
     if headers is not None:
         try:
             fields, wrong = unpack_headers(_decode(headers))
@@ -163,9 +185,6 @@ def _readable(row: Sequence[Any]) -> tuple[list[Any], str | None]:
             problem = problem or f"its column {name} is no UTF-8 text: {value!r:.80}"
             texts[place] = value.decode(errors="replace")
     return texts, problem
-
-
-# ---- opening
 
 
 def open_file(path: str, *, create: bool) -> sqlite3.Connection:
@@ -229,7 +248,12 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     if value("journal_mode = WAL") != "wal":
         msg = f"the file system of {path} can't do SQLite's write-ahead log; use a file on a local disk"
         raise ConfigurationError(msg)
-    for setting in ("synchronous = FULL", "fullfsync = 1", "checkpoint_fullfsync = 1", f"journal_size_limit = {_WAL_KEPT_BYTES}"):
+    for setting in (
+        "synchronous = FULL",
+        "fullfsync = 1",
+        "checkpoint_fullfsync = 1",
+        f"journal_size_limit = {_WAL_KEPT_BYTES}",
+    ):
         connection.execute(f"PRAGMA {setting}")
     if value("user_version") == len(_VERSIONS):
         return
@@ -245,7 +269,10 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
 
 
 def _check_ours(value: Any, connection: sqlite3.Connection, path: str) -> None:
-    if value("application_id") != APPLICATION_ID and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+    if (
+        value("application_id") != APPLICATION_ID
+        and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+    ):
         msg = f"{path} is another program's SQLite database; give leveret a file of its own"
         raise ConfigurationError(msg)
     version = value("user_version")
@@ -254,22 +281,39 @@ def _check_ours(value: Any, connection: sqlite3.Connection, path: str) -> None:
         raise ConfigurationError(msg)
 
 
-_NETWORK = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "fuse.sshfs", "fuse.gluster", "vboxsf", "prl_fs")
+_NETWORK = (
+    "nfs",
+    "cifs",
+    "smb",
+    "9p",
+    "afs",
+    "ceph",
+    "gluster",
+    "lustre",
+    "fuse.sshfs",
+    "fuse.gluster",
+    "vboxsf",
+    "prl_fs",
+)
 
 
 def _warn_of_network(path: str) -> None:
     try:
-        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()]
+        mounts = [
+            line.split()[1:3]
+            for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+        ]
     except OSError:
         return  # not Linux: the documentation says it
     real = os.path.realpath(path)
     under = [(where, kind) for where, kind in mounts if real.startswith(where.rstrip("/") + "/")]
     kind = max(under, key=lambda mount: len(mount[0]))[1] if under else ""
     if kind.startswith(_NETWORK):
-        log.warning("%s is on a network file system (%s): SQLite's locks don't hold there, and jobs may be lost or run twice", path, kind)
-
-
-# ---- who is who
+        log.warning(
+            "%s is on a network file system (%s): SQLite's locks don't hold there, and jobs may be lost or run twice",
+            path,
+            kind,
+        )
 
 
 @functools.cache
@@ -308,4 +352,6 @@ def known_dead(identity: str) -> bool:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return False  # hidden from this user
-    return fields[19] != other[3] or fields[0] in "ZX"  # its number was given to another, or nobody has fetched its end yet
+    return (
+        fields[19] != other[3] or fields[0] in "ZX"
+    )  # its number was given to another, or nobody has fetched its end yet

@@ -84,8 +84,6 @@ class Store:
         self._said = False
         self._why = ""
 
-    # ---- on the loop
-
     async def run(self, write: Write) -> Any:
         """Do `write`, and return what it returned; raises by its deadline, and then it isn't done later."""
         loop = self._attach()
@@ -164,7 +162,9 @@ class Store:
 
     def _late(self, write: Write, *, maybe: bool) -> PublishTimeout:
         why = "it is being written" if maybe else self._why or "its deadline had passed before it could be written"
-        return PublishTimeout(f"{write.about} wasn't confirmed in time by {self.path}: {why}", job_id=write.job_id, maybe_published=maybe)
+        return PublishTimeout(
+            f"{write.about} wasn't confirmed in time by {self.path}: {why}", job_id=write.job_id, maybe_published=maybe
+        )
 
     def forked(self) -> None:
         """In a child: nothing of the parent's goes on here. Its connection is kept unused: closing it could end the parent's locks."""
@@ -191,8 +191,6 @@ class Store:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._stop_by is not None
-
-    # ---- the thread
 
     def notice(self) -> None:
         """Look at the file now: another store of this process wrote to it."""
@@ -221,7 +219,9 @@ class Store:
         self._file.disconnect()
         kept = sum(delivery.lease.alive for delivery in self._done)
         if kept:
-            log.warning("%d finished jobs couldn't be deleted from %s and will run again: %s", kept, self.path, self._why)
+            log.warning(
+                "%d finished jobs couldn't be deleted from %s and will run again: %s", kept, self.path, self._why
+            )
         for taker in self._file.takers:
             taker.lease.alive = taker.ready = False
         with self._wake:
@@ -333,8 +333,6 @@ class Store:
                     taken.append(write)
         return taken
 
-    # ---- after a transaction
-
     def _committed(self, turn: Turn) -> None:
         self._writes = [write for write in self._writes if write.state == PENDING]
         self._done.clear()
@@ -378,8 +376,6 @@ class Store:
             with self._wake:
                 self._stop_by = self._stop_by or 0.0
 
-    # ---- failures
-
     def _unavailable(self, write: Write, why: str) -> BrokerUnavailable:
         return BrokerUnavailable(f"{write.about} wasn't written to {self.path}: {why}", job_id=write.job_id)
 
@@ -405,7 +401,11 @@ class Store:
         code = getattr(error, "sqlite_errorcode", -1) & 0xFF
         if code in _DAMAGED:
             self._file.disconnect()
-            self._give_up(ConfigurationError(f"{self.path} is damaged: {error}; restore it, or move it away and start with a new one"))
+            self._give_up(
+                ConfigurationError(
+                    f"{self.path} is damaged: {error}; restore it, or move it away and start with a new one"
+                )
+            )
             return
         if code not in _BUSY | _MACHINE and taken:
             self._refused(error, taken)
@@ -424,7 +424,11 @@ class Store:
             failed = [write for write in self._writes if write.future is not None and write.opens is None]
             self._fail(failed, lambda write: self._unavailable(write, self._why))
             self._file.disconnect()
-        if (self._file.takers or self._done) and not self._said and (code not in _BUSY or now - self._failing_since > _SAY_AFTER_S):
+        if (
+            (self._file.takers or self._done)
+            and not self._said
+            and (code not in _BUSY or now - self._failing_since > _SAY_AFTER_S)
+        ):
             self._said = True
             for taker in self._file.takers:
                 taker.ready = False

@@ -69,9 +69,6 @@ class Binding(msgspec.Struct, frozen=True):
 Declaration: TypeAlias = Exchange | PhysicalQueue | Binding
 
 
-# --- names
-
-
 def physical(queue: Queue, level: Priority) -> str:
     """Return the physical queue that holds `queue`'s jobs of `level`."""
     return sibling(queue.name, level) if queue.type == "quorum" else queue.name
@@ -126,9 +123,6 @@ def waiting(kind: str, ttl_ms: int) -> str:
     return _delay(kind, f"{ttl_ms}ms" if ttl_ms % 1000 else f"{ttl_ms // 1000}s")
 
 
-# --- routes
-
-
 def delay_units(delay_s: float) -> int:
     """Return `delay_s` in units of 0.25 s, rounded up to seven significant bits: at most three hops, at most 1.6 % late.
 
@@ -150,8 +144,6 @@ def route(queue: Queue, level: Priority, delay_s: float) -> tuple[str, str]:
     highest = len(digits.lstrip("0")) - 1
     return digit(queue.type, highest), f"{'.'.join(digits)}.{destination(queue.name, level)}"
 
-
-# --- declarations
 
 _QUORUM: dict[str, object] = {
     "x-queue-type": "quorum",

@@ -22,7 +22,9 @@ class Pool:
 
     def __init__(self, path: Path, size: int) -> None:
         self._free: asyncio.Queue[sqlite3.Connection] = asyncio.Queue()
-        self.all = [sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=20) for _ in range(size)]
+        self.all = [
+            sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=20) for _ in range(size)
+        ]
         for connection in self.all:
             self._free.put_nowait(connection)
 

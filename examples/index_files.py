@@ -1,7 +1,6 @@
 """Index a folder of text, one job a file: `make demo`, or `python examples/index_files.py FOLDER --limit 500`.
 
-Small files have a higher priority; what isn't text becomes a dead letter, with its reason; one in fifty fails at first and
-comes back; a cron job prints the totals each second. LEVERET_BROKER=amqp://… runs the very same on RabbitMQ."""
+Small files come first; what isn't text is buried, with its reason; one in fifty fails once and is retried; cron prints totals."""
 
 import asyncio
 import json
@@ -23,8 +22,9 @@ from rich.table import Table
 from leveret import App, Attempt, Bury, Consume, Job, LeveretError, Outcome, Outgoing, Priority, Queue
 from leveret.middleware import Retries, Timeout
 
-NAME, FILES = "examples.index_files:app", Queue("demo.files")
+NAME, FILES, LOCAL = "examples.index_files:app", Queue("demo.files"), "sqlite:///.demo/jobs.db"
 LEVELS = (Priority.HIGH, Priority.NORMAL, Priority.LOW)  # of small, middling and large files
+FOLDER = click.Path(exists=True, resolve_path=True, path_type=Path)
 SKIPPED = {"__pycache__", "site-packages", "dist-packages", ".git", ".demo"}
 TOTALS = "SELECT count(*), total(state = 'done'), total(attempts > 1), total(state = 'bury'), total(size) FROM files"
 
@@ -52,8 +52,8 @@ async def note(attempt: Attempt[sqlite3.Connection], proceed: Consume) -> Outcom
     return outcome
 
 
-app = App("demo", default_broker="sqlite:///.demo/jobs.db", lifespan=lambda: nullcontext(open_index()),
-          middleware=[note, Retries(max_attempts=4), Timeout(60)])  # first is outermost: `note` sees how every run ends
+LAYERS = [note, Retries(max_attempts=4), Timeout(60)]  # first is outermost: `note` sees how every run ends
+app = App("demo", default_broker=LOCAL, lifespan=lambda: nullcontext(open_index()), middleware=LAYERS)
 app.cron("* * * * * *", PrintTotals(), name="totals")  # six fields: seconds first
 
 
@@ -84,8 +84,7 @@ async def run(sizes: dict[str, int]) -> None:
     with Progress() as progress:
         bar = progress.add_task("indexing", total=len(jobs))
         async with app.worker(queues=[FILES.name]), app.publisher() as publisher:
-            for first in range(0, len(jobs), 500):
-                await publisher.publish_many(jobs[first : first + 500], timeout_s=10)
+            await publisher.publish_many(jobs, timeout_s=60)
             while not progress.finished:
                 await asyncio.sleep(0.1)
                 published, done, retried, dead, _ = map(int, index.execute(TOTALS).fetchone())
@@ -97,13 +96,14 @@ async def run(sizes: dict[str, int]) -> None:
 
 
 @click.command(help=__doc__)
-@click.argument("folder", default=sysconfig.get_path("stdlib"), type=click.Path(exists=True, resolve_path=True, path_type=Path))
+@click.argument("folder", default=sysconfig.get_path("stdlib"), type=FOLDER)
 @click.option("--limit", type=int, help="Index so many files at most.")
 def main(folder: Path, limit: int | None) -> None:
-    found = [path for path in folder.rglob("*") if not path.is_dir() and SKIPPED.isdisjoint(path.relative_to(folder).parts)]
+    found = [p for p in folder.rglob("*") if not p.is_dir() and SKIPPED.isdisjoint(p.relative_to(folder).parts)]
     os.chdir(Path(__file__).parent.parent)  # .demo, and the commands at the end, mean the same from anywhere
     leveret, quiet = os.path.relpath(Path(sysconfig.get_path("scripts"), "leveret")), subprocess.DEVNULL
-    subprocess.call([leveret, "dead", "drop", FILES.name, "--yes", "--app", NAME], stdout=quiet, stderr=quiet)  # an earlier run's
+    drop = [leveret, "dead", "drop", FILES.name, "--yes", "--app", NAME]  # an earlier run's
+    subprocess.call(drop, stdout=quiet, stderr=quiet)
     with subprocess.Popen([leveret, "cron", NAME], env={**os.environ, "LEVERET_LOG": "warning"}) as cron:
         try:
             asyncio.run(run({str(path): path.lstat().st_size for path in sorted(found)[:limit]}))

@@ -23,7 +23,15 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 def run(name: str, arguments: list[str]) -> tuple[bool, str]:
     command = [sys.executable, str(HERE / name), *arguments]
     try:
-        ended = subprocess.run(command, env=ENVIRONMENT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+        ended = subprocess.run(
+            command,
+            env=ENVIRONMENT,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
     except subprocess.TimeoutExpired as error:
         return False, f"{error}\n{error.output}\n"
     return ended.returncode == 0, ended.stdout
@@ -35,7 +43,11 @@ def main() -> int:
         began = time.monotonic()
         good, output = run(name, arguments)
         failed += not good
-        print(f"{'ok' if good else 'FAILED':6} {time.monotonic() - began:5.1f} s  {name}\n{'' if good else output}", end="", flush=True)
+        print(
+            f"{'ok' if good else 'FAILED':6} {time.monotonic() - began:5.1f} s  {name}\n{'' if good else output}",
+            end="",
+            flush=True,
+        )
     return failed
 
 

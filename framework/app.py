@@ -154,8 +154,6 @@ class App(Generic[_R]):
         self._capture: Capture | None = None
         self._blocking: weakref.WeakSet[BlockingPublisher] = weakref.WeakSet()
 
-    # ---- what it is made of ---------------------------------------------------------------------------------------
-
     @property
     def name(self) -> str:
         """The service's name."""
@@ -271,8 +269,6 @@ class App(Generic[_R]):
                 )
                 raise ConfigurationError(msg)
 
-    # ---- handlers and schedules -----------------------------------------------------------------------------------
-
     @overload
     def handler(self, function: Callable[[_J, Attempt[_R]], _Says], /) -> Callable[[_J, Attempt[_R]], _Says]: ...
     @overload
@@ -282,7 +278,12 @@ class App(Generic[_R]):
     @overload
     def handler(self, *, middleware: Sequence[Layer[_R]] = ()) -> _Handler[_R]: ...
     def handler(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload] - each overload's own narrowing
-        self, function: Callable[..., Any] | None = None, /, *, job: type[Any] | None = None, middleware: Sequence[Layer[Any]] = ()
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        job: type[Any] | None = None,
+        middleware: Sequence[Layer[Any]] = (),
     ) -> Any:
         """Register an `async def` (runs on the loop) or `def` (in a thread); the function comes back unchanged.
 
@@ -303,11 +304,22 @@ class App(Generic[_R]):
         return register if function is None else register(function)
 
     @overload
-    def cron(self, expression: str, job: Job | Outgoing, /, *, name: str, tz: str = "UTC", enabled: bool = True) -> None: ...
-    @overload
-    def cron(self, expression: str, /, *, name: str | None = None, tz: str = "UTC", enabled: bool = True) -> _Schedule: ...
     def cron(
-        self, expression: str, job: Job | Outgoing | None = None, /, *, name: str | None = None, tz: str = "UTC", enabled: bool = True
+        self, expression: str, job: Job | Outgoing, /, *, name: str, tz: str = "UTC", enabled: bool = True
+    ) -> None: ...
+    @overload
+    def cron(
+        self, expression: str, /, *, name: str | None = None, tz: str = "UTC", enabled: bool = True
+    ) -> _Schedule: ...
+    def cron(
+        self,
+        expression: str,
+        job: Job | Outgoing | None = None,
+        /,
+        *,
+        name: str | None = None,
+        tz: str = "UTC",
+        enabled: bool = True,
     ) -> Any:
         """Publish at each slot of a cron expression in the IANA zone `tz`; a wrong one is a ValueError.
 
@@ -337,8 +349,6 @@ class App(Generic[_R]):
             raise ConfigurationError(msg)
         register(lambda: job)
         return None
-
-    # ---- doors ----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def _publisher(self) -> AsyncGenerator[Publisher, None]:

@@ -100,7 +100,13 @@ class Attempt(Generic[_R_co]):
         """A logger that knows job, id and number."""
         if self._log is None:
             self._log = logging.LoggerAdapter(
-                logger, {"job": self._envelope.job, "job_id": self._envelope.job_id, "queue": self._envelope.queue, "attempt": self._envelope.attempt}
+                logger,
+                {
+                    "job": self._envelope.job,
+                    "job_id": self._envelope.job_id,
+                    "queue": self._envelope.queue,
+                    "attempt": self._envelope.attempt,
+                },
             )
         return self._log
 
@@ -130,8 +136,15 @@ class Attempt(Generic[_R_co]):
     ) -> Receipt:
         """As `Publisher.publish`, on the worker's own connection; correlation and trace are inherited."""
         return await self._publisher.publish(
-            job, priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id,
-            headers=headers, expires_s=expires_s, timeout_s=timeout_s,
+            job,
+            priority=priority,
+            delay_s=delay_s,
+            at=at,
+            job_id=job_id,
+            correlation_id=correlation_id,
+            headers=headers,
+            expires_s=expires_s,
+            timeout_s=timeout_s,
         )
 
 

@@ -114,7 +114,9 @@ class BlockingPublisher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -178,8 +180,15 @@ class BlockingPublisher:
         """As `Publisher.publish`, blocking."""
         return self._call(
             lambda publisher: publisher.publish(
-                job, priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id,
-                headers=headers, expires_s=expires_s, timeout_s=timeout_s,
+                job,
+                priority=priority,
+                delay_s=delay_s,
+                at=at,
+                job_id=job_id,
+                correlation_id=correlation_id,
+                headers=headers,
+                expires_s=expires_s,
+                timeout_s=timeout_s,
             ),
             timeout_s,
             job_id,

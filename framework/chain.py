@@ -117,7 +117,11 @@ def _check(layer: AnyLayer, where: str) -> None:
 def _misspelt(layer: AnyLayer) -> tuple[str, str] | None:
     """Return a public method whose name is nearly one that we would call, and that name; the type checkers don't see it."""
     kind: type[Any] = type(layer)  # pyright: ignore[reportUnknownVariableType]
-    others = [name for name in dir(kind) if not name.startswith("_") and name not in _METHODS and callable(getattr(kind, name))]
+    others = [
+        name
+        for name in dir(kind)
+        if not name.startswith("_") and name not in _METHODS and callable(getattr(kind, name))
+    ]
     if not others:
         return None
     import difflib
@@ -157,7 +161,9 @@ def layers_of(app_layers: Sequence[AnyLayer], own: Sequence[AnyLayer]) -> tuple[
     for layer in own:
         if any(layer is other for other in merged):
             continue
-        place = next((i for i, other in enumerate(merged) if getattr(layer, "once", False) and type(other) is type(layer)), None)
+        place = next(
+            (i for i, other in enumerate(merged) if getattr(layer, "once", False) and type(other) is type(layer)), None
+        )
         if place is None:
             merged.append(layer)
         else:
@@ -197,6 +203,8 @@ def fold_publish(layers: Sequence[AnyLayer], inner: Publish) -> Publish:
     return step
 
 
-def _around(around: Callable[[Any, Any], Awaitable[Any]], proceed: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+def _around(
+    around: Callable[[Any, Any], Awaitable[Any]], proceed: Callable[[Any], Awaitable[Any]]
+) -> Callable[[Any], Awaitable[Any]]:
     # a closure, not a partial: `proceed` is positional-only in the protocol
     return lambda subject: around(subject, proceed)

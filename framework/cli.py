@@ -32,7 +32,9 @@ from .outcome import MAX_DELAY_S
 from .settings import environment, redact
 
 _PUBLISH_TIMEOUT_S = 10.0
-_log_level_option = click.option("--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Else LEVERET_LOG.  [default: info]")
+_log_level_option = click.option(
+    "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Else LEVERET_LOG.  [default: info]"
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -62,24 +64,52 @@ def cli() -> None:
 @cli.command(short_help="Run a worker: take jobs from queues and run their handlers.")
 @click.argument("app", required=False, metavar="[APP]")
 @click.option(
-    "--queue", "-q", "queue_limits", multiple=True, metavar="NAME[=CONCURRENCY]",
+    "--queue",
+    "-q",
+    "queue_limits",
+    multiple=True,
+    metavar="NAME[=CONCURRENCY]",
     help="Take from this queue alone, with at most so many jobs of it at once in a process; may be repeated. None given: every queue of the app.",
 )
 @click.option(
-    "--concurrency", "-c", metavar="N", type=click.IntRange(min=1),
+    "--concurrency",
+    "-c",
+    metavar="N",
+    type=click.IntRange(min=1),
     help="Jobs at once in a process, over all its queues.  [default: 100, of which 8 in threads]",
 )
 @click.option(
-    "--processes", "-p", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes; one that dies is restarted.",
+    "--processes",
+    "-p",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Worker processes; one that dies is restarted.",
 )
 @click.option(
-    "--grace", "grace_s", metavar="SECONDS", default="30", show_default=True, callback=number_of_seconds(zero=True),
+    "--grace",
+    "grace_s",
+    metavar="SECONDS",
+    default="30",
+    show_default=True,
+    callback=number_of_seconds(zero=True),
     help="How long a stopping worker lets its jobs finish.",
 )
-@click.option("--reload", is_flag=True, help="For development: restart when a Python file below this folder changes. Needs leveret[reload].")
+@click.option(
+    "--reload",
+    is_flag=True,
+    help="For development: restart when a Python file below this folder changes. Needs leveret[reload].",
+)
 @_log_level_option
 def work(
-    app: str | None, queue_limits: tuple[str, ...], concurrency: int | None, processes: int, grace_s: float, reload: bool, log_level: str | None
+    app: str | None,
+    queue_limits: tuple[str, ...],
+    concurrency: int | None,
+    processes: int,
+    grace_s: float,
+    reload: bool,
+    log_level: str | None,
 ) -> None:
     """Run a worker of APP (module:attribute, else LEVERET_APP): take jobs from its queues and run their handlers.
 
@@ -150,16 +180,38 @@ def cron(app: str | None, log_level: str | None) -> None:
 @click.argument("job", metavar="MODULE:CLASS")
 @click.argument("payload", metavar="JSON")
 @click.option("--priority", type=click.Choice([level.value for level in Priority]), help="Else the job's own.")
-@click.option("--delay", "delay_s", metavar="SECONDS", callback=number_of_seconds(zero=True), help="Not before so many seconds from now.")
+@click.option(
+    "--delay",
+    "delay_s",
+    metavar="SECONDS",
+    callback=number_of_seconds(zero=True),
+    help="Not before so many seconds from now.",
+)
 @click.option("--at", metavar="TIME", help="Not before this ISO time with its offset, such as 2026-07-01T09:00+02:00.")
 @click.option("--id", "job_id", metavar="ID", help="The job's id; else a new UUIDv7.")
-@click.option("--expires", "expires_s", metavar="SECONDS", callback=number_of_seconds(zero=False), help="Not run later than so many seconds from now.")
-@click.option("--header", "-H", "headers", multiple=True, metavar="NAME=VALUE", help="A header, as text; may be repeated.")
+@click.option(
+    "--expires",
+    "expires_s",
+    metavar="SECONDS",
+    callback=number_of_seconds(zero=False),
+    help="Not run later than so many seconds from now.",
+)
+@click.option(
+    "--header", "-H", "headers", multiple=True, metavar="NAME=VALUE", help="A header, as text; may be repeated."
+)
 @click.option("--app", metavar="MODULE:APP", help="Publish as this app: its broker and its layers; else LEVERET_APP.")
 @click.option("--broker", metavar="URL", help="The broker, where no app is at hand; else LEVERET_BROKER.")
 def publish(
-    job: str, payload: str, priority: str | None, delay_s: float | None, at: str | None, job_id: str | None, expires_s: float | None,
-    headers: tuple[str, ...], app: str | None, broker: str | None,
+    job: str,
+    payload: str,
+    priority: str | None,
+    delay_s: float | None,
+    at: str | None,
+    job_id: str | None,
+    expires_s: float | None,
+    headers: tuple[str, ...],
+    app: str | None,
+    broker: str | None,
 ) -> None:
     """Publish one job of MODULE:CLASS from JSON (- for standard input); print its id once the broker has confirmed it.
 
@@ -187,8 +239,14 @@ def publish(
     async def send() -> str:
         async with sending.publisher() as publisher:
             receipt = await publisher.publish(
-                made, priority=None if priority is None else Priority(priority), delay_s=delay_s, at=when, job_id=job_id,
-                headers=_headers(headers), expires_s=expires_s, timeout_s=_PUBLISH_TIMEOUT_S,
+                made,
+                priority=None if priority is None else Priority(priority),
+                delay_s=delay_s,
+                at=when,
+                job_id=job_id,
+                headers=_headers(headers),
+                expires_s=expires_s,
+                timeout_s=_PUBLISH_TIMEOUT_S,
             )
             return receipt.job_id
 
@@ -197,7 +255,9 @@ def publish(
     except InvalidJob as error:
         raise ConfigurationError(str(error)) from None
     except PublishError as error:
-        if isinstance(error.__cause__, ConfigurationError):  # a login, a vhost, a queue of another type: trying again won't help
+        if isinstance(
+            error.__cause__, ConfigurationError
+        ):  # a login, a vhost, a queue of another type: trying again won't help
             raise error.__cause__ from None
         again = ""
         if isinstance(error, PublishTimeout) and error.maybe_published:
@@ -211,7 +271,11 @@ def _job_class(path: str) -> type[Job]:
     if isinstance(found, type) and issubclass(found, Job) and spec_of(found) is not None:
         return found
     module = sys.modules[path.partition(":")[0]]
-    jobs = [name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, Job) and spec_of(value)]
+    jobs = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Job) and spec_of(value)
+    ]
     if isinstance(found, type) and issubclass(found, Job):
         msg = f"{path!r} is abstract: it names no job and no queue, so it can't be published{near(path.partition(':')[2], jobs)}"
     else:

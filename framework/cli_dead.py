@@ -43,18 +43,27 @@ class Wanted(msgspec.Struct, frozen=True):
 
 def _has_error(failures: list[Failure], text: str) -> bool:
     """Whether the last failure is of the class `text`, or has `text` in its message."""
-    return any(text in (failure.error, failure.error.rpartition(".")[2]) or text.lower() in failure.message.lower() for failure in failures)
+    return any(
+        text in (failure.error, failure.error.rpartition(".")[2]) or text.lower() in failure.message.lower()
+        for failure in failures
+    )
 
 
 def wanted_options(command: Callable[..., _T]) -> Callable[..., _T]:
     """Give a command the filters; it gets them as `wanted`."""
 
     @click.option("--job", metavar="NAME", help="Only jobs of this name, such as invoice.send.")
-    @click.option("--error", metavar="CLASS-OR-TEXT", help="Only what failed at last with this class of error, or with this text in its message.")
+    @click.option(
+        "--error",
+        metavar="CLASS-OR-TEXT",
+        help="Only what failed at last with this class of error, or with this text in its message.",
+    )
     @click.option("--id", "ids", metavar="ID", multiple=True, help="Only this job; may be repeated.")
     @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="At most so many, oldest first.")
     @functools.wraps(command)
-    def with_wanted(*args: Any, job: str | None, error: str | None, ids: tuple[str, ...], limit: int | None, **options: Any) -> _T:
+    def with_wanted(
+        *args: Any, job: str | None, error: str | None, ids: tuple[str, ...], limit: int | None, **options: Any
+    ) -> _T:
         return command(*args, wanted=Wanted(job, error, ids, limit), **options)
 
     return with_wanted
@@ -180,7 +189,14 @@ def replayed(envelope: Envelope) -> Envelope:
     Its errors stay, as history. When it was to run and to expire is over: it runs now, whatever it said.
     """
     return msgspec.structs.replace(
-        envelope, attempt=1, passes=min(envelope.passes + 1, MOST), origin=None, due_ms=None, expires_at_ms=None, unknown_since_ms=None, cause=None,
+        envelope,
+        attempt=1,
+        passes=min(envelope.passes + 1, MOST),
+        origin=None,
+        due_ms=None,
+        expires_at_ms=None,
+        unknown_since_ms=None,
+        cause=None,
         deadline=time.monotonic() + _REPLAY_S,
     )
 
@@ -265,6 +281,10 @@ def _tell(result: Result, verb: str, *, as_json: bool) -> int:
         for one in result.failed:
             click.echo(f"leveret: job {one['id']} stays in {result.queue}.dead: {one['error']}", err=True)
         would = "would be " if result.dry_run else ""
-        stay = f", {len(result.failed)} failed and {'stays' if len(result.failed) == 1 else 'stay'}" if result.failed else ""
+        stay = (
+            f", {len(result.failed)} failed and {'stays' if len(result.failed) == 1 else 'stay'}"
+            if result.failed
+            else ""
+        )
         click.echo(f"{counted(result.done, 'dead letter')} of queue {result.queue} {would}{verb}{stay}")
     return 1 if result.failed else 0

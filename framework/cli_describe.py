@@ -55,11 +55,13 @@ def text_of(record: AppRecord) -> str:
 
 
 def _features(features: Features) -> str:
-    return ", ".join((
-        "durable" if features.durable else "not durable: nothing survives its process",
-        "shared by processes" if features.shared else "inside one process",
-        "says which jobs come again" if features.counts_redelivery else "doesn't say which jobs come again",
-    ))
+    return ", ".join(
+        (
+            "durable" if features.durable else "not durable: nothing survives its process",
+            "shared by processes" if features.shared else "inside one process",
+            "says which jobs come again" if features.counts_redelivery else "doesn't say which jobs come again",
+        )
+    )
 
 
 def _queue(queue: QueueRecord) -> list[str]:

@@ -120,7 +120,10 @@ def show_letter(record: LetterRecord) -> str:
     said += [f"header       {one_line(f'{name}: {value}')}" for name, value in record.headers.items()]
     before = ""
     for failure in record.failures:
-        said += ["", f"run {failure.attempt}  {one_line(_joined(moment(failure.at_ms), failure.host and f'on {failure.host}', _reason(failure)))}"]
+        said += [
+            "",
+            f"run {failure.attempt}  {one_line(_joined(moment(failure.at_ms), failure.host and f'on {failure.host}', _reason(failure)))}",
+        ]
         shown = "the same traceback" if failure.traceback and failure.traceback == before else failure.traceback
         said += [f"  {line}" for line in lines(shown).rstrip().splitlines()]
         before = failure.traceback
@@ -131,7 +134,9 @@ def show_letter(record: LetterRecord) -> str:
 
 def _body_lines(record: LetterRecord) -> list[str]:
     if record.body_base64 is None:
-        return [f"  {line}" for line in lines(msgspec.json.format(msgspec.json.encode(record.body)).decode()).splitlines()]
+        return [
+            f"  {line}" for line in lines(msgspec.json.format(msgspec.json.encode(record.body)).decode()).splitlines()
+        ]
     raw = base64.b64decode(record.body_base64)
     rows = [(offset, raw[offset : offset + 16]) for offset in range(0, min(len(raw), _HEAD_BYTES), 16)]
     shown = [f"  {offset:06x}  {row.hex(' '):<47}  {_ascii(row)}" for offset, row in rows]
@@ -167,7 +172,9 @@ def _plain(value: object) -> object:
 
 
 def _redacted(failure: Failure) -> Failure:
-    return msgspec.structs.replace(failure, message=redact(failure.message), reason=redact(failure.reason), traceback=redact(failure.traceback))
+    return msgspec.structs.replace(
+        failure, message=redact(failure.message), reason=redact(failure.reason), traceback=redact(failure.traceback)
+    )
 
 
 def _reason(failure: Failure) -> str:

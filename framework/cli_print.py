@@ -16,7 +16,9 @@ from .logs import one_line
 _WIDE = 1000
 """Columns where nobody looks: a pipe or a file gets whole lines, for grep and cut."""
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, to standard output.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, to standard output."
+)
 
 
 def print_json(document: object) -> None:
@@ -33,7 +35,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold", header_style="bold")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if column.startswith(">") else "left",
+            overflow="fold",
+            header_style="bold",
+        )
     for row in rows:
         # Text, not str: a job's error may hold what rich takes for markup
         table.add_row(*(Text(one_line("-" if cell is None else str(cell))) for cell in row))

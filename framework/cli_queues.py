@@ -23,7 +23,11 @@ class _Names(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=_Names, subcommand_metavar="[NAME]... | purge NAME", short_help="Show how many jobs wait in each queue; purge one.")
+@click.group(
+    cls=_Names,
+    subcommand_metavar="[NAME]... | purge NAME",
+    short_help="Show how many jobs wait in each queue; purge one.",
+)
 def queues() -> None:
     """Show how many jobs wait in each queue, by level; or `purge` one.
 
@@ -68,7 +72,16 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
     print_table(
         ["queue", ">ready", "levels", ">unsettled", ">delayed", ">dead", ">consumers", ""],
         [
-            [depth.queue, depth.ready, _levels(depth), depth.unsettled, depth.delayed, depth.dead, depth.consumers, "" if depth.exists else "not made yet"]
+            [
+                depth.queue,
+                depth.ready,
+                _levels(depth),
+                depth.unsettled,
+                depth.delayed,
+                depth.dead,
+                depth.consumers,
+                "" if depth.exists else "not made yet",
+            ]
             for depth in depths
         ],
     )

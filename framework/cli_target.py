@@ -42,7 +42,11 @@ class Target(msgspec.Struct, frozen=True):
             return Queue(name)
         except ValueError as error:
             base, dot, ending = name.rpartition(".")
-            hint = f"; `leveret dead list {base}` shows the dead letters of {base}" if dot and base and ending == "dead" else ""
+            hint = (
+                f"; `leveret dead list {base}` shows the dead letters of {base}"
+                if dot and base and ending == "dead"
+                else ""
+            )
             if re.fullmatch(r"[\w.]+:[\w.]+", name):
                 hint = f"; did you mean --app {name}?"
             raise ConfigurationError(f"{error}{hint}") from None

@@ -108,17 +108,30 @@ class Consumer:
             self._open(queue, [handler for handler in handlers if handler.queue == queue], around_sync)
 
     def _open(
-        self, queue: Queue, handlers: Sequence[Handler], around_sync: Callable[[], AbstractContextManager[object]] | None
+        self,
+        queue: Queue,
+        handlers: Sequence[Handler],
+        around_sync: Callable[[], AbstractContextManager[object]] | None,
     ) -> None:
         routes: list[Route] = []
         for handler in handlers:
             inner = innermost(handler, clock=self._clock, threads=self._threads, around_sync=around_sync)
-            routes.append(Route(handler, handler.spec.version, Decoder(handler.job_class), fold_consume(handler.layers, inner), not handler.is_async))
+            routes.append(
+                Route(
+                    handler,
+                    handler.spec.version,
+                    Decoder(handler.job_class),
+                    fold_consume(handler.layers, inner),
+                    not handler.is_async,
+                )
+            )
         limit = min(self._limits.queues.get(queue.name, self._limits.concurrency), self._limits.concurrency)
         if all(route.in_thread for route in routes):
             limit = min(limit, self._limits.threads)
         # a layer holds a whole queue back only where every handler of it has that very instance
-        common = [layer for layer in handlers[0].layers if all(any(layer is other for other in h.layers) for h in handlers)]
+        common = [
+            layer for layer in handlers[0].layers if all(any(layer is other for other in h.layers) for h in handlers)
+        ]
         gates = [layer for layer in common if callable(getattr(layer, "ready_in_s", None))]
         # Of each level as many ready here as may run: with one only, LOW jobs started before HIGH ones while the
         # broker refilled the window (measured on the demo). More would keep long jobs from workers that idle.
@@ -171,8 +184,6 @@ class Consumer:
             if not watcher.done():
                 watcher.set_result(None)
 
-    # ---- in: delivered, held, started -----------------------------------------------------------------------------
-
     def deliver(self, delivery: Delivery, /) -> None:
         """Take a delivery in; it starts when there is a slot."""
         envelope, queue = delivery.envelope, self._queues[delivery.queue.name]
@@ -215,7 +226,11 @@ class Consumer:
         if delivery.problem is not None:
             return Undecodable(delivery.problem)
         if not envelope.job:
-            return None if queue.only is not None else Undecodable("it has no job name (AMQP's type), and the queue has several jobs")
+            return (
+                None
+                if queue.only is not None
+                else Undecodable("it has no job name (AMQP's type), and the queue has several jobs")
+            )
         route = queue.routes.get(envelope.job)
         if route is None:
             return Unknown(f"no handler here knows the job {envelope.job!r:.200}")
@@ -300,9 +315,9 @@ class Consumer:
         for queue in self._queues.values():
             for held in queue.remove(lambda held: held.since < oldest):
                 self._end_without_run(held.delivery, NotStarted())
-        self._sweeper = self._clock.call_later(self._hold_s / 4, self._sweep) if self.held and not self._stopping else None
-
-    # ---- the run --------------------------------------------------------------------------------------------------
+        self._sweeper = (
+            self._clock.call_later(self._hold_s / 4, self._sweep) if self.held and not self._stopping else None
+        )
 
     async def _work(self, held: Held, queue: QueueHeld) -> None:
         """Run one delivery, free its slot, settle it."""
@@ -311,7 +326,9 @@ class Consumer:
         job: Job | None = None
         ending: Ending
         if queue.gate is not None and queue.gate.begin() and queue.count:
-            self._loop.call_soon(self._pump)  # once the layers have counted those that have begun, they can be asked anew
+            self._loop.call_soon(
+                self._pump
+            )  # once the layers have counted those that have begun, they can be asked anew
         try:
             job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
             attempt = make_attempt(job, envelope, delivery.redelivered, held.arrived, self._resources, self._publisher)
@@ -319,7 +336,11 @@ class Consumer:
             ending = await route.step(attempt)
             if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]
                 layers = ", ".join(map(name_of, route.handler.layers))
-                ending = _refused(TypeError(f"a layer returned {ending!r:.80} instead of an outcome; look for a missing return in: {layers}"))
+                ending = _refused(
+                    TypeError(
+                        f"a layer returned {ending!r:.80} instead of an outcome; look for a missing return in: {layers}"
+                    )
+                )
         except (Retry, Snooze, Bury) as said:  # raised by a layer outside of the handler's own adapter
             ending = said
         except UndecodableError as undecodable:
@@ -348,7 +369,9 @@ class Consumer:
             if task is not None:
                 self._forget(task)
 
-    def _end(self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None) -> Coroutine[Any, Any, None] | None:
+    def _end(
+        self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None
+    ) -> Coroutine[Any, Any, None] | None:
         """Count an ending and settle its delivery; what comes back is the rest of it, to be awaited."""
         if self._settlement.cut:
             ending = CutOff()
@@ -367,7 +390,12 @@ class Consumer:
         return None
 
     async def _republished(
-        self, republishing: Coroutine[Any, Any, bool], delivery: Delivery, job: Job | None, ending: Ending, error: BaseException | None
+        self,
+        republishing: Coroutine[Any, Any, bool],
+        delivery: Delivery,
+        job: Job | None,
+        ending: Ending,
+        error: BaseException | None,
     ) -> None:
         try:
             if not await republishing:
@@ -388,10 +416,10 @@ class Consumer:
     def _lost(self, delivery: Delivery, ending: Ending) -> None:
         self._counts[Lost] += 1
         logger.warning(
-            "%s: its channel or lease is gone, so the broker delivers it again; it ended as %s", what(delivery.envelope), type(ending).__name__.lower()
+            "%s: its channel or lease is gone, so the broker delivers it again; it ended as %s",
+            what(delivery.envelope),
+            type(ending).__name__.lower(),
         )
-
-    # ---- the end --------------------------------------------------------------------------------------------------
 
     async def drain(self, consumption: Consumption, grace_s: float, hurry: asyncio.Event | None = None) -> bool:
         """Stop taking → give back what hasn't started → finish within the grace → cut off the rest.
@@ -404,8 +432,12 @@ class Consumer:
         hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
         try:
             await consumption.stop_taking()
-            for held in in_arrival_order(held for queue in self._queues.values() for held in queue.remove(lambda _: True)):
-                self._end(held.delivery, None, NotStarted(), None)  # here and now: with no grace at all it is still given back
+            for held in in_arrival_order(
+                held for queue in self._queues.values() for held in queue.remove(lambda _: True)
+            ):
+                self._end(
+                    held.delivery, None, NotStarted(), None
+                )  # here and now: with no grace at all it is still given back
             while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
                 wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
                 await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
@@ -427,7 +459,9 @@ class Consumer:
         """Cancel what still runs, without settling it, so that the broker delivers it again; once only."""
         self._stop_starting()
         if self._tasks and not self._settlement.cut:
-            names = ", ".join(sorted({queue.queue.name for queue in self._queues.values() if queue.running})) or "settling"
+            names = (
+                ", ".join(sorted({queue.queue.name for queue in self._queues.values() if queue.running})) or "settling"
+            )
             logger.error("%s: cut off, to be delivered again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
             self._counts[CutOff] += len(self._tasks)
@@ -447,12 +481,8 @@ async def _take_back_cancels() -> None:
             await asyncio.sleep(0)
 
 
-
-
 def _refused(error: BaseException) -> Bury:
     """Return the burial that an exception becomes when it leaves the outermost layer."""
     bury = Bury(named(error))
     bury.__cause__ = error
     return bury
-
-

@@ -208,7 +208,11 @@ def _queue(queue: Queue, physical: Callable[[Queue], Sequence[str]]) -> QueueRec
     else:
         order = "by level, with ageing: no level starves"
     return QueueRecord(
-        name=queue.name, type=queue.type, levels=[level.value for level in queue.levels], order=order, physical=list(physical(queue))
+        name=queue.name,
+        type=queue.type,
+        levels=[level.value for level in queue.levels],
+        order=order,
+        physical=list(physical(queue)),
     )
 
 
@@ -218,4 +222,6 @@ def _schedule(schedule: Schedule, now: datetime) -> ScheduleRecord:
     while slot is not None and len(slots) < SLOTS:
         slots.append(slot.astimezone(ZoneInfo(schedule.tz)).isoformat())
         slot = schedule.next(slot)
-    return ScheduleRecord(name=schedule.name, expression=schedule.expression, tz=schedule.tz, enabled=schedule.enabled, next=slots)
+    return ScheduleRecord(
+        name=schedule.name, expression=schedule.expression, tz=schedule.tz, enabled=schedule.enabled, next=slots
+    )

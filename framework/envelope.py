@@ -167,7 +167,9 @@ _FIELDS: tuple[tuple[str, str, type], ...] = (
 _MOMENTS = ("lv-first-seen", "lv-due", "lv-expires-at", "lv-unknown-since")
 _RANGES = {
     "attempt": range(1, _INT64),
-    "first_seen_ms": range(-62_135_596_800_000, 253_402_300_800_000),  # the years 1 to 9999: `Attempt.first_seen` is a datetime
+    "first_seen_ms": range(
+        -62_135_596_800_000, 253_402_300_800_000
+    ),  # the years 1 to 9999: `Attempt.first_seen` is a datetime
 }
 PRIORITY_HEADER = "lv-priority"
 
@@ -220,7 +222,10 @@ def unpack_headers(table: Mapping[str, object] | None) -> tuple[dict[str, Any], 
         if type(value) is kind and (field not in _RANGES or value in _RANGES[field]):
             fields[field] = value
         else:
-            problem = problem or f"header {name} is {value!r:.80}, not {'a text' if kind is str else 'a moment' if name in _MOMENTS else 'a count'}"
+            problem = (
+                problem
+                or f"header {name} is {value!r:.80}, not {'a text' if kind is str else 'a moment' if name in _MOMENTS else 'a count'}"
+            )
     level = table.get(PRIORITY_HEADER)
     if level is not None:
         try:
@@ -232,4 +237,7 @@ def unpack_headers(table: Mapping[str, object] | None) -> tuple[dict[str, Any], 
 
 def header_bytes(table: Mapping[str, object]) -> int:
     """Return about how many bytes a headers table takes on the wire."""
-    return sum(len(name.encode()) + (len(value.encode()) + 5 if isinstance(value, str) else 9) + 1 for name, value in table.items())
+    return sum(
+        len(name.encode()) + (len(value.encode()) + 5 if isinstance(value, str) else 9) + 1
+        for name, value in table.items()
+    )

@@ -122,7 +122,9 @@ class PublishManyError(LeveretError):
         failed = [result for result in results if isinstance(result, PublishError)]
         maybe = sum(isinstance(result, PublishTimeout) and result.maybe_published for result in failed)
         there = f", {maybe} of them may be there" if maybe else ""
-        super().__init__(f"{len(failed)} of {len(results)} jobs weren't confirmed{there} (results tells of each); the first: {failed[0]}")
+        super().__init__(
+            f"{len(failed)} of {len(results)} jobs weren't confirmed{there} (results tells of each); the first: {failed[0]}"
+        )
         self._results = results
 
     @property

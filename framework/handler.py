@@ -60,7 +60,9 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
         msg = f"handler {name} is a generator; a handler returns None or an outcome"
         raise ConfigurationError(msg)
     parameters = list(inspect.signature(function).parameters.values())
-    required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     keyword_only = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not places or len(required) > 2 or keyword_only:
@@ -73,7 +75,11 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
     spec = spec_of(job_class) if isinstance(job_class, type) else None
     if spec is None:
         what = getattr(job_class, "__name__", repr(job_class))
-        why = "is abstract: it names no job and no queue" if isinstance(job_class, type) and issubclass(job_class, Job) else "is no Job class"
+        why = (
+            "is abstract: it names no job and no queue"
+            if isinstance(job_class, type) and issubclass(job_class, Job)
+            else "is no Job class"
+        )
         msg = f"handler {name}: its first parameter takes {what}, which {why}"
         raise ConfigurationError(msg)
     if takes_attempt:
@@ -105,7 +111,11 @@ def _annotated(function: Callable[..., Any], name: str, parameter: str) -> Any:
 
 
 def innermost(
-    handler: Handler, *, clock: Clock, threads: Executor, around_sync: Callable[[], AbstractContextManager[object]] | None
+    handler: Handler,
+    *,
+    clock: Clock,
+    threads: Executor,
+    around_sync: Callable[[], AbstractContextManager[object]] | None,
 ) -> Consume:
     """Return the innermost step of `handler`'s chain.
 
@@ -197,7 +207,12 @@ def _in_thread(
                     raise
                 # A thread can't be stopped. It keeps its slot until it ends, so that the retry doesn't run beside it.
                 if not cancelled:
-                    attempt.log.warning("job %s %s %s", attempt.envelope.job, attempt.job_id, _GOES_ON if attempt.remaining_s() else _OVERDUE)
+                    attempt.log.warning(
+                        "job %s %s %s",
+                        attempt.envelope.job,
+                        attempt.job_id,
+                        _GOES_ON if attempt.remaining_s() else _OVERDUE,
+                    )
                 cancelled = True
         if cancelled:
             waiting.exception()  # looked at, so that asyncio doesn't log it as lost

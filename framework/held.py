@@ -80,7 +80,10 @@ class Gate:
                 self.left = max(1, min(now() for now in self._now))
         except Exception as error:  # a user's layer: what was delivered with this one must not be lost sight of
             logger.error(  # noqa: TRY400 - one line
-                "a layer can't say when its next job may start, so it is asked again in %g s: %s", _ASK_AGAIN_S, named(error), exc_info=at_debug(error)
+                "a layer can't say when its next job may start, so it is asked again in %g s: %s",
+                _ASK_AGAIN_S,
+                named(error),
+                exc_info=at_debug(error),
             )
             return _ASK_AGAIN_S
         return wait_s

@@ -20,7 +20,9 @@ class Priority(enum.Enum):
     HIGH = "high"
     URGENT = "urgent"
 
-    __hash__ = object.__hash__  # in C: Enum's own is a Python function, and each publish looks up its route by the level
+    __hash__ = (
+        object.__hash__
+    )  # in C: Enum's own is a Python function, and each publish looks up its route by the level
 
 
 LEVELS = (Priority.URGENT, Priority.HIGH, Priority.NORMAL, Priority.LOW)
@@ -85,7 +87,11 @@ class Queue:
         return LEVELS if self._priorities else (Priority.NORMAL,)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Queue) and (self._name, self._type, self._priorities) == (other._name, other._type, other._priorities)
+        return isinstance(other, Queue) and (self._name, self._type, self._priorities) == (
+            other._name,
+            other._type,
+            other._priorities,
+        )
 
     def __hash__(self) -> int:
         return hash(self._name)
@@ -144,10 +150,21 @@ class JobMeta(msgspec.StructMeta):
         cache_hash: bool = False,
     ) -> _M:
         given = {
-            "tag": (tag, None), "tag_field": (tag_field, None), "rename": (rename, None), "omit_defaults": (omit_defaults, False),
-            "forbid_unknown_fields": (forbid_unknown_fields, False), "frozen": (frozen, False), "eq": (eq, True), "order": (order, False),
-            "kw_only": (kw_only, False), "repr_omit_defaults": (repr_omit_defaults, False), "array_like": (array_like, False),
-            "gc": (gc, True), "weakref": (weakref, False), "dict": (dict, False), "cache_hash": (cache_hash, False),
+            "tag": (tag, None),
+            "tag_field": (tag_field, None),
+            "rename": (rename, None),
+            "omit_defaults": (omit_defaults, False),
+            "forbid_unknown_fields": (forbid_unknown_fields, False),
+            "frozen": (frozen, False),
+            "eq": (eq, True),
+            "order": (order, False),
+            "kw_only": (kw_only, False),
+            "repr_omit_defaults": (repr_omit_defaults, False),
+            "array_like": (array_like, False),
+            "gc": (gc, True),
+            "weakref": (weakref, False),
+            "dict": (dict, False),
+            "cache_hash": (cache_hash, False),
         }
         # only what differs from the default: an explicit False would switch off what the parent class set
         options: Any = {key: value for key, (value, default) in given.items() if value is not default}

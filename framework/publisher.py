@@ -78,7 +78,9 @@ class Outgoing(Generic[_J_co]):
             at=at,
             job_id=job_id,
             correlation_id=correlation_id,
-            headers=dict(headers) if isinstance(headers, Mapping) else headers,  # what isn't one is refused when it is published
+            headers=dict(headers)
+            if isinstance(headers, Mapping)
+            else headers,  # what isn't one is refused when it is published
             expires_s=expires_s,
         )
 
@@ -119,7 +121,9 @@ class _Contract:
         self.spec = spec
         try:
             self.decoder = codec.Decoder(type(job))
-        except Exception as error:  # a type that is imported for the type checker only, a union that msgspec can't tell apart
+        except (
+            Exception
+        ) as error:  # a type that is imported for the type checker only, a union that msgspec can't tell apart
             msg = f"{spec.name}: no body of {type(job).__name__} could be decoded: {error}"
             raise InvalidJob(msg) from error
 
@@ -132,7 +136,11 @@ class Sender:
     """
 
     def __init__(
-        self, broker: Broker, layers: Sequence[AnyLayer], runtime: Runtime, observe: Callable[[Job, Envelope], None] | None = None
+        self,
+        broker: Broker,
+        layers: Sequence[AnyLayer],
+        runtime: Runtime,
+        observe: Callable[[Job, Envelope], None] | None = None,
     ) -> None:
         self._publishing = [layer for layer in layers if hasattr(layer, "publish")]
         bind(self._publishing, runtime)
@@ -160,7 +168,9 @@ class Sender:
     def envelope(self, job: Job, options: Options, deadline: float) -> Envelope:
         """Return what will be sent for `job`, or raise InvalidJob or MessageTooLarge: nothing wrong leaves the process."""
         if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"a job is published, not {job!r:.80}" + (": options go into publish itself" if isinstance(job, Outgoing) else "")
+            msg = f"a job is published, not {job!r:.80}" + (
+                ": options go into publish itself" if isinstance(job, Outgoing) else ""
+            )
             raise InvalidJob(msg)
         contract = self._contracts.get(type(job))
         if contract is None:
@@ -193,7 +203,10 @@ class Sender:
             raise InvalidJob(msg)
         priority = spec.priority if options.priority is None else options.priority
         if priority is not spec.priority and priority not in spec.queue.levels:
-            msg = f"priority is a Priority, not {priority!r}" if not isinstance(priority, Priority) else f"{spec.queue!r} takes no priority but NORMAL"  # pyright: ignore[reportUnnecessaryIsInstance]
+            if isinstance(priority, Priority):  # pyright: ignore[reportUnnecessaryIsInstance]
+                msg = f"{spec.queue!r} takes no priority but NORMAL"
+            else:
+                msg = f"priority is a Priority, not {priority!r}"
             raise InvalidJob(msg, job_id=job_id)
         body = self._encoded(job, contract, job_id)
         delay_s = 0.0 if options is _PLAIN else self._delay_s(options, now)
@@ -240,7 +253,12 @@ class Sender:
             msg = f"its body has {len(body)} bytes, the limit is {settings.max_body_bytes}; put the data elsewhere and send a reference"
             raise MessageTooLarge(msg, job_id=job_id, size_bytes=len(body), limit_bytes=settings.max_body_bytes)
         if len(body) > settings.warn_body_bytes:
-            logger.warning("job %s %s has a body of %d bytes; brokers are slow with large ones", contract.spec.name, job_id, len(body))
+            logger.warning(
+                "job %s %s has a body of %d bytes; brokers are slow with large ones",
+                contract.spec.name,
+                job_id,
+                len(body),
+            )
         if settings.validate:
             try:
                 contract.decoder.decode(body, self._content_type)
@@ -288,7 +306,9 @@ class Sender:
     @property
     def bare(self) -> bool:
         """Whether nothing stands between an envelope and the broker now, so that `post` may be tried."""
-        return self._observe is None and all(hasattr(layer, "passes_publish") and layer.passes_publish() for layer in self._publishing)
+        return self._observe is None and all(
+            hasattr(layer, "passes_publish") and layer.passes_publish() for layer in self._publishing
+        )
 
 
 def _is_posted(result: Receipt | PublishError | Posted | None) -> TypeIs[Posted]:
@@ -382,7 +402,12 @@ class Batch:
     def _landed(self, size: int, task: asyncio.Task[None]) -> None:
         self._flying.discard(task)
         self._flying_bytes -= size
-        if self._room is not None and len(self._flying) <= _REFILL and self._flying_bytes <= _WINDOW_BYTES // 2 and not self._room.done():
+        if (
+            self._room is not None
+            and len(self._flying) <= _REFILL
+            and self._flying_bytes <= _WINDOW_BYTES // 2
+            and not self._room.done()
+        ):
             self._room.set_result(None)
 
 
@@ -447,7 +472,13 @@ class Publisher:
             PublishTimeout: See its `maybe_published`; publish again under the same `job_id`.
         """
         options = Options(
-            priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id, headers=headers, expires_s=expires_s
+            priority=priority,
+            delay_s=delay_s,
+            at=at,
+            job_id=job_id,
+            correlation_id=correlation_id,
+            headers=headers,
+            expires_s=expires_s,
         )
         return await self._open(job_id).publish(job, options, timeout_s)
 

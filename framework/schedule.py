@@ -24,7 +24,14 @@ from .job import Job
 from .publisher import Outgoing
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
-_RANGES = {"second": (0, 59), "minute": (0, 59), "hour": (0, 23), "day of month": (1, 31), "month": (1, 12), "day of week": (0, 7)}
+_RANGES = {
+    "second": (0, 59),
+    "minute": (0, 59),
+    "hour": (0, 23),
+    "day of month": (1, 31),
+    "month": (1, 12),
+    "day of week": (0, 7),
+}
 _WORDS = {
     "month": ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"],
     "day of week": ["sun", "mon", "tue", "wed", "thu", "fri", "sat"],
@@ -104,7 +111,9 @@ def check_expression(expression: str) -> None:
 def _is_field(name: str, field: str) -> bool:
     if name == "day of month" and (nearest := _NEAREST.match(field)):
         return _is_value(name, nearest[1])
-    return (field == "?" and name in ("day of month", "day of week")) or all(_is_item(name, item) for item in field.split(","))
+    return (field == "?" and name in ("day of month", "day of week")) or all(
+        _is_item(name, item) for item in field.split(",")
+    )
 
 
 def _is_item(name: str, item: str) -> bool:
@@ -113,7 +122,11 @@ def _is_item(name: str, item: str) -> bool:
     if name == "day of month" and item in ("L", "l"):
         return True
     found = _ITEM.match(item)
-    return found is not None and all(_is_value(name, value) for value in found.group(1, 2) if value) and int(found[3] or 1) > 0
+    return (
+        found is not None
+        and all(_is_value(name, value) for value in found.group(1, 2) if value)
+        and int(found[3] or 1) > 0
+    )
 
 
 def _is_value(name: str, value: str) -> bool:
@@ -128,7 +141,11 @@ def next_slot(expression: str, tz: str, after: datetime) -> datetime | None:
     and decides nothing about the clocks: on its own it fires 02:30 twice on the autumn change (7.0.0: measured).
     """
     zone = ZoneInfo(tz)
-    return _next_of_interval(expression, zone, after) if _is_interval(expression) else _next_of_times(expression, zone, after)
+    return (
+        _next_of_interval(expression, zone, after)
+        if _is_interval(expression)
+        else _next_of_times(expression, zone, after)
+    )
 
 
 def _next_of_interval(expression: str, zone: ZoneInfo, after: datetime) -> datetime | None:
@@ -149,7 +166,10 @@ def _next_of_interval(expression: str, zone: ZoneInfo, after: datetime) -> datet
 def _next_of_times(expression: str, zone: ZoneInfo, after: datetime) -> datetime | None:
     # after a skipped hour its times are still to come: look on from where the clock would stand without the change
     yesterday = (after - timedelta(days=1)).astimezone(zone).utcoffset()
-    start = min(after.astimezone(zone).replace(tzinfo=None), (after.astimezone(timezone.utc) + (yesterday or timedelta())).replace(tzinfo=None))
+    start = min(
+        after.astimezone(zone).replace(tzinfo=None),
+        (after.astimezone(timezone.utc) + (yesterday or timedelta())).replace(tzinfo=None),
+    )
     best: datetime | None = None
     for naive in _local_slots(expression, start):
         if best is not None and naive > best.astimezone(zone).replace(tzinfo=None):

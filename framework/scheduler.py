@@ -56,7 +56,9 @@ class Scheduler:
                 for schedule in self._schedules:
                     group.create_task(self._follow(schedule))
         except BaseExceptionGroup as group:
-            refused = group.subgroup(ConfigurationError)  # a refused login, a queue that differs: one line, not a group of it
+            refused = group.subgroup(
+                ConfigurationError
+            )  # a refused login, a queue that differs: one line, not a group of it
             if refused is None:
                 raise
             raise refused.exceptions[0] from None
@@ -101,7 +103,13 @@ class Scheduler:
         """Return what comes next by a clock that was ahead until `unseen_s` ago at most: `slot` may be hours away, and all before it missed."""
         now = self._now()
         following = schedule.next(now - timedelta(seconds=unseen_s)) or slot
-        logger.warning("schedule %s: the clock was set back to %s; its next slot is %s, not %s", schedule.name, now, following, slot)
+        logger.warning(
+            "schedule %s: the clock was set back to %s; its next slot is %s, not %s",
+            schedule.name,
+            now,
+            following,
+            slot,
+        )
         return following
 
     def _not_missed(self, schedule: Schedule, following: datetime | None) -> datetime | None:
@@ -138,7 +146,12 @@ class Scheduler:
             # a user's code: it may block, so it has threads of its own
             emitted = await asyncio.get_running_loop().run_in_executor(self._threads, schedule.job, slot)
         except Exception as error:
-            logger.exception("schedule %s: its function raised in slot %s; the slot is missed: %r", schedule.name, slot, error)  # noqa: TRY401 - the line without a traceback
+            logger.exception(
+                "schedule %s: its function raised in slot %s; the slot is missed: %r",
+                schedule.name,
+                slot,
+                error,  # noqa: TRY401 - the line without a traceback
+            )
             return
         if emitted is None:
             return
@@ -159,15 +172,35 @@ class Scheduler:
                 tries += 1
                 wait_s = full_jitter(tries, base_s=0.5, cap_s=15.0, rng=self._runtime.rng)
                 if final or self._left_s(following) <= wait_s:
-                    logger.error("schedule %s: slot %s is missed, it couldn't be published: %s", schedule.name, slot, redact(str(error)))  # noqa: TRY400 - a line says it all
+                    logger.error(  # noqa: TRY400 - a line says it all
+                        "schedule %s: slot %s is missed, it couldn't be published: %s",
+                        schedule.name,
+                        slot,
+                        redact(str(error)),
+                    )
                     return
                 if tries == 1:
-                    logger.warning("schedule %s: slot %s isn't published yet, trying again: %s", schedule.name, slot, redact(str(error)))
+                    logger.warning(
+                        "schedule %s: slot %s isn't published yet, trying again: %s",
+                        schedule.name,
+                        slot,
+                        redact(str(error)),
+                    )
                 if self._stop.is_set() or await self._stopped_within(wait_s):
-                    logger.error("schedule %s: slot %s is missed, stopped before it could be published: %s", schedule.name, slot, redact(str(error)))  # noqa: TRY400
+                    logger.error(  # noqa: TRY400
+                        "schedule %s: slot %s is missed, stopped before it could be published: %s",
+                        schedule.name,
+                        slot,
+                        redact(str(error)),
+                    )
                     return
             except Exception as error:
-                logger.exception("schedule %s: a publish layer raised in slot %s; the slot is missed: %r", schedule.name, slot, error)  # noqa: TRY401
+                logger.exception(
+                    "schedule %s: a publish layer raised in slot %s; the slot is missed: %r",
+                    schedule.name,
+                    slot,
+                    error,  # noqa: TRY401
+                )
                 return
             else:
                 logger.info("schedule %s published %s", schedule.name, receipt.job_id)
@@ -200,7 +233,13 @@ async def run(app: App[Any]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     for schedule in enabled:
-        logger.info("schedule %s (%s %s): next at %s", schedule.name, schedule.expression, schedule.tz, schedule.next(datetime.now(timezone.utc)))
+        logger.info(
+            "schedule %s (%s %s): next at %s",
+            schedule.name,
+            schedule.expression,
+            schedule.tz,
+            schedule.next(datetime.now(timezone.utc)),
+        )
     ended, hurried = asyncio.ensure_future(ending.wait()), asyncio.ensure_future(hurry.wait())
     try:
         await asyncio.wait({running, ended}, return_when=asyncio.FIRST_COMPLETED)

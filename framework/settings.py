@@ -45,7 +45,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All headers of one job together; more is refused, since a frame that is too large ends the connection."""
 
     def __post_init__(self) -> None:
-        for name in ("unknown_grace_s", "consumer_timeout_s", "connect_timeout_s", "heartbeat_s", "reconnect_base_s", "reconnect_cap_s"):
+        for name in (
+            "unknown_grace_s",
+            "consumer_timeout_s",
+            "connect_timeout_s",
+            "heartbeat_s",
+            "reconnect_base_s",
+            "reconnect_cap_s",
+        ):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 msg = f"settings: {name} must be above 0 and finite, not {value}"

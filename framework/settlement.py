@@ -20,7 +20,7 @@ from .outcome import Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Sno
 from .settings import Runtime
 from .texts import below_ours, named, one_line, said_by
 
-logger = logging.getLogger("leveret.consumer")    # to its readers it is the consumer that settles
+logger = logging.getLogger("leveret.consumer")  # to its readers it is the consumer that settles
 
 SETTLE_TIMEOUT_S = 5.0
 """Deadline of one try to publish a retry or a burial; it is tried again until its channel or lease is gone."""
@@ -67,22 +67,40 @@ class Settlement:
                 # at debug level: the line for everyday is that of `Logs`
                 logger.debug("%s is retried in %.3g s", what(envelope), delay_s or 0.0, exc_info=error)
                 failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
-                return self._again(delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST)), delay_s or 0.0)
+                return self._again(
+                    delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST)), delay_s or 0.0
+                )
             case Bury(reason):
-                logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=at_debug(error))
+                logger.error(
+                    "%s is buried in %s.dead: %s",
+                    what(envelope),
+                    delivery.queue.name,
+                    one_line(reason),
+                    exc_info=at_debug(error),
+                )
                 return self._bury(delivery, self._failed(envelope, error, reason))
             case Undecodable(reason):
                 logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason))
                 return self._bury(delivery, self._failed(envelope, None, reason))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
-                since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)  # one in the future would have it wait until then
+                since_ms = min(
+                    envelope.unknown_since_ms or now_ms, now_ms
+                )  # one in the future would have it wait until then
                 waited_s = (now_ms - since_ms) / 1000
                 if waited_s >= self._runtime.settings.unknown_grace_s:
-                    logger.error("%s is buried in %s.dead: %s, for %d s", what(envelope), delivery.queue.name, one_line(reason), waited_s)
+                    logger.error(
+                        "%s is buried in %s.dead: %s, for %d s",
+                        what(envelope),
+                        delivery.queue.name,
+                        one_line(reason),
+                        waited_s,
+                    )
                     return self._bury(delivery, self._failed(envelope, None, reason))
                 if envelope.unknown_since_ms is None:
-                    logger.warning("%s waits in the broker, a deploy may be rolling: %s", what(envelope), one_line(reason))
+                    logger.warning(
+                        "%s waits in the broker, a deploy may be rolling: %s", what(envelope), one_line(reason)
+                    )
                 # 1, 2, 4 … 30 s: it waits as long again as it has waited
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
                 return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
@@ -114,12 +132,20 @@ class Settlement:
             return await self._insist(delivery, publish, envelope)
         except _REFUSED as refused:  # waiting doesn't help
             reason = f"its {envelope.cause} can't be published: {refused}"
-            logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason), exc_info=at_debug(refused))  # noqa: TRY400 - one line
+            logger.error(  # noqa: TRY400 - one line
+                "%s is buried in %s.dead: %s",
+                what(envelope),
+                delivery.queue.name,
+                one_line(reason),
+                exc_info=at_debug(refused),
+            )
             ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
             return await self._bury(delivery, self._failed(ran, refused, reason))
 
     async def _bury(self, delivery: Delivery, envelope: Envelope) -> bool:
-        buried = msgspec.structs.replace(envelope, origin=delivery.queue.name, cause="bury", due_ms=None, unknown_since_ms=None)
+        buried = msgspec.structs.replace(
+            envelope, origin=delivery.queue.name, cause="bury", due_ms=None, unknown_since_ms=None
+        )
 
         async def publish() -> None:
             reached = False
@@ -138,7 +164,9 @@ class Settlement:
                 if reached and not isinstance(error, _REFUSED):  # what a layer adds may be what can't be sent
                     raise
                 reached = False
-                logger.warning("%s: a publish layer raised on its burial, which goes on without: %r", what(envelope), error)
+                logger.warning(
+                    "%s: a publish layer raised on its burial, which goes on without: %r", what(envelope), error
+                )
             if not reached:
                 await last(buried)
 
@@ -164,7 +192,9 @@ class Settlement:
                         told = self._clock.monotonic()
                         logger.error(  # noqa: TRY400 - one line; the traceback at debug level
                             "%s: its %s can't be published, so it stays unacked and is tried again: %s",
-                            what(envelope), envelope.cause, said_by(error) if isinstance(error, PublishError) else named(error),
+                            what(envelope),
+                            envelope.cause,
+                            said_by(error) if isinstance(error, PublishError) else named(error),
                             exc_info=at_debug(error),
                         )
                     if delivery.live:
@@ -219,5 +249,9 @@ def at_debug(error: BaseException | None) -> BaseException | None:
 
 
 def _trimmed(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(type(error), error, below_ours(error.__traceback__))).encode("utf-8", "backslashreplace").decode()
+    text = (
+        "".join(traceback.format_exception(type(error), error, below_ours(error.__traceback__)))
+        .encode("utf-8", "backslashreplace")
+        .decode()
+    )
     return text if len(text) <= _TRACEBACK_CHARS else "…" + text[-_TRACEBACK_CHARS:]

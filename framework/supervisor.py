@@ -134,10 +134,16 @@ class _Workers:
                 return 1
 
     async def _start(self, index: int) -> asyncio.subprocess.Process:
-        options = msgspec.structs.replace(self._options, lifeline=self._lifeline, report=self._reason, index=index, reload=False)
+        options = msgspec.structs.replace(
+            self._options, lifeline=self._lifeline, report=self._reason, index=index, reload=False
+        )
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "leveret.worker", msgspec.json.encode(options).decode(),
-            pass_fds=[self._lifeline, self._reason], stdin=asyncio.subprocess.DEVNULL,
+            sys.executable,
+            "-m",
+            "leveret.worker",
+            msgspec.json.encode(options).decode(),
+            pass_fds=[self._lifeline, self._reason],
+            stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # a ^C in the terminal reaches this process, which passes it on once
         )
         self._running.add(child)

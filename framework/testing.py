@@ -172,8 +172,15 @@ class Lab:
     ) -> Receipt:
         """As `Publisher.publish`, on the memory broker."""
         return await cast("Publisher", self._publisher).publish(
-            job, priority=priority, delay_s=delay_s, at=at, job_id=job_id, correlation_id=correlation_id,
-            headers=headers, expires_s=expires_s, timeout_s=timeout_s,
+            job,
+            priority=priority,
+            delay_s=delay_s,
+            at=at,
+            job_id=job_id,
+            correlation_id=correlation_id,
+            headers=headers,
+            expires_s=expires_s,
+            timeout_s=timeout_s,
         )
 
     def _on_published(self, job: Job, envelope: Envelope) -> None:

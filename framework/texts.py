@@ -7,6 +7,7 @@ from types import TracebackType
 
 _OURS = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120 - pathlib drops the separator, and with it `leveret_shop` would be ours
 
+
 def one_line(text: str) -> str:
     """Return `text` on one line, half surrogate pairs written out: one happening is one log line, and must be encodable."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())

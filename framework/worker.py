@@ -38,8 +38,14 @@ HURRY_S = 5.0
 _REPORT_BYTES = 512
 """Most of one report: a write of up to so many bytes isn't torn by another process's (POSIX's PIPE_BUF)."""
 _SAID = {
-    "retry": "retried", "snooze": "snoozed", "bury": "buried", "undecodable": "buried as undecodable", "unknown": "sent back as unknown",
-    "notstarted": "given back", "cutoff": "cut off", "lost": "that the broker delivers again, since their channel or lease was gone",
+    "retry": "retried",
+    "snooze": "snoozed",
+    "bury": "buried",
+    "undecodable": "buried as undecodable",
+    "unknown": "sent back as unknown",
+    "notstarted": "given back",
+    "cutoff": "cut off",
+    "lost": "that the broker delivers again, since their channel or lease was gone",
 }
 """How the last line of a worker names an ending; the others by their own name."""
 
@@ -114,11 +120,20 @@ async def working(
         layers = app.layers
         publisher = Publisher(app.sender(broker, runtime))
         consumer = Consumer(
-            broker, handlers, publisher=publisher, publish_layers=layers, resources=resources, runtime=runtime, limits=limits,
-            around_sync=app.around_sync, observe=observe,
+            broker,
+            handlers,
+            publisher=publisher,
+            publish_layers=layers,
+            resources=resources,
+            runtime=runtime,
+            limits=limits,
+            around_sync=app.around_sync,
+            observe=observe,
         )
         stack.callback(publisher.close)
-        stack.push_async_callback(consumer.cut_off, "it didn't get to its start")  # though its first queue may have delivered
+        stack.push_async_callback(
+            consumer.cut_off, "it didn't get to its start"
+        )  # though its first queue may have delivered
         consumption = await broker.consume(consumer.subscriptions, consumer)
         stack.push_async_callback(consumption.close)
         work = Working(consumer, consumption, asyncio.Event())
@@ -201,23 +216,40 @@ async def run(options: WorkOptions) -> int:
     stop = _Stop(options.lifeline)
     try:
         async with working(
-            app, queues=list(options.queues), limits=options.limits, runtime=app.runtime(options.processes), grace_s=options.grace_s,
+            app,
+            queues=list(options.queues),
+            limits=options.limits,
+            runtime=app.runtime(options.processes),
+            grace_s=options.grace_s,
             lifespan=partial(stop.lifespan, app),
         ) as work:
             stop.work = work
             names = ", ".join(f"{s.queue.name} (prefetch {s.prefetch})" for s in work.consumer.subscriptions)
             takes = "takes" if work.consumption.ready else "will take, once the broker is there,"
-            logger.info("worker %s of app %s %s from %s on %s", os.getpid(), app.name, takes, names, redact(app.broker_url() or ""))
+            logger.info(
+                "worker %s of app %s %s from %s on %s",
+                os.getpid(),
+                app.name,
+                takes,
+                names,
+                redact(app.broker_url() or ""),
+            )
             await _first(stop.told.wait(), work.consumption.failed())
             logger.info(
-                "stopping: %d running, %d held; up to %g s, a second signal cuts off", work.consumer.running, work.consumer.held, options.grace_s
+                "stopping: %d running, %d held; up to %g s, a second signal cuts off",
+                work.consumer.running,
+                work.consumer.held,
+                options.grace_s,
             )
     except asyncio.CancelledError:
         if stop.starting is None or not stop.told.is_set():
             raise
         logger.info("stopped while its lifespan was starting")
         return 0
-    counts = ", ".join(f"{count} {_SAID.get(name, name)}" for name, count in sorted(work.consumer.counts.items()) if count) or "nothing"
+    counts = (
+        ", ".join(f"{count} {_SAID.get(name, name)}" for name, count in sorted(work.consumer.counts.items()) if count)
+        or "nothing"
+    )
     logger.info("stopped%s: %s", "" if work.drained else ", cut off", counts)
     if not work.drained:
         _exit(1)  # here: the loop's end would wait for threads that were cut off, whose jobs run elsewhere by now

@@ -66,18 +66,32 @@ class Logs:
                 level, name = logging.INFO, "done"
             case _:
                 level, name = logging.WARNING, "expired"
-        self._say(level, attempt, started, name, outcome, outcome.__cause__ if isinstance(outcome, BaseException) else None)
+        self._say(
+            level, attempt, started, name, outcome, outcome.__cause__ if isinstance(outcome, BaseException) else None
+        )
 
     def _say(
-        self, level: int, attempt: Attempt, started: float, name: str, outcome: Outcome | None, error: BaseException | None
+        self,
+        level: int,
+        attempt: Attempt,
+        started: float,
+        name: str,
+        outcome: Outcome | None,
+        error: BaseException | None,
     ) -> None:
         if not logger.isEnabledFor(level):
             return
         duration_s = self._clock.monotonic() - started
         envelope = attempt.envelope
         fields: dict[str, object] = {
-            "job": envelope.job, "job_id": envelope.job_id, "queue": envelope.queue, "attempt": envelope.attempt,
-            "correlation_id": envelope.correlation_id, "redelivered": attempt.redelivered, "outcome": name, "duration_s": duration_s,
+            "job": envelope.job,
+            "job_id": envelope.job_id,
+            "queue": envelope.queue,
+            "attempt": envelope.attempt,
+            "correlation_id": envelope.correlation_id,
+            "redelivered": attempt.redelivered,
+            "outcome": name,
+            "duration_s": duration_s,
         }
         text = ""
         if isinstance(outcome, (Retry, Snooze)):
@@ -91,7 +105,15 @@ class Logs:
             fields["reason"] = _line(outcome.reason)
             text = f": {fields['reason']}"
         logger.log(
-            level, "job %s %s attempt %d: %s after %s%s", envelope.job, envelope.job_id, envelope.attempt, name, _duration(duration_s), text, extra=fields
+            level,
+            "job %s %s attempt %d: %s after %s%s",
+            envelope.job,
+            envelope.job_id,
+            envelope.attempt,
+            name,
+            _duration(duration_s),
+            text,
+            extra=fields,
         )
 
 

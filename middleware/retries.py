@@ -169,8 +169,15 @@ class Retries:
                         return self._after(attempt, error, plan)
                     tries += 1
                     failed = error
-                    attempt.log.info("job %s %s failed and is tried again in place: %s", attempt.envelope.job, attempt.job_id, named(error))
-                    await self._clock.sleep(full_jitter(tries, base_s=_IN_PLACE_BASE_S, cap_s=_IN_PLACE_CAP_S, rng=self._rng))
+                    attempt.log.info(
+                        "job %s %s failed and is tried again in place: %s",
+                        attempt.envelope.job,
+                        attempt.job_id,
+                        named(error),
+                    )
+                    await self._clock.sleep(
+                        full_jitter(tries, base_s=_IN_PLACE_BASE_S, cap_s=_IN_PLACE_CAP_S, rng=self._rng)
+                    )
                     continue
                 if isinstance(outcome, Retry):
                     return self._asked(attempt, outcome)
@@ -188,7 +195,9 @@ class Retries:
         while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
             inner = inner.exceptions[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         for plan in self._plans:
-            if _applies(plan.on, error) or (inner is not error and isinstance(inner, Exception) and _applies(plan.on, inner)):
+            if _applies(plan.on, error) or (
+                inner is not error and isinstance(inner, Exception) and _applies(plan.on, inner)
+            ):
                 return plan
         return self._default
 
@@ -199,7 +208,9 @@ class Retries:
         elif attempt.number >= plan.max_attempts:
             outcome = Bury(f"{named(error)} (attempt {attempt.number} of {plan.max_attempts})")
         else:
-            outcome = Retry(max(at_least_s, full_jitter(attempt.number, base_s=plan.base_s, cap_s=plan.cap_s, rng=self._rng)))
+            outcome = Retry(
+                max(at_least_s, full_jitter(attempt.number, base_s=plan.base_s, cap_s=plan.cap_s, rng=self._rng))
+            )
         outcome.__cause__ = error
         return outcome
 
@@ -243,7 +254,11 @@ def _check_on(on: object) -> None:
             raise ValueError(msg)
         for kind in cast("tuple[object, ...]", on if isinstance(on, tuple) else (on,)):
             if not inspect.isclass(kind) or not issubclass(kind, Exception):
-                hint = "; only subclasses of Exception are caught" if inspect.isclass(kind) and issubclass(kind, BaseException) else ""
+                hint = (
+                    "; only subclasses of Exception are caught"
+                    if inspect.isclass(kind) and issubclass(kind, BaseException)
+                    else ""
+                )
                 msg = f"Rule: on is an exception type, a tuple of them or a predicate; {kind!r} is no exception type{hint}"
                 raise TypeError(msg)
         return

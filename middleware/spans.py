@@ -90,7 +90,9 @@ class Spans:
         if envelope.cause is not None:
             ended = _ended.get()
             # another job's: this one never got to its chain, and keeps the context that it came with
-            return await proceed(envelope if ended is None or ended[0] != envelope.job_id else _injected(envelope, ended[1]))
+            return await proceed(
+                envelope if ended is None or ended[0] != envelope.job_id else _injected(envelope, ended[1])
+            )
         tracer = self._tracer
         if tracer is None:
             current = otel.get_current()
@@ -125,7 +127,11 @@ class Spans:
         attributes = _attributes("process", envelope)
         attributes[ATTEMPT] = attempt.number
         span = tracer.start_span(
-            f"process {envelope.queue}", context=parent, kind=SpanKind.CONSUMER, attributes=attributes, links=[Link(before)] if again else None
+            f"process {envelope.queue}",
+            context=parent,
+            kind=SpanKind.CONSUMER,
+            attributes=attributes,
+            links=[Link(before)] if again else None,
         )
         current = trace.set_span_in_context(span, parent)
         _ended.set((envelope.job_id, current))

@@ -16,7 +16,11 @@ class StartNode(Protocol):
     """Starts a private node; `conf`, `advanced` (of its advanced.config) and `plugins` are RabbitMQ's own names."""
 
     def __call__(
-        self, *, conf: Mapping[str, str] | None = None, advanced: Mapping[str, int] | None = None, plugins: Sequence[str] = ()
+        self,
+        *,
+        conf: Mapping[str, str] | None = None,
+        advanced: Mapping[str, int] | None = None,
+        plugins: Sequence[str] = (),
     ) -> Awaitable[Node]: ...
 
 

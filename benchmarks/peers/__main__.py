@@ -1,8 +1,8 @@
 """leveret beside its peers, on one RabbitMQ node, rounds interleaved: tables, ratios, JSON, a plot.
 
-    make bench-peers BENCH_ARGS="--rounds 3 --only leveret,celery --measure publish,consume"
-    .venv/bin/python -m benchmarks.peers --toy        leveret and raw aio-pika, a few jobs each: whether it all still runs
-    .venv/bin/python -m benchmarks.peers --show benchmarks/results/X.json        an earlier run's tables; writes nothing
+make bench-peers BENCH_ARGS="--rounds 3 --only leveret,celery --measure publish,consume"
+.venv/bin/python -m benchmarks.peers --toy        leveret and raw aio-pika, a few jobs each: whether it all still runs
+.venv/bin/python -m benchmarks.peers --show benchmarks/results/X.json        an earlier run's tables; writes nothing
 """
 
 from __future__ import annotations
@@ -35,18 +35,31 @@ CONTESTANTS = (*RABBIT, HUEY)
 Turns = list[tuple[Unit, list[tuple[Contestant, str]]]]
 """Each kind of work, with who does it on which queue type."""
 TOY = {
-    "rounds": 2, "jobs": 300, "one_by_one": 50, "seconds": 0.5, "fails": 20, "sqlite_jobs": 100,
-    "measure": "publish,consume,latency,retries,sqlite", "only": f"{LEVERET.name},{AIO_PIKA.name}", "out": "",
+    "rounds": 2,
+    "jobs": 300,
+    "one_by_one": 50,
+    "seconds": 0.5,
+    "fails": 20,
+    "sqlite_jobs": 100,
+    "measure": "publish,consume,latency,retries,sqlite",
+    "only": f"{LEVERET.name},{AIO_PIKA.name}",
+    "out": "",
 }
 
 
 def options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="contestants whose name contains one of these, with commas between")
     parser.add_argument("--measure", default="", help=f"some of {', '.join(MEASURES)}, with commas between")
-    parser.add_argument("--kind", default="", help="one queue type alone: quorum, classic (with priorities), plain (classic without: the peers), sqlite")
+    parser.add_argument(
+        "--kind",
+        default="",
+        help="one queue type alone: quorum, classic (with priorities), plain (classic without: the peers), sqlite",
+    )
     parser.add_argument("--jobs", type=int, default=20_000, help="a throughput measurement")
     parser.add_argument("--one-by-one", type=int, default=1000, help="most jobs that are awaited one by one")
     parser.add_argument("--seconds", type=float, default=10.0, help="of publishing for each latency")
@@ -55,9 +68,15 @@ def options() -> argparse.Namespace:
     parser.add_argument("--due", type=int, default=5000)
     parser.add_argument("--fails", type=int, default=5000)
     parser.add_argument("--sqlite-jobs", type=int, default=5000)
-    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks", help="where SQLite files are made: a real disk")
-    parser.add_argument("--out", default=None, help="where the JSON goes, in place of what is there; empty: nowhere (default: "
-                        "benchmarks/results/<date>-<machine>.json, with -b, -c … where that is taken)")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "benchmarks", help="where SQLite files are made: a real disk"
+    )
+    parser.add_argument(
+        "--out",
+        default=None,
+        help="where the JSON goes, in place of what is there; empty: nowhere (default: "
+        "benchmarks/results/<date>-<machine>.json, with -b, -c … where that is taken)",
+    )
     parser.add_argument("--toy", action="store_true", help="toy size, leveret and raw aio-pika, nothing written")
     parser.add_argument("--show", type=Path, help="print an earlier run's JSON; writes nothing")
     parser.add_argument("--plot", type=Path, help="with --show: draw it into this file")
@@ -91,7 +110,9 @@ def listed(text: str) -> list[str]:
 def machine() -> dict[str, str]:
     """Return what is measured on: no host's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    processor = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return {
         "name": f"{platform.machine()}-{len(os.sched_getaffinity(0))}cpu",
         "processor": processor,
@@ -135,12 +156,15 @@ def turns(given: argparse.Namespace, here: set[str], *, rabbit: bool = True) -> 
     wanted = listed(given.measure) or MEASURES
     every = [
         (unit, [(one, kind) for one, kind in entrants(unit) if one.name in here and given.kind in ("", kind)])
-        for unit in UNITS if unit.measure in wanted and (rabbit or unit.sqlite)
+        for unit in UNITS
+        if unit.measure in wanted and (rabbit or unit.sqlite)
     ]
     return [(unit, who) for unit, who in every if who]
 
 
-def measure(console: Console, broker: Broker | None, given: argparse.Namespace, todo: Turns, absent: dict[str, str]) -> tuple[dict[str, Any], Path | None]:
+def measure(
+    console: Console, broker: Broker | None, given: argparse.Namespace, todo: Turns, absent: dict[str, str]
+) -> tuple[dict[str, Any], Path | None]:
     """Run every unit in every round, each contestant in turn; after each round what there is is written. Return it, and where it was written."""
     here = [one for one in CONTESTANTS if any(one.name == who.name for _, each in todo for who, _ in each)]
     result: dict[str, Any] = {
@@ -170,14 +194,21 @@ def measure(console: Console, broker: Broker | None, given: argparse.Namespace, 
                     except Refused as refused:
                         row = str(refused)
                     figures.add(unit, contestant, kind, row)
-                    said = row if isinstance(row, str) else ", ".join(f"{value:,.1f} {unit.metrics[key]}" for key, value in row.items())
+                    said = (
+                        row
+                        if isinstance(row, str)
+                        else ", ".join(f"{value:,.1f} {unit.metrics[key]}" for key, value in row.items())
+                    )
                     console.print(
                         f"{number + 1}/{given.rounds} {unit.name}: {contestant.name}, {kind}: {said}  [{time.monotonic() - begun:.1f} s]",
-                        highlight=False, markup=False,
+                        highlight=False,
+                        markup=False,
                     )
             result["figures"] = figures.as_json()
             if figures:
-                path = path or output(given, result)    # now, not before: whoever ran at the same time has its name by now
+                path = path or output(
+                    given, result
+                )  # now, not before: whoever ran at the same time has its name by now
                 if path is not None:
                     write(path, result)
     finally:
@@ -231,7 +262,9 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, terminate)
     console = Console(stderr=True, width=220)
-    chosen = [one for one in CONTESTANTS if not given.only or any(part in one.name.lower() for part in listed(given.only))]
+    chosen = [
+        one for one in CONTESTANTS if not given.only or any(part in one.name.lower() for part in listed(given.only))
+    ]
     absent = {one.name: why for one in chosen if (why := missing(one))}
     for name, why in absent.items():
         console.print(f"skipped: {name}: {why}", highlight=False, markup=False)
@@ -242,7 +275,11 @@ def main() -> int:
             node = open_node(console)
             todo = turns(given, here, rabbit=node is not None)
         if not todo:
-            console.print("nothing to measure: nobody of --only who is here takes part in --measure on --kind", highlight=False, markup=False)
+            console.print(
+                "nothing to measure: nobody of --only who is here takes part in --measure on --kind",
+                highlight=False,
+                markup=False,
+            )
             return 2
         if node is not None:
             broker = Broker(node.url)

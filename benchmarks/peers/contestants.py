@@ -85,7 +85,11 @@ def _python(*arguments: str) -> list[str]:
 
 
 def _leveret(processes: int) -> Commands:
-    return [_python("leveret", "work", f"{PACKAGE}.with_leveret:app", "--processes", str(processes), "--log-level", "warning")]
+    return [
+        _python(
+            "leveret", "work", f"{PACKAGE}.with_leveret:app", "--processes", str(processes), "--log-level", "warning"
+        )
+    ]
 
 
 def _aio_pika(processes: int) -> Commands:
@@ -94,7 +98,10 @@ def _aio_pika(processes: int) -> Commands:
 
 def _celery(processes: int) -> Commands:
     plain = ("--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel", "ERROR")
-    return [_python("celery", "-A", f"{PACKAGE}.with_celery", "worker", "-P", "solo", "-n", f"bench{n}@%h", *plain) for n in range(processes)]
+    return [
+        _python("celery", "-A", f"{PACKAGE}.with_celery", "worker", "-P", "solo", "-n", f"bench{n}@%h", *plain)
+        for n in range(processes)
+    ]
 
 
 def _dramatiq(processes: int) -> Commands:
@@ -102,68 +109,136 @@ def _dramatiq(processes: int) -> Commands:
 
 
 def _taskiq(processes: int) -> Commands:
-    limits = ("--max-async-tasks", "100", "--max-prefetch", "100", "--ack-type", "when_executed", "--log-level", "CRITICAL")
+    limits = (
+        "--max-async-tasks",
+        "100",
+        "--max-prefetch",
+        "100",
+        "--ack-type",
+        "when_executed",
+        "--log-level",
+        "CRITICAL",
+    )
     return [_python("taskiq", "worker", f"{PACKAGE}.with_taskiq:broker", "--workers", str(processes), *limits)]
 
 
 def _faststream(processes: int) -> Commands:
-    return [_python("faststream", "run", f"{PACKAGE}.with_faststream:app", "--workers", str(processes), "--log-level", "critical")]
+    return [
+        _python(
+            "faststream",
+            "run",
+            f"{PACKAGE}.with_faststream:app",
+            "--workers",
+            str(processes),
+            "--log-level",
+            "critical",
+        )
+    ]
 
 
 def _huey(processes: int) -> Commands:
-    return [_python("huey.bin.huey_consumer", f"{PACKAGE}.with_huey.huey", "-w", "1", "-k", "thread", "-q", "-g", "TERM")] * processes
+    return [
+        _python("huey.bin.huey_consumer", f"{PACKAGE}.with_huey.huey", "-w", "1", "-k", "thread", "-q", "-g", "TERM")
+    ] * processes
 
 
 LEVERET = Contestant(
-    "leveret", "with_leveret.py", ("leveret", "pamqp", "msgspec", "uvloop"),
+    "leveret",
+    "with_leveret.py",
+    ("leveret", "pamqp", "msgspec", "uvloop"),
     "Tracing (no SDK), Retries, a RateLimit that never binds, Timeout; `leveret work`, concurrency 100, prefetch 200; publish_many; retries wait 0.25 s",
-    _leveret, times=5, imports=("leveret.worker", "leveret.brokers.rabbitmq"), queues=(".low", ".high", ".urgent", ".dead", ".suspects"),
-    delays=BOTH, broker_held=BOTH, retry_delay_s=0.25,
+    _leveret,
+    times=5,
+    imports=("leveret.worker", "leveret.brokers.rabbitmq"),
+    queues=(".low", ".high", ".urgent", ".dead", ".suspects"),
+    delays=BOTH,
+    broker_held=BOTH,
+    retry_delay_s=0.25,
 )
 AIO_PIKA = Contestant(
-    "raw aio-pika", "with_aio_pika.py", ("aio-pika", "aiormq"),
+    "raw aio-pika",
+    "with_aio_pika.py",
+    ("aio-pika", "aiormq"),
     "no framework: on_return_raises, persistent, mandatory, 1 000 publishes in flight, msgspec, a task a message, prefetch 200, ack after the "
     "handler, uvloop; delays by one TTL queue; a retry is a requeue",
-    _aio_pika, queues=(".wait",), delays=BOTH, broker_held=BOTH, real_retry=False,
+    _aio_pika,
+    queues=(".wait",),
+    delays=BOTH,
+    broker_held=BOTH,
+    real_retry=False,
 )
 CELERY = Contestant(
-    "Celery", "with_celery.py", ("celery", "kombu", "amqp"),
+    "Celery",
+    "with_celery.py",
+    ("celery", "kombu", "amqp"),
     "confirm_publish, acks_late, results off, solo pool (prefork costs twice the CPU a job), prefetch 200, no gossip, mingle or heartbeat events; pipelined = "
     "8 threads; ETAs: native delayed delivery on quorum, in the worker on classic; retry(countdown=0)",
-    _celery, imports=("kombu.transport.pyamqp", "celery.apps.worker"), kinds=PEERS, peer=True, delays=PEERS, broker_held=("quorum",),
-    wake="celery.pidbox",    # with heartbeat events it wakes by itself, but then 2 000 ETAs on a classic queue ran 70 s late (measured)
+    _celery,
+    imports=("kombu.transport.pyamqp", "celery.apps.worker"),
+    kinds=PEERS,
+    peer=True,
+    delays=PEERS,
+    broker_held=("quorum",),
+    wake="celery.pidbox",  # with heartbeat events it wakes by itself, but then 2 000 ETAs on a classic queue ran 70 s late (measured)
 )
 DRAMATIQ = Contestant(
-    "Dramatiq", "with_dramatiq.py", ("dramatiq", "pika"),
+    "Dramatiq",
+    "with_dramatiq.py",
+    ("dramatiq", "pika"),
     "confirm_delivery, 8 threads, dramatiq_queue_prefetch=200, default middleware; classic only (it declares no quorum queue); "
     "pipelined = 8 threads; delayed jobs are held by the worker; min_backoff=max_backoff=1 ms",
-    _dramatiq, kinds=("plain",), peer=True, queues=(".DQ", ".XQ"), delays=("plain",), retry_delay_s=0.001,
+    _dramatiq,
+    kinds=("plain",),
+    peer=True,
+    queues=(".DQ", ".XQ"),
+    delays=("plain",),
+    retry_delay_s=0.001,
 )
 TASKIQ = Contestant(
-    "Taskiq", "with_taskiq.py", ("taskiq", "taskiq-aio-pika", "orjson"),
+    "Taskiq",
+    "with_taskiq.py",
+    ("taskiq", "taskiq-aio-pika", "orjson"),
     "--max-async-tasks 100 --max-prefetch 100 --ack-type when_executed, qos 200, ORJSONSerializer, 1 000 kiq() in flight; its delay queue (TTL); "
     "SimpleRetryMiddleware (published anew at once)",
-    _taskiq, kinds=PEERS, peer=True, queues=(".dead_letter", ".delay"), delays=PEERS, broker_held=PEERS,
+    _taskiq,
+    kinds=PEERS,
+    peer=True,
+    queues=(".dead_letter", ".delay"),
+    delays=PEERS,
+    broker_held=PEERS,
 )
 FASTSTREAM = Contestant(
-    "FastStream", "with_faststream.py", ("faststream", "pydantic", "orjson"),
+    "FastStream",
+    "with_faststream.py",
+    ("faststream", "pydantic", "orjson"),
     "persist=True, mandatory, confirms, 1 000 publishes in flight, prefetch 200, plain dict, orjson, ack after the handler; "
     "no delays; a retry is NACK_ON_ERROR (a requeue)",
-    _faststream, kinds=PEERS, peer=True, real_retry=False,
+    _faststream,
+    kinds=PEERS,
+    peer=True,
+    real_retry=False,
 )
 NODE = Contestant(
-    "Node amqplib", "with_amqplib.mjs", (),
+    "Node amqplib",
+    "with_amqplib.mjs",
+    (),
     "raw: confirm channel, persistent, mandatory, 1 000 in flight, prefetch 200, JSON.parse, each message acked",
     times=5,
 )
 C = Contestant(
-    "C librabbitmq", "with_librabbitmq.c", (),
+    "C librabbitmq",
+    "with_librabbitmq.c",
+    (),
     "raw: confirms, persistent, mandatory, 1 000 in flight, prefetch 200, body not decoded, one ack for each 50",
     times=5,
 )
 HUEY = Contestant(
-    "huey", "with_huey.py", ("huey",), "SqliteHuey(fsync=True), WAL, results off, one worker thread; it has no batch API and pops a job before it runs",
-    _huey, kinds=("sqlite",),
+    "huey",
+    "with_huey.py",
+    ("huey",),
+    "SqliteHuey(fsync=True), WAL, results off, one worker thread; it has no batch API and pops a job before it runs",
+    _huey,
+    kinds=("sqlite",),
 )
 RABBIT = (LEVERET, AIO_PIKA, CELERY, DRAMATIQ, TASKIQ, FASTSTREAM, NODE, C)
 SQLITE = (LEVERET._replace(kinds=("sqlite",)), HUEY)
@@ -187,7 +262,16 @@ def _install_amqplib() -> str | None:
     if (MADE / "node" / "node_modules" / "amqplib").exists():
         return None
     (MADE / "node").mkdir(parents=True, exist_ok=True)
-    command = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(MADE / "node"), f"amqplib@{AMQPLIB}"]
+    command = [
+        "npm",
+        "install",
+        "--silent",
+        "--no-fund",
+        "--no-audit",
+        "--prefix",
+        str(MADE / "node"),
+        f"amqplib@{AMQPLIB}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     return f"npm install failed: {done.stderr.strip()[-200:]}" if done.returncode else None
 
@@ -210,11 +294,22 @@ def _build(file: str, made: str, *options: str) -> str | None:
     MADE.mkdir(exist_ok=True)
     command = [compiler, "-O2", str(source), "-o", str(binary), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    return f"it doesn't build (Debian: apt install librabbitmq-dev): {done.stderr.strip()[:200]}" if done.returncode else None
+    return (
+        f"it doesn't build (Debian: apt install librabbitmq-dev): {done.stderr.strip()[:200]}"
+        if done.returncode
+        else None
+    )
 
 
 def environment(
-    contestant: Contestant, *, url: str, kind: str, mode: str = "plain", size: int = 200, processes: int = 1, slots: Path | None = None
+    contestant: Contestant,
+    *,
+    url: str,
+    kind: str,
+    mode: str = "plain",
+    size: int = 200,
+    processes: int = 1,
+    slots: Path | None = None,
 ) -> dict[str, str]:
     """Return the environment that tells a contestant's processes what to do."""
     # a package that pip installs has its bytecode: whoever runs from a checkout writes it at the first run

@@ -82,7 +82,10 @@ class Wire:
     def fill(self, queue: str, properties: commands.Basic.Properties, body: bytes, copies: int) -> None:
         """Publish `copies`, each with a message id of its own where the message has one; return when all are confirmed."""
         head = frame.marshal(commands.Basic.Publish(routing_key=queue, mandatory=True), 1)
-        bodies = b"".join(frame.marshal(content.ContentBody(body[at : at + FRAME_BYTES]), 1) for at in range(0, len(body), FRAME_BYTES))
+        bodies = b"".join(
+            frame.marshal(content.ContentBody(body[at : at + FRAME_BYTES]), 1)
+            for at in range(0, len(body), FRAME_BYTES)
+        )
         first = properties.message_id
         plain = frame.marshal(header.ContentHeader(0, len(body), properties), 1)
         batch = max(1, min(100, (1 << 20) // len(body)))

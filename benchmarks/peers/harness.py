@@ -99,7 +99,11 @@ class Broker:
                 async with connect(self.url) as raw:
                     (found,) = await raw.take_all(name)
                     # what the queue adds to a message that it gives out isn't there when it is first delivered
-                    kept = {key: value for key, value in (found.properties.headers or {}).items() if key != "x-delivery-count"}
+                    kept = {
+                        key: value
+                        for key, value in (found.properties.headers or {}).items()
+                        if key != "x-delivery-count"
+                    }
                     found.properties.headers = kept or None
                     return found.properties, found.body
 
@@ -111,7 +115,9 @@ class Broker:
 
 def _run(command: list[str], env: dict[str, str], timeout_s: float) -> dict[str, Any]:
     """Run a program that prints JSON as its last line."""
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -119,7 +125,7 @@ def _run(command: list[str], env: dict[str, str], timeout_s: float) -> dict[str,
         raise Refused(msg) from None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)    # its own session: what it started, and nothing else
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: what it started, and nothing else
         process.wait()
     if process.returncode:
         msg = f"{' '.join(command[:4])} … ended with {process.returncode}: {' '.join(err.split())[-400:]}"
@@ -127,7 +133,9 @@ def _run(command: list[str], env: dict[str, str], timeout_s: float) -> dict[str,
     return json.loads(out.splitlines()[-1])
 
 
-def publish(contestant: Contestant, url: str, kind: str, how: str, jobs: int, seconds: float = 0.0, *, size: int = 200) -> dict[str, Any]:
+def publish(
+    contestant: Contestant, url: str, kind: str, how: str, jobs: int, seconds: float = 0.0, *, size: int = 200
+) -> dict[str, Any]:
     """Publish by the contestant's own means, in a process of its own; see publish.py for `how`."""
     env = environment(contestant, url=url, kind=kind, size=size)
     if contestant.commands is None:
@@ -135,15 +143,31 @@ def publish(contestant: Contestant, url: str, kind: str, how: str, jobs: int, se
     return _run([sys.executable, "-m", f"{PACKAGE}.publish", contestant.module, how, str(jobs), str(seconds)], env, 900)
 
 
-def program(contestant: Contestant, url: str, kind: str, role: str, jobs: int, seconds: float = 0.0, *, size: int = 200) -> dict[str, Any]:
+def program(
+    contestant: Contestant, url: str, kind: str, role: str, jobs: int, seconds: float = 0.0, *, size: int = 200
+) -> dict[str, Any]:
     """Run one of those that measure themselves."""
     env = environment(contestant, url=url, kind=kind, size=size)
     if contestant is NODE:
         return _run(["node", str(Path(__file__).parent / NODE.file), role, str(jobs)], env, 300)
     assert contestant is C
     parts = urlsplit(url)
-    address = [parts.hostname or "127.0.0.1", str(parts.port or 5672), unquote(parts.username or "guest"), unquote(parts.password or "guest")]
-    told = [*address, unquote(parts.path[1:]) or "/", queue(contestant, kind), kind, str(size), role, str(jobs), str(seconds)]
+    address = [
+        parts.hostname or "127.0.0.1",
+        str(parts.port or 5672),
+        unquote(parts.username or "guest"),
+        unquote(parts.password or "guest"),
+    ]
+    told = [
+        *address,
+        unquote(parts.path[1:]) or "/",
+        queue(contestant, kind),
+        kind,
+        str(size),
+        role,
+        str(jobs),
+        str(seconds),
+    ]
     return _run([str(MADE / "with_librabbitmq"), *told], env, 300)
 
 
@@ -157,7 +181,9 @@ def import_ms(contestant: Contestant, url: str, kind: str) -> float:
 class Worker:
     """A contestant's worker processes, and what they have run."""
 
-    def __init__(self, contestant: Contestant, url: str, kind: str, *, processes: int = 1, mode: str = "plain", size: int = 200) -> None:
+    def __init__(
+        self, contestant: Contestant, url: str, kind: str, *, processes: int = 1, mode: str = "plain", size: int = 200
+    ) -> None:
         assert contestant.commands is not None
         self._folder = Path(tempfile.mkdtemp(prefix="leveret-bench-"))
         slots = self._folder / "slots"
@@ -168,7 +194,9 @@ class Worker:
         self.begun_ns = time.monotonic_ns()
         with (self._folder / "log").open("ab") as log:
             self._processes = [
-                subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                subprocess.Popen(
+                    command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
                 for command in contestant.commands(processes)
             ]
 
@@ -210,7 +238,9 @@ class Worker:
 
     def cpu_ns(self) -> int:
         """Return the CPU time of those processes since their first job."""
-        return sum(time.clock_gettime_ns(((~pid) << 3) | 2) - words[3] for pid, words in self._each().items())  # CPUCLOCK_SCHED of a process
+        return sum(
+            time.clock_gettime_ns(((~pid) << 3) | 2) - words[3] for pid, words in self._each().items()
+        )  # CPUCLOCK_SCHED of a process
 
     @property
     def allocations(self) -> int:
@@ -243,7 +273,7 @@ class Worker:
 
     def finish(self, jobs: int) -> None:
         """Give it a moment for its last acks, then kill it: what it hadn't acked comes back. Refuse if more ran than there are."""
-        for _ in range(4 if self._wake else 0):    # one wake-up may leave some
+        for _ in range(4 if self._wake else 0):  # one wake-up may leave some
             self._poke()
             time.sleep(0.2)
         time.sleep(ACKS_S)
@@ -256,7 +286,9 @@ class Worker:
         async def ping() -> None:
             properties = Basic.Properties(content_type="application/json", content_encoding="utf-8")
             async with connect(self._url) as raw:
-                await raw.publish("", b'{"method": "ping", "arguments": {}}', exchange=self._wake, properties=properties)
+                await raw.publish(
+                    "", b'{"method": "ping", "arguments": {}}', exchange=self._wake, properties=properties
+                )
 
         asyncio.run(ping())
 

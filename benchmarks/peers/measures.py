@@ -84,7 +84,9 @@ def consuming(processes: int, size: int = 200) -> Callable[[Context, Contestant,
     def run(context: Context, contestant: Contestant, kind: str) -> Row:
         broker, name = context.broker, queue(contestant, kind)
         broker.purge(name)
-        jobs = max(sized(context.arguments.jobs * contestant.times, size), 2 * PREFETCH * (processes - 1) + 200)    # each process gets some
+        jobs = max(
+            sized(context.arguments.jobs * contestant.times, size), 2 * PREFETCH * (processes - 1) + 200
+        )  # each process gets some
         if contestant.commands is None:
             jobs = int(publish(contestant, broker.url, kind, "many", jobs, size=size)["sent"])
             broker.expect_depth(name, jobs)
@@ -123,10 +125,10 @@ def latency(per_s: int) -> Callable[[Context, Contestant, str], Row]:
                 late = worker.samples()[1:]
                 worker.finish(jobs + 1)
         broker.expect_depth(name, 0)
-        if reached < 0.95 * per_s and not context.arguments.toy:    # a toy is too short for rates
+        if reached < 0.95 * per_s and not context.arguments.toy:  # a toy is too short for rates
             msg = f"it publishes {reached:.0f}/s, not {per_s}/s"
             raise Refused(msg)
-        return percentiles(late[len(late) // 20 :])    # the first twentieth warms up
+        return percentiles(late[len(late) // 20 :])  # the first twentieth warms up
 
     return run
 
@@ -155,7 +157,7 @@ def _late(context: Context, contestant: Contestant, kind: str, how: str, jobs: i
         worker.wait(1)
         sent = int(publish(contestant, broker.url, kind, how, jobs, seconds)["sent"])
         worker.wait(sent + 1)
-        late = worker.samples()[sent + 1 - jobs :]    # those that warmed up ran first
+        late = worker.samples()[sent + 1 - jobs :]  # those that warmed up ran first
         worker.finish(sent + 1)
     broker.expect_depth(name, 0)
     if (early := -min(late) / 1e9) > 0.05:
@@ -188,7 +190,7 @@ def memory(context: Context, contestant: Contestant, kind: str) -> Row:
         idle = worker.rss_mb()
         for begun in range(0, jobs, 20_000):
             broker.fill(contestant, kind, min(20_000, jobs - begun))
-            worker.wait(1 + begun)    # the broker never holds more than two such fills
+            worker.wait(1 + begun)  # the broker never holds more than two such fills
         worker.wait(1 + jobs)
         time.sleep(2)
         after = worker.rss_mb()
@@ -245,7 +247,12 @@ def sqlite(context: Context, contestant: Contestant, kind: str) -> Row:
             seconds = (worker.last_ns - worker.first_ns) / 1e9
             worker.finish(total)
         _expect_rows(contestant, path, 0)
-    return {"publish_per_s": sent["per_s"], "per_s": total / seconds, "publish_cpu_us": sent["cpu_us"], "cpu_us": cpu_ns / total / 1e3}
+    return {
+        "publish_per_s": sent["per_s"],
+        "per_s": total / seconds,
+        "publish_cpu_us": sent["cpu_us"],
+        "cpu_us": cpu_ns / total / 1e3,
+    }
 
 
 def _expect_rows(contestant: Contestant, path: Path, expected: int) -> None:
@@ -289,23 +296,64 @@ UNITS = (
     Unit("publish", "publish pipelined", RATE, publishing("many"), _anyone, rising=True),
     Unit("consume", "consume, one process", RATE, consuming(1), _anyone, rising=True),
     Unit("consume", "consume, two processes", RATE, consuming(2), _workers, rising=True),
-    Unit("allocations", "allocations a consumed job", {"allocations": "a job"}, allocating, _one_kind, most=1, compared="the allocations"),
+    Unit(
+        "allocations",
+        "allocations a consumed job",
+        {"allocations": "a job"},
+        allocating,
+        _one_kind,
+        most=1,
+        compared="the allocations",
+    ),
     Unit("latency", "latency at 200/s", LATE, latency(200), _workers_or_c, compared="the p50"),
     Unit("latency", "latency at 2 000/s", LATE, latency(2000), _one_kind, most=3, compared="the p50"),
     Unit("start", "import", {"import_ms": "ms"}, importing, _one_kind, compared="the time"),
     Unit("start", "start to first job", {"start_ms": "ms"}, start, _one_kind, compared="the time"),
-    Unit("memory", "memory", {"idle_mb": "idle MB", "after_mb": "MB after"}, memory, _one_kind, most=1, compared="the memory"),
+    Unit(
+        "memory",
+        "memory",
+        {"idle_mb": "idle MB", "after_mb": "MB after"},
+        memory,
+        _one_kind,
+        most=1,
+        compared="the memory",
+    ),
     Unit("delayed", "delayed by 5 s, spread out, lateness", LATE, spread, _delays, compared="the p50"),
     Unit("delayed", "delayed by 5 s, lateness", LATE, delayed, _delays, compared="the p50"),
     Unit("delayed", "due within one second, lateness", LATE, due, _delays, most=3, compared="the p50"),
-    Unit("retries", "jobs that fail once", {"net_s": "s, the retry's delay taken off", "seconds": "s"}, failing, _workers, compared="the time"),
+    Unit(
+        "retries",
+        "jobs that fail once",
+        {"net_s": "s, the retry's delay taken off", "seconds": "s"},
+        failing,
+        _workers,
+        compared="the time",
+    ),
     Unit("payload", "publish pipelined, 4 KB", RATE, publishing("many", 4096), _one_kind_or_limit, rising=True, most=3),
     Unit("payload", "consume, 4 KB", RATE, consuming(1, 4096), _one_kind_or_limit, rising=True, most=3),
-    Unit("payload", "publish pipelined, 256 KB", RATE, publishing("many", 262_144), _one_kind_or_limit, rising=True, most=3),
+    Unit(
+        "payload",
+        "publish pipelined, 256 KB",
+        RATE,
+        publishing("many", 262_144),
+        _one_kind_or_limit,
+        rising=True,
+        most=3,
+    ),
     Unit("payload", "consume, 256 KB", RATE, consuming(1, 262_144), _one_kind_or_limit, rising=True, most=3),
     Unit(
-        "sqlite", "SQLite", {"publish_per_s": "publish_many /s", "per_s": "consume /s", "publish_cpu_us": "publish CPU µs", "cpu_us": "consume CPU µs"},
-        sqlite, _anyone, rising=True, sqlite=True,
+        "sqlite",
+        "SQLite",
+        {
+            "publish_per_s": "publish_many /s",
+            "per_s": "consume /s",
+            "publish_cpu_us": "publish CPU µs",
+            "cpu_us": "consume CPU µs",
+        },
+        sqlite,
+        _anyone,
+        rising=True,
+        sqlite=True,
     ),
 )
 MEASURES = tuple(dict.fromkeys(unit.measure for unit in UNITS))
@@ -313,4 +361,6 @@ MEASURES = tuple(dict.fromkeys(unit.measure for unit in UNITS))
 
 def entrants(unit: Unit, contestants: tuple[Contestant, ...] = RABBIT) -> list[tuple[Contestant, str]]:
     """Return who takes part, with each queue type."""
-    return [(one, kind) for one in (SQLITE if unit.sqlite else contestants) for kind in one.kinds if unit.enters(one, kind)]
+    return [
+        (one, kind) for one in (SQLITE if unit.sqlite else contestants) for kind in one.kinds if unit.enters(one, kind)
+    ]

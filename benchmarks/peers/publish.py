@@ -130,20 +130,26 @@ async def run(module: str, how: str, jobs: int, seconds: float) -> dict[str, flo
         if how in ("one", "many") and jobs > 1:
             warm = min(WARM_UP, jobs)
             for _ in range(warm):
-                await sender.one(0, None)    # the very thread and connection that is measured
+                await sender.one(0, None)  # the very thread and connection that is measured
             if how == "many":
                 await lanes.many(warm)
                 warm *= 2
         if how in ("spread", "delayed", "due"):
             warm = 1
-            await lanes.one(lambda: (time.monotonic_ns() + WARM_UP_S * 1_000_000_000, float(WARM_UP_S)))    # what delays need is declared then
+            await lanes.one(
+                lambda: (time.monotonic_ns() + WARM_UP_S * 1_000_000_000, float(WARM_UP_S))
+            )  # what delays need is declared then
         work: Awaitable[None]
         cpu, begun = cpu_s(), time.perf_counter()
         if how == "one":
             for _ in range(jobs):
                 await sender.one(time.monotonic_ns(), None)
         else:
-            work = lanes.many(jobs) if how == "many" else {"paced": paced, "spread": spread, "delayed": delayed, "due": due}[how](lanes, jobs, seconds)
+            work = (
+                lanes.many(jobs)
+                if how == "many"
+                else {"paced": paced, "spread": spread, "delayed": delayed, "due": due}[how](lanes, jobs, seconds)
+            )
             await work
         took, used = time.perf_counter() - begun, cpu_s() - cpu
     return {"sent": jobs + warm, "per_s": jobs / took, "cpu_us": used / jobs * 1e6, "seconds": took}

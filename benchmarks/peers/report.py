@@ -72,17 +72,27 @@ class Figures:
         there = [(name, kind) for name, kind in all_of_them if self.median((unit, name, kind), metric) is not None]
         names, kinds = {name for name, _ in there}, {kind for _, kind in there}
         absent = [pair for pair in all_of_them if pair not in there]
-        unseen = {kind for name, kind in absent if name in names} - kinds    # nobody was measured on it, and some who were could have been
+        unseen = {
+            kind for name, kind in absent if name in names
+        } - kinds  # nobody was measured on it, and some who were could have been
         only = f", on {' and '.join(LABELS.get(kind, kind) for kind in sorted(kinds))} only" if unseen else ""
         rest = dict.fromkeys(
-            f"{name} ({LABELS.get(kind, kind)})" if name in names else name for name, kind in absent if kind not in unseen
+            f"{name} ({LABELS.get(kind, kind)})" if name in names else name
+            for name, kind in absent
+            if kind not in unseen
         )
         return only + (f", without {', '.join(rest)}" if rest else "")
 
     def as_json(self) -> list[dict[str, Any]]:
         """Return a record a row of the tables."""
         return [
-            {"unit": unit, "contestant": name, "kind": kind, "rounds": rounds, "refused": self.refused.get((unit, name, kind))}
+            {
+                "unit": unit,
+                "contestant": name,
+                "kind": kind,
+                "rounds": rounds,
+                "refused": self.refused.get((unit, name, kind)),
+            }
             for (unit, name, kind), rounds in self.rounds.items()
         ]
 
@@ -177,7 +187,13 @@ def _beside(value: float, bound: float) -> str:
     digits = 3 if bound < 0.2 else 2
     while value != bound and round(value, digits) == bound:
         digits += 1
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 and round(value, 1) != bound else f"{value:.{digits}f}"
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 100
+        else f"{value:.1f}"
+        if abs(value) >= 10 and round(value, 1) != bound
+        else f"{value:.{digits}f}"
+    )
 
 
 def goals(figures: Figures) -> list[Goal]:
@@ -187,11 +203,22 @@ def goals(figures: Figures) -> list[Goal]:
     def ours(unit: str, kind: str = "quorum") -> tuple[str, str, str]:
         return unit, LEVERET.name, kind
 
-    def against(what: str, unit: str, other: Contestant, bound: float, kind: str = "quorum", metric: str = "per_s", *, at_least: bool = True) -> None:
+    def against(
+        what: str,
+        unit: str,
+        other: Contestant,
+        bound: float,
+        kind: str = "quorum",
+        metric: str = "per_s",
+        *,
+        at_least: bool = True,
+    ) -> None:
         ratio = figures.ratio(ours(unit, kind), (unit, other.name, kind), metric)
         found.append(Goal(what, ratio, f"× {other.name}", bound, at_least))
 
-    def against_best(what: str, unit: str, bound: float, metric: str = "per_s", *, rising: bool = True, allow: Allow = _anyone) -> None:
+    def against_best(
+        what: str, unit: str, bound: float, metric: str = "per_s", *, rising: bool = True, allow: Allow = _anyone
+    ) -> None:
         best = figures.best(unit, metric, rising=rising, allow=allow)
         if best is None:
             found.append(Goal(what, None, "× the best peer", bound, rising))
@@ -199,10 +226,17 @@ def goals(figures: Figures) -> list[Goal]:
         beside = f"× {best[1]} ({LABELS.get(best[2], best[2])}){figures.lacking(unit, metric, allow)}"
         found.append(Goal(what, figures.ratio(ours(unit), best, metric), beside, bound, rising))
 
-    def itself(what: str, unit: str, metric: str, bound: float, kind: str = "quorum", *, at_least: bool = False) -> None:
+    def itself(
+        what: str, unit: str, metric: str, bound: float, kind: str = "quorum", *, at_least: bool = False
+    ) -> None:
         found.append(Goal(what, figures.median(ours(unit, kind), metric), "", bound, at_least))
 
-    one, many, consume, two = "publish one by one", "publish pipelined", "consume, one process", "consume, two processes"
+    one, many, consume, two = (
+        "publish one by one",
+        "publish pipelined",
+        "consume, one process",
+        "consume, two processes",
+    )
     for what, best, c, c_classic, node in ((many, 8, 0.7, 0.55, 0.9), (consume, 12, 0.4, 0.6, 1.1)):
         against_best(f"{what}, quorum", what, best)
         against(f"{what}, quorum", what, C, c)
@@ -211,24 +245,50 @@ def goals(figures: Figures) -> list[Goal]:
         against(f"{what}, classic priority", what, NODE, node, "classic")
     for what, unit, most in (("a published job, quorum", many, 8), ("a consumed job, quorum", consume, 15)):
         itself(f"CPU µs of {what}", unit, "cpu_us", most)
-        against(f"CPU of {what}", unit, AIO_PIKA, round(most / 90, 3), metric="cpu_us", at_least=False)    # on the machine that it was hoped for on it takes 90
+        against(
+            f"CPU of {what}", unit, AIO_PIKA, round(most / 90, 3), metric="cpu_us", at_least=False
+        )  # on the machine that it was hoped for on it takes 90
     both = (figures.median(ours(two), "per_s"), figures.median(ours(consume), "per_s"))
-    found.append(Goal(f"{two}, quorum", both[0] / both[1] if both[0] and both[1] else None, "× one process", 1.5, at_least=True))
+    found.append(
+        Goal(f"{two}, quorum", both[0] / both[1] if both[0] and both[1] else None, "× one process", 1.5, at_least=True)
+    )
     against(f"{one}, quorum", one, AIO_PIKA, 1.3)
     for metric in ("p50_ms", "p99_ms"):
         against_best(f"latency at 200/s, {metric[:3]}", "latency at 200/s", 1.0, metric, rising=False)
         against(f"latency at 200/s, {metric[:3]}", "latency at 200/s", C, 1.5, metric=metric, at_least=False)
-    against_best("jobs that fail once, delay taken off", "jobs that fail once", 0.5, "net_s", rising=False, allow=lambda peer, _: peer.real_retry)
+    against_best(
+        "jobs that fail once, delay taken off",
+        "jobs that fail once",
+        0.5,
+        "net_s",
+        rising=False,
+        allow=lambda peer, _: peer.real_retry,
+    )
     for what in ("delayed by 5 s, spread out, lateness", "delayed by 5 s, lateness"):
         for metric in ("p50_ms", "p99_ms"):
-            against_best(f"{what} {metric[:3]}", what, 1.0, metric, rising=False, allow=lambda peer, kind: kind in peer.broker_held)
+            against_best(
+                f"{what} {metric[:3]}",
+                what,
+                1.0,
+                metric,
+                rising=False,
+                allow=lambda peer, kind: kind in peer.broker_held,
+            )
     against_best("idle memory of a worker", "memory", 1.0, "idle_mb", rising=False)
     against_best("import of the app and its broker", "import", 1.0, "import_ms", rising=False)
     against("SQLite, publish_many", "SQLite", HUEY, 3, "sqlite", "publish_per_s")
     against("SQLite, consume", "SQLite", HUEY, 3, "sqlite")
     itself("SQLite, publish_many /s", "SQLite", "publish_per_s", 5000, "sqlite", at_least=True)
     itself("SQLite, consume /s", "SQLite", "per_s", 3000, "sqlite", at_least=True)
-    found.append(Goal("MB that 200 000 jobs with failures leave", None, "tests/fault/test_memory.py asserts it", 10, at_least=False))
+    found.append(
+        Goal(
+            "MB that 200 000 jobs with failures leave",
+            None,
+            "tests/fault/test_memory.py asserts it",
+            10,
+            at_least=False,
+        )
+    )
     return found
 
 
@@ -236,7 +296,11 @@ def show_goals(console: Console, figures: Figures) -> None:
     """Print the list of what was to be reached, as docs/performance.md has it; without a peer only what was measured."""
     every = goals(figures)
     peers = {peer.name for peer in RABBIT if peer.peer}
-    rows = every if any(name in peers for _, name, _ in figures.rounds) else [goal for goal in every if goal.reached is not None]
+    rows = (
+        every
+        if any(name in peers for _, name, _ in figures.rounds)
+        else [goal for goal in every if goal.reached is not None]
+    )
     table = Table(title="What was to be reached", title_justify="left", title_style="bold", box=box.MARKDOWN)
     for heading in ("leveret", "reached", "beside", "hoped for", "verdict"):
         table.add_column(heading, justify="right" if heading in ("reached", "hoped for") else "left")
@@ -245,12 +309,16 @@ def show_goals(console: Console, figures: Figures) -> None:
     if rows:
         console.print(table)
     if len(rows) < len(every):
-        console.print(f"{len(every) - len(rows)} more goals need what wasn't measured here: `make bench-peers` measures all", highlight=False, markup=False)
+        console.print(
+            f"{len(every) - len(rows)} more goals need what wasn't measured here: `make bench-peers` measures all",
+            highlight=False,
+            markup=False,
+        )
 
 
 def draw(figures: Figures, title: str, path: Path) -> str | None:
     """Draw a bar chart a unit into `path`; return why not, where matplotlib is missing."""
-    try:    # by name: the checkers run in environments with it and without
+    try:  # by name: the checkers run in environments with it and without
         importlib.import_module("matplotlib").use("svg")
     except ImportError:
         return "no plot: matplotlib isn't here (`make bench` installs it)"
@@ -272,7 +340,9 @@ def draw(figures: Figures, title: str, path: Path) -> str | None:
         low = [median - min(figures.values(key, metric)) for median, key in zip(medians, keys, strict=True)]
         high = [max(figures.values(key, metric)) - median for median, key in zip(medians, keys, strict=True)]
         colours = ["#c2410c" if key[1] == LEVERET.name else "#94a3b8" for key in keys]
-        axis.barh(range(len(keys)), medians, xerr=[low, high], color=colours, error_kw={"elinewidth": 1, "ecolor": "#334155"})
+        axis.barh(
+            range(len(keys)), medians, xerr=[low, high], color=colours, error_kw={"elinewidth": 1, "ecolor": "#334155"}
+        )
         axis.set_yticks(range(len(keys)), [f"{name}, {LABELS.get(kind, kind)}" for _, name, kind in keys], fontsize=8)
         axis.invert_yaxis()
         axis.set_title(f"{unit.name}: {heading} ({'more' if unit.rising else 'less'} is better)", fontsize=9)

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 URL = os.environ.get("BENCH_URL", "amqp://guest:guest@127.0.0.1:5672/")
 KIND = os.environ.get("BENCH_KIND", "quorum")
 QUEUE = os.environ.get("BENCH_QUEUE", "bench.unnamed")
-MODE = os.environ.get("BENCH_MODE", "plain")    # plain | samples (how late each job ran) | fails (each fails once) | allocations
+MODE = os.environ.get(
+    "BENCH_MODE", "plain"
+)  # plain | samples (how late each job ran) | fails (each fails once) | allocations
 BYTES = int(os.environ.get("BENCH_BYTES", "200"))
 PROCESSES = int(os.environ.get("BENCH_PROCESSES", "1"))
 PREFETCH = 200
-WINDOW = 1000    # publishes in flight where a peer can pipeline
-THREADS = 8      # publishing threads where it can't
+WINDOW = 1000  # publishes in flight where a peer can pipeline
+THREADS = 8  # publishing threads where it can't
 MAX_PRIORITY = 6
 PRIORITY = 4
 
-_ELSE_BYTES = 80    # what the fields other than the text take as JSON
+_ELSE_BYTES = 80  # what the fields other than the text take as JSON
 TEXT = "x" * max(0, BYTES - _ELSE_BYTES)
 CAPACITY = 1_000_000
 
@@ -79,10 +81,10 @@ class Ran:
     def _watch_allocations(self) -> None:
         import ctypes
 
-        self._allocated = ctypes.CDLL(None).bench_allocations    # preloaded: allocations.c
+        self._allocated = ctypes.CDLL(None).bench_allocations  # preloaded: allocations.c
         self._allocated.restype = ctypes.c_uint64
         some = [self._allocated() for _ in range(11)]
-        self._asking = (some[-1] - some[0]) // 10    # what asking itself takes
+        self._asking = (some[-1] - some[0]) // 10  # what asking itself takes
         self._before = self._allocated()
 
     @staticmethod
@@ -93,7 +95,7 @@ class Ran:
             if time.monotonic() > end:
                 msg = f"fewer than {PROCESSES} processes got a job within 30 s"
                 raise RuntimeError(msg)
-            time.sleep(0.001)    # it blocks the worker, and is meant to
+            time.sleep(0.001)  # it blocks the worker, and is meant to
 
     def begin(self) -> None:
         """A first run that fails: time counts from here, and the job doesn't."""

@@ -49,8 +49,13 @@ async def sending() -> AsyncGenerator[Sender]:
 
         async def one(at: int, delay_s: float | None) -> None:
             message = Message(
-                encode(Invoice(at)), content_type="application/json", delivery_mode=DeliveryMode.PERSISTENT, message_id="7",
-                type="invoice.send", priority=PRIORITY if KIND == "classic" else None, expiration=delay_s,
+                encode(Invoice(at)),
+                content_type="application/json",
+                delivery_mode=DeliveryMode.PERSISTENT,
+                message_id="7",
+                type="invoice.send",
+                priority=PRIORITY if KIND == "classic" else None,
+                expiration=delay_s,
             )
             await channel.default_exchange.publish(message, QUEUE if delay_s is None else WAIT, mandatory=True)
 

@@ -38,7 +38,9 @@ async def sending() -> AsyncGenerator[Sender]:
 
     async def one(at: int, delay_s: float | None) -> None:
         delay = None if delay_s is None else int(delay_s * 1000)
-        send_invoice.send_with_options(kwargs=fields(at), delay=delay, broker_priority=PRIORITY if KIND == "classic" else None)
+        send_invoice.send_with_options(
+            kwargs=fields(at), delay=delay, broker_priority=PRIORITY if KIND == "classic" else None
+        )
 
     yield Sender(one, None, blocking=True)
     broker.close()

@@ -26,9 +26,15 @@ from benchmarks.peers.shape import (
     ran,
 )
 
-broker = RabbitBroker(URL, default_channel=Channel(prefetch_count=PREFETCH, publisher_confirms=True, on_return_raises=True), logger=None)
+broker = RabbitBroker(
+    URL, default_channel=Channel(prefetch_count=PREFETCH, publisher_confirms=True, on_return_raises=True), logger=None
+)
 app = FastStream(broker, logger=None)
-made: Any = {"quorum": {"queue_type": QueueType.QUORUM}, "classic": {"arguments": {"x-max-priority": MAX_PRIORITY}}, "plain": {}}[KIND]
+made: Any = {
+    "quorum": {"queue_type": QueueType.QUORUM},
+    "classic": {"arguments": {"x-max-priority": MAX_PRIORITY}},
+    "plain": {},
+}[KIND]
 queue = RabbitQueue(QUEUE, durable=True, **made)
 options: dict[str, Any] = {"priority": PRIORITY} if KIND == "classic" else {}
 

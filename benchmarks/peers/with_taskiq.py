@@ -42,7 +42,14 @@ labels: dict[str, Any] = {"priority": PRIORITY} if KIND == "classic" else {}
 if MODE == "fails":
     broker = broker.with_middlewares(SimpleRetryMiddleware(default_retry_count=5, default_retry_label=True))
 
-    async def send_invoice(at: int, order_id: int, email: str, text: str, tags: list[str], context: Context = TaskiqDepends()) -> None:  # noqa: B008
+    async def send_invoice(
+        at: int,
+        order_id: int,
+        email: str,
+        text: str,
+        tags: list[str],
+        context: Context = TaskiqDepends(),  # noqa: B008
+    ) -> None:
         """Fail the first time."""
         if not int(context.message.labels.get("_retries", 0)):
             ran.begin()

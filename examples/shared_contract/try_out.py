@@ -19,8 +19,15 @@ def outbox(folder: str) -> dict[str, str]:
 
 with tempfile.TemporaryDirectory() as folder:
     Path(folder, "outbox").mkdir()
-    environment = {**os.environ, "LEVERET_BROKER": f"sqlite:///{folder}/jobs.db", "OUTBOX": f"{folder}/outbox", "LEVERET_LOG": "warning"}
-    subprocess.run([sys.executable, "-m", "web", "7", "a@example.org"], cwd=HERE, env=environment, check=True, timeout=30)
+    environment = {
+        **os.environ,
+        "LEVERET_BROKER": f"sqlite:///{folder}/jobs.db",
+        "OUTBOX": f"{folder}/outbox",
+        "LEVERET_LOG": "warning",
+    }
+    subprocess.run(
+        [sys.executable, "-m", "web", "7", "a@example.org"], cwd=HERE, env=environment, check=True, timeout=30
+    )
     assert outbox(folder) == {}  # no worker yet: the jobs wait
     leveret = Path(sysconfig.get_path("scripts"), "leveret")
     worker = subprocess.Popen([leveret, "work", "mailer:app"], cwd=HERE, env=environment)

@@ -154,15 +154,26 @@ class Project:
         return path.read_text().splitlines() if path.exists() else []
 
     def environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("LEVERET_", "COLUMNS", "PYTHONPATH", "PYTEST"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("LEVERET_", "COLUMNS", "PYTHONPATH", "PYTEST"))
+        }
         return {**kept, "LEVERET_APP": "shop:app", **given}
 
     def run(self, *arguments: str, stdin: str = "", **environment: str) -> Ran:
         """Run `leveret` with these arguments until it ends."""
-        return Ran(subprocess.run(
-            [LEVERET, *arguments], cwd=self.folder, env=self.environment(environment), input=stdin.encode(), capture_output=True,
-            timeout=PATIENCE_S, check=False,
-        ))
+        return Ran(
+            subprocess.run(
+                [LEVERET, *arguments],
+                cwd=self.folder,
+                env=self.environment(environment),
+                input=stdin.encode(),
+                capture_output=True,
+                timeout=PATIENCE_S,
+                check=False,
+            )
+        )
 
     def publish(self, job: str, payload: Mapping[str, object], *options: str, **environment: str) -> str:
         """Publish a job by the command; return its id."""
@@ -176,14 +187,21 @@ class Project:
         log = self.folder / f"log-{time.monotonic_ns()}"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [LEVERET, *arguments], cwd=self.folder, env=self.environment(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                [LEVERET, *arguments],
+                cwd=self.folder,
+                env=self.environment(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
                 start_new_session=True,
             )
         running = Running(process, log)
         try:
             yield running
         finally:
-            left = children_of(process.pid) | {int(pid) for pid in re.findall(r"worker (\d+) of app", running.log)} - {process.pid}
+            left = children_of(process.pid) | {int(pid) for pid in re.findall(r"worker (\d+) of app", running.log)} - {
+                process.pid
+            }
             if process.poll() is None:
                 process.kill()
                 process.wait()

@@ -50,7 +50,9 @@ def test_queues_shows_every_queue_of_the_app(project: Project, buried: dict[str,
     assert set(rows) == {"emails", "reports", "plain"}
 
 
-def test_queues_without_an_app_needs_names_and_knows_what_is_not_there(project: Project, buried: dict[str, str]) -> None:
+def test_queues_without_an_app_needs_names_and_knows_what_is_not_there(
+    project: Project, buried: dict[str, str]
+) -> None:
     """A misspelt name must not look like an empty queue."""
     unnamed = project.run("queues", "--broker", "sqlite:///shop.db")
     misspelt = project.run("queues", "emials", "--broker", "sqlite:///shop.db")
@@ -78,7 +80,10 @@ def test_purge_asks_and_deletes_only_what_waits(project: Project, buried: dict[s
     after = project.run("queues", "emails", "--json").json[0]
 
     assert refused.code == 2
-    assert "Delete 2 waiting jobs of queue emails on sqlite:///shop.db for good? Nobody can answer here: say --yes" in refused.line
+    assert (
+        "Delete 2 waiting jobs of queue emails on sqlite:///shop.db for good? Nobody can answer here: say --yes"
+        in refused.line
+    )
     assert before["ready"] == 2
     assert (purged.code, purged.out) == (0, "purged 2 jobs of queue emails\n")
     assert (after["ready"], after["dead"]) == (0, 3)
@@ -91,7 +96,12 @@ def test_drop_asks_a_person_and_obeys(project: Project, buried: dict[str, str], 
     """On a terminal the question is asked there, and anything but a yes changes nothing."""
     ours, theirs = pty.openpty()
     command = subprocess.Popen(
-        [LEVERET, "dead", "drop", "emails"], cwd=project.folder, env=project.environment({}), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [LEVERET, "dead", "drop", "emails"],
+        cwd=project.folder,
+        env=project.environment({}),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     os.close(theirs)
     os.write(ours, f"{answer}\n".encode())
@@ -146,7 +156,15 @@ def test_show_has_headers_every_failed_run_and_the_body(project: Project, buried
     record = project.run("dead", "show", "emails", buried["first"], "--json").json
 
     assert text.code == 0, text
-    for part in (buried["first"], "invoice.send", "emails, high", "x-tenant-id: 7", "Traceback", "ValueError: order -1", '"order_id": -1'):
+    for part in (
+        buried["first"],
+        "invoice.send",
+        "emails, high",
+        "x-tenant-id: 7",
+        "Traceback",
+        "ValueError: order -1",
+        '"order_id": -1',
+    ):
         assert part in text.out
     assert "hunter2" not in text.out
     assert record["body"] == {"order_id": -1, "email": "a@example.org", "seconds": 0.0}
@@ -157,19 +175,29 @@ def test_show_has_headers_every_failed_run_and_the_body(project: Project, buried
 
 def test_replay_runs_it_again_as_new(project: Project, buried: dict[str, str]) -> None:
     """Same id, level and headers; the first run again, or it would be buried at once; and no expiry, or it would be dropped."""
-    assert project.run("dead", "replay", "emails", "--dry-run").out == "3 dead letters of queue emails would be replayed\n"
+    assert (
+        project.run("dead", "replay", "emails", "--dry-run").out == "3 dead letters of queue emails would be replayed\n"
+    )
     assert len(listed(project)) == 3
 
     ran = project.run("dead", "replay", "emails", "--id", buried["first"], "--id", buried["third"])
 
     assert (ran.code, ran.out, ran.err) == (0, "2 dead letters of queue emails replayed\n", "")
     assert listed(project) == [buried["second"]]
-    assert project.run("queues", "emails", "--json").json[0]["levels"] == {"urgent": 0, "high": 1, "normal": 1, "low": 0}
+    assert project.run("queues", "emails", "--json").json[0]["levels"] == {
+        "urgent": 0,
+        "high": 1,
+        "normal": 1,
+        "low": 0,
+    }
     with project.start("work") as worker:
         worker.wait_for("is buried", count=2)
         worker.stop()
     assert [line.split()[3:] for line in project.said[-2:]] == [["attempt=1", "pass=1"]] * 2
-    assert re.findall(r"Traceback|the same traceback", project.run("dead", "show", "emails", buried["first"]).out) == ["Traceback", "the same traceback"]
+    assert re.findall(r"Traceback|the same traceback", project.run("dead", "show", "emails", buried["first"]).out) == [
+        "Traceback",
+        "the same traceback",
+    ]
     letter = project.run("dead", "show", "emails", buried["first"], "--json").json
     assert letter["headers"] == {"x-tenant-id": "7"}
     assert [failure["attempt"] for failure in letter["failures"]] == [1, 1]  # its history is kept
@@ -191,9 +219,17 @@ def test_drop_deletes_what_was_picked_and_says_how_many(project: Project, buried
 
 def test_a_reader_that_closes_the_pipe_gets_no_traceback(project: Project, buried: dict[str, str]) -> None:
     """`| head` is how everybody looks at a long table."""
-    for arguments in ("dead list emails", "dead list emails --json", "queues", "describe", "dead show emails " + buried["first"]):
+    for arguments in (
+        "dead list emails",
+        "dead list emails --json",
+        "queues",
+        "describe",
+        "dead show emails " + buried["first"],
+    ):
         shell = ["bash", "-c", f"{LEVERET} {arguments} | true"]
-        ran = subprocess.run(shell, cwd=project.folder, env=project.environment({}), capture_output=True, timeout=PATIENCE_S, check=False)
+        ran = subprocess.run(
+            shell, cwd=project.folder, env=project.environment({}), capture_output=True, timeout=PATIENCE_S, check=False
+        )
         assert ran.stderr == b"", arguments
 
 
@@ -202,7 +238,10 @@ def test_a_reader_that_closes_the_pipe_gets_no_traceback(project: Project, burie
 def test_dead_letters_on_rabbitmq(project: Project, rabbit: Rabbit, kind: str) -> None:
     """List, show, replay and drop on the broker of production, on both types of queue."""
     name = f"cli-{uuid.uuid4().hex[:8]}"
-    project.write("shop.py", (project.folder / "shop.py").read_text().replace('Queue("emails")', f'Queue("{name}", type="{kind}")'))
+    project.write(
+        "shop.py",
+        (project.folder / "shop.py").read_text().replace('Queue("emails")', f'Queue("{name}", type="{kind}")'),
+    )
     env = {"LEVERET_BROKER": rabbit.url}
     ids = [project.publish("SendInvoice", {"order_id": -n}, "--priority", "urgent", **env) for n in (1, 2)]
     with project.start("work", "-q", name, **env) as worker:
@@ -230,26 +269,37 @@ async def test_a_letter_with_a_count_at_its_end_is_replayed(project: Project, ra
     env = {"LEVERET_BROKER": rabbit.url}
     project.publish("SendInvoice", {"order_id": 1}, **env)  # this declares it
     headers: dict[str, Any] = {"lv-pass": most, "lv-origin": name, "lv-priority": "normal"}
-    await raw.publish(f"{name}.dead", b'{"order_id": 2}', properties=Basic.Properties(message_id="foreign", message_type="invoice.send", headers=headers))
+    await raw.publish(
+        f"{name}.dead",
+        b'{"order_id": 2}',
+        properties=Basic.Properties(message_id="foreign", message_type="invoice.send", headers=headers),
+    )
 
     ran = project.run("dead", "replay", name, **env)
 
     assert (ran.code, ran.out) == (0, f"1 dead letter of queue {name} replayed\n"), ran
-    assert [job.headers["lv-pass"] for job in await raw.take_all(name) if job.properties.message_id == "foreign"] == [most]
+    assert [job.headers["lv-pass"] for job in await raw.take_all(name) if job.properties.message_id == "foreign"] == [
+        most
+    ]
 
 
 @pytest.mark.rabbit
 def test_a_letter_that_cannot_be_replayed_stays_and_does_not_stop_the_rest(project: Project, rabbit: Rabbit) -> None:
     """One letter whose queue is gone must neither be lost nor keep the others from running; the exit code tells."""
     here, gone = (f"cli-{uuid.uuid4().hex[:8]}" for _ in range(2))
-    project.write("contract.py", f"from leveret import App, Bury, Job, Queue\nclass Ping(Job, name='ping', queue=Queue({here!r})): ...\n"
-                                 "app = App('a')\n@app.handler\nasync def ping(job: Ping) -> Bury: return Bury('no')\n")
+    project.write(
+        "contract.py",
+        f"from leveret import App, Bury, Job, Queue\nclass Ping(Job, name='ping', queue=Queue({here!r})): ...\n"
+        "app = App('a')\n@app.handler\nasync def ping(job: Ping) -> Bury: return Bury('no')\n",
+    )
     env = {"LEVERET_BROKER": rabbit.url, "LEVERET_APP": "contract:app"}
     ids = [project.run("publish", "contract:Ping", "{}", **env).out.strip() for _ in range(3)]
     with project.start("work", **env) as worker:
         worker.wait_for("is buried", count=3)
         worker.stop()
-    project.write("spoil.py", f"""
+    project.write(
+        "spoil.py",
+        f"""
 import asyncio, sys, aio_pika
 async def main(url):
     async with await aio_pika.connect(url) as connection:
@@ -262,8 +312,14 @@ async def main(url):
             await channel.default_exchange.publish(copy, queue.name)
             await letter.ack()
 asyncio.run(main(sys.argv[1]))
-""")
-    subprocess.run([os.path.dirname(LEVERET) + "/python", "spoil.py", rabbit.url], cwd=project.folder, check=True, timeout=PATIENCE_S)  # noqa: PTH120
+""",
+    )
+    subprocess.run(
+        [os.path.dirname(LEVERET) + "/python", "spoil.py", rabbit.url],  # noqa: PTH120
+        cwd=project.folder,
+        check=True,
+        timeout=PATIENCE_S,
+    )
 
     ran = project.run("dead", "replay", here, **env)
 

@@ -18,12 +18,19 @@ def test_publish_prints_the_id_once_the_job_is_there(project: Project) -> None:
     assert ran.code == 0, ran
     assert ran.err == ""
     uuid.UUID(ran.out.strip())
-    assert project.run("queues", "emails", "--json").json[0]["levels"] == {"urgent": 0, "high": 1, "normal": 0, "low": 0}
+    assert project.run("queues", "emails", "--json").json[0]["levels"] == {
+        "urgent": 0,
+        "high": 1,
+        "normal": 0,
+        "low": 0,
+    }
 
 
 def test_publish_reads_standard_input(project: Project) -> None:
     """A large payload, or a secret one, doesn't belong on a command line."""
-    ran = project.run("publish", "shop:SendInvoice", "-", "--id", "my-own", stdin='{"order_id": 7, "email": "ä@example.org"}')
+    ran = project.run(
+        "publish", "shop:SendInvoice", "-", "--id", "my-own", stdin='{"order_id": 7, "email": "ä@example.org"}'
+    )
 
     assert (ran.code, ran.out) == (0, "my-own\n")
 
@@ -53,34 +60,43 @@ def test_publish_carries_headers_delay_and_expiry(project: Project) -> None:
     assert project.run("queues", "reports", "--json").json[0]["delayed"] == 2
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (("shop:SendInvoice", '{"order_id": "seven"}'), "the JSON is no SendInvoice: Expected `int`, got `str` - at `$.order_id`"),
-    (("shop:SendInvoice", "{}"), "Object missing required field `order_id`"),
-    (("shop:SendInvoice", "{"), "the JSON is no SendInvoice"),
-    (("shop:SendInvoice", "[" * 100_000), "the JSON is no SendInvoice"),
-    (("shop:SendInvoce", "{}"), "module shop has no 'SendInvoce'; did you mean 'SendInvoice'?"),
-    (("shop:Abstract", '{"n": 1}'), "is abstract: it names no job and no queue"),
-    (("shop:app", "{}"), "'shop:app' is no Job class"),
-    (("shop:Note", "{}", "--priority", "high"), "takes no priority but NORMAL"),
-    (("shop:Note", "{}", "--priority", "soon"), "'soon' is not one of"),
-    (("shop:Note", "{}", "--delay", "x"), "it is a number of seconds, 0 or more, not 'x'"),
-    (("shop:Note", "{}", "--delay", "9999999"), "is above 48 days"),
-    (("shop:Note", "{}", "--at", "tomorrow"), "it is an ISO time with its offset from UTC"),
-    (("shop:Note", "{}", "--at", "2026-01-01T09:00"), "it is an ISO time with its offset from UTC"),
-    (("shop:Note", "{}", "--at", "2126-01-01T09:00Z"), "more than 48 days from now"),
-    (("shop:Note", "{}", "--delay", "1", "--at", "2026-01-01T09:00Z"), "exclude each other"),
-    (("shop:Note", "{}", "--delay", "10", "--expires", "5"), "it would expire after 5 s, before its delay of 10 s"),
-    (("shop:Note", "{}", "--header", "x"), "--header 'x': it is NAME=VALUE"),
-    (("shop:Note", "{}", "--header", "lv-pass=1"), "header 'lv-pass'"),
-    (("shop:Note", "{}", "--id", "x" * 201), "job_id is a text of 1 to 200 bytes"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("shop:SendInvoice", '{"order_id": "seven"}'),
+            "the JSON is no SendInvoice: Expected `int`, got `str` - at `$.order_id`",
+        ),
+        (("shop:SendInvoice", "{}"), "Object missing required field `order_id`"),
+        (("shop:SendInvoice", "{"), "the JSON is no SendInvoice"),
+        (("shop:SendInvoice", "[" * 100_000), "the JSON is no SendInvoice"),
+        (("shop:SendInvoce", "{}"), "module shop has no 'SendInvoce'; did you mean 'SendInvoice'?"),
+        (("shop:Abstract", '{"n": 1}'), "is abstract: it names no job and no queue"),
+        (("shop:app", "{}"), "'shop:app' is no Job class"),
+        (("shop:Note", "{}", "--priority", "high"), "takes no priority but NORMAL"),
+        (("shop:Note", "{}", "--priority", "soon"), "'soon' is not one of"),
+        (("shop:Note", "{}", "--delay", "x"), "it is a number of seconds, 0 or more, not 'x'"),
+        (("shop:Note", "{}", "--delay", "9999999"), "is above 48 days"),
+        (("shop:Note", "{}", "--at", "tomorrow"), "it is an ISO time with its offset from UTC"),
+        (("shop:Note", "{}", "--at", "2026-01-01T09:00"), "it is an ISO time with its offset from UTC"),
+        (("shop:Note", "{}", "--at", "2126-01-01T09:00Z"), "more than 48 days from now"),
+        (("shop:Note", "{}", "--delay", "1", "--at", "2026-01-01T09:00Z"), "exclude each other"),
+        (("shop:Note", "{}", "--delay", "10", "--expires", "5"), "it would expire after 5 s, before its delay of 10 s"),
+        (("shop:Note", "{}", "--header", "x"), "--header 'x': it is NAME=VALUE"),
+        (("shop:Note", "{}", "--header", "lv-pass=1"), "header 'lv-pass'"),
+        (("shop:Note", "{}", "--id", "x" * 201), "job_id is a text of 1 to 200 bytes"),
+    ],
+)
 def test_publish_refuses_what_is_wrong_before_it_sends(project: Project, arguments: tuple[str, ...], said: str) -> None:
     """A job of the wrong shape would be buried later, far from who made the mistake."""
     ran = project.run("publish", *arguments)
 
     assert (ran.code, ran.out) == (2, ""), ran
     assert said in ran.line
-    assert not (project.folder / "shop.db").exists() or not project.run("queues", "emails", "plain", "--json").json[0]["ready"]
+    assert (
+        not (project.folder / "shop.db").exists()
+        or not project.run("queues", "emails", "plain", "--json").json[0]["ready"]
+    )
 
 
 def test_publish_to_a_broker_inside_one_process_is_refused(project: Project) -> None:
@@ -95,9 +111,17 @@ def test_publish_to_a_broker_inside_one_process_is_refused(project: Project) -> 
 def test_publish_and_queues_on_rabbitmq(project: Project, rabbit: Rabbit) -> None:
     """The same commands on the broker of production."""
     name = f"cli-{uuid.uuid4().hex[:8]}"
-    project.write("contract.py", f"from leveret import Job, Queue\nclass Ping(Job, name='ping', queue=Queue({name!r})):\n    n: int\n")
+    project.write(
+        "contract.py",
+        f"from leveret import Job, Queue\nclass Ping(Job, name='ping', queue=Queue({name!r})):\n    n: int\n",
+    )
     for level in ("low", "normal", "urgent", "urgent"):
-        assert project.run("publish", "contract:Ping", json.dumps({"n": 1}), "--priority", level, "--broker", rabbit.url).code == 0
+        assert (
+            project.run(
+                "publish", "contract:Ping", json.dumps({"n": 1}), "--priority", level, "--broker", rabbit.url
+            ).code
+            == 0
+        )
 
     [depth] = project.run("queues", name, "--broker", rabbit.url, "--json").json
     table = project.run("queues", name, "--broker", rabbit.url).out

@@ -12,30 +12,48 @@ from tests.cli.command import Project, until
 from tests.rabbit.node import Rabbit
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (("bogus",), "No such command 'bogus'"),
-    (("work", "-q", "emails=0"), "--queue 'emails=0': it is NAME or NAME=CONCURRENCY"),
-    (("work", "-q", "emails=many"), "--queue 'emails=many': it is NAME or NAME=CONCURRENCY"),
-    (("work", "-q", "emails", "-q", "emails=3"), "--queue 'emails' is given twice"),
-    (("work", "-q", "emials"), "app 'shop' has no handler for the queue 'emials', only for: emails, reports, plain; list its module in App(modules=[…])"),
-    (("work", "--processes", "0"), "'--processes' / '-p': 0 is not in the range"),
-    (("work", "--concurrency", "0"), "'--concurrency' / '-c': 0 is not in the range"),
-    (("work", "--grace=-1"), "'--grace': it is a number of seconds, 0 or more, not '-1'"),
-    (("work", "--grace", "nan"), "'--grace': it is a number of seconds, 0 or more, not 'nan'"),
-    (("work", "--log-level", "loud"), "'--log-level': 'loud' is not one of"),
-    (("work", "shop"), "'shop' isn't module:app"),
-    (("work", "shpo:app"), "there is no module 'shpo'"),
-    (("work", "shop:ap"), "module shop has no 'ap'; did you mean 'app'?"),
-    (("work", "shop:emails"), "'shop:emails' is Queue, not an App"),
-    (("cron",), "app 'shop' has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])"),
-    (("queues", "emails", "--app", "shop:app", "--broker", "memory://"), "--app and --broker exclude each other"),
-    (("queues", "emails", "--broker", "rabbit://guest:hunter2@host"), "'rabbit://guest:***@host' has no known scheme"),
-    (("queues", "emails", "--broker", "memory://"), "memory:// lives inside the process that opens it"),
-    (("queues", "emails.dead", "--broker", "sqlite:///shop.db"), "`leveret dead list emails` shows the dead letters of emails"),
-    (("queues", "a b", "--broker", "sqlite:///shop.db"), "a queue's name has 1 to 150 of [A-Za-z0-9_.-], not 'a b'"),
-    (("queues", "shop:app", "--broker", "sqlite:///shop.db"), "not 'shop:app'; did you mean --app shop:app?"),
-    (("dead", "list", "emials"), "there is no queue 'emials' on sqlite:///shop.db; did you mean emails?"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("bogus",), "No such command 'bogus'"),
+        (("work", "-q", "emails=0"), "--queue 'emails=0': it is NAME or NAME=CONCURRENCY"),
+        (("work", "-q", "emails=many"), "--queue 'emails=many': it is NAME or NAME=CONCURRENCY"),
+        (("work", "-q", "emails", "-q", "emails=3"), "--queue 'emails' is given twice"),
+        (
+            ("work", "-q", "emials"),
+            "app 'shop' has no handler for the queue 'emials', only for: emails, reports, plain; list its module in App(modules=[…])",
+        ),
+        (("work", "--processes", "0"), "'--processes' / '-p': 0 is not in the range"),
+        (("work", "--concurrency", "0"), "'--concurrency' / '-c': 0 is not in the range"),
+        (("work", "--grace=-1"), "'--grace': it is a number of seconds, 0 or more, not '-1'"),
+        (("work", "--grace", "nan"), "'--grace': it is a number of seconds, 0 or more, not 'nan'"),
+        (("work", "--log-level", "loud"), "'--log-level': 'loud' is not one of"),
+        (("work", "shop"), "'shop' isn't module:app"),
+        (("work", "shpo:app"), "there is no module 'shpo'"),
+        (("work", "shop:ap"), "module shop has no 'ap'; did you mean 'app'?"),
+        (("work", "shop:emails"), "'shop:emails' is Queue, not an App"),
+        (
+            ("cron",),
+            "app 'shop' has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])",
+        ),
+        (("queues", "emails", "--app", "shop:app", "--broker", "memory://"), "--app and --broker exclude each other"),
+        (
+            ("queues", "emails", "--broker", "rabbit://guest:hunter2@host"),
+            "'rabbit://guest:***@host' has no known scheme",
+        ),
+        (("queues", "emails", "--broker", "memory://"), "memory:// lives inside the process that opens it"),
+        (
+            ("queues", "emails.dead", "--broker", "sqlite:///shop.db"),
+            "`leveret dead list emails` shows the dead letters of emails",
+        ),
+        (
+            ("queues", "a b", "--broker", "sqlite:///shop.db"),
+            "a queue's name has 1 to 150 of [A-Za-z0-9_.-], not 'a b'",
+        ),
+        (("queues", "shop:app", "--broker", "sqlite:///shop.db"), "not 'shop:app'; did you mean --app shop:app?"),
+        (("dead", "list", "emials"), "there is no queue 'emials' on sqlite:///shop.db; did you mean emails?"),
+    ],
+)
 def test_what_is_wrong_is_one_line_and_exit_2(project: Project, arguments: tuple[str, ...], said: str) -> None:
     """Who mistyped must read what, not a traceback of ours; and a script must be able to tell it from a fault that passes."""
     ran = project.run(*arguments)
@@ -49,7 +67,10 @@ def test_what_is_wrong_is_one_line_and_exit_2(project: Project, arguments: tuple
 @pytest.mark.parametrize("command", ["work", "cron", "describe", "queues"])
 def test_no_app_or_no_broker_is_one_line_that_lists_the_choices(project: Project, command: str) -> None:
     """A service in production that lost its setting must not fall back on anything."""
-    project.write("bare.py", "import shop\nfrom leveret import App\napp = App('bare')\napp.handler(shop.note)\napp.cron('* * * * *', shop.Note(), name='n')\n")
+    project.write(
+        "bare.py",
+        "import shop\nfrom leveret import App\napp = App('bare')\napp.handler(shop.note)\napp.cron('* * * * *', shop.Note(), name='n')\n",
+    )
 
     nothing = project.run(command, LEVERET_APP="")
     no_broker = project.run(command, LEVERET_APP="bare:app")
@@ -60,17 +81,31 @@ def test_no_app_or_no_broker_is_one_line_that_lists_the_choices(project: Project
     assert "sqlite:///jobs.db" in no_broker.line
 
 
-@pytest.mark.parametrize(("source", "said"), [
-    ("import nothing_of_the_kind", "importing broken fails: No module named 'nothing_of_the_kind'"),
-    ("x = {}['DATABASE_URL']", "importing broken fails: KeyError: 'DATABASE_URL' ("),
-    ("def f(:", "SyntaxError"),
-    ("import shop\nshop.app.cron('61 * * * *', shop.Note(), name='n')", "cron expression '61 * * * *': its minute is '61'"),
-    ("import shop\nshop.app.cron('1 * * * *', shop.Note(), name='n', tz='Europe/Atlantis')", "'Europe/Atlantis' is no IANA time zone"),
-    ("from leveret import App\napp = App('a', middleware=[print])", "the layer"),
-    ("import shop\napp = shop.app\n@app.handler\nasync def f(job: 'Nothing') -> None: ...", "the annotation of 'job' can't be resolved here"),
-])
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import nothing_of_the_kind", "importing broken fails: No module named 'nothing_of_the_kind'"),
+        ("x = {}['DATABASE_URL']", "importing broken fails: KeyError: 'DATABASE_URL' ("),
+        ("def f(:", "SyntaxError"),
+        (
+            "import shop\nshop.app.cron('61 * * * *', shop.Note(), name='n')",
+            "cron expression '61 * * * *': its minute is '61'",
+        ),
+        (
+            "import shop\nshop.app.cron('1 * * * *', shop.Note(), name='n', tz='Europe/Atlantis')",
+            "'Europe/Atlantis' is no IANA time zone",
+        ),
+        ("from leveret import App\napp = App('a', middleware=[print])", "the layer"),
+        (
+            "import shop\napp = shop.app\n@app.handler\nasync def f(job: 'Nothing') -> None: ...",
+            "the annotation of 'job' can't be resolved here",
+        ),
+    ],
+)
 @pytest.mark.parametrize("command", ["work", "describe"])
-def test_an_app_that_fails_to_import_is_one_line_that_says_where(project: Project, command: str, source: str, said: str) -> None:
+def test_an_app_that_fails_to_import_is_one_line_that_says_where(
+    project: Project, command: str, source: str, said: str
+) -> None:
     """The commonest mistake of all: a setting that is missing on this machine, a typo in a handler."""
     project.write("broken.py", source)
 
@@ -82,7 +117,9 @@ def test_an_app_that_fails_to_import_is_one_line_that_says_where(project: Projec
 
 def test_a_listed_module_that_fails_to_import_is_one_line_too(project: Project) -> None:
     """The handlers' modules are the user's code as well as the app's."""
-    project.write("listed.py", "from leveret import App\napp = App('a', default_broker='sqlite:///a.db', modules=['handlers'])\n")
+    project.write(
+        "listed.py", "from leveret import App\napp = App('a', default_broker='sqlite:///a.db', modules=['handlers'])\n"
+    )
     project.write("handlers.py", "\n1 / 0\n")
 
     ran = project.run("work", "listed:app")
@@ -127,9 +164,12 @@ def test_what_a_worker_did_is_told_in_words_at_its_end(project: Project) -> None
 
 def test_a_failure_that_is_retried_is_seen_at_debug_level(project: Project) -> None:
     """Without a layer that logs, a job that fails again and again would be seen at its burial only."""
-    project.write("fails.py", "from leveret import App\nfrom leveret.middleware import Retries\nimport shop\n"
-                              "app = App('fails', default_broker='sqlite:///shop.db', middleware=[Retries(base_s=60)])\n\n\n"
-                              "@app.handler\nasync def note(job: shop.Note) -> None:\n    raise ConnectionError('the mail server is away')\n")
+    project.write(
+        "fails.py",
+        "from leveret import App\nfrom leveret.middleware import Retries\nimport shop\n"
+        "app = App('fails', default_broker='sqlite:///shop.db', middleware=[Retries(base_s=60)])\n\n\n"
+        "@app.handler\nasync def note(job: shop.Note) -> None:\n    raise ConnectionError('the mail server is away')\n",
+    )
     project.publish("Note", {})
 
     with project.start("work", "fails:app", "--log-level", "debug") as worker:
@@ -140,7 +180,10 @@ def test_a_failure_that_is_retried_is_seen_at_debug_level(project: Project) -> N
 
 def test_a_worker_has_neither_click_nor_rich(project: Project) -> None:
     """Each costs megabytes in every worker process; the command hands over to a new interpreter."""
-    project.write("spy.py", "import sys\nfrom shop import app\nprint('loaded', sorted({'click', 'rich'} & set(sys.modules)), flush=True)\n")
+    project.write(
+        "spy.py",
+        "import sys\nfrom shop import app\nprint('loaded', sorted({'click', 'rich'} & set(sys.modules)), flush=True)\n",
+    )
 
     with project.start("work", "spy:app") as worker:
         assert worker.wait_for(r"loaded (.*)") == ["[]"]
@@ -148,10 +191,22 @@ def test_a_worker_has_neither_click_nor_rich(project: Project) -> None:
         worker.stop()
 
 
-@pytest.mark.parametrize("command", [
-    (), ("work",), ("cron",), ("publish",), ("describe",), ("queues", "show"), ("queues", "purge"), ("dead", "list"), ("dead", "show"), ("dead", "replay"),
-    ("dead", "drop"),
-])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (),
+        ("work",),
+        ("cron",),
+        ("publish",),
+        ("describe",),
+        ("queues", "show"),
+        ("queues", "purge"),
+        ("dead", "list"),
+        ("dead", "show"),
+        ("dead", "replay"),
+        ("dead", "drop"),
+    ],
+)
 def test_help_has_an_example(project: Project, command: tuple[str, ...]) -> None:
     """A stranger learns a command by its example."""
     ran = project.run(*command, "--help")
@@ -178,7 +233,10 @@ def test_the_version_and_the_exit_codes_are_told(project: Project) -> None:
 
 def test_cron_publishes_each_slot_once_and_sigterm_ends_it_with_0(project: Project) -> None:
     """A slot missed or doubled is a report that nobody gets, or gets twice."""
-    project.write("every.py", "from shop import Note, app\n\n\n@app.cron('* * * * * *')\ndef tick(slot) -> Note:\n    return Note(slot.isoformat())\n")
+    project.write(
+        "every.py",
+        "from shop import Note, app\n\n\n@app.cron('* * * * * *')\ndef tick(slot) -> Note:\n    return Note(slot.isoformat())\n",
+    )
 
     with project.start("cron", "every:app") as cron:
         cron.wait_for("schedule tick published", count=3)
@@ -193,7 +251,10 @@ def test_cron_publishes_each_slot_once_and_sigterm_ends_it_with_0(project: Proje
 
 def test_cron_prints_what_its_log_level_says(project: Project) -> None:
     """Who wants less of one process, or all of it, must not have to change the environment of all; the option beats LEVERET_LOG."""
-    project.write("every.py", "from shop import Note, app, said\n\n\n@app.cron('* * * * * *')\ndef tick() -> Note:\n    said('asked')\n    return Note()\n")
+    project.write(
+        "every.py",
+        "from shop import Note, app, said\n\n\n@app.cron('* * * * * *')\ndef tick() -> Note:\n    said('asked')\n    return Note()\n",
+    )
 
     with project.start("cron", "every:app", "--log-level", "error", LEVERET_LOG="debug") as cron:
         until(lambda: "asked" in project.said, lambda: cron.log)
@@ -204,8 +265,11 @@ def test_cron_prints_what_its_log_level_says(project: Project) -> None:
 
 def test_cron_stopped_in_the_middle_of_a_slot_lets_it_end(project: Project) -> None:
     """A deploy at nine o'clock must not cost the job of nine o'clock."""
-    project.write("slow.py", "import time\nfrom shop import Note, app, said\n\n\n@app.cron('* * * * * *')\ndef tick() -> Note:\n"
-                             "    said('asked')\n    time.sleep(2)\n    return Note()\n")
+    project.write(
+        "slow.py",
+        "import time\nfrom shop import Note, app, said\n\n\n@app.cron('* * * * * *')\ndef tick() -> Note:\n"
+        "    said('asked')\n    time.sleep(2)\n    return Note()\n",
+    )
 
     with project.start("cron", "slow:app") as cron:
         until(lambda: "asked" in project.said, lambda: cron.log)
@@ -217,8 +281,11 @@ def test_cron_stopped_in_the_middle_of_a_slot_lets_it_end(project: Project) -> N
 
 def test_cron_whose_function_hangs_ends_all_the_same(project: Project) -> None:
     """A stop that waits for ever ends in kill -9, for everything else in the container as well."""
-    project.write("hang.py", "import time\nfrom shop import Note, app, said\n\n\n@app.cron('* * * * * *')\ndef tick() -> Note:\n"
-                             "    said('asked')\n    time.sleep(1000)\n    return Note()\n")
+    project.write(
+        "hang.py",
+        "import time\nfrom shop import Note, app, said\n\n\n@app.cron('* * * * * *')\ndef tick() -> Note:\n"
+        "    said('asked')\n    time.sleep(1000)\n    return Note()\n",
+    )
 
     with project.start("cron", "hang:app") as cron:
         until(lambda: "asked" in project.said, lambda: cron.log)
@@ -229,11 +296,18 @@ def test_cron_whose_function_hangs_ends_all_the_same(project: Project) -> None:
     assert "cut off" in cron.log
 
 
-@pytest.mark.parametrize(("command", "answers"), [
-    (("queues", "emails"), "says nothing"), (("queues", "emails"), "refuses"), (("dead", "list", "emails"), "refuses"),
-    (("publish", "shop:Note", "{}"), "refuses"),
-])
-def test_a_broker_that_is_away_is_one_line_and_exit_1_in_time(project: Project, command: tuple[str, ...], answers: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "answers"),
+    [
+        (("queues", "emails"), "says nothing"),
+        (("queues", "emails"), "refuses"),
+        (("dead", "list", "emails"), "refuses"),
+        (("publish", "shop:Note", "{}"), "refuses"),
+    ],
+)
+def test_a_broker_that_is_away_is_one_line_and_exit_1_in_time(
+    project: Project, command: tuple[str, ...], answers: str
+) -> None:
     """An operator looks while things are down; a command that hangs then tells nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -251,7 +325,9 @@ def test_a_broker_that_is_away_is_one_line_and_exit_1_in_time(project: Project, 
 
 @pytest.mark.rabbit
 @pytest.mark.parametrize("command", [("queues", "emails"), ("work", "-p", "2")])
-def test_a_wrong_password_or_vhost_is_one_line_and_exit_2(project: Project, rabbit: Rabbit, command: tuple[str, ...]) -> None:
+def test_a_wrong_password_or_vhost_is_one_line_and_exit_2(
+    project: Project, rabbit: Rabbit, command: tuple[str, ...]
+) -> None:
     """Waiting wouldn't help, so nothing waits; with several workers it is said once."""
     before, at, host = rabbit.url.rpartition("@")
     scheme, _, login = before.partition("://")

@@ -41,7 +41,14 @@ def soon(seconds: float = PATIENCE_S) -> float:
 
 def make_envelope(queue: Queue, body: bytes = b'{"n": 1}', **fields: Any) -> Envelope:
     """An envelope as a publisher makes one."""
-    usual: dict[str, Any] = {"job_id": new_job_id(), "job": "contract.case", "queue": queue.name, "body": body, "created_s": 1_700_000_000, "app": "contract"}
+    usual: dict[str, Any] = {
+        "job_id": new_job_id(),
+        "job": "contract.case",
+        "queue": queue.name,
+        "body": body,
+        "created_s": 1_700_000_000,
+        "app": "contract",
+    }
     return Envelope(**usual | fields)
 
 
@@ -114,8 +121,15 @@ class Harness(ABC):
 
     @abstractmethod
     async def put(
-        self, queue: Queue, body: bytes, *, job: str = "", job_id: str | None = None, content_type: str = JSON,
-        content_encoding: str | None = None, headers: Mapping[str, Any] | None = None,
+        self,
+        queue: Queue,
+        body: bytes,
+        *,
+        job: str = "",
+        job_id: str | None = None,
+        content_type: str = JSON,
+        content_encoding: str | None = None,
+        headers: Mapping[str, Any] | None = None,
     ) -> None:
         """Put what a foreign producer would, at NORMAL; the queue must have been published to or consumed before."""
 
@@ -142,7 +156,9 @@ class Harness(ABC):
             await asyncio.wait_for(opened.close(), PATIENCE_S)
 
 
-async def consume(broker: Broker, *queues: Queue, prefetch: int = 100, sink: Recorder | None = None) -> tuple[Consumption, Recorder]:
+async def consume(
+    broker: Broker, *queues: Queue, prefetch: int = 100, sink: Recorder | None = None
+) -> tuple[Consumption, Recorder]:
     """Start to take from `queues`; return once every consumer is registered."""
     recorder = sink or Recorder()
     consumption = await broker.consume([Subscription(queue, prefetch) for queue in queues], recorder)
@@ -170,11 +186,24 @@ class MemoryHarness(Harness):
         self.store = memory_store(self.url)
 
     async def put(
-        self, queue: Queue, body: bytes, *, job: str = "", job_id: str | None = None, content_type: str = JSON,
-        content_encoding: str | None = None, headers: Mapping[str, Any] | None = None,
+        self,
+        queue: Queue,
+        body: bytes,
+        *,
+        job: str = "",
+        job_id: str | None = None,
+        content_type: str = JSON,
+        content_encoding: str | None = None,
+        headers: Mapping[str, Any] | None = None,
     ) -> None:
         self.store.inject(
-            queue.name, body, job=job, job_id=job_id, content_type=content_type, content_encoding=content_encoding, headers=headers
+            queue.name,
+            body,
+            job=job,
+            job_id=job_id,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            headers=headers,
         )
 
     async def break_publishing(self) -> None:
@@ -198,8 +227,15 @@ class SqliteHarness(Harness):
         self._blocker: sqlite3.Connection | None = None
 
     async def put(
-        self, queue: Queue, body: bytes, *, job: str = "", job_id: str | None = None, content_type: str = JSON,
-        content_encoding: str | None = None, headers: Mapping[str, Any] | None = None,
+        self,
+        queue: Queue,
+        body: bytes,
+        *,
+        job: str = "",
+        job_id: str | None = None,
+        content_type: str = JSON,
+        content_encoding: str | None = None,
+        headers: Mapping[str, Any] | None = None,
     ) -> None:
         from leveret.brokers.sqlite_schema import headers_text
 
@@ -207,7 +243,15 @@ class SqliteHarness(Harness):
             connection.execute(
                 "INSERT INTO jobs (queue, level, job_id, job, content_type, content_encoding, body, created_s, headers)"
                 " VALUES (?, 'normal', ?, ?, ?, ?, ?, 0, ?)",
-                (queue.name, job_id or new_job_id(), job, content_type, content_encoding, body, headers_text(headers or {})),
+                (
+                    queue.name,
+                    job_id or new_job_id(),
+                    job,
+                    content_type,
+                    content_encoding,
+                    body,
+                    headers_text(headers or {}),
+                ),
             )
 
     async def break_publishing(self) -> None:
@@ -243,12 +287,22 @@ class RabbitHarness(Harness):
             self.url = urlunsplit(parts._replace(netloc=f"{credentials}@127.0.0.1:{self._link.port}"))
 
     async def put(
-        self, queue: Queue, body: bytes, *, job: str = "", job_id: str | None = None, content_type: str = JSON,
-        content_encoding: str | None = None, headers: Mapping[str, Any] | None = None,
+        self,
+        queue: Queue,
+        body: bytes,
+        *,
+        job: str = "",
+        job_id: str | None = None,
+        content_type: str = JSON,
+        content_encoding: str | None = None,
+        headers: Mapping[str, Any] | None = None,
     ) -> None:
         properties = Basic.Properties(
-            headers=dict(headers) if headers else None, content_type=content_type, content_encoding=content_encoding,
-            message_id=job_id, message_type=job or None,
+            headers=dict(headers) if headers else None,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            message_id=job_id,
+            message_type=job or None,
         )
         async with connect(self.direct_url) as raw:
             await raw.publish(queue.name, body, properties=properties)

@@ -154,7 +154,9 @@ async def test_a_replayed_letter_goes_to_its_origin_at_its_own_level_and_is_gone
 
     async with admin.dead(queue) as letters:
         [letter] = [letter async for letter in letters]
-        replayed = msgspec.structs.replace(letter.envelope, attempt=1, passes=5, origin=None, cause="retry", deadline=soon())
+        replayed = msgspec.structs.replace(
+            letter.envelope, attempt=1, passes=5, origin=None, cause="retry", deadline=soon()
+        )
         await letters.replay(letter, replayed)
     _, sink = await consume(broker, queue)
 

@@ -46,9 +46,6 @@ def bodies(deliveries: list[Delivery]) -> list[bytes]:
     return [delivery.envelope.body for delivery in deliveries]
 
 
-# ---- publish and deliver
-
-
 async def test_every_field_of_an_envelope_arrives_as_it_was_sent(harness: Harness) -> None:
     """A field that a broker drops or changes is a retry count, a tenant or a trace lost."""
     broker, queue = harness.open(), harness.queue()
@@ -62,7 +59,13 @@ async def test_every_field_of_an_envelope_arrives_as_it_was_sent(harness: Harnes
         headers={
             "x-tenant-id": "Zoë",
             "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-            "small": 7, "large": (1 << 63) - 1, "negative": -(1 << 63), "ratio": 0.1, "yes": True, "no": False, "empty": "",
+            "small": 7,
+            "large": (1 << 63) - 1,
+            "negative": -(1 << 63),
+            "ratio": 0.1,
+            "yes": True,
+            "no": False,
+            "empty": "",
         },
         attempt=3,
         passes=5,
@@ -97,7 +100,9 @@ async def test_what_belongs_to_one_publish_is_not_sent(harness: Harness) -> None
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{}", bytes(range(256)), os.urandom(1 << 20)], ids=["empty", "small", "every byte", "1 MiB of random bytes"]
+    "body",
+    [b"", b"{}", bytes(range(256)), os.urandom(1 << 20)],
+    ids=["empty", "small", "every byte", "1 MiB of random bytes"],
 )
 async def test_a_body_arrives_byte_for_byte(harness: Harness, body: bytes) -> None:
     """A body that a broker touches can't be decoded, and can't be shown as it came."""
@@ -180,9 +185,6 @@ async def test_a_thousand_publishes_at_once_all_arrive_once(harness: Harness) ->
     assert sink.waiting == 0
 
 
-# ---- windows and levels
-
-
 async def test_prefetch_bounds_what_is_held_and_done_opens_the_window(harness: Harness) -> None:
     """Without the bound one worker hoards the queue; if done doesn't open it, the worker stops after its first window."""
     broker, queue = harness.open(), harness.queue()
@@ -255,9 +257,6 @@ async def test_two_consumers_share_a_queue_and_no_job_comes_twice(harness: Harne
     assert sorted(got, key=int) == [b"%d" % number for number in range(200)]
 
 
-# ---- settling
-
-
 async def test_done_is_final(harness: Harness) -> None:
     """A job that comes back after its ack runs twice."""
     broker, queue = harness.open(), harness.queue()
@@ -317,7 +316,9 @@ async def test_jobs_may_be_settled_in_any_order(harness: Harness) -> None:
         held.append(await sink.next())
         came += 1
         while len(held) == 50 or (held and chance.random() < 0.4):
-            delivery = held.pop(chance.randrange(1, len(held)) if len(held) > 1 and came < 500 else 0)  # the first is a long one
+            delivery = held.pop(
+                chance.randrange(1, len(held)) if len(held) > 1 and came < 500 else 0
+            )  # the first is a long one
             ended.append(delivery.envelope.body)
             broker.done(delivery)
     await consumption.close()
@@ -415,9 +416,6 @@ async def test_a_consumption_is_ready_once_its_consumers_are_registered(harness:
     assert consumption.ready
 
 
-# ---- again, delay, bury
-
-
 @pytest.mark.parametrize("delay_s", [0.0, 0.5])
 async def test_again_delivers_the_new_envelope_and_the_original_is_gone(harness: Harness, delay_s: float) -> None:
     """A retry that keeps the original runs twice; one that comes early hammers what just failed."""
@@ -501,9 +499,6 @@ async def test_a_buried_job_is_kept_byte_for_byte_with_its_origin(harness: Harne
     assert await rest_of(harness, queue) == []
 
 
-# ---- publishing that can't be confirmed
-
-
 async def test_a_publish_that_cannot_be_confirmed_is_a_documented_error_by_its_deadline(harness: Harness) -> None:
     """A publisher that hangs, or gets its client library's CancelledError, takes its web service down with it."""
     broker, queue = harness.open(), harness.queue()
@@ -529,7 +524,9 @@ async def test_a_settlement_that_cannot_be_confirmed_leaves_the_delivery_unsettl
     await publish(broker, queue, b"1", b"other")
     consumption, sink = await consume(broker, queue)
     delivery, other = await sink.take(2)
-    await broker.again(other, other.envelope, delay_s=0, deadline=soon())  # so that it is connected and everything declared
+    await broker.again(
+        other, other.envelope, delay_s=0, deadline=soon()
+    )  # so that it is connected and everything declared
     broker.done(await sink.next())
     envelope = msgspec.structs.replace(delivery.envelope, passes=1, origin=queue.name if verb == "bury" else None)
 
@@ -586,9 +583,6 @@ async def test_a_publish_to_a_queue_that_was_deleted_is_unroutable(harness: Harn
     assert raised.value.queue == queue.name
 
 
-# ---- a lost connection
-
-
 async def test_what_a_lost_connection_held_is_not_live_and_comes_again(harness: Harness) -> None:
     """The broker gives it to another worker: who settles it here nevertheless must not touch the other's."""
     if not harness.connected:
@@ -612,9 +606,6 @@ async def test_what_a_lost_connection_held_is_not_live_and_comes_again(harness: 
     assert await rest_of(harness, queue) == []
 
 
-# ---- what others send
-
-
 async def test_a_foreign_message_without_properties_arrives(harness: Harness) -> None:
     """A producer in another language sends a body and no more; it is a job all the same."""
     broker, queue = harness.open(), harness.queue()
@@ -632,18 +623,38 @@ async def test_content_type_and_encoding_arrive_as_they_were_sent(harness: Harne
     broker, queue = harness.open(), harness.queue()
     _, sink = await consume(broker, queue)
 
-    await harness.put(queue, b"\x1f\x8b", content_type="text/plain; charset=latin-1", content_encoding="gzip", job="n", job_id="foreign-1")
+    await harness.put(
+        queue,
+        b"\x1f\x8b",
+        content_type="text/plain; charset=latin-1",
+        content_encoding="gzip",
+        job="n",
+        job_id="foreign-1",
+    )
     delivery = await sink.next()
 
-    assert (delivery.envelope.content_type, delivery.envelope.content_encoding) == ("text/plain; charset=latin-1", "gzip")
+    assert (delivery.envelope.content_type, delivery.envelope.content_encoding) == (
+        "text/plain; charset=latin-1",
+        "gzip",
+    )
     assert (delivery.envelope.job, delivery.envelope.job_id) == ("n", "foreign-1")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lv-attempt", "many"), ("lv-attempt", 0), ("lv-attempt", -3), ("lv-pass", 1.5), ("lv-errors", 7), ("lv-due", "soon"), ("lv-expires-at", True)],
+    [
+        ("lv-attempt", "many"),
+        ("lv-attempt", 0),
+        ("lv-attempt", -3),
+        ("lv-pass", 1.5),
+        ("lv-errors", 7),
+        ("lv-due", "soon"),
+        ("lv-expires-at", True),
+    ],
 )
-async def test_a_header_of_leverets_own_that_makes_no_sense_is_a_problem_not_a_crash(harness: Harness, name: str, value: object) -> None:
+async def test_a_header_of_leverets_own_that_makes_no_sense_is_a_problem_not_a_crash(
+    harness: Harness, name: str, value: object
+) -> None:
     """One odd message must not stop the queue; it is buried with its reason, and those behind it run."""
     broker, queue = harness.open(), harness.queue()
     _, sink = await consume(broker, queue)
@@ -661,7 +672,13 @@ async def test_foreign_headers_of_any_type_survive_a_retry_and_a_burial(harness:
     """Leveret may not understand them; who sent them will, when the job comes back out."""
     broker, queue, admin = harness.open(), harness.queue(), harness.admin()
     _, sink = await consume(broker, queue)
-    headers = {"x-list": [1, "a", True], "x-bytes": bytearray(b"\x00\xff"), "x-none": None, "x-table": {"deep": {"er": 1}}, "x-float": 2.5}
+    headers = {
+        "x-list": [1, "a", True],
+        "x-bytes": bytearray(b"\x00\xff"),
+        "x-none": None,
+        "x-table": {"deep": {"er": 1}},
+        "x-float": 2.5,
+    }
 
     await harness.put(queue, b"1", job_id="foreign-1", headers=headers)
     first = await sink.next()
@@ -674,9 +691,6 @@ async def test_foreign_headers_of_any_type_survive_a_retry_and_a_burial(harness:
     async with admin.dead(queue) as letters:
         [letter] = [letter async for letter in letters]
     assert letter.envelope.headers == headers
-
-
-# ---- two loops are two processes to a broker; here one sink hears nothing of the other
 
 
 async def test_a_sink_hears_only_of_its_own_consumption(harness: Harness) -> None:

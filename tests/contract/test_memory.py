@@ -52,7 +52,9 @@ async def test_a_private_store_shares_nothing() -> None:
     assert other.state(SystemClock()).ready == 0
 
 
-@pytest.mark.parametrize("url", ["memory://a/b", "memory:///file.db", "memory://user:secret@host", "memory://a?b=c", "memory:a"])
+@pytest.mark.parametrize(
+    "url", ["memory://a/b", "memory:///file.db", "memory://user:secret@host", "memory://a?b=c", "memory:a"]
+)
 def test_a_url_that_cannot_be_is_one_clear_error(url: str) -> None:
     """Somebody who takes memory:///jobs.db for a file must be told, and no password shown."""
     with pytest.raises(ConfigurationError, match="memory://name") as raised:
@@ -227,7 +229,9 @@ async def test_a_deadline_that_passed_before_the_publish_is_a_timeout_that_publi
     store = MemoryStore()
 
     with pytest.raises(PublishTimeout) as raised:
-        await MemoryBroker(store, RUNTIME).publish(QUEUE, make_envelope(QUEUE), delay_s=0, deadline=time.monotonic() - 1)
+        await MemoryBroker(store, RUNTIME).publish(
+            QUEUE, make_envelope(QUEUE), delay_s=0, deadline=time.monotonic() - 1
+        )
 
     assert not raised.value.maybe_published
     assert store.state(SystemClock()).ready == 0
@@ -250,7 +254,9 @@ async def test_an_envelope_is_a_copy() -> None:
     headers: dict[str, object] = {"x-tenant-id": "a", "x-death": "the broker's own isn't passed on"}
     _, sink = await consume(broker, QUEUE)
 
-    await broker.publish(QUEUE, msgspec.structs.replace(make_envelope(QUEUE), headers=headers), delay_s=0, deadline=soon())
+    await broker.publish(
+        QUEUE, msgspec.structs.replace(make_envelope(QUEUE), headers=headers), delay_s=0, deadline=soon()
+    )
     headers["x-tenant-id"] = "b"
 
     assert (await sink.next()).envelope.headers == {"x-tenant-id": "a"}

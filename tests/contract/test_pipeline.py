@@ -117,9 +117,6 @@ async def assert_empty(harness: Harness, queue: Queue) -> None:
     assert (row.ready, row.unsettled or 0, row.delayed or 0) == (0, 0, 0)
 
 
-# ---- endings
-
-
 async def test_a_job_that_ran_is_gone(harness: Harness) -> None:
     """Run once is the whole point."""
     queue, runs = harness.queue(), Runs()
@@ -207,7 +204,9 @@ async def test_an_exception_buries_the_job_with_what_was_raised(harness: Harness
     work = job_class(queue)
     app = make_app(harness, work, runs)
 
-    [bad, good] = await publish(app, work(n=1, text="é"), work(n=2), priority=Priority.LOW, headers={"x-tenant-id": "a"})
+    [bad, good] = await publish(
+        app, work(n=1, text="é"), work(n=2), priority=Priority.LOW, headers={"x-tenant-id": "a"}
+    )
     async with app.worker(queues=[queue.name]):
         assert {(await runs.next()).job_id, (await runs.next()).job_id} == {bad, good}
 
@@ -226,7 +225,9 @@ async def test_a_traceback_begins_where_users_can_mend_something(harness: Harnes
     """The way through the layers is the same each time: with it first, who is woken reads our files, and each failure costs twice the CPU."""
     queue = harness.queue()
     work = job_class(queue)
-    app: App[Any] = App("contract", broker=harness.url, middleware=[Retries(max_attempts=1), RateLimit(1000), Timeout(0.2)])
+    app: App[Any] = App(
+        "contract", broker=harness.url, middleware=[Retries(max_attempts=1), RateLimit(1000), Timeout(0.2)]
+    )
 
     @app.handler(job=work)
     async def handle(job: Any) -> None:
@@ -331,7 +332,9 @@ async def test_a_blocking_publisher_reaches_a_worker(harness: Harness) -> None:
     await assert_empty(harness, queue)
 
 
-async def test_a_def_handler_publishes_with_the_blocking_publisher_and_never_on_a_loop_of_its_own(harness: Harness) -> None:
+async def test_a_def_handler_publishes_with_the_blocking_publisher_and_never_on_a_loop_of_its_own(
+    harness: Harness,
+) -> None:
     """The worker's connection, made on a loop that ends, would fail each publish, retry and burial until the restart."""
     queue, ran, refused = harness.queue(), asyncio.Queue[tuple[int, int]](), list[BaseException]()
     work = job_class(queue)
@@ -387,9 +390,6 @@ async def test_an_urgent_job_overtakes_low_ones_that_are_held(harness: Harness) 
 
     assert order.index(Priority.URGENT) == (1 if harness.one_window else 0)
     await assert_empty(harness, queue)
-
-
-# ---- what can't be run
 
 
 NESTED = b'{"n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -455,9 +455,12 @@ async def test_a_job_without_a_name_is_the_queues_only_one(harness: Harness) -> 
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"), [({"job": "contract.misspelt"}, "contract.misspelt"), ({"job": "contract.work", "version": 2}, "version 2")]
+    ("fields", "reason"),
+    [({"job": "contract.misspelt"}, "contract.misspelt"), ({"job": "contract.work", "version": 2}, "version 2")],
 )
-async def test_a_job_that_no_handler_here_knows_waits_and_then_is_buried(harness: Harness, fields: dict[str, Any], reason: str) -> None:
+async def test_a_job_that_no_handler_here_knows_waits_and_then_is_buried(
+    harness: Harness, fields: dict[str, Any], reason: str
+) -> None:
     """A name or version unknown for ever is a mistake that somebody must see; meanwhile the others run."""
     queue, runs = harness.queue(), Runs()
     work = job_class(queue)
@@ -494,9 +497,6 @@ async def test_an_unknown_job_runs_once_a_worker_that_knows_it_is_there(harness:
     assert (attempt.job_id, attempt.number, attempt.envelope.passes) == (job_id, 1, 1)
     assert old_runs.count == 0
     await assert_empty(harness, queue)
-
-
-# ---- stopping and losing
 
 
 async def test_a_worker_that_stops_gives_back_what_it_has_not_started(harness: Harness) -> None:
@@ -640,7 +640,9 @@ async def test_no_handler_outlives_a_worker_whose_end_is_cancelled(harness: Harn
         assert (await next_runs.next()).job_id == job_id
 
 
-async def test_a_layer_that_cannot_say_when_it_is_ready_is_asked_again(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_layer_that_cannot_say_when_it_is_ready_is_asked_again(
+    harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its Redis was away for a moment: what was delivered just then would wait in this worker for minutes, started by nobody."""
 
     class Gate:
@@ -842,7 +844,9 @@ async def test_a_retry_that_can_never_be_published_is_buried(harness: Harness, h
                 return await proceed(envelope)
             if how == "raises" and envelope.cause == "retry":
                 raise InvalidJob("no such tenant", job_id=envelope.job_id)
-            return await proceed(envelope.with_headers({f"x-{number}": "x" * 1000 for number in range(200)} if how == "fills" else {}))
+            return await proceed(
+                envelope.with_headers({f"x-{number}": "x" * 1000 for number in range(200)} if how == "fills" else {})
+            )
 
     queue, runs = harness.queue(), Runs(lambda job, attempt: Retry(0))
     work = job_class(queue)
@@ -870,9 +874,15 @@ class Unspeakable(Exception):
         raise RuntimeError("nor this")
 
 
-@pytest.mark.parametrize("error", [ValueError("bad name \udcff.txt"), Unspeakable(), Bury("half a pair \ud800")], ids=["surrogate", "no text", "reason"])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("bad name \udcff.txt"), Unspeakable(), Bury("half a pair \ud800")],
+    ids=["surrogate", "no text", "reason"],
+)
 @pytest.mark.parametrize("layers", [[], [Retries(max_attempts=2, base_s=0.01)]], ids=["bare", "retries"])
-async def test_an_error_whose_text_cannot_be_written_is_an_error_like_any_other(harness: Harness, error: Exception, layers: list[Any]) -> None:
+async def test_an_error_whose_text_cannot_be_written_is_an_error_like_any_other(
+    harness: Harness, error: Exception, layers: list[Any]
+) -> None:
     """A file name that isn't UTF-8 in an error's text left its job unsettled, and with enough of them the queue stood still."""
 
     def fails(job: Any, attempt: Attempt[Any]) -> None:

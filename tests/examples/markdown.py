@@ -26,9 +26,18 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     """Return the fenced blocks of `page`, in order."""
     source = page.read_text(encoding="utf-8")
-    found = re.finditer(r"(?:^<!-- (?P<comment>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", source, re.MULTILINE | re.DOTALL)
+    found = re.finditer(
+        r"(?:^<!-- (?P<comment>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", source, re.MULTILINE | re.DOTALL
+    )
     return [
-        Block(page, source[: match.start("text")].count("\n") + 1, match["language"], match["comment"] or "", match["text"]) for match in found
+        Block(
+            page,
+            source[: match.start("text")].count("\n") + 1,
+            match["language"],
+            match["comment"] or "",
+            match["text"],
+        )
+        for match in found
     ]
 
 

@@ -53,7 +53,13 @@ def typed(command: str, folder: Path, **changes: str) -> str:
     """Type `command`, which must end with 0; return what it printed. A worker is told to stop once it has worked, or has nothing to do."""
     argv = shlex.split(command, comments=True)
     process = subprocess.Popen(
-        argv, cwd=folder, env=environment(**changes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        argv,
+        cwd=folder,
+        env=environment(**changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     output = ""
     try:
@@ -68,9 +74,6 @@ def typed(command: str, folder: Path, **changes: str) -> str:
             process.communicate()
     assert process.returncode == 0, f"{command}\n{output}{rest}{log}"
     return output + rest
-
-
-# ---- Python -------------------------------------------------------------------------------------------------------
 
 
 def test_every_block_of_python_is_accounted_for() -> None:
@@ -112,7 +115,9 @@ async def test_a_block_runs(block: Block, shop: Path, monkeypatch: pytest.Monkey
 
 def test_blocks_are_the_modules_that_the_readme_calls_them(shop: Path) -> None:
     """Who splits an app as shown must not end with a worker that doesn't know its handlers, or a cron process without schedules."""
-    (shop / "shop.py").write_text(SHOP.text.replace('App("shop", ', 'App("shop", modules=["pages", "digests"], '), encoding="utf-8")
+    (shop / "shop.py").write_text(
+        SHOP.text.replace('App("shop", ', 'App("shop", modules=["pages", "digests"], '), encoding="utf-8"
+    )
     for module, job in (("pages", 'name="page.fetch"'), ("digests", 'name="digest.send"')):
         [block] = [block for block in PROGRAMS if job in block.text]
         (shop / f"{module}.py").write_text(block.text, encoding="utf-8")
@@ -128,10 +133,13 @@ def test_a_block_of_tests_passes(block: Block, shop: Path) -> None:
     """It is how users begin to test."""
     (shop / "test_shop.py").write_text(block.text, encoding="utf-8")
     (shop / "pytest.ini").write_text(
-        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error\npythonpath = .\n", encoding="utf-8"
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error\npythonpath = .\n",
+        encoding="utf-8",
     )
     command = [sys.executable, "-m", "pytest", "-q", "test_shop.py"]
-    ended = subprocess.run(command, check=False, cwd=shop, env=environment(), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command, check=False, cwd=shop, env=environment(), capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert f"{block.text.count('async def test_')} passed" in ended.stdout
 
@@ -145,9 +153,6 @@ def test_an_excerpt_stands_in_its_example(block: Block) -> None:
         found = source.find(f"{line}\n", at)
         assert found >= 0, line
         at = found
-
-
-# ---- commands -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", COMMANDS, ids=_ids)
@@ -181,7 +186,11 @@ def test_commands_within_sentences_exist() -> None:
     for page in PAGES:
         for text in re.findall(r"`leveret ([^`]+)`", page.read_text(encoding="utf-8")):
             words = text.split()
-            names = [word for word in words[: 2 if words[0] in {"dead", "queues"} else 1] if word.islower() and not word.startswith("-")]
+            names = [
+                word
+                for word in words[: 2 if words[0] in {"dead", "queues"} else 1]
+                if word.islower() and not word.startswith("-")
+            ]
             options = {option for parameter in _command(names).params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= options | {"--json"}, text
             found += 1
@@ -199,7 +208,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 async def test_the_permissions_that_operations_asks_for_are_enough(rabbit_node: StartNode, shop: Path) -> None:
     """Too few of them, and it fails in production alone, where nobody is guest."""
     node = await rabbit_node()
-    [line] = [line for block in BLOCKS for line in block.text.splitlines() if line.startswith("rabbitmqctl set_permissions")]
+    [line] = [
+        line for block in BLOCKS for line in block.text.splitlines() if line.startswith("rabbitmqctl set_permissions")
+    ]
     _, verb, user, *patterns = shlex.split(line)
     await node.ctl("add_user", user, "secret")
     await node.ctl(verb, user, *patterns)
@@ -210,19 +221,20 @@ async def test_the_permissions_that_operations_asks_for_are_enough(rabbit_node: 
         await asyncio.to_thread(typed, command, shop, LEVERET_BROKER=url)
 
 
-# ---- facts --------------------------------------------------------------------------------------------------------
-
-
 def test_every_setting_stands_in_the_readme_with_its_default() -> None:
     """An operator looks there, not into the code."""
     rows: dict[str, str] = {}
-    for names, default in re.findall(r"^\| (`[a-z_`, ]+) \| ([^|]+) \|", README.read_text(encoding="utf-8"), re.MULTILINE):
+    for names, default in re.findall(
+        r"^\| (`[a-z_`, ]+) \| ([^|]+) \|", README.read_text(encoding="utf-8"), re.MULTILINE
+    ):
         values = [value.strip().strip('`"') for value in default.split(",")]
         rows |= dict(zip(re.findall(r"`(\w+)`", names), values, strict=False))
     units = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20}
     for field in msgspec.structs.fields(Settings):
         value, _, unit = rows[field.name].partition(" ")
-        assert field.default == (float(value) * units[unit] if value[0].isdigit() else {"True": True}.get(value, value)), field.name
+        assert field.default == (
+            float(value) * units[unit] if value[0].isdigit() else {"True": True}.get(value, value)
+        ), field.name
 
 
 def test_every_variable_of_the_environment_stands_in_the_readme() -> None:
@@ -252,5 +264,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_newest_entry_of_the_changelog_is_this_version() -> None:
     """A release whose changes nobody wrote down."""
-    headings = re.findall(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(
+        r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert headings[0] == leveret.__version__

@@ -57,7 +57,9 @@ def run(checkout: Path, *command: str, broker: str | None) -> str:
     """Type `command` there; it must end with 0."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LEVERET_")}
     environment = kept if broker is None else kept | {"LEVERET_BROKER": broker}
-    ended = subprocess.run(command, check=False, cwd=checkout, env=environment, capture_output=True, text=True, timeout=90)
+    ended = subprocess.run(
+        command, check=False, cwd=checkout, env=environment, capture_output=True, text=True, timeout=90
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
@@ -77,11 +79,15 @@ def broker(request: pytest.FixtureRequest) -> str | None:
     return rabbit.url
 
 
-def test_the_demo_ends_with_the_right_totals_and_two_commands_that_work(checkout: Path, folder: Path, broker: str | None) -> None:
+def test_the_demo_ends_with_the_right_totals_and_two_commands_that_work(
+    checkout: Path, folder: Path, broker: str | None
+) -> None:
     """`make demo` is the first thing that anybody sees, and the second run is the second."""
     flaky = sum(fails_at_first(path) for path in folder.rglob("*") if path.suffix in {".txt", ".png"})
     for _ in range(2):
-        output = run(checkout, sys.executable, str(checkout / "examples" / "index_files.py"), str(folder), broker=broker)
+        output = run(
+            checkout, sys.executable, str(checkout / "examples" / "index_files.py"), str(folder), broker=broker
+        )
         assert row(output) == [5, 3, flaky, 2]
         assert flaky >= 1
 
@@ -98,7 +104,11 @@ def test_what_was_indexed_can_be_looked_up(checkout: Path, folder: Path) -> None
     """Jobs that ran but left nothing behind would give the same table."""
     run(checkout, sys.executable, "examples/index_files.py", str(folder), broker=None)
     index = sqlite3.connect(checkout / ".demo" / "index.db")
-    words = dict(index.execute("SELECT key, sum(value) FROM files, json_each(words) WHERE words IS NOT NULL GROUP BY key").fetchall())
+    words = dict(
+        index.execute(
+            "SELECT key, sum(value) FROM files, json_each(words) WHERE words IS NOT NULL GROUP BY key"
+        ).fetchall()
+    )
     index.close()
     assert words["the"] == 2
     assert words["große"] == words["hasen"] == 5000
@@ -129,7 +139,13 @@ def test_no_broker_is_one_line(checkout: Path, folder: Path) -> None:
     """A traceback would be a stranger's first impression."""
     environment = {**os.environ, "LEVERET_BROKER": "amqq://guest:guest@localhost/"}
     ended = subprocess.run(
-        [sys.executable, "examples/index_files.py", str(folder)], check=False, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "examples/index_files.py", str(folder)],
+        check=False,
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert ended.returncode == 1
     assert "Error: the broker's URL 'amqq://guest:***@localhost/' has no known scheme" in ended.stderr
@@ -147,4 +163,6 @@ def test_make_examples_runs_every_example() -> None:
     programs = {path.name for path in (ROOT / "examples").glob("*.py")} - {"run_all.py"}
     folders = {f"{path.parent.name}/{path.name}" for path in (ROOT / "examples").glob("*/try_out.py")}
     assert listed == programs | folders
-    assert {path.name for path in (ROOT / "examples").iterdir() if path.is_dir() and path.name[0] not in "._"} == {name.split("/")[0] for name in folders}
+    assert {path.name for path in (ROOT / "examples").iterdir() if path.is_dir() and path.name[0] not in "._"} == {
+        name.split("/")[0] for name in folders
+    }

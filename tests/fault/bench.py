@@ -28,7 +28,9 @@ _ROOT = Path(__file__).parents[2]
 _LEVERET = str(Path(sys.executable).with_name("leveret"))
 
 
-async def eventually(happened: Callable[[], bool], what: Callable[[], str] = lambda: "it didn't happen", timeout_s: float = PATIENCE_S) -> None:
+async def eventually(
+    happened: Callable[[], bool], what: Callable[[], str] = lambda: "it didn't happen", timeout_s: float = PATIENCE_S
+) -> None:
     """Wait until something outside this process has happened."""
     ends = time.monotonic() + timeout_s
     while not happened():
@@ -50,7 +52,11 @@ class Worker:
 
     async def says(self, pattern: str, timeout_s: float = PATIENCE_S) -> str:
         """Wait for `pattern` in its log; return what matches."""
-        await eventually(lambda: re.search(pattern, self.log) is not None or self.process.poll() is not None, lambda: self.log, timeout_s)
+        await eventually(
+            lambda: re.search(pattern, self.log) is not None or self.process.poll() is not None,
+            lambda: self.log,
+            timeout_s,
+        )
         found = re.search(pattern, self.log)
         assert found is not None, self.log
         return found[0]
@@ -105,12 +111,21 @@ class Bench:
         """Start a worker with `arguments` of `leveret work`, on another URL if given."""
         plan = self.recorder.plan if url is None else msgspec.structs.replace(self.recorder.plan, url=url)
         log = self._folder / f"log-{len(self._workers)}"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("LEVERET_", "PYTEST", "PYTHONPATH"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("LEVERET_", "PYTEST", "PYTHONPATH"))
+        }
         environment = {**kept, "FAULT_PLAN": msgspec.json.encode(plan).decode()}
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [_LEVERET, "work", "tests.fault.apps.recorder:app", *arguments],
-                cwd=_ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                cwd=_ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
             )
         worker = Worker(process, log)
         self._workers.append(worker)
@@ -138,7 +153,11 @@ class Bench:
         def missing() -> set[str]:
             return wanted - set(self.recorder.ids("end"))
 
-        await eventually(lambda: not missing(), lambda: f"{len(missing())} of {len(wanted)} didn't run; workers: {self.logs}", timeout_s)
+        await eventually(
+            lambda: not missing(),
+            lambda: f"{len(missing())} of {len(wanted)} didn't run; workers: {self.logs}",
+            timeout_s,
+        )
 
     @property
     def logs(self) -> str:

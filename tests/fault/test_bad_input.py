@@ -38,18 +38,48 @@ BAD: dict[str, tuple[bytes, str, str, dict[str, Any]]] = {
     "no-name": (b'{"no": "name"}', "no job name", "", {}),
     "empty": (b"", "the body is no Note", "note", {}),
     "content-type": (b"<note/>", "content type 'text/xml'", "note", {"content_type": "text/xml"}),
-    "content-encoding": (gzip.compress(b"{}", mtime=0), "content encoding 'gzip'", "note", {"content_encoding": "gzip"}),
+    "content-encoding": (
+        gzip.compress(b"{}", mtime=0),
+        "content encoding 'gzip'",
+        "note",
+        {"content_encoding": "gzip"},
+    ),
     "attempt-is-a-text": (b'{"seconds": 0.001}', "lv-attempt is 'three'", "note", {"headers": {"lv-attempt": "three"}}),
-    "attempt-is-a-table": (b'{"seconds": 0.002}', "lv-attempt is {", "note", {"headers": {"lv-attempt": {"a": [1, {"b": None}]}}}),
+    "attempt-is-a-table": (
+        b'{"seconds": 0.002}',
+        "lv-attempt is {",
+        "note",
+        {"headers": {"lv-attempt": {"a": [1, {"b": None}]}}},
+    ),
     "attempt-is-negative": (b'{"seconds": 0.003}', "lv-attempt is -7", "note", {"headers": {"lv-attempt": -7}}),
-    "first-seen-in-no-year": (b'{"seconds": 0.005}', "lv-first-seen is 999999999999999, not a moment", "note", {"headers": {"lv-first-seen": 10**15 - 1}}),
+    "first-seen-in-no-year": (
+        b'{"seconds": 0.005}',
+        "lv-first-seen is 999999999999999, not a moment",
+        "note",
+        {"headers": {"lv-first-seen": 10**15 - 1}},
+    ),
     "errors-are-a-number": (b'{"seconds": 0.004}', "lv-errors is 7", "note", {"headers": {"lv-errors": 7}}),
-    "nested-tables": (b"[1]", "Expected `object`", "note", {"headers": {"x": {"y": {"z": [1, {"a": "b"}, [[]]]}}, "x-death": "none"}}),
+    "nested-tables": (
+        b"[1]",
+        "Expected `object`",
+        "note",
+        {"headers": {"x": {"y": {"z": [1, {"a": "b"}, [[]]]}}, "x-death": "none"}},
+    ),
     "100-000-brackets": (NESTED, "Expected `object`, got `array`", "note", {}),
     "100-000-brackets-in-a-field": (b'{"seconds": ' + NESTED, "the body is no Note", "note", {}),
-    "100-000-brackets-in-a-field-that-nobody-reads": (b'{"x": ' + NESTED + b"]" * 100_000 + b"}", "nested too deeply", "note", {}),
+    "100-000-brackets-in-a-field-that-nobody-reads": (
+        b'{"x": ' + NESTED + b"]" * 100_000 + b"}",
+        "nested too deeply",
+        "note",
+        {},
+    ),
     "post-init": (b'{"n": 13}', "KeyError: 'thirteen brings bad luck'", "picky", {}),
-    "a-name-that-forges-a-log-line": (b'{"forged": 1}', "no handler here knows", "note\n2026-01-01 INFO all is well\x1b[2J", {}),
+    "a-name-that-forges-a-log-line": (
+        b'{"forged": 1}',
+        "no handler here knows",
+        "note\n2026-01-01 INFO all is well\x1b[2J",
+        {},
+    ),
 }
 
 
@@ -65,7 +95,9 @@ def error_lines(log: str) -> list[str]:
 
 
 @pytest.mark.parametrize("type", ["quorum", "classic"])
-async def test_what_cannot_be_run_is_buried_byte_for_byte_on_rabbitmq(bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, type: str) -> None:
+async def test_what_cannot_be_run_is_buried_byte_for_byte_on_rabbitmq(
+    bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, type: str
+) -> None:
     """One poisonous message stops the queue for everyone behind it, or is lost without a trace that anybody could look into."""
     one = bench(rabbit.url, type, unknown_grace_s=2)
     worker = await one.working()
@@ -74,7 +106,11 @@ async def test_what_cannot_be_run_is_buried_byte_for_byte_on_rabbitmq(bench: Cal
     for name, (body, _, job, more) in BAD.items():
         properties = Basic.Properties(message_type=job or None, message_id=name, **more)
         await raw.publish(one.queue.name, body, properties=properties)
-    await raw.publish(one.queue.name, b"{}", properties=Basic.Properties(message_type="note", message_id="odd-but-good", headers={"x": {"y": [{"z": 1}]}}))
+    await raw.publish(
+        one.queue.name,
+        b"{}",
+        properties=Basic.Properties(message_type="note", message_id="odd-but-good", headers={"x": {"y": [{"z": 1}]}}),
+    )
     done.set()
     await publishing
     await one.until_ended([*good, "odd-but-good"])
@@ -88,8 +124,15 @@ async def test_what_cannot_be_run_is_buried_byte_for_byte_on_rabbitmq(bench: Cal
         assert letter.body == body, name
         assert letter.properties.message_type == (job or None)
         assert letter.properties.content_encoding == more.get("content_encoding")
-        assert reason in str(letter.headers["lv-errors"]).replace('\\"', '"') or name == "post-init", (name, letter.headers["lv-errors"])
-        kept = {header: value for header, value in more.get("headers", {}).items() if not header.startswith(("lv-", "x-death"))}
+        assert reason in str(letter.headers["lv-errors"]).replace('\\"', '"') or name == "post-init", (
+            name,
+            letter.headers["lv-errors"],
+        )
+        kept = {
+            header: value
+            for header, value in more.get("headers", {}).items()
+            if not header.startswith(("lv-", "x-death"))
+        }
         assert kept.items() <= letter.headers.items(), name
     lines = error_lines(worker.log)
     assert len(lines) == len(BAD), "\n".join(lines)
@@ -98,7 +141,9 @@ async def test_what_cannot_be_run_is_buried_byte_for_byte_on_rabbitmq(bench: Cal
     unknowns = 2
     assert len(re.findall(" WARNING ", worker.log)) == unknowns, worker.log  # that it waits: a deploy may be rolling
     async with one.admin() as admin, admin.dead(one.queue) as dead:
-        assert {letter.envelope.job_id async for letter in dead} == BAD.keys(), "an operator's tools must read what was buried"
+        assert {letter.envelope.job_id async for letter in dead} == BAD.keys(), (
+            "an operator's tools must read what was buried"
+        )
 
 
 def by_broker(letter: Found) -> str:
@@ -107,17 +152,29 @@ def by_broker(letter: Found) -> str:
 
 
 @pytest.mark.parametrize("type", ["quorum", "classic"])
-async def test_what_is_too_large_to_publish_again_is_moved_by_the_broker(bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, type: str) -> None:
+async def test_what_is_too_large_to_publish_again_is_moved_by_the_broker(
+    bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, type: str
+) -> None:
     """A body that no publish could carry must not be held for ever, nor cost the connection of everybody else's jobs."""
     one = bench(rabbit.url, type)
     worker = await one.working()
     bodies = {"20 MB": b"x" * (20 << 20), "huge header": b"{}", "a frame full": b"{}"}
     await one.until_ended(await one.publish(*(one.recorder.Note() for _ in range(50))))
-    await raw.publish(one.queue.name, b"{}", properties=Basic.Properties(message_type="note", message_id="huge header", headers={"x": "y" * 100_000}))
+    await raw.publish(
+        one.queue.name,
+        b"{}",
+        properties=Basic.Properties(message_type="note", message_id="huge header", headers={"x": "y" * 100_000}),
+    )
     # with what the broker adds, it is larger than any frame that was agreed on
-    await raw.publish(one.queue.name, b"{}", properties=Basic.Properties(message_type="note", message_id="a frame full", headers={"x": "y" * 130_980}))
+    await raw.publish(
+        one.queue.name,
+        b"{}",
+        properties=Basic.Properties(message_type="note", message_id="a frame full", headers={"x": "y" * 130_980}),
+    )
     try:
-        await raw.publish(one.queue.name, bodies["20 MB"], properties=Basic.Properties(message_type="note", message_id="20 MB"))
+        await raw.publish(
+            one.queue.name, bodies["20 MB"], properties=Basic.Properties(message_type="note", message_id="20 MB")
+        )
     except aiormq.exceptions.ChannelPreconditionFailed:  # 4.x takes 16 MiB: refused before it is anybody's
         del bodies["20 MB"]
     await one.until_ended(await one.publish(*(one.recorder.Note() for _ in range(50))))
@@ -131,7 +188,9 @@ async def test_what_is_too_large_to_publish_again_is_moved_by_the_broker(bench: 
     assert "is lost" not in worker.log, "its connection"
 
 
-async def test_properties_that_are_not_utf_8_are_buried_with_their_body(bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw) -> None:
+async def test_properties_that_are_not_utf_8_are_buried_with_their_body(
+    bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw
+) -> None:
     """A producer in Latin-1 must not be able to end the consumer that reads its texts."""
     one = bench(rabbit.url)
     worker = await one.working()
@@ -139,8 +198,15 @@ async def test_properties_that_are_not_utf_8_are_buried_with_their_body(bench: C
     channel = await connection.channel(10)
     wrong = {
         b"type": frames.TYPE.to_bytes(2, "big") + b"\x04n\xf6te",
-        b"a header's text": (frames.HEADERS | frames.TYPE).to_bytes(2, "big") + (9).to_bytes(4, "big") + b"\x01xS\x00\x00\x00\x02\xff\xfe" + b"\x04note",
-        b"a header's name": (frames.HEADERS | frames.TYPE).to_bytes(2, "big") + (5).to_bytes(4, "big") + b"\x02\xff\xfeS"[:3] + b"t\x01" + b"\x04note",
+        b"a header's text": (frames.HEADERS | frames.TYPE).to_bytes(2, "big")
+        + (9).to_bytes(4, "big")
+        + b"\x01xS\x00\x00\x00\x02\xff\xfe"
+        + b"\x04note",
+        b"a header's name": (frames.HEADERS | frames.TYPE).to_bytes(2, "big")
+        + (5).to_bytes(4, "big")
+        + b"\x02\xff\xfeS"[:3]
+        + b"t\x01"
+        + b"\x04note",
     }
     for body, properties in wrong.items():
         channel.publish("", properties, body, Unconfirmed("", one.queue.name, time.monotonic() + 10))
@@ -164,7 +230,13 @@ async def test_tables_in_tables_are_buried_at_the_latest_where_they_could_not_be
     octets = b"\x01xt\x01"
     for _ in range(depth):
         octets = b"\x01xF" + len(octets).to_bytes(4, "big") + octets
-    properties = (frames.HEADERS | frames.MESSAGE_ID | frames.TYPE).to_bytes(2, "big") + len(octets).to_bytes(4, "big") + octets + b"\x04deep" + b"\x04note"
+    properties = (
+        (frames.HEADERS | frames.MESSAGE_ID | frames.TYPE).to_bytes(2, "big")
+        + len(octets).to_bytes(4, "big")
+        + octets
+        + b"\x04deep"
+        + b"\x04note"
+    )
     connection = await amqp.connect(addresses(rabbit.url, 15)[0], "test", 10)
     channel = await connection.channel(10)
     channel.publish("", properties, b"not JSON", Unconfirmed("", one.queue.name, time.monotonic() + 10))
@@ -179,7 +251,9 @@ async def test_tables_in_tables_are_buried_at_the_latest_where_they_could_not_be
 
 
 @pytest.mark.timeout(120)
-async def test_a_broker_that_takes_small_frames_only_keeps_its_connection(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+async def test_a_broker_that_takes_small_frames_only_keeps_its_connection(
+    bench: Callable[..., Bench], rabbit_node: StartNode
+) -> None:
     """Errors and headers fit one frame or end the connection, again at each try: nobody's jobs would be published any more."""
     node = await rabbit_node(conf={"frame_max": "4096"})
     one = bench(node.url)
@@ -201,7 +275,9 @@ async def test_a_broker_that_takes_small_frames_only_keeps_its_connection(bench:
     assert "is lost" not in worker.log, "its connection"
 
 
-async def test_counts_that_leave_no_room_do_not_keep_a_job_for_ever(bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw) -> None:
+async def test_counts_that_leave_no_room_do_not_keep_a_job_for_ever(
+    bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw
+) -> None:
     """A counter at its end that can't be raised, or a time in the far future, would have the job go round or hang for ever."""
     one = bench(rabbit.url, unknown_grace_s=2)
     worker = await one.working()
@@ -222,7 +298,9 @@ async def test_counts_that_leave_no_room_do_not_keep_a_job_for_ever(bench: Calla
     assert {letter.properties.message_id for letter in await raw.take_all(f"{one.queue.name}.dead")} == odd.keys()
 
 
-async def test_what_cannot_be_run_is_buried_byte_for_byte_on_sqlite(bench: Callable[..., Bench], tmp_path: Path) -> None:
+async def test_what_cannot_be_run_is_buried_byte_for_byte_on_sqlite(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
     """The embedded default keeps the same promise, whatever wrote into its file."""
     one = bench(f"sqlite:///{tmp_path}/jobs.db", unknown_grace_s=2)
     worker = await one.working()

@@ -21,7 +21,9 @@ async def test_ten_thousand_jobs_survive_five_kills_of_their_worker(any_bench: B
     async def publish() -> None:
         async with bench.app.publisher() as publisher:
             for _ in range(JOBS // 500):
-                receipts = await publisher.publish_many([bench.recorder.Note(SECONDS) for _ in range(500)], timeout_s=60)
+                receipts = await publisher.publish_many(
+                    [bench.recorder.Note(SECONDS) for _ in range(500)], timeout_s=60
+                )
                 confirmed.extend(receipt.job_id for receipt in receipts)
 
     worker = await bench.working()

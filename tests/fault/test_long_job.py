@@ -51,7 +51,9 @@ async def test_short_jobs_and_their_acks_do_not_wait_for_a_long_one(any_bench: B
     assert repeated <= CONCURRENCY + ONE_TURN, f"{repeated} short jobs were repeated"
 
 
-async def test_short_jobs_leave_no_memory_behind_while_a_long_one_runs(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+async def test_short_jobs_leave_no_memory_behind_while_a_long_one_runs(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
     """What is kept of each until the long one ends grows to hundreds of MB in a night."""
     one = bench(rabbit.url, "classic")
     await one.publish(*[one.recorder.Note()] * 50_000)
@@ -73,14 +75,23 @@ async def test_short_jobs_leave_no_memory_behind_while_a_long_one_runs(bench: Ca
 
 
 @pytest.mark.parametrize("type", ["quorum", "classic"])
-async def test_large_bodies_are_held_a_few_at_a_time_and_each_runs_once(bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, type: str) -> None:
+async def test_large_bodies_are_held_a_few_at_a_time_and_each_runs_once(
+    bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, type: str
+) -> None:
     """A window counted in jobs is no limit of memory: a hundred images of 3 MB each end the process that takes all its window allows."""
     one = bench(rabbit.url, type)
     small = await one.publish(*(one.recorder.Note() for _ in range(200)))  # this declares it
-    body = b'{"seconds": 1.0, "unread": "%s"}' % (b"x" * (3 << 20))  # long enough for more than 64 MiB to arrive meanwhile
+    body = b'{"seconds": 1.0, "unread": "%s"}' % (
+        b"x" * (3 << 20)
+    )  # long enough for more than 64 MiB to arrive meanwhile
     ids = [f"large-{number}" for number in range(100)]
     await asyncio.gather(
-        *(raw.publish(one.queue.name, body, properties=Basic.Properties(message_type="note", message_id=name, delivery_mode=2)) for name in ids)
+        *(
+            raw.publish(
+                one.queue.name, body, properties=Basic.Properties(message_type="note", message_id=name, delivery_mode=2)
+            )
+            for name in ids
+        )
     )
     worker = await one.working("--concurrency", "20", "--queue", f"{one.queue.name}=20")
     await one.until_ended([*ids, *small], timeout_s=60)
@@ -96,14 +107,21 @@ async def test_large_bodies_are_held_a_few_at_a_time_and_each_runs_once(bench: C
     assert peak_kib < 330 << 10
 
 
-async def test_after_large_bodies_a_queue_takes_as_much_as_before(bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw) -> None:
+async def test_after_large_bodies_a_queue_takes_as_much_as_before(
+    bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw
+) -> None:
     """A window that a burst of large bodies narrowed, and that stays narrow, makes a queue slow until somebody restarts its workers."""
     one = bench(rabbit.url)
     first = await one.publish(one.recorder.Note())  # this declares it
     body = b'{"seconds": 1.0, "unread": "%s"}' % (b"x" * (3 << 20))
     ids = [f"large-{number}" for number in range(40)]
     await asyncio.gather(
-        *(raw.publish(one.queue.name, body, properties=Basic.Properties(message_type="note", message_id=name, delivery_mode=2)) for name in ids)
+        *(
+            raw.publish(
+                one.queue.name, body, properties=Basic.Properties(message_type="note", message_id=name, delivery_mode=2)
+            )
+            for name in ids
+        )
     )
     worker = await one.working("--concurrency", "20", "--queue", f"{one.queue.name}=20")
     await one.until_ended([*ids, *first], timeout_s=60)

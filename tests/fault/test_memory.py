@@ -1,6 +1,7 @@
 """A worker that has done many jobs, failures and reconnects is no larger than one that has done a few."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ async def test_two_hundred_thousand_jobs_with_failures_and_reconnects_leave_no_m
         resident: list[int] = []
         for stage in range(STAGE, JOBS + 1, STAGE):
             await publish_to(stage + STAGE)
-            await eventually(lambda stage=stage: progress.reached(stage), lambda: f"{progress.ended} ran: {served.logs}", 60)  # type: ignore[misc]
+            reached = partial(progress.reached, stage)
+            await eventually(reached, lambda: f"{progress.ended} ran: {served.logs}", 60)
             resident.append(worker.resident_kib)
             if stage < JOBS:
                 link.reset()
@@ -67,5 +69,7 @@ async def test_two_hundred_thousand_jobs_with_failures_and_reconnects_leave_no_m
         resident.append(worker.resident_kib)
         await worker.drained()
 
-    assert worker.log.count("consuming again") >= JOBS // STAGE - 1, "the connection wasn't lost each time: it proves nothing"
+    assert worker.log.count("consuming again") >= JOBS // STAGE - 1, (
+        "the connection wasn't lost each time: it proves nothing"
+    )
     assert resident[-1] < resident[1] + GROWTH_KIB, f"resident KiB, each {STAGE} jobs: {resident}"

@@ -60,7 +60,9 @@ async def test_a_publisher_without_a_broker_has_one_documented_error_in_time(ben
     port = free_ports(1)[0]
     one = bench(f"amqp://guest:guest@127.0.0.1:{port}/")
     async with one.app.publisher() as publisher:
-        errors = await asyncio.gather(*(refused(publisher.publish(one.recorder.Note(), timeout_s=1), 1) for _ in range(50)))
+        errors = await asyncio.gather(
+            *(refused(publisher.publish(one.recorder.Note(), timeout_s=1), 1) for _ in range(50))
+        )
         began = time.monotonic()
         with pytest.raises(PublishManyError) as many:
             await publisher.publish_many([one.recorder.Note() for _ in range(3000)], timeout_s=1)
@@ -73,8 +75,12 @@ async def test_a_publisher_without_a_broker_has_one_documented_error_in_time(ben
     assert not any(isinstance(result, PublishTimeout) and result.maybe_published for result in many.value.results)
 
 
-@pytest.mark.parametrize("limit", [("set_vhost_limits", "-p", "/"), ("set_user_limits", "guest")], ids=["vhost", "user"])
-async def test_a_limit_of_connections_is_waited_for(bench: Callable[..., Bench], rabbit_node: StartNode, limit: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "limit", [("set_vhost_limits", "-p", "/"), ("set_user_limits", "guest")], ids=["vhost", "user"]
+)
+async def test_a_limit_of_connections_is_waited_for(
+    bench: Callable[..., Bench], rabbit_node: StartNode, limit: tuple[str, ...]
+) -> None:
     """In a rolling deploy the old workers still have their connections: new ones that end at once, and aren't restarted, leave nobody."""
     node = await rabbit_node()
     one = bench(node.url, reconnect_cap_s=1.0)
@@ -93,7 +99,9 @@ async def test_a_limit_of_connections_is_waited_for(bench: Callable[..., Bench],
     assert "connection limit (1) is reached" in str(error)
 
 
-async def test_a_black_hole_at_connect_is_an_error_in_time_and_heals(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+async def test_a_black_hole_at_connect_is_an_error_in_time_and_heals(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
     """A firewall that drops packets answers nothing at all: no error of the operating system's comes for minutes."""
     async with link_to(rabbit) as link:
         link.freeze()
@@ -106,10 +114,12 @@ async def test_a_black_hole_at_connect_is_an_error_in_time_and_heals(bench: Call
     assert isinstance(error, BrokerUnavailable)
 
 
-async def test_publishes_that_wait_for_less_than_a_handshake_takes_get_their_connection(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+async def test_publishes_that_wait_for_less_than_a_handshake_takes_get_their_connection(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
     """An attempt that dies with the publish that began it is begun anew by the next one: such a service never publishes at all."""
     async with link_to(rabbit) as link:
-        link.latency_s = 0.05    # five round trips to connect, three to declare
+        link.latency_s = 0.05  # five round trips to connect, three to declare
         one = bench(link.url)
         async with one.app.publisher() as publisher:
             for _ in range(20):
@@ -124,21 +134,27 @@ async def test_publishes_that_wait_for_less_than_a_handshake_takes_get_their_con
             assert link.accepted == 1
 
 
-async def test_a_black_hole_in_the_middle_of_a_publish_is_an_error_in_time_and_heals(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+async def test_a_black_hole_in_the_middle_of_a_publish_is_an_error_in_time_and_heals(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
     """Whether it arrived can't be known then; the caller must be told just that, and when."""
     async with link_to(rabbit) as link:
         one = bench(link.url)
         async with one.app.publisher() as publisher:
             await publisher.publish(one.recorder.Note(), timeout_s=20)
             link.freeze()
-            errors = await asyncio.gather(*(refused(publisher.publish(one.recorder.Note(), timeout_s=0.7), 0.7) for _ in range(20)))
+            errors = await asyncio.gather(
+                *(refused(publisher.publish(one.recorder.Note(), timeout_s=0.7), 0.7) for _ in range(20))
+            )
             link.thaw()
             await publisher.publish(one.recorder.Note(), timeout_s=20)
 
     assert all(isinstance(error, PublishTimeout) and error.maybe_published for error in errors)
 
 
-async def test_a_reset_in_the_middle_of_a_publish_is_an_error_and_heals(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+async def test_a_reset_in_the_middle_of_a_publish_is_an_error_and_heals(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
     """A load balancer that restarts cuts every connection: no `CancelledError` of a client library's may come out of that."""
     async with link_to(rabbit) as link:
         one = bench(link.url)
@@ -153,12 +169,16 @@ async def test_a_reset_in_the_middle_of_a_publish_is_an_error_and_heals(bench: C
             results = await asyncio.gather(*publishing, return_exceptions=True)
             await publisher.publish(one.recorder.Note(), timeout_s=20)
 
-    assert all(isinstance(result, (PublishTimeout, Receipt)) for result in results), results  # a confirm may overtake the reset
+    assert all(isinstance(result, (PublishTimeout, Receipt)) for result in results), (
+        results
+    )  # a confirm may overtake the reset
 
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
-async def test_a_worker_waits_for_its_broker_says_so_and_works_once_it_is_there(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+async def test_a_worker_waits_for_its_broker_says_so_and_works_once_it_is_there(
+    bench: Callable[..., Bench], rabbit_node: StartNode
+) -> None:
     """Containers start in any order; one that dies because another is late is started again and again, and pages somebody."""
     node = await rabbit_node()
     await node.kill9()
@@ -212,7 +232,9 @@ async def publish_on(one: Bench, confirmed: list[str], failed: asyncio.Event, en
 @pytest.mark.fault
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("type", ["quorum", "classic"])
-async def test_a_broker_that_is_killed_and_comes_back_loses_no_confirmed_job(bench: Callable[..., Bench], rabbit_node: StartNode, type: str) -> None:
+async def test_a_broker_that_is_killed_and_comes_back_loses_no_confirmed_job(
+    bench: Callable[..., Bench], rabbit_node: StartNode, type: str
+) -> None:
     """The broker's machine is rebooted under load: publishers and workers go on by themselves, and nobody need look for lost jobs."""
     node = await rabbit_node()
     one = bench(node.url, type, reconnect_cap_s=1.0)
@@ -244,7 +266,9 @@ async def test_a_broker_that_is_killed_and_comes_back_loses_no_confirmed_job(ben
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
-async def test_every_delayed_job_comes_after_the_broker_was_killed(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+async def test_every_delayed_job_comes_after_the_broker_was_killed(
+    bench: Callable[..., Bench], rabbit_node: StartNode
+) -> None:
     """A power cut finds thousands of retries on their way from delay queue to delay queue: each comes, though some only when RabbitMQ moves it again."""
     # 180 s unless told: how long its dead-letter worker waits for a confirm that the kill has cost it
     node = await rabbit_node(advanced={"dead_letter_worker_publisher_confirm_timeout": 2_000})
@@ -268,7 +292,9 @@ async def test_every_delayed_job_comes_after_the_broker_was_killed(bench: Callab
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
-async def test_a_broker_short_of_memory_blocks_publishers_by_name_and_no_consumer(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+async def test_a_broker_short_of_memory_blocks_publishers_by_name_and_no_consumer(
+    bench: Callable[..., Bench], rabbit_node: StartNode
+) -> None:
     """With acks behind blocked publishes the queue couldn't empty, and the alarm that it caused would never end."""
     node = await rabbit_node()
     one = bench(node.url)
@@ -295,7 +321,9 @@ async def test_a_broker_short_of_memory_blocks_publishers_by_name_and_no_consume
 @pytest.mark.fault
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("ending", ["again", "bury"])
-async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often_it_is_tried(ending: str, rabbit_node: StartNode) -> None:
+async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often_it_is_tried(
+    ending: str, rabbit_node: StartNode
+) -> None:
     """An alarm of five minutes would make twenty copies of each job that fails meanwhile, and each would run."""
     node = await rabbit_node()
     broker, queue = open_broker(node.url, Runtime(app="blocked")), Queue("blocked")
@@ -376,7 +404,9 @@ async def test_a_slot_of_a_schedule_that_a_broker_blocks_is_written_twice_at_mos
         running = asyncio.create_task(publishing.run())
         await eventually(lambda: "isn't published yet" in caplog.text)
         for _ in range(5):
-            await refused(publisher.publish(Slot("blocked"), timeout_s=1), 1)  # so long that another copy would have been written
+            await refused(
+                publisher.publish(Slot("blocked"), timeout_s=1), 1
+            )  # so long that another copy would have been written
         await node.ctl("set_vm_memory_high_watermark", "0.6")
         await eventually(lambda: "schedule nightly published" in caplog.text)
         await publisher.publish(Slot("after"), timeout_s=20)  # behind any copy
@@ -394,7 +424,9 @@ async def test_a_slot_of_a_schedule_that_a_broker_blocks_is_written_twice_at_mos
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
-async def test_a_hung_broker_is_noticed_and_worked_with_again(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+async def test_a_hung_broker_is_noticed_and_worked_with_again(
+    bench: Callable[..., Bench], rabbit_node: StartNode
+) -> None:
     """A host that swaps, or a paused virtual machine, keeps its sockets open and says nothing: only heartbeats find out."""
     node: Node = await rabbit_node()
     one = bench(f"{node.url}?heartbeat=2", connect_timeout_s=2.0, reconnect_cap_s=1.0)
@@ -414,7 +446,9 @@ async def test_a_hung_broker_is_noticed_and_worked_with_again(bench: Callable[..
     await worker.drained()
 
 
-async def test_the_first_delayed_job_of_a_slow_connection_is_not_late(rabbit: Rabbit, bench: Callable[..., Bench]) -> None:
+async def test_the_first_delayed_job_of_a_slow_connection_is_not_late(
+    rabbit: Rabbit, bench: Callable[..., Bench]
+) -> None:
     """All that a delay needs is declared at the first one: counted from there, or asked for piece by piece, it comes seconds late."""
     served = bench(rabbit.url)
     worker = await served.working()

@@ -70,10 +70,19 @@ WRONG: dict[str, tuple[str, str]] = {
     "too many parameters": ("@app.handler\nasync def f(job: Note, attempt, more): ...\n", "wrong.f"),
     "two handlers": ("@app.handler\nasync def f(job: Note): ...\n", "two handlers"),
     "layer without a method": ("class Mute: ...\napp = App('shop', middleware=[Mute()])\n", "Mute"),
-    "layer not awaited": ("class Flat:\n    def consume(self, attempt, proceed): ...\napp = App('shop', middleware=[Flat()])\n", "Flat"),
+    "layer not awaited": (
+        "class Flat:\n    def consume(self, attempt, proceed): ...\napp = App('shop', middleware=[Flat()])\n",
+        "Flat",
+    ),
     "layer of one parameter": ("async def short(attempt): ...\napp = App('shop', middleware=[short])\n", "short"),
-    "layer misspelt": ("class Typo:\n    async def cosume(self, attempt, proceed): ...\napp = App('shop', middleware=[Typo()])\n", "Typo"),
-    "layer is a class": ("from leveret.middleware import RateLimit\napp = App('shop', middleware=[RateLimit])\n", "RateLimit"),
+    "layer misspelt": (
+        "class Typo:\n    async def cosume(self, attempt, proceed): ...\napp = App('shop', middleware=[Typo()])\n",
+        "Typo",
+    ),
+    "layer is a class": (
+        "from leveret.middleware import RateLimit\napp = App('shop', middleware=[RateLimit])\n",
+        "RateLimit",
+    ),
     "cron expression": ("@app.cron('61 * * * *')\ndef f(): ...\n", "61 * * * *"),
     "cron of words": ("@app.cron('every monday')\ndef f(): ...\n", "every monday"),
     "time zone": ("@app.cron('0 9 * * *', tz='Europe/Belrin')\ndef f(): ...\n", "Europe/Belrin"),
@@ -104,13 +113,17 @@ def test_a_queue_that_no_handler_has_is_one_line_with_those_there_are(project: P
 
 @pytest.mark.rabbit
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_wrong_password_and_a_missing_vhost_are_one_line_at_once(project: Project, rabbit: Rabbit, processes: str) -> None:
+def test_a_wrong_password_and_a_missing_vhost_are_one_line_at_once(
+    project: Project, rabbit: Rabbit, processes: str
+) -> None:
     """Waiting wouldn't help, so nothing waits."""
     before, at, host = rabbit.url.rpartition("@")
     user = before.rpartition(":")[0]
 
     password = line_of(project.run("work", "-p", processes, LEVERET_BROKER=f"{user}:{PASSWORD}{at}{host}"))
-    vhost = line_of(project.run("work", "-p", processes, LEVERET_BROKER=f"{before}{at}{host.partition('/')[0]}/nowhere"))
+    vhost = line_of(
+        project.run("work", "-p", processes, LEVERET_BROKER=f"{before}{at}{host.partition('/')[0]}/nowhere")
+    )
 
     assert "refused the login of user" in password
     assert PASSWORD not in password
@@ -146,11 +159,17 @@ async def test_a_users_header_is_there_on_the_third_attempt(any_bench: Bench) ->
     await bench.until_ended(["job"])
     await worker.drained()
 
-    assert [(words[2], words[5]) for words in bench.recorder.lines("start")] == [("1", "acme"), ("2", "acme"), ("3", "acme")]
+    assert [(words[2], words[5]) for words in bench.recorder.lines("start")] == [
+        ("1", "acme"),
+        ("2", "acme"),
+        ("3", "acme"),
+    ]
 
 
 def test_a_wrong_url_of_a_program_that_publishes_is_an_error_without_its_password(project: Project) -> None:
     """The same line, from inside a web service."""
-    ran = project.run("publish", "shop:Note", json.dumps({}), "--broker", f"amqp://guest:{PASSWORD}@localhost/?heartbeat=x")
+    ran = project.run(
+        "publish", "shop:Note", json.dumps({}), "--broker", f"amqp://guest:{PASSWORD}@localhost/?heartbeat=x"
+    )
 
     assert PASSWORD not in line_of(ran)

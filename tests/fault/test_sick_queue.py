@@ -149,7 +149,9 @@ async def test_retries_go_on_while_handlers_publish_to_a_queue_that_confirms_not
         nonlocal done
         if job.n == 0:
             flooding.set()
-            await asyncio.gather(*(attempt.publish(shop.Sick(n), timeout_s=30) for n in range(900)), return_exceptions=True)
+            await asyncio.gather(
+                *(attempt.publish(shop.Sick(n), timeout_s=30) for n in range(900)), return_exceptions=True
+            )
         elif attempt.number == 1:
             raise LookupError
         else:

@@ -53,7 +53,9 @@ def say(*words):
     diary.write(log, *words)
 """
 
-_PUBLISHER = _COMMON + """
+_PUBLISHER = (
+    _COMMON
+    + """
 async def main():
     broker = open_broker(url, Runtime(app="fault"))
     async def publish():
@@ -72,8 +74,11 @@ async def main():
 
 asyncio.run(main())
 """
+)
 
-_WORKER = _COMMON + """
+_WORKER = (
+    _COMMON
+    + """
 lease_s = float(argument)
 if lease_s:
     sqlite_file.LEASE_S, sqlite_file.BEAT_S = lease_s, lease_s / 3
@@ -105,6 +110,7 @@ async def main():
 
 asyncio.run(main())
 """
+)
 
 
 class Program:
@@ -115,7 +121,7 @@ class Program:
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self._command, cwd=_ROOT)    # where `tests` is
+        self.process = subprocess.Popen(self._command, cwd=_ROOT)  # where `tests` is
 
     def kill(self) -> tuple[int, float]:
         """End it as the kernel's out-of-memory killer does; return its pid, and when that was at the earliest."""
@@ -191,7 +197,9 @@ async def test_thirty_kills_lose_no_confirmed_job_and_no_job_runs_twice_at_once(
         verb, pid, job_id, at = words[:4]
         if verb == "start":
             for other in open_runs[job_id]:
-                assert died.get(int(other), float("inf")) < float(at), f"seed {seed}: {job_id} ran in {pid} while it ran in {other}"
+                assert died.get(int(other), float("inf")) < float(at), (
+                    f"seed {seed}: {job_id} ran in {pid} while it ran in {other}"
+                )
             open_runs[job_id] = [pid]
         elif verb in ("done", "again"):
             open_runs[job_id].remove(pid)
@@ -223,11 +231,15 @@ async def test_what_a_killed_worker_held_comes_back_at_once_and_in_order(tmp_pat
     await broker.close()
 
 
-async def test_a_worker_that_was_stopped_for_longer_than_its_lease_settles_nothing_when_it_wakes(tmp_path: Path) -> None:
+async def test_a_worker_that_was_stopped_for_longer_than_its_lease_settles_nothing_when_it_wakes(
+    tmp_path: Path,
+) -> None:
     """A paused container wakes up with jobs that another has done since: its acks must not touch them, and it must know."""
     path, log = tmp_path / "jobs.db", tmp_path / "worked"
     broker = open_broker(f"sqlite:///{path}", RUNTIME)
-    await broker.publish(QUEUE, make_envelope(QUEUE, job_id="job-9", headers={"takes_s": 6}), delay_s=0, deadline=soon())
+    await broker.publish(
+        QUEUE, make_envelope(QUEUE, job_id="job-9", headers={"takes_s": 6}), delay_s=0, deadline=soon()
+    )
     with programs() as running:
         running.append(Program(_WORKER, path, log, "1.5"))
         await line(log, "start")
@@ -254,7 +266,9 @@ def small_disk(tmp_path: Path) -> Generator[Path]:
     """A file system of 2 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("no right to mount a small file system here")
     try:
@@ -272,14 +286,19 @@ async def test_a_full_disk_refuses_publishes_and_loses_nothing_that_was_confirme
     async def fill_up() -> None:
         for number in range(1000):
             job_id = f"job-{number}"
-            await broker.publish(QUEUE, make_envelope(QUEUE, os.urandom(20_000), job_id=job_id), delay_s=0, deadline=soon())
+            await broker.publish(
+                QUEUE, make_envelope(QUEUE, os.urandom(20_000), job_id=job_id), delay_s=0, deadline=soon()
+            )
             confirmed.append(job_id)
 
     with pytest.raises(BrokerUnavailable, match="full") as raised:
         await fill_up()
     refused = raised.value.job_id
     results = await asyncio.gather(
-        *(broker.publish(QUEUE, make_envelope(QUEUE, os.urandom(20_000)), delay_s=0, deadline=soon()) for _ in range(20)),
+        *(
+            broker.publish(QUEUE, make_envelope(QUEUE, os.urandom(20_000)), delay_s=0, deadline=soon())
+            for _ in range(20)
+        ),
         return_exceptions=True,
     )
 

@@ -19,7 +19,9 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 async def test_a_stop_within_the_grace_loses_nothing_and_starts_nothing_twice(any_bench: Bench) -> None:
     """Every deploy does this several times an hour; a payment that runs twice at each would be found by customers."""
     bench = any_bench
-    ids = await bench.publish(*(bench.recorder.Note(0.5) for _ in range(150)), *(bench.recorder.Chore(0.5) for _ in range(50)))
+    ids = await bench.publish(
+        *(bench.recorder.Note(0.5) for _ in range(150)), *(bench.recorder.Chore(0.5) for _ in range(50))
+    )
     first = await bench.working("--concurrency", "10", "--grace", "20")
     await bench.until_lines("end", 20)
     first.term()
@@ -40,13 +42,18 @@ async def test_a_stop_within_the_grace_loses_nothing_and_starts_nothing_twice(an
 
 
 @pytest.mark.parametrize("kind", ["Note", "Chore"])
-async def test_past_its_grace_a_worker_exits_with_1_and_the_next_runs_what_was_cut_off(any_bench: Bench, kind: str) -> None:
+async def test_past_its_grace_a_worker_exits_with_1_and_the_next_runs_what_was_cut_off(
+    any_bench: Bench, kind: str
+) -> None:
     """An orchestrator kills what doesn't end; a handler that hangs must cost its own job a second run, and no other job anything."""
     bench = any_bench
     long = await bench.publish(*(getattr(bench.recorder, kind)(3.5) for _ in range(5)))
     short = await bench.publish(*(getattr(bench.recorder, kind)(0.01) for _ in range(50)))
     worker = await bench.working("--concurrency", "20", "--grace", "0.2")
-    await eventually(lambda: set(bench.recorder.ids("start")) >= set(long) and set(bench.recorder.ids("end")) >= set(short), lambda: bench.logs)
+    await eventually(
+        lambda: set(bench.recorder.ids("start")) >= set(long) and set(bench.recorder.ids("end")) >= set(short),
+        lambda: bench.logs,
+    )
     worker.term()
 
     assert await worker.ended(3.3) == 1, worker.log
@@ -105,7 +112,9 @@ async def test_a_worker_that_is_told_to_stop_while_it_is_being_filled_gives_the_
     assert Counter(bench.recorder.ids("start")) == Counter(ids), "each ran once"
 
 
-async def test_a_stop_while_the_broker_hangs_ends_all_the_same_and_loses_nothing(bench: Callable[..., Bench], rabbit: Rabbit) -> None:
+async def test_a_stop_while_the_broker_hangs_ends_all_the_same_and_loses_nothing(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
     """Both at once is the usual case: somebody restarts everything because nothing works."""
     async with link_to(rabbit) as link:
         one = bench(rabbit.url)
@@ -143,7 +152,9 @@ async def test_stops_at_full_speed_repeat_nothing(any_bench: Bench) -> None:
 
 
 @pytest.mark.rabbit
-async def test_a_worker_that_is_left_while_it_closes_a_lost_session_leaves_no_consumer(rabbit: Rabbit, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_worker_that_is_left_while_it_closes_a_lost_session_leaves_no_consumer(
+    rabbit: Rabbit, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its connection would live on with the program, and keep jobs that no other worker gets, while nobody here runs them."""
     queue, other = Queue(f"kept-{new_job_id()}", priorities=False), Queue(f"gone-{new_job_id()}", priorities=False)
 
@@ -168,12 +179,12 @@ async def test_a_worker_that_is_left_while_it_closes_a_lost_session_leaves_no_co
             await publisher.publish_many([Kept(n) for n in range(150)])
         async with app.worker(queues=[queue.name, other.name]):
             await asyncio.wait_for(running.wait(), PATIENCE_S)
-            link.latency_s = 0.2    # the close takes its round trips
+            link.latency_s = 0.2  # the close takes its round trips
             await raw.delete(other.name)
             await eventually(lambda: "the consuming connection to RabbitMQ" in caplog.text)
         link.latency_s = 0.0
         async with asyncio.timeout(PATIENCE_S):
-            while not await raw.count(queue.name):    # what it held comes back
+            while not await raw.count(queue.name):  # what it held comes back
                 await asyncio.sleep(0.05)
         await raw.delete(queue.name)
 
@@ -214,7 +225,7 @@ async def test_a_worker_whose_start_is_cancelled_leaves_no_handler_running(rabbi
 
         async with app.publisher() as publisher:
             await publisher.publish_many([First(), Second()])
-        link.latency_s = 0.15    # between the first queue's delivery and the second's registration
+        link.latency_s = 0.15  # between the first queue's delivery and the second's registration
         serving = asyncio.create_task(service())
         await asyncio.wait_for(began.wait(), PATIENCE_S)
         serving.cancel()

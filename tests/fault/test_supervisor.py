@@ -48,7 +48,9 @@ def test_a_killed_worker_is_restarted_and_its_job_runs_again(project: Project) -
 
         os.kill(victim, signal.SIGKILL)
 
-        assert running.wait_for(r"worker (\d+) \(number \d\) died with SIGKILL; it is restarted in 0\.\d s") == [str(victim)]
+        assert running.wait_for(r"worker (\d+) \(number \d\) died with SIGKILL; it is restarted in 0\.\d s") == [
+            str(victim)
+        ]
         assert len(set(workers(running, 3))) == 3
         until(lambda: ended(project) == ["1"], lambda: running.log)
         running.stop()
@@ -56,8 +58,11 @@ def test_a_killed_worker_is_restarted_and_its_job_runs_again(project: Project) -
 
 def test_a_worker_that_always_dies_is_restarted_ever_more_rarely(project: Project) -> None:
     """Without back-off a broken deploy burns a core and fills the disk with its log."""
-    project.write("dying.py", "import os\nfrom shop import *\napp = App('shop', default_broker='sqlite:///shop.db', lifespan=lambda: os._exit(3))\n"
-                              "app.handler(note)\n")
+    project.write(
+        "dying.py",
+        "import os\nfrom shop import *\napp = App('shop', default_broker='sqlite:///shop.db', lifespan=lambda: os._exit(3))\n"
+        "app.handler(note)\n",
+    )
 
     with project.start("work", "dying:app", "--processes", "2") as running:
         running.wait_for(r"died with exit code 3; it is restarted", count=8)
@@ -152,9 +157,12 @@ def test_a_stop_before_anything_has_started_is_a_clean_end(project: Project) -> 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_stop_while_the_lifespan_starts_ends_it(project: Project, processes: str) -> None:
     """A worker that waits for its database at start must still be stoppable without kill -9."""
-    project.write("waiting.py", "from shop import *\n@asynccontextmanager\nasync def forever():\n"
-                                "    said('entering')\n    await asyncio.sleep(1000)\n    yield\n"
-                                "app = App('shop', default_broker='sqlite:///shop.db', lifespan=forever)\napp.handler(note)\n")
+    project.write(
+        "waiting.py",
+        "from shop import *\n@asynccontextmanager\nasync def forever():\n"
+        "    said('entering')\n    await asyncio.sleep(1000)\n    yield\n"
+        "app = App('shop', default_broker='sqlite:///shop.db', lifespan=forever)\napp.handler(note)\n",
+    )
     with project.start("work", "waiting:app", "--processes", processes) as running:
         until(lambda: len(project.said) == int(processes))
         running.send(signal.SIGTERM)
@@ -166,8 +174,11 @@ def test_a_stop_while_the_lifespan_starts_ends_it(project: Project, processes: s
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_second_signal_ends_what_would_not_end(project: Project, processes: str) -> None:
     """A pool that doesn't close must not keep a worker alive that was told twice to end."""
-    project.write("leaving.py", "from shop import *\n@asynccontextmanager\nasync def sticky():\n    yield\n    said('leaving')\n    await asyncio.sleep(1000)\n"
-                                "app = App('shop', default_broker='sqlite:///shop.db', lifespan=sticky)\napp.handler(note)\n")
+    project.write(
+        "leaving.py",
+        "from shop import *\n@asynccontextmanager\nasync def sticky():\n    yield\n    said('leaving')\n    await asyncio.sleep(1000)\n"
+        "app = App('shop', default_broker='sqlite:///shop.db', lifespan=sticky)\napp.handler(note)\n",
+    )
     with project.start("work", "leaving:app", "--processes", processes) as running:
         workers(running, int(processes))
         running.send(signal.SIGTERM)
@@ -179,8 +190,11 @@ def test_a_second_signal_ends_what_would_not_end(project: Project, processes: st
 
 def test_a_handler_that_blocks_the_loop_is_killed_after_a_second_signal(project: Project) -> None:
     """Blocking code in an `async def` hears no signal; the parent must end it all the same."""
-    project.write("blocked.py", "import time\nfrom shop import *\napp = App('shop', default_broker='sqlite:///shop.db')\n"
-                                "@app.handler\nasync def stuck(job: Note) -> None:\n    said('stuck')\n    time.sleep(1000)\n")
+    project.write(
+        "blocked.py",
+        "import time\nfrom shop import *\napp = App('shop', default_broker='sqlite:///shop.db')\n"
+        "@app.handler\nasync def stuck(job: Note) -> None:\n    said('stuck')\n    time.sleep(1000)\n",
+    )
     project.publish("Note", {})
     with project.start("work", "blocked:app", "--processes", "2") as running:
         workers(running, 1)
@@ -195,9 +209,12 @@ def test_a_handler_that_blocks_the_loop_is_killed_after_a_second_signal(project:
 
 def test_a_lifespan_that_fails_is_shown_without_its_password_and_tried_again(project: Project) -> None:
     """The database may be back in a minute; its URL must not be in the log for ever."""
-    project.write("failing.py", "from shop import *\n@asynccontextmanager\nasync def database():\n"
-                                "    raise OSError('no answer from postgresql://shop:hunter2@db/')\n    yield\n"
-                                "app = App('shop', default_broker='sqlite:///shop.db', lifespan=database)\napp.handler(note)\n")
+    project.write(
+        "failing.py",
+        "from shop import *\n@asynccontextmanager\nasync def database():\n"
+        "    raise OSError('no answer from postgresql://shop:hunter2@db/')\n    yield\n"
+        "app = App('shop', default_broker='sqlite:///shop.db', lifespan=database)\napp.handler(note)\n",
+    )
     with project.start("work", "failing:app", "--processes", "2") as running:
         running.wait_for(r"died with exit code 1; it is restarted", count=3)
         running.send(signal.SIGTERM)

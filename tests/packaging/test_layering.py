@@ -18,7 +18,7 @@ class Import:
 
     module: str
     relative: bool
-    when_used: bool    # inside a function
+    when_used: bool  # inside a function
     line: int
 
 
@@ -39,7 +39,9 @@ def imports_of(file: Path) -> Iterator[Import]:
                 for module in (base, *(f"{base}.{alias.name}" for alias in child.names)):
                     yield Import(module, relative=bool(child.level), when_used=when_used, line=child.lineno)
             else:
-                yield from walk(child, when_used or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+                yield from walk(
+                    child, when_used or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                )
 
     yield from walk(ast.parse(file.read_text()), when_used=False)
 
@@ -79,7 +81,11 @@ def test_imports_point_inwards(file: Path) -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("file", [file for file in _FILES if not file.name.startswith("rabbitmq")], ids=lambda file: file.relative_to(_ROOT).as_posix())
+@pytest.mark.parametrize(
+    "file",
+    [file for file in _FILES if not file.name.startswith("rabbitmq")],
+    ids=lambda file: file.relative_to(_ROOT).as_posix(),
+)
 def test_only_the_rabbitmq_broker_knows_its_client(file: Path) -> None:
     """The client is replaced behind the broker's edge; whoever else used it would have to be rewritten then."""
     clients = [one for one in imports_of(file) if one.module.split(".")[0] in {"aio_pika", "aiormq"}]
@@ -104,7 +110,9 @@ def test_only_the_rabbitmq_broker_knows_its_client(file: Path) -> None:
         ("middleware", "from leveret import brokers", True),
     ],
 )
-def test_the_layering_rule_tells_right_from_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, source: str, refused: bool) -> None:
+def test_the_layering_rule_tells_right_from_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, source: str, refused: bool
+) -> None:
     """A rule that accepts everything would pass for ever."""
     monkeypatch.setattr("tests.packaging.test_layering._ROOT", tmp_path)
     file = tmp_path / folder / "x.py"

@@ -7,7 +7,18 @@ import sys
 import pytest
 
 # Each costs 10 to 30 ms and 1 to 3 MB in every process.
-_HEAVY = {"aio_pika", "aiormq", "click", "croniter", "importlib.metadata", "opentelemetry.sdk", "pytest", "rich", "tenacity", "watchfiles"}
+_HEAVY = {
+    "aio_pika",
+    "aiormq",
+    "click",
+    "croniter",
+    "importlib.metadata",
+    "opentelemetry.sdk",
+    "pytest",
+    "rich",
+    "tenacity",
+    "watchfiles",
+}
 
 
 def _imported_by(module: str) -> set[str]:
@@ -19,7 +30,12 @@ def _imported_by(module: str) -> set[str]:
 @pytest.mark.parametrize(
     "module",
     [
-        "leveret", "leveret.brokers.memory", "leveret.brokers.rabbitmq", "leveret.brokers.sqlite", "leveret.middleware", "leveret.scheduler",
+        "leveret",
+        "leveret.brokers.memory",
+        "leveret.brokers.rabbitmq",
+        "leveret.brokers.sqlite",
+        "leveret.middleware",
+        "leveret.scheduler",
         "leveret.worker",
     ],
 )
@@ -30,6 +46,10 @@ def test_nothing_heavy_is_imported(module: str) -> None:
 
 def test_leveret_imports_no_broker_and_no_layer() -> None:
     """A publisher on RabbitMQ needn't know SQLite, nor a service without tracing OpenTelemetry."""
-    imported = {name for name in _imported_by("leveret") if name.startswith(("leveret.brokers", "leveret.middleware", "opentelemetry", "sqlite3"))}
+    imported = {
+        name
+        for name in _imported_by("leveret")
+        if name.startswith(("leveret.brokers", "leveret.middleware", "opentelemetry", "sqlite3"))
+    }
 
     assert not imported

@@ -50,7 +50,13 @@ def test_the_wheel_is_imported_without_the_tree(wheel: Path, tmp_path: Path) -> 
     program = "import leveret, leveret.brokers, leveret.middleware; print(leveret.__file__, leveret.__version__)"
 
     said = subprocess.run(
-        [sys.executable, "-c", program], env={"PYTHONPATH": str(wheel)}, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(wheel)},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
     ).stdout
 
     assert said.split() == [f"{wheel}/leveret/__init__.py", leveret.__version__]

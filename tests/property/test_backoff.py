@@ -35,7 +35,9 @@ def test_ceilings_only_ever_lengthen(number: int, one: float, other: float) -> N
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.floats(1e-3, 1e4), st.floats(1.0, 100.0), st.integers(0, 1 << 32))
-async def test_retries_ends_every_job_and_waits_within_its_figures(number: int, most: int, base_s: float, times: float, seed: int) -> None:
+async def test_retries_ends_every_job_and_waits_within_its_figures(
+    number: int, most: int, base_s: float, times: float, seed: int
+) -> None:
     """Every failing job has an end, whatever it was set to."""
 
     async def fails(_: object) -> None:

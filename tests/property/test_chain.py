@@ -102,5 +102,7 @@ def test_a_handlers_layers_come_inside_or_in_the_place_of_the_apps(app: list[int
     merged = layers_of(app_layers, own_layers)
     once = {type(layer) for layer in app_layers if isinstance(layer, (First, Second))}
     replacing = {type(layer): layer for layer in own_layers if type(layer) in once}
-    expected = [replacing.get(type(layer), layer) for layer in app_layers] + [layer for layer in own_layers if type(layer) not in replacing]
+    expected = [replacing.get(type(layer), layer) for layer in app_layers] + [
+        layer for layer in own_layers if type(layer) not in replacing
+    ]
     assert list(merged) == expected

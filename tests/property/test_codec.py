@@ -81,10 +81,14 @@ def test_a_body_that_was_cut_or_changed_is_a_job_or_undecodable(order: Order, da
     for _ in range(data.draw(st.integers(1, 3))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     with suppress(UndecodableError):
-        assert isinstance(decoder.decode(bytes(body[: data.draw(st.integers(0, len(body)))]), "application/json"), Order)
+        assert isinstance(
+            decoder.decode(bytes(body[: data.draw(st.integers(0, len(body)))]), "application/json"), Order
+        )
 
 
-names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda name: not name.startswith("lv-") and not is_brokers_own(name))
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+    lambda name: not name.startswith("lv-") and not is_brokers_own(name)
+)
 values = texts | int64 | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
 counts = st.integers(0, 1 << 53)
 envelopes = st.builds(
@@ -113,14 +117,30 @@ def test_what_travels_in_headers_survives_the_round_trip(envelope: Envelope) -> 
     assert problem is None
     # the level travels in a header only where the queue doesn't tell it
     level = {} if envelope.origin is not None else {"priority": envelope.priority}
-    assert Envelope(**{"job_id": envelope.job_id, "job": envelope.job, "queue": envelope.queue, **level, **fields}) == envelope
+    assert (
+        Envelope(**{"job_id": envelope.job_id, "job": envelope.job, "queue": envelope.queue, **level, **fields})
+        == envelope
+    )
 
 
 anything = st.recursive(
-    st.none() | values | st.binary(max_size=20), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
+    st.none() | values | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
 )
 leverets = st.sampled_from(
-    ["lv-attempt", "lv-pass", "lv-version", "lv-first-seen", "lv-due", "lv-expires-at", "lv-unknown-since", "lv-errors", "lv-origin", "lv-priority"]
+    [
+        "lv-attempt",
+        "lv-pass",
+        "lv-version",
+        "lv-first-seen",
+        "lv-due",
+        "lv-expires-at",
+        "lv-unknown-since",
+        "lv-errors",
+        "lv-origin",
+        "lv-priority",
+    ]
 )
 
 

@@ -79,8 +79,8 @@ class Rabbit:
 class Installation:
     """Where a RabbitMQ lies that can be run as a child process."""
 
-    tools: str                  # the folder of rabbitmq-server and rabbitmqctl
-    root: Path | None = None    # a folder to run it in by chroot
+    tools: str  # the folder of rabbitmq-server and rabbitmqctl
+    root: Path | None = None  # a folder to run it in by chroot
 
     def argv(self, folder: Path, *command: str) -> list[str]:
         """Return the command as it's run from here, with the node's folder in its view (at `inside`)."""
@@ -101,7 +101,12 @@ class Node(Rabbit):
     """
 
     def __init__(
-        self, installation: Installation, *, conf: Mapping[str, str] | None = None, advanced: Mapping[str, int] | None = None, plugins: Sequence[str] = ()
+        self,
+        installation: Installation,
+        *,
+        conf: Mapping[str, str] | None = None,
+        advanced: Mapping[str, int] | None = None,
+        plugins: Sequence[str] = (),
     ) -> None:
         self.port, self._dist_port, self._epmd_port, self._ctl_port = free_ports(4)
         super().__init__(f"amqp://guest:guest@127.0.0.1:{self.port}/")
@@ -137,7 +142,7 @@ class Node(Rabbit):
         """Return once AMQP answers; data of a former life is still there. Does nothing to a running node."""
         if self.pid is not None:
             return
-        if self._epmd is None:    # before the node: it would start a daemon of its own, that nobody ends
+        if self._epmd is None:  # before the node: it would start a daemon of its own, that nobody ends
             epmd = "epmd" if self._installation.root is None else "/usr/bin/epmd"
             self._epmd = self._spawn(epmd, "-port", str(self._epmd_port), "-address", "127.0.0.1")
             await self._until_answers(self._epmd, self._epmd_port, b"")
@@ -175,7 +180,12 @@ class Node(Rabbit):
         """Run rabbitmqctl and return what it printed; a failure raises `RuntimeError` with its words. Takes 1 to 2 s."""
         command = self._installation.argv(self.folder, f"{self._installation.tools}/rabbitmqctl", "-q", *arguments)
         process = await asyncio.create_subprocess_exec(
-            *command, env=self._environ(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            *command,
+            env=self._environ(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         try:
             async with asyncio.timeout(timeout_s):
@@ -206,21 +216,34 @@ class Node(Rabbit):
             argv = ["setpriv", "--pdeathsig", "KILL", *argv]
         with (self.folder / "stdout").open("ab") as output:
             # a session of its own: a ^C at the terminal is for the tests, which then end the node
-            return subprocess.Popen(argv, env=self._environ(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+            return subprocess.Popen(
+                argv,
+                env=self._environ(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
 
     async def _until_answers(self, process: subprocess.Popen[bytes], port: int, header: bytes) -> None:
         end = time.monotonic() + _BOOT_S
         while not await _answers("127.0.0.1", port, header):
             if process.poll() is not None or time.monotonic() > end:
-                what = f"didn't answer in {_BOOT_S:.0f} s" if process.returncode is None else f"exited with {process.returncode}"
+                what = (
+                    f"didn't answer in {_BOOT_S:.0f} s"
+                    if process.returncode is None
+                    else f"exited with {process.returncode}"
+                )
                 msg = f"RabbitMQ on port {port} {what}: {self._tail()}"
                 await self.close()
                 raise RuntimeError(msg)
-            await asyncio.sleep(0.05)    # a process's start has no event to wait on
+            await asyncio.sleep(0.05)  # a process's start has no event to wait on
 
     def _tail(self) -> str:
         files = [self.folder / "stdout", *sorted((self.folder / "log").glob("*.log"))]
-        return "\n".join("\n".join(file.read_text(errors="replace").splitlines()[-15:]) for file in files if file.exists())
+        return "\n".join(
+            "\n".join(file.read_text(errors="replace").splitlines()[-15:]) for file in files if file.exists()
+        )
 
     def _environ(self) -> dict[str, str]:
         inside = self._installation.inside(self.folder)
@@ -229,7 +252,7 @@ class Node(Rabbit):
             "PATH": os.environ["PATH"] if self._installation.root is None else "/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": inside,
             "LANG": "C.UTF-8",
-            "RUNNING_UNDER_SYSTEMD": "true",    # the start script then execs: the child is the Erlang machine itself
+            "RUNNING_UNDER_SYSTEMD": "true",  # the start script then execs: the child is the Erlang machine itself
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": "test@localhost",
@@ -279,7 +302,7 @@ async def _answers(host: str, port: int, header: bytes) -> bool:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)    # the group holds what this process started, and nothing else
+        os.killpg(process.pid, signal.SIGKILL)  # the group holds what this process started, and nothing else
         process.wait(10)
 
 
@@ -307,7 +330,13 @@ def unpacked_installation() -> Installation:
         msg = f"no RabbitMQ: unpacking Debian's rabbitmq-server of {suite} failed: {made.stderr.strip().splitlines()[-1:]}"
         raise Unavailable(msg)
     installation = Installation("/usr/lib/rabbitmq/bin", Path(made.stdout.split()[-1]))
-    tried = subprocess.run(installation.argv(Path(tempfile.gettempdir()), "/bin/true"), capture_output=True, text=True, timeout=60, check=False)
+    tried = subprocess.run(
+        installation.argv(Path(tempfile.gettempdir()), "/bin/true"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     if tried.returncode:
         msg = f"no RabbitMQ: this container may not mount ({tried.stderr.strip()[-200:]}); install rabbitmq-server instead"
         raise Unavailable(msg)

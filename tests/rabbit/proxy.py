@@ -1,14 +1,14 @@
 """A TCP proxy that spoils a link: slow, dribbling, silent, cut.
 
-    async with FaultProxy(node.port) as link:     # connect the program to link.url
-        link.latency_s, link.jitter_s = 0.2, 0.1  # each chunk, each way
-        link.rate = 32_000                        # bytes a second, each way
-        link.piece, link.gap_s = 7, 0.002         # dribble: frames arrive in pieces
-        link.freeze(); link.thaw()                # half-open: TCP stays up, nothing passes
-        link.freeze("up")                         # one way: what the client sends is lost; "down": confirms and deliveries
-        link.reset()                              # RST to both sides of every connection
-        link.refuse = True                        # new connections are reset at once
-        link.cut_after("down", 1000)              # RST once 1000 more bytes went that way: in the middle of a frame
+async with FaultProxy(node.port) as link:     # connect the program to link.url
+    link.latency_s, link.jitter_s = 0.2, 0.1  # each chunk, each way
+    link.rate = 32_000                        # bytes a second, each way
+    link.piece, link.gap_s = 7, 0.002         # dribble: frames arrive in pieces
+    link.freeze(); link.thaw()                # half-open: TCP stays up, nothing passes
+    link.freeze("up")                         # one way: what the client sends is lost; "down": confirms and deliveries
+    link.reset()                              # RST to both sides of every connection
+    link.refuse = True                        # new connections are reset at once
+    link.cut_after("down", 1000)              # RST once 1000 more bytes went that way: in the middle of a frame
 """
 
 import asyncio
@@ -45,7 +45,9 @@ class FaultProxy:
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._server.close()
         self.reset()
         for task in self._tasks:
@@ -88,7 +90,7 @@ class FaultProxy:
         self.accepted += 1
         try:
             target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:    # the node is down: so is the link
+        except OSError:  # the node is down: so is the link
             _reset(writer)
             return
         link = (writer, target_writer)
@@ -96,7 +98,7 @@ class FaultProxy:
         try:
             await asyncio.gather(self._carry("up", reader, target_writer), self._carry("down", target_reader, writer))
         except OSError:
-            self._links.discard(link)    # one side is gone; below, the other follows
+            self._links.discard(link)  # one side is gone; below, the other follows
         finally:
             self._links.discard(link)
             for one in link:
@@ -136,7 +138,7 @@ class FaultProxy:
             self.passed[way] += len(data)
             if cut:
                 del self._left[way]
-                await asyncio.sleep(0.01)    # a RST overtakes what the kernel still holds
+                await asyncio.sleep(0.01)  # a RST overtakes what the kernel still holds
                 self.reset()
                 return
         if writer.can_write_eof():

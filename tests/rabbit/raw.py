@@ -19,13 +19,13 @@ class Found:
     """A message as it lay in a queue."""
 
     body: bytes
-    properties: Basic.Properties    # unset ones are None
+    properties: Basic.Properties  # unset ones are None
     exchange: str
     routing_key: str
     redelivered: bool
 
     @property
-    def headers(self) -> Mapping[str, Any]:    # Any: AMQP's field table holds whatever was sent
+    def headers(self) -> Mapping[str, Any]:  # Any: AMQP's field table holds whatever was sent
         """Its headers; empty where it has none."""
         return self.properties.headers or {}
 
@@ -47,10 +47,18 @@ class Raw:
             finally:
                 await channel.close()
 
-    async def publish(self, routing_key: str, body: bytes, *, exchange: str = "", properties: Basic.Properties | None = None) -> None:
+    async def publish(
+        self, routing_key: str, body: bytes, *, exchange: str = "", properties: Basic.Properties | None = None
+    ) -> None:
         """Publish as it stands, unset properties unset; return when confirmed, raise where no queue takes it."""
         async with self.channel() as channel:
-            await channel.basic_publish(body, exchange=exchange, routing_key=routing_key, properties=properties or Basic.Properties(), mandatory=True)
+            await channel.basic_publish(
+                body,
+                exchange=exchange,
+                routing_key=routing_key,
+                properties=properties or Basic.Properties(),
+                mandatory=True,
+            )
 
     async def declare(self, queue: str, arguments: Mapping[str, Any] | None = None) -> None:
         """Declare a durable queue."""
@@ -68,7 +76,9 @@ class Raw:
     async def look(self, queue: str) -> list[Found]:
         """Return what is ready in the queue and leave it there; it comes back with `redelivered` set."""
         found: list[Found] = []
-        async with self.channel() as channel:    # its closing gives them back, in order: a nack with requeue doesn't on 3.10
+        async with (
+            self.channel() as channel
+        ):  # its closing gives them back, in order: a nack with requeue doesn't on 3.10
             while not isinstance((one := await channel.basic_get(queue)).delivery, Basic.GetEmpty):
                 found.append(_found(one))
         return found
@@ -87,7 +97,7 @@ class Raw:
         try:
             async with asyncio.timeout(_DEADLINE_S):
                 while (count := await self.count(queue)) != expected:
-                    await asyncio.sleep(0.05)    # AMQP has no event for a depth
+                    await asyncio.sleep(0.05)  # AMQP has no event for a depth
         except TimeoutError:
             msg = f"{queue} held {count} messages after {_DEADLINE_S:.0f} s, not {expected}"
             raise TimeoutError(msg) from None

@@ -96,7 +96,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
     """Wait until it holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():
-            await asyncio.sleep(0.01)    # what the broker does to a connection has no event of ours
+            await asyncio.sleep(0.01)  # what the broker does to a connection has no event of ours
 
 
 def ignore(tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
@@ -108,14 +108,17 @@ def port_of(rabbit: Rabbit) -> int:
     return int(rabbit.url.rsplit(":", 1)[1].rstrip("/"))
 
 
-# ---- logging in
-
-
 @pytest.mark.parametrize(
     ("login", "vhost", "code", "says"),
-    [("guest:wr0ng", "", 403, "is the password right"), ("nobody:wr0ng", "", 403, "user 'nobody'"), ("guest:guest", "nowhere", 530, "no vhost 'nowhere'")],
+    [
+        ("guest:wr0ng", "", 403, "is the password right"),
+        ("nobody:wr0ng", "", 403, "user 'nobody'"),
+        ("guest:guest", "nowhere", 530, "no vhost 'nowhere'"),
+    ],
 )
-async def test_a_refused_login_is_one_error_that_names_the_cause(rabbit: Rabbit, login: str, vhost: str, code: int, says: str) -> None:
+async def test_a_refused_login_is_one_error_that_names_the_cause(
+    rabbit: Rabbit, login: str, vhost: str, code: int, says: str
+) -> None:
     """A worker that tries a wrong password again and again looks like an outage of the broker; a password in a log is a leak."""
     url = f"amqp://{login}@127.0.0.1:{port_of(rabbit)}/{vhost}"
     with pytest.raises(Closed) as closed:
@@ -150,7 +153,7 @@ async def test_a_handshake_cut_after_any_number_of_octets_ends_with_an_error_of_
                 outcomes.add(True)
                 connection.abort()
     await asyncio.sleep(0)
-    gc.collect()    # an unclosed socket is a ResourceWarning, which is an error here
+    gc.collect()  # an unclosed socket is a ResourceWarning, which is an error here
     assert outcomes == {True, False}
     assert {task for task in asyncio.all_tasks() - tasks if not task.done()} == set()
 
@@ -161,9 +164,6 @@ async def test_a_handshake_through_a_dribbling_link_succeeds(rabbit: Rabbit) -> 
         link.piece = 5
         async with connected(link.url) as connection:
             assert connection.usable
-
-
-# ---- closes
 
 
 async def test_a_channel_that_the_broker_closes_leaves_the_others_alone(connection: Connection) -> None:
@@ -215,14 +215,14 @@ async def test_a_reset_link_ends_all_that_waits(rabbit: Rabbit) -> None:
     async with FaultProxy(port_of(rabbit)) as link, connected(link.url) as connection:
         channel = await confirming(connection)
         link.freeze("up")
-        waiting: list[Awaitable[Any]] = [publish(channel, "q"), asyncio.ensure_future(channel.call(commands.Queue.Declare(queue="q"), 10))]
+        waiting: list[Awaitable[Any]] = [
+            publish(channel, "q"),
+            asyncio.ensure_future(channel.call(commands.Queue.Declare(queue="q"), 10)),
+        ]
         await asyncio.sleep(0)
         link.reset()
         for one in waiting:
             assert (await ends_with_closed(one, 0)).scope == "socket"
-
-
-# ---- heartbeats
 
 
 async def test_a_close_that_is_cancelled_closes_all_the_same(rabbit: Rabbit) -> None:
@@ -240,7 +240,7 @@ async def test_a_close_that_is_cancelled_closes_all_the_same(rabbit: Rabbit) -> 
 async def test_a_frozen_link_is_given_up_and_an_idle_one_is_kept(rabbit: Rabbit) -> None:
     """A half-open link would hang until the kernel gives up; a worker without jobs must not be dropped by the broker."""
     async with FaultProxy(port_of(rabbit)) as link, connected(f"{link.url}?heartbeat=1") as connection:
-        await asyncio.sleep(3.2)    # idle time itself is what is tested
+        await asyncio.sleep(3.2)  # idle time itself is what is tested
         channel = await confirming(connection)
         await declare(channel, "tests.amqp.idle")
         await publish(channel, "tests.amqp.idle")
@@ -252,9 +252,6 @@ async def test_a_frozen_link_is_given_up_and_an_idle_one_is_kept(rabbit: Rabbit)
         assert 1.5 < time.monotonic() - frozen < 3.5
 
 
-# ---- publishing
-
-
 @pytest.mark.fault
 async def test_an_alarm_blocks_and_its_end_unblocks(rabbit_node: StartNode) -> None:
     """A node short of memory takes no publishes: they wait, and whoever waits has to be told why."""
@@ -263,7 +260,7 @@ async def test_an_alarm_blocks_and_its_end_unblocks(rabbit_node: StartNode) -> N
         channel = await confirming(connection)
         await declare(channel, "q")
         await node.ctl("set_vm_memory_high_watermark", "0.0000001")
-        waiting = publish(channel, "q", timeout_s=60)    # RabbitMQ tells those who publish
+        waiting = publish(channel, "q", timeout_s=60)  # RabbitMQ tells those who publish
         await until(lambda: connection.blocked is not None)
         assert connection.blocked == "low on memory"
         assert not waiting.ended
@@ -276,7 +273,9 @@ async def test_of_two_with_one_id_only_the_one_that_no_queue_took_is_returned(co
     """A job's repeat has its id: the wrong caller would hear that its publish failed."""
     channel = await confirming(connection)
     await declare(channel, "tests.amqp.there")
-    gone, there, gone_again = (publish(channel, queue) for queue in ("tests.amqp.gone", "tests.amqp.there", "tests.amqp.gone"))
+    gone, there, gone_again = (
+        publish(channel, queue) for queue in ("tests.amqp.gone", "tests.amqp.there", "tests.amqp.gone")
+    )
     await there
     for one in (gone, gone_again):
         with pytest.raises(Returned, match="NO_ROUTE"):
@@ -355,9 +354,6 @@ async def test_a_body_is_taken_by_get_as_it_was_published(connection: Connection
     assert await channel.get("tests.amqp.get", 10) is None
 
 
-# ---- consuming
-
-
 async def test_a_deleted_queue_cancels_its_consumer(connection: Connection) -> None:
     """Without the broker's word a worker waits for jobs of a queue that isn't there."""
     channel = await connection.channel(10)
@@ -391,9 +387,6 @@ async def test_closing_a_channel_gives_back_what_is_unsettled_and_keeps_what_was
     assert back is not None
     assert (back.body, back.redelivered) == (b"2", True)
     assert await channel.get("tests.amqp.unsettled", 10) is None
-
-
-# ---- back-pressure
 
 
 @pytest.mark.fault

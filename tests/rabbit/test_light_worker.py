@@ -30,10 +30,33 @@ async def look(job: Look) -> None:
 # Each costs up to 30 ms at every start and up to 3 MB in every process; several also mean that a worker does what only the
 # command line, a cron process or a blocking publisher should.
 _UNWANTED = {
-    "aio_pika", "aiormq", "click", "croniter", "difflib", "email", "hashlib", "http", "importlib.metadata", "multiprocessing", "opentelemetry",
-    "pytest", "rich", "sqlite3", "tenacity", "watchfiles", "zoneinfo",
-    "leveret.blocking", "leveret.brokers.memory", "leveret.brokers.rabbitmq_admin", "leveret.brokers.sqlite", "leveret.cli", "leveret.describe",
-    "leveret.schedule", "leveret.scheduler", "leveret.supervisor", "leveret.testing",
+    "aio_pika",
+    "aiormq",
+    "click",
+    "croniter",
+    "difflib",
+    "email",
+    "hashlib",
+    "http",
+    "importlib.metadata",
+    "multiprocessing",
+    "opentelemetry",
+    "pytest",
+    "rich",
+    "sqlite3",
+    "tenacity",
+    "watchfiles",
+    "zoneinfo",
+    "leveret.blocking",
+    "leveret.brokers.memory",
+    "leveret.brokers.rabbitmq_admin",
+    "leveret.brokers.sqlite",
+    "leveret.cli",
+    "leveret.describe",
+    "leveret.schedule",
+    "leveret.scheduler",
+    "leveret.supervisor",
+    "leveret.testing",
 }
 
 
@@ -45,7 +68,9 @@ def test_a_running_worker_has_imported_nothing_that_it_does_not_need(rabbit: Rab
     leveret = [sys.executable, "-m", "leveret"]
     publish = [*leveret, "publish", "light_app:Look", json.dumps({"file": str(file)}), "--app", "light_app:app"]
     subprocess.run(publish, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=60)
-    with subprocess.Popen([*leveret, "work", "light_app:app"], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as worker:
+    with subprocess.Popen(
+        [*leveret, "work", "light_app:app"], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    ) as worker:
         try:
             assert worker.stderr is not None
             for line in worker.stderr:

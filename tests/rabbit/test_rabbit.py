@@ -27,7 +27,7 @@ async def test_what_is_published_raw_comes_back_as_it_was(raw: Raw) -> None:
 
     assert (taken.body, taken.headers["a"], taken.properties.message_type) == (b"\x00\xff", 1, "t")
     assert (taken.properties.priority, taken.properties.content_type) == (None, None)
-    assert (seen.redelivered, taken.redelivered) == (False, True)    # looking counts as a delivery
+    assert (seen.redelivered, taken.redelivered) == (False, True)  # looking counts as a delivery
     await raw.delete(queue)
 
 

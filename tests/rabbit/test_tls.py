@@ -34,7 +34,15 @@ class Secured:
     port: int
     folder: Path
 
-    def url(self, query: str = "cafile={ca}", *, host: str = "localhost", login: str = "guest:guest", scheme: str = "amqps", port: int = 0) -> str:
+    def url(
+        self,
+        query: str = "cafile={ca}",
+        *,
+        host: str = "localhost",
+        login: str = "guest:guest",
+        scheme: str = "amqps",
+        port: int = 0,
+    ) -> str:
         """Return a URL of the TLS port, or of `port`; {ca}, {other}, {client} … in `query` are files."""
         named = {file.stem: str(file) for file in self.folder.iterdir()}
         return f"{scheme}://{login}@{host}:{port or self.port}/?{query.format_map(named)}"
@@ -53,7 +61,9 @@ async def accepts(port: int) -> bool:
 class Secure(Protocol):
     """Starts a node whose certificate, for localhost, is of the authority in ca.pem; other.pem is another's."""
 
-    def __call__(self, *, conf: Mapping[str, str] | None = None, expired: bool = False, plugins: Sequence[str] = ()) -> Awaitable[Secured]: ...
+    def __call__(
+        self, *, conf: Mapping[str, str] | None = None, expired: bool = False, plugins: Sequence[str] = ()
+    ) -> Awaitable[Secured]: ...
 
 
 @pytest_asyncio.fixture
@@ -61,7 +71,9 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
     """Start nodes with TLS; skips where the broker isn't ours to run."""
     started: list[Node] = []
 
-    async def start(*, conf: Mapping[str, str] | None = None, expired: bool = False, plugins: Sequence[str] = ()) -> Secured:
+    async def start(
+        *, conf: Mapping[str, str] | None = None, expired: bool = False, plugins: Sequence[str] = ()
+    ) -> Secured:
         if not isinstance(rabbit_found, Installation):
             pytest.skip(rabbit_found.why_no_levers)
         authority, other = trustme.CA(), trustme.CA()
@@ -69,19 +81,33 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
         server = authority.issue_cert("localhost", not_after=yesterday if expired else None)
         authority.cert_pem.write_to_path(tmp_path / "ca.pem")
         other.cert_pem.write_to_path(tmp_path / "other.pem")
-        for name, issuer, common_name in (("client", authority, "guest"), ("stranger", authority, "stranger"), ("forged", other, "guest")):
-            issued = issuer.issue_cert("a@example.org", common_name=common_name)    # RabbitMQ reads the login out of the common name
+        for name, issuer, common_name in (
+            ("client", authority, "guest"),
+            ("stranger", authority, "stranger"),
+            ("forged", other, "guest"),
+        ):
+            issued = issuer.issue_cert(
+                "a@example.org", common_name=common_name
+            )  # RabbitMQ reads the login out of the common name
             issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
         [port] = free_ports(1)
-        node = Node(rabbit_found, conf={"listeners.ssl.default": f"127.0.0.1:{port}", "ssl_options.verify": "verify_none", **(conf or {})}, plugins=plugins)
+        node = Node(
+            rabbit_found,
+            conf={"listeners.ssl.default": f"127.0.0.1:{port}", "ssl_options.verify": "verify_none", **(conf or {})},
+            plugins=plugins,
+        )
         started.append(node)
-        with (node.folder / "rabbitmq.conf").open("a") as config:    # its files must lie where the node sees them
-            for option, pem in (("cacertfile", authority.cert_pem), ("certfile", server.cert_chain_pems[0]), ("keyfile", server.private_key_pem)):
+        with (node.folder / "rabbitmq.conf").open("a") as config:  # its files must lie where the node sees them
+            for option, pem in (
+                ("cacertfile", authority.cert_pem),
+                ("certfile", server.cert_chain_pems[0]),
+                ("keyfile", server.private_key_pem),
+            ):
                 pem.write_to_path(node.folder / option)
                 config.write(f"ssl_options.{option} = {rabbit_found.inside(node.folder)}/{option}\n")
         await node.start()
         async with asyncio.timeout(30):
-            while not await accepts(port):    # RabbitMQ 4 opens it after the plain one
+            while not await accepts(port):  # RabbitMQ 4 opens it after the plain one
                 await asyncio.sleep(0.05)
         return Secured(node, port, tmp_path)
 
@@ -129,7 +155,7 @@ async def test_only_a_certificate_of_the_right_authority_and_name_is_trusted(sec
     assert "amqps://" in await refusal(server.url("", scheme="amqp", login=login))
     assert "does that port speak TLS?" in await refusal(server.url(port=server.node.port, login=login))
     await asyncio.sleep(0)
-    gc.collect()    # an unclosed socket is a ResourceWarning, which is an error here
+    gc.collect()  # an unclosed socket is a ResourceWarning, which is an error here
 
 
 async def test_an_expired_certificate_is_refused(secured: Secure) -> None:
@@ -154,7 +180,9 @@ async def test_a_client_certificate_is_asked_for_and_logs_in(secured: Secure) ->
     await works(server.url("cafile={ca}&certfile={client}&auth_mechanism=external", login=f"ignored:{PASSWORD}"))
     assert "asks for a client certificate" in await refusal(server.url(login=f"guest:{PASSWORD}"))
     assert "doesn't trust the client certificate" in await refusal(server.url("cafile={ca}&certfile={forged}"))
-    strange = await refusal(server.url("cafile={ca}&certfile={stranger}&auth_mechanism=external", login=f"ignored:{PASSWORD}"))
+    strange = await refusal(
+        server.url("cafile={ca}&certfile={stranger}&auth_mechanism=external", login=f"ignored:{PASSWORD}")
+    )
     assert "by client certificate" in strange
     assert "ignored" not in strange
 

@@ -41,7 +41,11 @@ async def test_no_span_is_there_twice_beside_the_contrib_instrumentor(rabbit: Ra
             control = await channel.declare_queue(exclusive=True)
             await channel.default_exchange.publish(aio_pika.Message(b""), routing_key=control.name)
     assert len(spans.all()) == 1  # it is on
-    app = App("traced", broker=rabbit.url, middleware=[Tracing(tracer_provider=spans.provider), Retries(base_s=0.01, cap_s=0.01)])
+    app = App(
+        "traced",
+        broker=rabbit.url,
+        middleware=[Tracing(tracer_provider=spans.provider), Retries(base_s=0.01, cap_s=0.01)],
+    )
     ended = asyncio.Event()
 
     @app.handler
@@ -59,6 +63,10 @@ async def test_no_span_is_there_twice_beside_the_contrib_instrumentor(rabbit: Ra
         for name in (traced.name, f"{traced.name}.dead"):
             await raw.delete(name)
     _, sent, first, second = sorted(spans.all(), key=lambda span: span.start_time or 0)
-    assert [span.name for span in (sent, first, second)] == ["send tests.traced", "process tests.traced", "process tests.traced"]
+    assert [span.name for span in (sent, first, second)] == [
+        "send tests.traced",
+        "process tests.traced",
+        "process tests.traced",
+    ]
     assert [parent_of(first), parent_of(second)] == [id_of(sent), id_of(first)]
     assert links_of(second) == [id_of(first)]

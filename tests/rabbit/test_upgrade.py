@@ -30,12 +30,20 @@ async def test_what_version_0_1_0_delayed_is_run_when_it_is_due(rabbit: Rabbit, 
     async def kept(job: Kept) -> None:
         await ran.put(job.text)
 
-    async with raw.channel() as channel:    # the lowest level of that ladder, as 0.1.0 declared it
+    async with raw.channel() as channel:  # the lowest level of that ladder, as 0.1.0 declared it
         await channel.exchange_declare(exchange="lv.delay.0", exchange_type="topic", durable=True)
-        await channel.queue_declare("lv.delay.0", durable=True, arguments={
-            "x-queue-type": "quorum", "x-delivery-limit": 1_000_000, "x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish",
-            "x-dead-letter-exchange": "lv.delay.due", "x-message-ttl": 250,
-        })
+        await channel.queue_declare(
+            "lv.delay.0",
+            durable=True,
+            arguments={
+                "x-queue-type": "quorum",
+                "x-delivery-limit": 1_000_000,
+                "x-dead-letter-strategy": "at-least-once",
+                "x-overflow": "reject-publish",
+                "x-dead-letter-exchange": "lv.delay.due",
+                "x-message-ttl": 250,
+            },
+        )
         await channel.queue_bind("lv.delay.0", "lv.delay.0", ".".join([*["*"] * 23, "1", "*"]))
     try:
         async with asyncio.timeout(60), app.worker(queues=[upgraded.name]):
@@ -43,11 +51,23 @@ async def test_what_version_0_1_0_delayed_is_run_when_it_is_due(rabbit: Rabbit, 
                 await publisher.publish(Kept("now"), timeout_s=15)
             assert await ran.get() == "now"
             for level in ("low", "normal", "high", "urgent"):
-                properties = Basic.Properties(message_id=f"old-{level}", message_type="upgrade.kept", content_type="application/json", delivery_mode=2)
+                properties = Basic.Properties(
+                    message_id=f"old-{level}",
+                    message_type="upgrade.kept",
+                    content_type="application/json",
+                    delivery_mode=2,
+                )
                 key = ".".join([*["0"] * 23, "1", f"q/tests/upgraded/{level}"])
                 await raw.publish(key, f'{{"text":"{level}"}}'.encode(), exchange="lv.delay.0", properties=properties)
             assert {await ran.get() for _ in range(4)} == {"low", "normal", "high", "urgent"}
     finally:
-        for name in ("tests.upgraded", "tests.upgraded.low", "tests.upgraded.high", "tests.upgraded.urgent", "tests.upgraded.dead", "lv.delay.0"):
+        for name in (
+            "tests.upgraded",
+            "tests.upgraded.low",
+            "tests.upgraded.high",
+            "tests.upgraded.urgent",
+            "tests.upgraded.dead",
+            "lv.delay.0",
+        ):
             await raw.delete(name)
         await raw.delete_exchange("lv.delay.0")

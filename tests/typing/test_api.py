@@ -13,11 +13,13 @@ _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[1]
 _MARK = re.compile(r"# wrong(?: \((mypy|pyright) only\))?:")
 
-pytestmark = pytest.mark.timeout(300)    # a checker that starts cold on a busy machine
+pytestmark = pytest.mark.timeout(300)  # a checker that starts cold on a busy machine
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, cwd=_ROOT, timeout=280, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=_ROOT, timeout=280, check=False
+    )
     assert done.returncode in {0, 1}, f"{command[0]} didn't run: {done.stdout[-800:]}{done.stderr[-800:]}"
     return done.stdout
 
@@ -32,7 +34,9 @@ def _mypy() -> dict[tuple[str, int], str]:
 def _pyright() -> dict[tuple[str, int], str]:
     report = json.loads(_run("pyright", "--outputjson", "--project", str(_HERE), "--pythonpath", sys.executable))
     errors = [one for one in report["generalDiagnostics"] if one["severity"] == "error"]
-    return {(Path(one["file"]).name, one["range"]["start"]["line"] + 1): one["message"].splitlines()[0] for one in errors}
+    return {
+        (Path(one["file"]).name, one["range"]["start"]["line"] + 1): one["message"].splitlines()[0] for one in errors
+    }
 
 
 @cache

@@ -28,7 +28,9 @@ def runtime(clock: Clock | None = None, *, processes: int = 1, seed: int = 1) ->
 
 def attempt(number: int = 1, **fields: Any) -> Attempt[Any]:
     """The attempt that a consumer would make."""
-    envelope = Envelope(**{"job_id": "id-1", "job": "greet", "queue": "emails", "body": b'{"who":"Ada"}', "attempt": number, **fields})
+    envelope = Envelope(
+        **{"job_id": "id-1", "job": "greet", "queue": "emails", "body": b'{"who":"Ada"}', "attempt": number, **fields}
+    )
     return make_attempt(Greet(), envelope, False, 0.0, None, cast("Any", None))
 
 

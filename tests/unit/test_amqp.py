@@ -127,7 +127,9 @@ async def opened(connection: Connection, peer: Peer) -> Channel:
     return channel
 
 
-def publish(channel: Channel, key: str = "q", message_id: str = "id-1", timeout_s: float = 60.0, body: bytes = b"x") -> Unconfirmed:
+def publish(
+    channel: Channel, key: str = "q", message_id: str = "id-1", timeout_s: float = 60.0, body: bytes = b"x"
+) -> Unconfirmed:
     """Publish a small body."""
     sent = Unconfirmed(message_id, key, time.monotonic() + timeout_s)
     channel.publish("", RAW_PROPERTIES, body, sent)
@@ -152,9 +154,6 @@ async def until_closed(connection: Connection) -> Closed:
             await ended
     assert connection.closed is not None
     return connection.closed
-
-
-# ---- handshake
 
 
 async def test_the_peers_first_word_may_come_before_anybody_waits_for_it() -> None:
@@ -267,8 +266,6 @@ async def test_the_smaller_limits_are_agreed_on() -> None:
         assert (connection.frame_max, len(first.value), len(second.value)) == (4096, 4088, 1)
 
 
-# ---- what breaks the protocol
-
 ACK_OF_NOTHING = commands.Basic.Ack(delivery_tag=5, multiple=False)
 
 
@@ -290,8 +287,19 @@ ACK_OF_NOTHING = commands.Basic.Ack(delivery_tag=5, multiple=False)
         (octets(Heartbeat(), 0)[:-1] + b"\x00", 501),
     ],
     ids=[
-        "huge-frame", "frame-above-max", "unknown-class", "method-elsewhere", "deliver-elsewhere", "return-elsewhere", "confirm-elsewhere",
-        "confirm-of-nothing", "answer-to-nothing", "got-unasked", "open-ok-again", "method-in-content", "no-frame-end",
+        "huge-frame",
+        "frame-above-max",
+        "unknown-class",
+        "method-elsewhere",
+        "deliver-elsewhere",
+        "return-elsewhere",
+        "confirm-elsewhere",
+        "confirm-of-nothing",
+        "answer-to-nothing",
+        "got-unasked",
+        "open-ok-again",
+        "method-in-content",
+        "no-frame-end",
     ],
 )
 async def test_a_broken_protocol_closes_the_connection_with_its_code(said: bytes, code: int) -> None:
@@ -306,7 +314,9 @@ async def test_a_broken_protocol_closes_the_connection_with_its_code(said: bytes
         assert channel.closed is connection.closed
 
 
-async def test_a_protocol_error_to_a_peer_that_reads_nothing_still_frees_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_protocol_error_to_a_peer_that_reads_nothing_still_frees_the_socket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The last word can't be sent: each such ending would leave a socket and its megabyte behind."""
     monkeypatch.setattr(amqp, "CLOSE_TIMEOUT_S", 0.1)
     async with talking() as (connection, peer):
@@ -329,9 +339,6 @@ async def test_a_protocol_error_to_a_peer_that_reads_nothing_still_frees_the_soc
         assert connection.closed.code == 501
 
 
-# ---- heartbeats
-
-
 async def test_a_silent_peer_is_given_up_after_two_heartbeats() -> None:
     """A pulled cable sends no RST: publishers would wait for the kernel's quarter of an hour."""
     async with talking(commands.Connection.Tune(channel_max=0, frame_max=0, heartbeat=1)) as (connection, _):
@@ -349,9 +356,6 @@ async def test_an_idle_connection_beats() -> None:
         await peer.hear(Heartbeat)
         await peer.hear(Heartbeat)
         assert time.monotonic() - started < 2
-
-
-# ---- publishing
 
 
 async def test_each_publish_ends_with_the_brokers_word_on_it() -> None:
@@ -387,7 +391,11 @@ async def test_a_return_without_an_id_is_that_of_the_oldest_with_its_key() -> No
     """A proxy or a broker that leaves the properties out: the ack behind it would be a receipt for a job that is nowhere."""
     async with talking() as (connection, peer):
         channel = await opened(connection, peer)
-        there, gone, later = publish(channel, "there", "a"), publish(channel, "gone", "b"), publish(channel, "gone", "c")
+        there, gone, later = (
+            publish(channel, "there", "a"),
+            publish(channel, "gone", "b"),
+            publish(channel, "gone", "c"),
+        )
         back = content(commands.Basic.Return(312, "NO_ROUTE", "", "gone"), b"", properties=commands.Basic.Properties())
         peer.say(back, commands.Basic.Ack(2, True))
         await there
@@ -454,7 +462,9 @@ async def test_a_full_window_lets_publishers_in_first_come_first_served() -> Non
     async with talking() as (connection, peer):
         channel = await filled(connection, peer)
         went, tasks = await in_line(channel, "abcdefgh")
-        peer.say(*(commands.Basic.Ack(tag, False) for tag in (1, 2, 3)))  # three in one read: no more than three may wake
+        peer.say(
+            *(commands.Basic.Ack(tag, False) for tag in (1, 2, 3))
+        )  # three in one read: no more than three may wake
         await asyncio.gather(*(tasks[name] for name in "abc"))
         assert went == ["a", "b", "c"]
         assert channel.full
@@ -529,8 +539,13 @@ async def test_a_queue_whose_declare_isnt_answered_is_said_to_be_just_that() -> 
         await peer.open()
         await reader.read()
 
-    async with listening(serve) as address, App("test", broker=f"amqp://u:p@127.0.0.1:{address.port}/").publisher() as publisher:
-        with pytest.raises(PublishTimeout, match=r"nothing was sent in time: RabbitMQ hasn't answered the declares of its queue$"):
+    async with (
+        listening(serve) as address,
+        App("test", broker=f"amqp://u:p@127.0.0.1:{address.port}/").publisher() as publisher,
+    ):
+        with pytest.raises(
+            PublishTimeout, match=r"nothing was sent in time: RabbitMQ hasn't answered the declares of its queue$"
+        ):
             await publisher.publish(Note(), timeout_s=0.5)
 
 
@@ -625,16 +640,16 @@ async def test_who_is_woken_for_large_bodies_and_cant_publish_makes_room_for_the
     async with talking() as (connection, peer):
         channel = await opened(connection, peer)
         connection.pause_writing()  # as the socket would
-        woken, last = asyncio.create_task(channel.room(WRITE_HIGH_BYTES)), asyncio.create_task(channel.room(WRITE_HIGH_BYTES))
+        woken, last = (
+            asyncio.create_task(channel.room(WRITE_HIGH_BYTES)),
+            asyncio.create_task(channel.room(WRITE_HIGH_BYTES)),
+        )
         await asyncio.sleep(0)
         connection.resume_writing()
         woken.cancel()
         async with asyncio.timeout(5):
             await last
         assert woken.cancelled()
-
-
-# ---- channels and the connection's end
 
 
 async def test_a_channel_that_the_broker_closes_ends_what_waits_on_it_and_nothing_else() -> None:
@@ -683,17 +698,22 @@ async def test_a_channel_that_was_left_is_free_once_its_late_answers_have_come()
     """A broker that is slow to declare would cost a number a try: after 2047 tries nothing could be declared on that connection any more."""
     async with talking() as (connection, peer):
         first = await opened(connection, peer)
-        calling = asyncio.create_task(first.call_all([commands.Queue.Declare(queue="a"), commands.Queue.Declare(queue="b")], 0.05))
+        calling = asyncio.create_task(
+            first.call_all([commands.Queue.Declare(queue="a"), commands.Queue.Declare(queue="b")], 0.05)
+        )
         for _ in range(2):
             await peer.hear(commands.Queue.Declare)
         with pytest.raises(TimeoutError):
             await calling
 
         left = first.leave()
-        assert left is first.leave()    # it asks once
+        assert left is first.leave()  # it asks once
         await peer.hear(commands.Channel.Close)
-        second = await opened(connection, peer)    # the number is taken until then
-        peer.say(*(commands.Queue.DeclareOk(queue=name, message_count=0, consumer_count=0) for name in ("a", "b")), commands.Channel.CloseOk())
+        second = await opened(connection, peer)  # the number is taken until then
+        peer.say(
+            *(commands.Queue.DeclareOk(queue=name, message_count=0, consumer_count=0) for name in ("a", "b")),
+            commands.Channel.CloseOk(),
+        )
         await asyncio.wait_for(left, 5)
         third = await opened(connection, peer)
 
@@ -739,7 +759,9 @@ async def test_a_consumer_that_the_broker_cancels_is_told_and_gets_nothing_more(
         channel.on_cancelled = cancelled.set_result
         consuming = asyncio.create_task(channel.consume("q", "c1", lambda tag, *_: got.append(tag), 5))
         await peer.hear(commands.Basic.Consume)
-        peer.say(commands.Basic.ConsumeOk("c1"), content(DELIVER, b"x"), commands.Basic.Cancel("c1"), content(DELIVER, b"y"))
+        peer.say(
+            commands.Basic.ConsumeOk("c1"), content(DELIVER, b"x"), commands.Basic.Cancel("c1"), content(DELIVER, b"y")
+        )
         await consuming
         assert await cancelled == "c1"
         assert got == [1]
@@ -777,7 +799,11 @@ async def test_a_connection_that_the_broker_closes_ends_all_and_is_answered() ->
     """An administrator's close would leave publishers waiting, and the broker waiting for our answer."""
     async with talking() as (connection, peer):
         first, second = await opened(connection, peer), await opened(connection, peer)
-        ends: list[Awaitable[Any]] = [publish(first), publish(second), asyncio.create_task(second.call(commands.Queue.Declare(queue="q"), 5))]
+        ends: list[Awaitable[Any]] = [
+            publish(first),
+            publish(second),
+            asyncio.create_task(second.call(commands.Queue.Declare(queue="q"), 5)),
+        ]
         await peer.hear(commands.Queue.Declare)
         peer.say(commands.Connection.Close(320, "CONNECTION_FORCED - by an administrator", 0, 0), channel=0)
         await peer.hear(commands.Connection.CloseOk)

@@ -36,7 +36,13 @@ def result(*rows: tuple[Unit, Contestant, str, dict[str, float] | str]) -> dict[
         figures.add(*row)
     machine = {"name": "m", "processor": "p", "cpus": "2", "system": "s", "python": "3", "load": "0"}
     return {
-        "date": "2026-01-01", "machine": machine, "rabbitmq": "4", "versions": {}, "rounds": 1, "toy": False, "arguments": {"jobs": 1},
+        "date": "2026-01-01",
+        "machine": machine,
+        "rabbitmq": "4",
+        "versions": {},
+        "rounds": 1,
+        "toy": False,
+        "arguments": {"jobs": 1},
         "figures": figures.as_json(),
     }
 
@@ -74,7 +80,9 @@ def test_a_result_takes_a_name_that_is_free(results: Path) -> None:
     for taken in ("2026-01-01-m.json", "2026-01-01-m-b.svg"):
         (results / taken).touch()
     assert program.output(default, run_of_today) == results / "2026-01-01-m-c.json"
-    assert program.output(argparse.Namespace(out="x.json"), run_of_today) == Path("x.json")    # named: its user's own choice
+    assert program.output(argparse.Namespace(out="x.json"), run_of_today) == Path(
+        "x.json"
+    )  # named: its user's own choice
     assert program.output(argparse.Namespace(out=""), run_of_today) is None
 
 
@@ -83,12 +91,17 @@ def test_showing_a_result_writes_nothing_and_begins_with_its_note(
 ) -> None:
     """Looking at a committed result changed its plot; and figures merged from several runs looked like one run's."""
     file = tmp_path / "X.json"
-    file.write_text(json.dumps(result((UNIT["publish pipelined"], LEVERET, "quorum", {"per_s": 9.0, "cpu_us": 1.0})) | {"note": "of two runs"}))
+    file.write_text(
+        json.dumps(
+            result((UNIT["publish pipelined"], LEVERET, "quorum", {"per_s": 9.0, "cpu_us": 1.0}))
+            | {"note": "of two runs"}
+        )
+    )
     monkeypatch.setattr(program, "draw", lambda *_: pytest.fail("it drew"))
     assert run(monkeypatch, "--show", str(file)) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("note: of two runs\n")
-    assert "best peer" not in printed    # none took part
+    assert "best peer" not in printed  # none took part
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -98,14 +111,21 @@ def goal(figures: Figures, beside: str) -> Goal:
     return found
 
 
-
-
 def test_a_best_peer_says_who_was_not_measured() -> None:
     """The best of those that were measured on one queue type may not be the best: a verdict must not pretend it."""
     unit, figures = UNIT["publish pipelined"], Figures()
-    for name, peer, kind, rate in ((unit, LEVERET, "quorum", 90.0), (unit, CELERY, "quorum", 10.0), (unit, TASKIQ, "quorum", 9.0)):
+    for name, peer, kind, rate in (
+        (unit, LEVERET, "quorum", 90.0),
+        (unit, CELERY, "quorum", 10.0),
+        (unit, TASKIQ, "quorum", 9.0),
+    ):
         figures.add(name, peer, kind, {"per_s": rate, "cpu_us": 1.0})
-    assert goal(figures, "× Celery").cells[1:] == ("9.00", "× Celery (quorum), on quorum only, without FastStream", "≥ 8", "reached")
+    assert goal(figures, "× Celery").cells[1:] == (
+        "9.00",
+        "× Celery (quorum), on quorum only, without FastStream",
+        "≥ 8",
+        "reached",
+    )
     for peer, rate in ((CELERY, 15.0), (DRAMATIQ, 5.0), (TASKIQ, 4.0)):
         figures.add(unit, peer, "plain", {"per_s": rate, "cpu_us": 1.0})
     assert goal(figures, "× Celery").cells[1:] == ("6.00", "× Celery (classic), without FastStream", "≥ 8", "MISSED")
@@ -114,10 +134,18 @@ def test_a_best_peer_says_who_was_not_measured() -> None:
 def test_delays_are_compared_with_all_that_wait_in_the_broker() -> None:
     """Celery's delayed jobs wait in the broker on quorum queues: leaving it out would hide that it is the best."""
     unit, figures = UNIT["delayed by 5 s, lateness"], Figures()
-    for peer, kind, late in ((LEVERET, "quorum", 7.0), (CELERY, "quorum", 1.0), (CELERY, "plain", 0.1), (TASKIQ, "quorum", 3.0), (TASKIQ, "plain", 3.0)):
+    for peer, kind, late in (
+        (LEVERET, "quorum", 7.0),
+        (CELERY, "quorum", 1.0),
+        (CELERY, "plain", 0.1),
+        (TASKIQ, "quorum", 3.0),
+        (TASKIQ, "plain", 3.0),
+    ):
         figures.add(unit, peer, kind, dict.fromkeys(unit.metrics, late))
     every = [found for found in goals(figures) if found.what.startswith(unit.name)]
-    assert [(found.reached, found.beside, found.verdict) for found in every] == [(7.0, "× Celery (quorum)", "MISSED")] * 2
+    assert [(found.reached, found.beside, found.verdict) for found in every] == [
+        (7.0, "× Celery (quorum)", "MISSED")
+    ] * 2
 
 
 def test_a_value_shows_on_which_side_of_its_bound_it_is() -> None:
@@ -135,7 +163,9 @@ def test_the_docs_give_the_verdicts_that_the_program_gives() -> None:
     for rows in zip(*runs, strict=True):
         place, found = next(((place, row) for place, row in enumerate(rows) if row.reached is not None), (0, rows[0]))
         what, reached, beside, bound, verdict = found.cells
-        verdict = verdict.replace("MISSED", "**missed**") + (", the run before" if place > 1 else "")    # this version has two
+        verdict = verdict.replace("MISSED", "**missed**") + (
+            ", the run before" if place > 1 else ""
+        )  # this version has two
         expected.append((what, reached, beside, bound, verdict))
     table = page.partition("## What was to be reached\n")[2].partition("|---")[2].partition("\n\n")[0]
     assert [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()[1:]] == expected

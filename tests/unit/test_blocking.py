@@ -41,7 +41,10 @@ def test_it_publishes_without_any_set_up_from_many_threads() -> None:
 
 def test_errors_come_out_in_the_caller() -> None:
     """A wrong job would be lost in a thread that nobody looks at."""
-    with App("errors", broker="memory://errors").blocking_publisher() as publisher, pytest.raises(InvalidJob, match="Expected `int`"):
+    with (
+        App("errors", broker="memory://errors").blocking_publisher() as publisher,
+        pytest.raises(InvalidJob, match="Expected `int`"),
+    ):
         publisher.publish(Note("seven"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
@@ -106,6 +109,8 @@ async def test_in_a_def_handler_it_inherits_the_line_of_the_job() -> None:
         await lab.drain()
 
         assert [(one.job, one.envelope.correlation_id) for one in lab.published] == [
-            (Note(1), None), (Note(2), receipt.job_id), (Note(3), receipt.job_id)
+            (Note(1), None),
+            (Note(2), receipt.job_id),
+            (Note(3), receipt.job_id),
         ]
         assert len(lab.done) == 3

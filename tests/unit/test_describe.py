@@ -73,7 +73,13 @@ async def test_the_chain_is_shown_as_it_is_folded() -> None:
     record = await described(middleware=[Stamp(), Outbound(), Retries(max_attempts=3), Timeout(30)])
     mail, report = record.handlers[:2]
 
-    assert [layer.name for layer in mail.layers] == ["Stamp", "Outbound", "Retries(max_attempts=3, base_s=1, cap_s=600)", "Timeout(300)", "watch"]
+    assert [layer.name for layer in mail.layers] == [
+        "Stamp",
+        "Outbound",
+        "Retries(max_attempts=3, base_s=1, cap_s=600)",
+        "Timeout(300)",
+        "watch",
+    ]
     assert [layer.name for layer in report.layers][-1] == "Timeout(30)"
     assert [(layer.consume, layer.publish) for layer in mail.layers[:2]] == [(True, True), (False, True)]
     assert record.publish_layers == ["Stamp", "Outbound"]
@@ -87,14 +93,22 @@ async def test_a_handler_says_what_it_takes_and_how_it_runs() -> None:
     record = await described(middleware=[RateLimit(50), Timeout(30)])
     mail, report, _ = record.handlers
 
-    assert (mail.job, mail.queue, mail.runs, mail.concurrency, mail.expires_s) == ("mail", "emails", "on the loop", 100, 60)
+    assert (mail.job, mail.queue, mail.runs, mail.concurrency, mail.expires_s) == (
+        "mail",
+        "emails",
+        "on the loop",
+        100,
+        60,
+    )
     assert mail.job_class.endswith("test_describe:Mail")
     assert mail.handler.endswith(".send")
     assert (report.runs, report.concurrency) == ("in a thread", 8)
     assert (mail.timeout_s, report.timeout_s, mail.starts_per_s) == (300, 30, 50)
     assert f"({mail.job_class}), an async def, on the event loop\n" in text_of(record)
     assert f"({report.job_class}), a def, in a thread\n" in text_of(record)
-    assert "100 at once in a process; ended after 300 s; 50 starts a second; expires 60 s after its publish" in text_of(record)
+    assert "100 at once in a process; ended after 300 s; 50 starts a second; expires 60 s after its publish" in text_of(
+        record
+    )
 
 
 async def test_retry_waits_are_shown_rule_by_rule() -> None:
@@ -104,7 +118,9 @@ async def test_retry_waits_are_shown_rule_by_rule() -> None:
     waits = record.handlers[0].retries
 
     assert [(one.on, one.max_attempts, one.immediate, one.ceilings_s) for one in waits] == [
-        ("ValueError, KeyError", 1, 0, []), ("OSError", 3, 2, [10, 20]), (None, 4, 0, [1, 2, 4]),
+        ("ValueError, KeyError", 1, 0, []),
+        ("OSError", 3, 2, [10, 20]),
+        (None, 4, 0, [1, 2, 4]),
     ]
     text = text_of(record)
     assert "retries  ValueError, KeyError: buried at once" in text
@@ -112,11 +128,14 @@ async def test_retry_waits_are_shown_rule_by_rule() -> None:
     assert "any other failure: waits of ≤1 s, ≤2 s, ≤4 s, then buried (after 4 runs)" in text
 
 
-@pytest.mark.parametrize(("attempts", "cap_s", "said"), [
-    (1, 600, "retries  buried at once"),
-    (2, 600, "retries  waits of ≤1 s, then buried (after 2 runs)"),
-    (1_000_000, 8, "retries  waits of ≤1 s, ≤2 s, ≤4 s, ≤8 s each time, then buried (after 1000000 runs)"),
-])
+@pytest.mark.parametrize(
+    ("attempts", "cap_s", "said"),
+    [
+        (1, 600, "retries  buried at once"),
+        (2, 600, "retries  waits of ≤1 s, then buried (after 2 runs)"),
+        (1_000_000, 8, "retries  waits of ≤1 s, ≤2 s, ≤4 s, ≤8 s each time, then buried (after 1000000 runs)"),
+    ],
+)
 async def test_many_waits_stay_readable(attempts: int, cap_s: float, said: str) -> None:
     """A thousand attempts must not print a thousand waits."""
     record = await described(middleware=[Retries(max_attempts=attempts, cap_s=cap_s)])

@@ -48,7 +48,9 @@ class Heard:
     def on_confirm(self, channel: int, tag: int, multiple: bool, ack: bool) -> None:
         self.events.append(("confirm", channel, tag, multiple, ack))
 
-    def on_deliver(self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+    def on_deliver(
+        self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes
+    ) -> None:
         self.events.append(("deliver", channel, consumer, tag, redelivered, properties, body))
 
     def on_got(self, channel: int, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
@@ -72,7 +74,9 @@ def marshal(frame: Any, channel: int = 1) -> bytes:
     return pamqp.frame.marshal(frame, channel)
 
 
-PROPERTIES = commands.Basic.Properties(content_type="application/json", delivery_mode=2, message_id="id-1", message_type="a.b")
+PROPERTIES = commands.Basic.Properties(
+    content_type="application/json", delivery_mode=2, message_id="id-1", message_type="a.b"
+)
 
 
 def content(method: Frame, body: bytes, channel: int = 1, step: int = 1 << 20) -> bytes:
@@ -83,7 +87,9 @@ def content(method: Frame, body: bytes, channel: int = 1, step: int = 1 << 20) -
 
 
 RAW_PROPERTIES = PROPERTIES.marshal()
-DELIVER = commands.Basic.Deliver(consumer_tag="c1", delivery_tag=7, redelivered=True, exchange="lv.jobs", routing_key="emails.normal")
+DELIVER = commands.Basic.Deliver(
+    consumer_tag="c1", delivery_tag=7, redelivered=True, exchange="lv.jobs", routing_key="emails.normal"
+)
 RETURN = commands.Basic.Return(reply_code=312, reply_text="NO_ROUTE", exchange="lv.jobs", routing_key="gone.normal")
 STREAM = b"".join(
     [
@@ -237,7 +243,9 @@ def frames_of(octets: bytes) -> list[tuple[int, Any]]:
     return found
 
 
-@pytest.mark.parametrize("size", [0, 1, FRAME_MIN - OVERHEAD - 1, FRAME_MIN - OVERHEAD, FRAME_MIN - OVERHEAD + 1, 3 * FRAME_MIN])
+@pytest.mark.parametrize(
+    "size", [0, 1, FRAME_MIN - OVERHEAD - 1, FRAME_MIN - OVERHEAD, FRAME_MIN - OVERHEAD + 1, 3 * FRAME_MIN]
+)
 def test_a_body_is_split_at_frame_max(size: int) -> None:
     """One octet too much and the broker closes the connection with 501."""
     body = bytes(at % 251 for at in range(size))
@@ -262,13 +270,16 @@ def test_settlements_are_what_pamqp_reads() -> None:
     assert frames_of(HEARTBEAT)[0][1].name == "Heartbeat"
 
 
-# ---- properties
-
 TEXTS = st.text(max_size=40).filter(lambda text: len(text.encode()) <= 255)
-EVERY: dict[str, tuple[st.SearchStrategy[Any], str | None]] = {    # by pamqp's names; by ours, None for what isn't read
+EVERY: dict[str, tuple[st.SearchStrategy[Any], str | None]] = {  # by pamqp's names; by ours, None for what isn't read
     "content_type": (TEXTS, "content_type"),
     "content_encoding": (TEXTS, "content_encoding"),
-    "headers": (st.dictionaries(st.text("abc-", min_size=1, max_size=5), st.integers(0, 2**40) | TEXTS | st.booleans(), max_size=4), "headers"),
+    "headers": (
+        st.dictionaries(
+            st.text("abc-", min_size=1, max_size=5), st.integers(0, 2**40) | TEXTS | st.booleans(), max_size=4
+        ),
+        "headers",
+    ),
     "delivery_mode": (st.sampled_from([1, 2]), None),
     "priority": (st.integers(0, 255), "priority"),
     "correlation_id": (TEXTS, "correlation_id"),
@@ -293,7 +304,11 @@ def properties(draw: st.DrawFn) -> dict[str, Any]:
 def agree(written: dict[str, Any]) -> None:
     """Compare what is read with what pamqp was given."""
     found = decode_properties(commands.Basic.Properties(**written).marshal())
-    expected = {ours: written[name] for name, (_, ours) in EVERY.items() if ours and written.get(name) is not None and written[name] not in ("", {})}
+    expected = {
+        ours: written[name]
+        for name, (_, ours) in EVERY.items()
+        if ours and written.get(name) is not None and written[name] not in ("", {})
+    }
     if "timestamp" in expected:
         expected["timestamp"] = int(expected["timestamp"].timestamp())
     if "headers" in found:
@@ -323,7 +338,10 @@ def test_properties_cut_anywhere_are_refused(written: dict[str, Any]) -> None:
             decode_properties(octets[:cut])
 
 
-@given(st.binary(max_size=80) | st.tuples(properties(), st.integers(0, 300), st.integers(0, 255)).map(lambda given: damaged(*given)))
+@given(
+    st.binary(max_size=80)
+    | st.tuples(properties(), st.integers(0, 300), st.integers(0, 255)).map(lambda given: damaged(*given))
+)
 def test_whatever_stands_for_properties_is_read_or_a_value_error(octets: bytes) -> None:
     """A foreign message with broken properties is buried; any other exception closes the connection over it, for ever."""
     with contextlib.suppress(ValueError):
@@ -338,9 +356,7 @@ def damaged(written: dict[str, Any], at: int, octet: int) -> bytes:
     return bytes(octets)
 
 
-# ---- recorded
-
-RECORDED = bytes.fromhex(    # all that RabbitMQ 3.10.8 on Erlang 25.2.3 sent on a connection, from its first octet to its last
+RECORDED = bytes.fromhex(  # all that RabbitMQ 3.10.8 on Erlang 25.2.3 sent on a connection, from its first octet to its last
     "010000000001ee000a000a0009000001c90c6361706162696c697469657346000000c7127075626c69736865725f636f6e6669726d7374011a65786368616e67655f65786368"
     "616e67655f62696e64696e677374010a62617369632e6e61636b740116636f6e73756d65725f63616e63656c5f6e6f74696679740112636f6e6e656374696f6e2e626c6f636b"
     "6564740113636f6e73756d65725f7072696f72697469657374011c61757468656e7469636174696f6e5f6661696c7572655f636c6f73657401107065725f636f6e73756d6572"
@@ -362,7 +378,12 @@ RECORDED = bytes.fromhex(    # all that RabbitMQ 3.10.8 on Erlang 25.2.3 sent on
     "6575652027676f6e652720696e2076686f737420272f270032000ace01000000000004000a0033ce"
 )
 RECORDED_PROPERTIES = commands.Basic.Properties(
-    content_type="application/json", delivery_mode=2, message_id="id-1", message_type="invoice.send", headers={"lv-attempt": 2}, priority=3
+    content_type="application/json",
+    delivery_mode=2,
+    message_id="id-1",
+    message_type="invoice.send",
+    headers={"lv-attempt": 2},
+    priority=3,
 ).marshal()
 RECORDED_HEARD = [
     ("Connection.Start", 0), ("Connection.Tune", 0), ("Connection.OpenOk", 0),
@@ -373,7 +394,7 @@ RECORDED_HEARD = [
     ("Basic.ConsumeOk", 1),
     ("deliver", 1, b"c1", 2, True, RECORDED_PROPERTIES, b'{"order_id":7}'), ("deliver", 1, b"c1", 3, False, RECORDED_PROPERTIES, b""),
     ("Channel.OpenOk", 2), ("Queue.DeleteOk", 2), ("Basic.Cancel", 1), ("Channel.Close", 2), ("Connection.CloseOk", 0),
-]    # fmt: skip
+]  # fmt: skip
 
 
 def shortened(events: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -399,7 +420,9 @@ def test_a_recorded_connection_may_be_cut_at_every_place() -> None:
 
 @settings(max_examples=200)
 @given(st.integers(0, len(RECORDED) - 1), st.integers(0, 255), st.integers(0, len(RECORDED) - 1), st.integers(0, 255))
-def test_a_damaged_recorded_connection_is_parsed_or_a_protocol_error(at: int, octet: int, also_at: int, also: int) -> None:
+def test_a_damaged_recorded_connection_is_parsed_or_a_protocol_error(
+    at: int, octet: int, also_at: int, also: int
+) -> None:
     """Tables, strings and arrays of the handshake are where a decoder that trusts lengths falls over."""
     octets = bytearray(RECORDED)
     octets[at], octets[also_at] = octet, also

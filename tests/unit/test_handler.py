@@ -37,6 +37,8 @@ def no_struct(job: int) -> None: ...
 def abstract(job: Nameless) -> None: ...
 def generates(job: Thing) -> Any:
     yield 1
+
+
 def type_checking(job: "Missing") -> None: ...
 def no_attempt(job: Thing, foo: int) -> None: ...
 def keyword(job: Thing, *, more: int) -> None: ...
@@ -180,7 +182,11 @@ async def test_outcomes_may_be_returned_or_raised() -> None:
         snoozed = await lab.publish(Thing(2))
         await lab.drain()
 
-        assert [(run.number, run.outcome) for run in lab.attempts(retried.job_id)] == [(1, Retry(5)), (2, Retry(5)), (3, Done())]
+        assert [(run.number, run.outcome) for run in lab.attempts(retried.job_id)] == [
+            (1, Retry(5)),
+            (2, Retry(5)),
+            (3, Done()),
+        ]
         assert [(run.number, run.outcome) for run in lab.attempts(snoozed.job_id)] == [(1, Snooze(30)), (1, Done())]
 
 

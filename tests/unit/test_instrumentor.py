@@ -101,7 +101,9 @@ def test_opentelemetry_instrument_leveret_work_traces_a_program_that_says_nothin
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
 
     def run(*command: str) -> None:
-        done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, timeout=60, check=False, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     run("opentelemetry-instrument", "python", "-c", "import shop; shop.app.blocking_publisher().publish(shop.Greet())")

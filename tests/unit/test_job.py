@@ -19,7 +19,19 @@ class Send(Job, name="job.send", queue=emails, priority=Priority.HIGH, expires_s
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a b", "ä", "x" * (MAX_NAME_BYTES + 1), "emails.low", "emails.dead", "emails.suspects", "lv.jobs", "a/b", "a\n"]
+    "name",
+    [
+        "",
+        "a b",
+        "ä",
+        "x" * (MAX_NAME_BYTES + 1),
+        "emails.low",
+        "emails.dead",
+        "emails.suspects",
+        "lv.jobs",
+        "a/b",
+        "a\n",
+    ],
 )
 def test_a_queue_name_that_the_broker_or_leveret_needs_is_refused(name: str) -> None:
     """Two queues would share their siblings or dead letters, or a declare would fail in production."""

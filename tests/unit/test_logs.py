@@ -14,7 +14,9 @@ from leveret.middleware import Logs, Retries
 from tests.unit.runs import attempt, chain, runtime
 
 
-def taking(clock: ManualClock, seconds: float, outcome: Outcome | BaseException) -> Callable[[Attempt[Any]], Awaitable[Outcome]]:
+def taking(
+    clock: ManualClock, seconds: float, outcome: Outcome | BaseException
+) -> Callable[[Attempt[Any]], Awaitable[Outcome]]:
     async def handler(_: Attempt[Any]) -> Outcome:
         clock.advance(seconds)
         if isinstance(outcome, BaseException) and not isinstance(outcome, (Retry, Snooze, Bury)):
@@ -25,7 +27,11 @@ def taking(clock: ManualClock, seconds: float, outcome: Outcome | BaseException)
 
 
 async def line(
-    caplog: pytest.LogCaptureFixture, outcome: Outcome | BaseException, *layers: Any, seconds: float = 0.0123, **fields: Any
+    caplog: pytest.LogCaptureFixture,
+    outcome: Outcome | BaseException,
+    *layers: Any,
+    seconds: float = 0.0123,
+    **fields: Any,
 ) -> logging.LogRecord:
     """Run one attempt that ends like this, and return its only line."""
     caplog.set_level(logging.INFO, "leveret.attempt")
@@ -51,8 +57,16 @@ def caused(outcome: Retry | Bury, error: Exception) -> Outcome:
         (Snooze(30), logging.INFO, "snoozed after 12.3 ms, again in 30.00 s"),
         (Expired(), logging.WARNING, "expired after 12.3 ms"),
         (Retry(), logging.WARNING, "retry after 12.3 ms"),
-        (caused(Retry(1.5), ValueError("no\nway")), logging.WARNING, "retry after 12.3 ms, again in 1.50 s: ValueError: no way"),
-        (caused(Bury("no way\n(attempt 5 of 5)"), ValueError("no way")), logging.ERROR, "buried after 12.3 ms: no way (attempt 5 of 5)"),
+        (
+            caused(Retry(1.5), ValueError("no\nway")),
+            logging.WARNING,
+            "retry after 12.3 ms, again in 1.50 s: ValueError: no way",
+        ),
+        (
+            caused(Bury("no way\n(attempt 5 of 5)"), ValueError("no way")),
+            logging.ERROR,
+            "buried after 12.3 ms: no way (attempt 5 of 5)",
+        ),
         (ValueError("no\nway"), logging.ERROR, "failed after 12.3 ms: ValueError: no way"),
         (asyncio.CancelledError(), logging.WARNING, "cancelled after 12.3 ms"),
     ],
@@ -70,8 +84,16 @@ async def test_every_value_is_in_the_record(caplog: pytest.LogCaptureFixture) ->
     error = OSError("gone")
     record = await line(caplog, caused(Retry(4.0), error), seconds=2.5, correlation_id="id-0")
     expected = {
-        "job": "greet", "job_id": "id-1", "queue": "emails", "attempt": 2, "correlation_id": "id-0", "redelivered": False,
-        "outcome": "retry", "duration_s": 2.5, "delay_s": 4.0, "error": "OSError: gone",
+        "job": "greet",
+        "job_id": "id-1",
+        "queue": "emails",
+        "attempt": 2,
+        "correlation_id": "id-0",
+        "redelivered": False,
+        "outcome": "retry",
+        "duration_s": 2.5,
+        "delay_s": 4.0,
+        "error": "OSError: gone",
     }
     assert {name: vars(record)[name] for name in expected} == expected
     assert record.getMessage() == "job greet id-1 attempt 2: retry after 2.50 s, again in 4.00 s: OSError: gone"
@@ -92,7 +114,9 @@ async def test_outside_of_retries_it_sees_what_became_of_a_failure(caplog: pytes
     assert record.getMessage() == "job greet id-1 attempt 2: done after 12.3 ms"
     caplog.clear()
     clock = ManualClock()
-    await chain(Logs(), Retries(max_attempts=2), handler=taking(clock, 0.0, ValueError("no")), bound=runtime(clock))(attempt(2))
+    await chain(Logs(), Retries(max_attempts=2), handler=taking(clock, 0.0, ValueError("no")), bound=runtime(clock))(
+        attempt(2)
+    )
     (record,) = [record for record in caplog.records if record.name == "leveret.attempt"]
     assert (record.levelno, cast("Any", record).error) == (logging.ERROR, "ValueError: no")
 

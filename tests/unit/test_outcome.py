@@ -7,7 +7,9 @@ from leveret import Retry, Snooze
 
 @pytest.mark.parametrize("outcome", [Retry, Snooze])
 @pytest.mark.parametrize("delay_s", [-1, 49 * 86_400, 10**400, float("inf"), float("nan")])
-def test_a_wait_that_no_broker_can_hold_is_refused_where_it_is_asked_for(outcome: type[Retry | Snooze], delay_s: float) -> None:
+def test_a_wait_that_no_broker_can_hold_is_refused_where_it_is_asked_for(
+    outcome: type[Retry | Snooze], delay_s: float
+) -> None:
     """Found only when it is published, it could end in nothing but a burial."""
     with pytest.raises(ValueError, match="at most 48 days"):
         outcome(delay_s)

@@ -31,13 +31,28 @@ stamps = st.none() | st.integers(0, (1 << 63) - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 envelopes = st.builds(
     Envelope,
-    job_id=shorts, job=texts, queue=st.just(QUEUE), priority=st.sampled_from(LEVELS), body=st.binary(max_size=40),
-    content_type=st.sampled_from([JSON, MSGPACK, "text/plain"]), content_encoding=st.none() | shorts,
+    job_id=shorts,
+    job=texts,
+    queue=st.just(QUEUE),
+    priority=st.sampled_from(LEVELS),
+    body=st.binary(max_size=40),
+    content_type=st.sampled_from([JSON, MSGPACK, "text/plain"]),
+    content_encoding=st.none() | shorts,
     created_s=st.integers(0, (1 << 32) - 1),  # above, pamqp takes it for milliseconds
-    app=st.none() | shorts, correlation_id=st.none() | shorts, reply_to=st.none() | shorts,
-    headers=st.dictionaries(header_names, texts | st.integers(-(1 << 63), (1 << 63) - 1) | finite | st.booleans(), max_size=4),
-    attempt=counts, passes=st.integers(0, 1 << 40), version=counts, first_seen_ms=moments, due_ms=stamps, expires_at_ms=stamps,
-    unknown_since_ms=stamps, errors=texts,
+    app=st.none() | shorts,
+    correlation_id=st.none() | shorts,
+    reply_to=st.none() | shorts,
+    headers=st.dictionaries(
+        header_names, texts | st.integers(-(1 << 63), (1 << 63) - 1) | finite | st.booleans(), max_size=4
+    ),
+    attempt=counts,
+    passes=st.integers(0, 1 << 40),
+    version=counts,
+    first_seen_ms=moments,
+    due_ms=stamps,
+    expires_at_ms=stamps,
+    unknown_since_ms=stamps,
+    errors=texts,
 )
 
 
@@ -78,7 +93,11 @@ def test_another_client_can_read_what_leveret_sends(envelope: Envelope) -> None:
     """A foreign consumer, and the management page, are promised plain AMQP."""
     found = read_by_pamqp(properties.encode(envelope, 4))
     assert (found.message_id, found.delivery_mode, found.priority) == (envelope.job_id, 2, 4)
-    assert (found.message_type or "", found.content_type, found.app_id) == (envelope.job, envelope.content_type, envelope.app)
+    assert (found.message_type or "", found.content_type, found.app_id) == (
+        envelope.job,
+        envelope.content_type,
+        envelope.app,
+    )
     table = found.headers or {}
     assert {name: table[name] for name in envelope.headers} == dict(envelope.headers)
     if envelope.created_s:
@@ -95,7 +114,10 @@ def test_a_quorum_queues_job_is_sent_without_a_priority_and_a_classic_ones_with_
     quorum, classic, one = Queue("a"), Queue("a", type="classic"), Queue("a", type="classic", priorities=False)
     assert [properties.priority_property(quorum, level) for level in LEVELS] == [None] * 4
     assert {level: properties.priority_property(classic, level) for level in LEVELS} == {
-        Priority.LOW: 3, Priority.NORMAL: 4, Priority.HIGH: 5, Priority.URGENT: 6,
+        Priority.LOW: 3,
+        Priority.NORMAL: 4,
+        Priority.HIGH: 5,
+        Priority.URGENT: 6,
     }
     assert properties.priority_property(one, Priority.NORMAL) is None
     assert read_by_pamqp(properties.encode(Envelope(job_id="1", job="a.b", queue=QUEUE), None)).priority is None
@@ -114,7 +136,14 @@ def test_expiration_and_user_id_of_a_foreign_message_are_not_sent_on() -> None:
 
 def test_the_brokers_own_headers_are_not_sent_on_and_users_are() -> None:
     """A copied `x-death` makes RabbitMQ before 4.0 drop the job on its second pass."""
-    headers = {"x-death": [{"queue": "q"}], "x-first-death-queue": "q", "x-delivery-count": 3, "CC": ["other"], "x-tenant-id": "t-1", "n": None}
+    headers = {
+        "x-death": [{"queue": "q"}],
+        "x-first-death-queue": "q",
+        "x-delivery-count": 3,
+        "CC": ["other"],
+        "x-tenant-id": "t-1",
+        "n": None,
+    }
     envelope, _ = properties.from_job_queue(amqp(message_id="1", headers=headers), b"{}", QUEUE, Priority.NORMAL)
 
     assert read_by_pamqp(properties.encode(envelope, None)).headers == {"x-tenant-id": "t-1", "n": None}
@@ -130,7 +159,16 @@ def test_a_message_without_any_properties_has_the_documented_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("sent", "level"),
-    [(None, "normal"), (0, "low"), (3, "low"), (4, "normal"), (5, "high"), (6, "urgent"), (7, "urgent"), (255, "urgent")],
+    [
+        (None, "normal"),
+        (0, "low"),
+        (3, "low"),
+        (4, "normal"),
+        (5, "high"),
+        (6, "urgent"),
+        (7, "urgent"),
+        (255, "urgent"),
+    ],
 )
 def test_any_priority_of_a_foreign_message_in_a_classic_queue_is_a_level(sent: int | None, level: str) -> None:
     """Without a level it couldn't be published again."""
@@ -147,7 +185,14 @@ def test_in_a_job_queue_the_queue_says_the_level_and_headers_of_dead_letters_do_
 
 @pytest.mark.parametrize(
     "headers",
-    [{"lv-attempt": "two"}, {"lv-attempt": 0}, {"lv-due": "soon"}, {"lv-first-seen": (1 << 63) - 1}, {"lv-errors": 7}, {"lv-priority": "huge"}],
+    [
+        {"lv-attempt": "two"},
+        {"lv-attempt": 0},
+        {"lv-due": "soon"},
+        {"lv-first-seen": (1 << 63) - 1},
+        {"lv-errors": 7},
+        {"lv-priority": "huge"},
+    ],
     ids=str,
 )
 def test_a_header_of_leverets_with_another_type_is_a_problem_and_no_crash(headers: dict[str, Any]) -> None:
@@ -173,7 +218,10 @@ def test_a_header_of_leverets_with_another_type_is_a_problem_and_no_crash(header
 )
 def test_properties_that_cannot_be_read_are_a_problem_and_the_body_is_kept(octets: bytes) -> None:
     """RabbitMQ doesn't look into them: raised while reading, one such message ends the connection, again and again."""
-    for read in (lambda: properties.from_job_queue(octets, b"body", QUEUE, Priority.HIGH), lambda: properties.from_dead_queue(octets, b"body", QUEUE)):
+    for read in (
+        lambda: properties.from_job_queue(octets, b"body", QUEUE, Priority.HIGH),
+        lambda: properties.from_dead_queue(octets, b"body", QUEUE),
+    ):
         envelope, problem = read()
         assert problem is not None
         assert envelope.body == b"body"
@@ -207,7 +255,10 @@ def death(queue: str, reason: str) -> dict[str, Any]:
 def test_what_the_broker_dead_lettered_itself_has_its_queue_level_and_reason() -> None:
     """Over the limits or the delivery limit, nothing of leveret's touched it: it must still be shown and replayed."""
     waited = death("lv.delay.3", "expired")
-    octets = amqp(message_id="1", headers={"x-death": [death("emails.high", "delivery_limit"), waited], "x-first-death-queue": "lv.delay.3"})
+    octets = amqp(
+        message_id="1",
+        headers={"x-death": [death("emails.high", "delivery_limit"), waited], "x-first-death-queue": "lv.delay.3"},
+    )
     envelope, problem = properties.from_dead_queue(octets, b"{}", QUEUE)
     [failure] = msgspec.json.decode(envelope.errors, type=list[Failure])
     assert (envelope.queue, envelope.origin, envelope.priority, problem) == (QUEUE, QUEUE, Priority.HIGH, None)
@@ -216,11 +267,15 @@ def test_what_the_broker_dead_lettered_itself_has_its_queue_level_and_reason() -
 
 def test_a_classic_queues_dead_letter_has_the_level_of_its_priority() -> None:
     """Its queue's name says no level: replayed at NORMAL, an urgent job waits behind the backlog."""
-    envelope, _ = properties.from_dead_queue(amqp(priority=6, headers={"x-death": [death(QUEUE, "rejected")]}), b"{}", QUEUE)
+    envelope, _ = properties.from_dead_queue(
+        amqp(priority=6, headers={"x-death": [death(QUEUE, "rejected")]}), b"{}", QUEUE
+    )
     assert envelope.priority is Priority.URGENT
 
 
-@pytest.mark.parametrize("headers", [None, {}, {"x-death": "odd"}, {"x-death": []}, {"x-death": [7, {"queue": 7}]}], ids=str)
+@pytest.mark.parametrize(
+    "headers", [None, {}, {"x-death": "odd"}, {"x-death": []}, {"x-death": [7, {"queue": 7}]}], ids=str
+)
 def test_a_message_put_into_a_dead_letter_queue_by_hand_belongs_to_that_queue(headers: dict[str, Any] | None) -> None:
     """`dead list` must show it, whatever headers it has."""
     envelope, _ = properties.from_dead_queue(amqp(headers=headers), b"{}", QUEUE)
@@ -230,8 +285,24 @@ def test_a_message_put_into_a_dead_letter_queue_by_hand_belongs_to_that_queue(he
 @pytest.mark.parametrize(
     "value",
     [
-        0, -5, 1 << 62, -(1 << 63), 0.1, 1e300, True, False, "", "ü", None, b"\xff\xfe", bytearray(b"\x00\xff"),
-        [], [1, "a", None, {"x": [1.5]}], {"a": {"b": 2}}, datetime(2020, 1, 1, tzinfo=timezone.utc), Decimal("1.25"),
+        0,
+        -5,
+        1 << 62,
+        -(1 << 63),
+        0.1,
+        1e300,
+        True,
+        False,
+        "",
+        "ü",
+        None,
+        b"\xff\xfe",
+        bytearray(b"\x00\xff"),
+        [],
+        [1, "a", None, {"x": [1.5]}],
+        {"a": {"b": 2}},
+        datetime(2020, 1, 1, tzinfo=timezone.utc),
+        Decimal("1.25"),
     ],
     ids=repr,
 )

@@ -75,7 +75,12 @@ class Tenant:
         return await proceed(envelope.with_headers({"x-tenant-id": "acme"}))
 
 
-app = App("publishing", broker="memory://", middleware=[Tenant()], settings=Settings(max_body_bytes=2000, warn_body_bytes=1000))
+app = App(
+    "publishing",
+    broker="memory://",
+    middleware=[Tenant()],
+    settings=Settings(max_body_bytes=2000, warn_body_bytes=1000),
+)
 
 
 @app.handler
@@ -150,7 +155,9 @@ WRONG: list[tuple[Job, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("job", "options", "says"), WRONG)
-async def test_what_is_wrong_is_refused_at_the_publisher(publisher: Publisher, job: Job, options: dict[str, Any], says: str) -> None:
+async def test_what_is_wrong_is_refused_at_the_publisher(
+    publisher: Publisher, job: Job, options: dict[str, Any], says: str
+) -> None:
     """It would be buried later, at night, far from the code that is wrong."""
     with pytest.raises(InvalidJob, match=says):
         await publisher.publish(job, **options)
@@ -168,7 +175,9 @@ async def test_one_wrong_job_of_many_costs_no_other(publisher: Publisher) -> Non
 
 
 @pytest.mark.parametrize("hand_over", [iter, list])
-async def test_headers_are_those_of_the_moment_when_they_were_given(hand_over: Callable[[Iterable[Outgoing]], Iterable[Outgoing]]) -> None:
+async def test_headers_are_those_of_the_moment_when_they_were_given(
+    hand_over: Callable[[Iterable[Outgoing]], Iterable[Outgoing]],
+) -> None:
     """One dict that is filled anew for each job of a batch would send the last one's tenant with all."""
 
     def jobs() -> Iterator[Outgoing]:
@@ -256,8 +265,11 @@ async def test_a_failed_item_of_publish_many_cannot_go_unnoticed(publisher: Publ
 
 
 async def test_a_batch_whose_time_is_over_says_that_the_time_was_for_all(publisher: Publisher) -> None:
-    """"No time was left" to send one of a million would be looked for in the network, not in timeout_s."""
-    with pytest.raises(PublishManyError, match=r"3 of 3 jobs weren't confirmed .* it wasn't sent: the time was over, which timeout_s of publish_many gives"):
+    """'No time was left' to send one of a million would be looked for in the network, not in timeout_s."""
+    with pytest.raises(
+        PublishManyError,
+        match=r"3 of 3 jobs weren't confirmed .* it wasn't sent: the time was over, which timeout_s of publish_many gives",
+    ):
         await publisher.publish_many((Mail(order_id=n) for n in range(3)), timeout_s=1e-9)
 
 
@@ -329,7 +341,9 @@ async def test_a_publisher_on_a_loop_that_isnt_its_own_says_so(publisher: Publis
 
 async def test_the_envelope_holds_what_was_asked_for(lab: Lab) -> None:
     """Priority, id, line, headers or expiry would be lost on the way."""
-    await lab.publish(Mail(order_id=7), priority=Priority.URGENT, job_id="one", correlation_id="line", headers={"x-a": 1}, delay_s=60)
+    await lab.publish(
+        Mail(order_id=7), priority=Priority.URGENT, job_id="one", correlation_id="line", headers={"x-a": 1}, delay_s=60
+    )
 
     (published,) = lab.published
     envelope = published.envelope

@@ -186,8 +186,18 @@ async def test_snoozed_jobs_get_places_one_after_the_other() -> None:
 @pytest.mark.parametrize(
     ("count", "limit", "every_s", "processes", "slower", "most_passes"),
     [
-        (1000, 10, 1.0, 1, 1.1, 3.0), (1000, 10, 1.0, 4, 1.3, 4.0), (5000, 50, 1.0, 1, 1.1, 3.0), (20, 1, 10.0, 1, 1.1, 2.0),
-        (20, 1, 10.0, 4, 2.0, 2.0),  # few jobs, each in a process chosen by chance: some processes have none at their time
+        (1000, 10, 1.0, 1, 1.1, 3.0),
+        (1000, 10, 1.0, 4, 1.3, 4.0),
+        (5000, 50, 1.0, 1, 1.1, 3.0),
+        (20, 1, 10.0, 1, 1.1, 2.0),
+        (
+            20,
+            1,
+            10.0,
+            4,
+            2.0,
+            2.0,
+        ),  # few jobs, each in a process chosen by chance: some processes have none at their time
     ],
 )
 async def test_a_heap_of_limited_jobs_ends_in_good_time(
@@ -201,7 +211,10 @@ async def test_a_heap_of_limited_jobs_ends_in_good_time(
     starts: list[float] = []
     rng = random.Random(7)
     layers = [RateLimit(limit, every_s=every_s) for _ in range(processes)]
-    steps = [step_on(clock, layer, starts, processes=processes, seed=n) for n, (clock, layer) in enumerate(zip(clocks, layers, strict=True))]
+    steps = [
+        step_on(clock, layer, starts, processes=processes, seed=n)
+        for n, (clock, layer) in enumerate(zip(clocks, layers, strict=True))
+    ]
     order = itertools.count()
     coming = [(0.001 * n, next(order), 0) for n in range(count)]
     heapq.heapify(coming)
@@ -302,9 +315,16 @@ async def test_it_works_unbound() -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind"),
     [
-        ({"limit": 0}, ValueError), ({"limit": -1}, ValueError), ({"limit": float("inf")}, ValueError), ({"limit": float("nan")}, ValueError),
-        ({"limit": 1, "every_s": 0}, ValueError), ({"limit": 1, "every_s": float("inf")}, ValueError), ({"limit": 1, "burst": 0}, ValueError),
-        ({"limit": 1, "burst": 1.5}, TypeError), ({"limit": True}, TypeError), ({"limit": "50"}, TypeError),
+        ({"limit": 0}, ValueError),
+        ({"limit": -1}, ValueError),
+        ({"limit": float("inf")}, ValueError),
+        ({"limit": float("nan")}, ValueError),
+        ({"limit": 1, "every_s": 0}, ValueError),
+        ({"limit": 1, "every_s": float("inf")}, ValueError),
+        ({"limit": 1, "burst": 0}, ValueError),
+        ({"limit": 1, "burst": 1.5}, TypeError),
+        ({"limit": True}, TypeError),
+        ({"limit": "50"}, TypeError),
     ],
 )
 def test_wrong_figures_are_refused_where_they_are_written(arguments: dict[str, Any], kind: type[Exception]) -> None:
@@ -315,5 +335,8 @@ def test_wrong_figures_are_refused_where_they_are_written(arguments: dict[str, A
 
 def test_it_says_what_it_was_made_with() -> None:
     """`describe` names a layer by its repr."""
-    assert [repr(RateLimit(50)), repr(RateLimit(0.5, every_s=60, burst=3))] == ["RateLimit(50, every_s=1)", "RateLimit(0.5, every_s=60, burst=3)"]
-    assert repr(RateLimit(4000)) == "RateLimit(4000, every_s=1, burst=40)"    # what holds, chosen or not
+    assert [repr(RateLimit(50)), repr(RateLimit(0.5, every_s=60, burst=3))] == [
+        "RateLimit(50, every_s=1)",
+        "RateLimit(0.5, every_s=60, burst=3)",
+    ]
+    assert repr(RateLimit(4000)) == "RateLimit(4000, every_s=1, burst=40)"  # what holds, chosen or not

@@ -22,7 +22,15 @@ def test_a_password_is_hidden_wherever_a_url_has_it(url: str) -> None:
     assert "hunter2" not in redact(f"connecting to {url} now")
 
 
-@pytest.mark.parametrize("url", ["amqp://shop:hunter2@a\u2100b/", "amqp://shop:hunter2/x@rabbit/", "amqp://rabbit/?password=hunter2", "amqp://shop:hunter2@[x/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqp://shop:hunter2@a\u2100b/",
+        "amqp://shop:hunter2/x@rabbit/",
+        "amqp://rabbit/?password=hunter2",
+        "amqp://shop:hunter2@[x/",
+    ],
+)
 def test_a_url_that_cannot_be_used_does_not_show_its_password(url: str) -> None:
     """A typo in a deployment would print the secret instead of hiding it."""
     app = App("shop", broker=url)

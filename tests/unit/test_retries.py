@@ -84,7 +84,9 @@ async def test_more_attempts_than_are_allowed_now_are_buried() -> None:
 
 async def test_the_first_rule_that_matches_wins() -> None:
     """Rules are read from above; a later, wider one must not undo an earlier one."""
-    layer = Retries(Rule(ConnectionRefusedError, bury=True), Rule(OSError, max_attempts=9), Rule(Exception, max_attempts=1))
+    layer = Retries(
+        Rule(ConnectionRefusedError, bury=True), Rule(OSError, max_attempts=9), Rule(Exception, max_attempts=1)
+    )
     said = [
         await chain(layer, handler=failing(error))(attempt(2))
         for error in (ConnectionRefusedError("closed"), ConnectionResetError("reset"), ValueError("no"))
@@ -129,7 +131,11 @@ async def test_a_predicate_that_raises_is_logged_and_does_not_match(caplog: pyte
     outcome = await chain(Retries(Rule(broken, bury=True)), handler=failing(ValueError("no")))(attempt())
     assert isinstance(outcome, Retry)
     (record,) = [record for record in caplog.records if record.name == "leveret.retries"]
-    assert (record.levelno, "broken" in record.getMessage(), "ValueError: no" in record.getMessage()) == (logging.ERROR, True, True)
+    assert (record.levelno, "broken" in record.getMessage(), "ValueError: no" in record.getMessage()) == (
+        logging.ERROR,
+        True,
+        True,
+    )
 
 
 async def test_a_predicate_that_returns_a_coroutine_does_not_match(caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +144,9 @@ async def test_a_predicate_that_returns_a_coroutine_does_not_match(caplog: pytes
     async def really(_: Exception) -> bool:
         return False
 
-    outcome = await chain(Retries(Rule(lambda error: cast("bool", really(error)), bury=True)), handler=failing(ValueError("no")))(attempt())
+    outcome = await chain(
+        Retries(Rule(lambda error: cast("bool", really(error)), bury=True)), handler=failing(ValueError("no"))
+    )(attempt())
     assert isinstance(outcome, Retry)
     assert "a predicate is no async function" in caplog.text
 
@@ -163,7 +171,9 @@ async def test_immediate_tries_end_and_then_it_waits() -> None:
     """Or a broken dependency is hammered for ever from one slot."""
     clock = ManualClock()
     step = chain(
-        Retries(Rule(ConnectionError, immediate=2)), handler=failing(*(ConnectionError(str(n)) for n in range(9))), bound=runtime(clock)
+        Retries(Rule(ConnectionError, immediate=2)),
+        handler=failing(*(ConnectionError(str(n)) for n in range(9))),
+        bound=runtime(clock),
     )
     outcome = await ticking(clock, step(attempt()))
     assert isinstance(outcome, Retry)
@@ -183,7 +193,11 @@ async def test_immediate_tries_of_several_rules_are_counted_together() -> None:
 async def test_a_rule_that_buries_may_try_in_place_first() -> None:
     """`immediate` says what comes first, `bury` what comes instead of a wait."""
     clock = ManualClock()
-    step = chain(Retries(Rule(KeyError, immediate=1, bury=True)), handler=failing(KeyError("a"), KeyError("b")), bound=runtime(clock))
+    step = chain(
+        Retries(Rule(KeyError, immediate=1, bury=True)),
+        handler=failing(KeyError("a"), KeyError("b")),
+        bound=runtime(clock),
+    )
     assert await ticking(clock, step(attempt())) == Bury("KeyError: 'b' (a rule buries it at once)")
 
 
@@ -229,7 +243,9 @@ async def test_an_asked_retry_keeps_its_own_delay() -> None:
 async def test_an_asked_retry_is_buried_at_max_attempts() -> None:
     """It counts: asked for without end, the job would live for ever."""
     asked = Retry(120)
-    assert await chain(Retries(max_attempts=2), handler=saying(asked))(attempt(2)) == Bury("another try was asked for (attempt 2 of 2)")
+    assert await chain(Retries(max_attempts=2), handler=saying(asked))(attempt(2)) == Bury(
+        "another try was asked for (attempt 2 of 2)"
+    )
     asked.__cause__ = OSError("gone")
     outcome = await chain(Retries(max_attempts=2), handler=saying(asked))(attempt(2))
     assert outcome == Bury("OSError: gone (attempt 2 of 2)")
@@ -303,7 +319,8 @@ async def test_through_an_app_a_job_fails_comes_back_and_is_buried() -> None:
         assert [run.number for run in lab.attempts(thrice)] == [1, 2, 3]
         assert [run.number for run in lab.attempts(once)] == [1]
         assert {run.outcome for run in lab.buried} == {
-            Bury("ValueError: Bob (attempt 3 of 3)"), Bury("KeyError: 'Eve' (a rule buries it at once)"),
+            Bury("ValueError: Bob (attempt 3 of 3)"),
+            Bury("KeyError: 'Eve' (a rule buries it at once)"),
         }
 
 
@@ -354,7 +371,9 @@ def test_what_a_rule_cannot_be_on_is_refused(on: Any, kind: type[Exception], tex
         ({"cap_s": "1"}, TypeError, "cap_s is a number of seconds"),
     ],
 )
-def test_wrong_figures_are_refused_where_they_are_written(wrong: dict[str, Any], kind: type[Exception], text: str) -> None:
+def test_wrong_figures_are_refused_where_they_are_written(
+    wrong: dict[str, Any], kind: type[Exception], text: str
+) -> None:
     """They would show at the first failure, in production, on the path that saves jobs."""
     for make in (Retries, functools.partial(Rule, ValueError)):
         with pytest.raises(kind, match=text):
@@ -378,5 +397,8 @@ def test_figures_that_contradict_each_other_are_refused() -> None:
 def test_it_says_what_it_was_made_with() -> None:
     """`describe` and errors name a layer by its repr, and `describe` prints the waits."""
     layer = Retries(Rule((KeyError, OSError), immediate=2), Rule(is_busy, bury=True), max_attempts=4, cap_s=3)
-    assert repr(layer) == "Retries(Rule((KeyError, OSError), immediate=2), Rule(is_busy, bury=True), max_attempts=4, base_s=1, cap_s=3)"
+    assert (
+        repr(layer)
+        == "Retries(Rule((KeyError, OSError), immediate=2), Rule(is_busy, bury=True), max_attempts=4, base_s=1, cap_s=3)"
+    )
     assert layer.waits_s == [1.0, 2.0, 3.0]

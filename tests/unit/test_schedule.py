@@ -30,37 +30,40 @@ def slots(expression: str, tz: str, after: datetime, count: int) -> list[datetim
     return found
 
 
-@pytest.mark.parametrize(("tz", "expression", "after", "due"), [
-    # daily 02:30, spring: it doesn't exist, and is taken with the offset before: 03:30 summer time
-    (PARIS, "30 2 * * *", "03-27 12:00", ["03-28 01:30", "03-29 01:30", "03-30 00:30"]),
-    (NEW_YORK, "30 2 * * *", "03-06 12:00", ["03-07 07:30", "03-08 07:30", "03-09 06:30"]),
-    # Lord Howe's clocks go on by half an hour, from 02:00 to 02:30: 02:30 is there, 02:15 isn't
-    (LORD_HOWE, "30 2 * * *", "10-02 00:00", ["10-02 16:00", "10-03 15:30", "10-04 15:30"]),
-    (LORD_HOWE, "15 2 * * *", "10-02 00:00", ["10-02 15:45", "10-03 15:45", "10-04 15:15"]),
-    # daily, autumn: what comes twice is taken the first time
-    (PARIS, "30 2 * * *", "10-23 12:00", ["10-24 00:30", "10-25 00:30", "10-26 01:30"]),
-    (NEW_YORK, "30 2 * * *", "10-30 12:00", ["10-31 06:30", "11-01 07:30", "11-02 07:30"]),
-    (NEW_YORK, "30 1 * * *", "10-30 12:00", ["10-31 05:30", "11-01 05:30", "11-02 06:30"]),
-    (LORD_HOWE, "30 2 * * *", "04-03 00:00", ["04-03 15:30", "04-04 16:00", "04-05 16:00"]),
-    (LORD_HOWE, "45 1 * * *", "04-03 00:00", ["04-03 14:45", "04-04 14:45", "04-05 15:15"]),
-    # a list of hours is times of day as well
-    (PARIS, "0 2,3 * * *", "03-29 00:30", ["03-29 01:00", "03-30 00:00", "03-30 01:00"]),
-    # hourly: every hour that passes, no more and no less
-    (PARIS, "0 * * * *", "03-28 23:30", ["03-29 00:00", "03-29 01:00", "03-29 02:00"]),
-    (PARIS, "0 * * * *", "10-24 23:30", ["10-25 00:00", "10-25 01:00", "10-25 02:00"]),
-    (NEW_YORK, "0 * * * *", "03-08 05:30", ["03-08 06:00", "03-08 07:00", "03-08 08:00"]),
-    (NEW_YORK, "0 * * * *", "11-01 04:30", ["11-01 05:00", "11-01 06:00", "11-01 07:00"]),
-    # at Lord Howe, 02:00 doesn't come in October, and comes after 01:30 has come twice in April
-    (LORD_HOWE, "0 * * * *", "10-03 14:00", ["10-03 14:30", "10-03 16:00", "10-03 17:00"]),
-    (LORD_HOWE, "0 * * * *", "04-04 13:30", ["04-04 14:00", "04-04 15:30", "04-04 16:30"]),
-    # every quarter of an hour
-    (PARIS, "*/15 * * * *", "03-29 00:40", ["03-29 00:45", "03-29 01:00", "03-29 01:15"]),
-    (PARIS, "*/15 * * * *", "10-25 00:40", ["10-25 00:45", "10-25 01:00", "10-25 01:15"]),
-    (NEW_YORK, "*/15 * * * *", "03-08 06:40", ["03-08 06:45", "03-08 07:00", "03-08 07:15"]),
-    (NEW_YORK, "*/15 * * * *", "11-01 05:40", ["11-01 05:45", "11-01 06:00", "11-01 06:15"]),
-    (LORD_HOWE, "*/15 * * * *", "10-03 15:10", ["10-03 15:15", "10-03 15:30", "10-03 15:45"]),
-    (LORD_HOWE, "*/15 * * * *", "04-04 14:40", ["04-04 14:45", "04-04 15:00", "04-04 15:15", "04-04 15:30"]),
-])
+@pytest.mark.parametrize(
+    ("tz", "expression", "after", "due"),
+    [
+        # daily 02:30, spring: it doesn't exist, and is taken with the offset before: 03:30 summer time
+        (PARIS, "30 2 * * *", "03-27 12:00", ["03-28 01:30", "03-29 01:30", "03-30 00:30"]),
+        (NEW_YORK, "30 2 * * *", "03-06 12:00", ["03-07 07:30", "03-08 07:30", "03-09 06:30"]),
+        # Lord Howe's clocks go on by half an hour, from 02:00 to 02:30: 02:30 is there, 02:15 isn't
+        (LORD_HOWE, "30 2 * * *", "10-02 00:00", ["10-02 16:00", "10-03 15:30", "10-04 15:30"]),
+        (LORD_HOWE, "15 2 * * *", "10-02 00:00", ["10-02 15:45", "10-03 15:45", "10-04 15:15"]),
+        # daily, autumn: what comes twice is taken the first time
+        (PARIS, "30 2 * * *", "10-23 12:00", ["10-24 00:30", "10-25 00:30", "10-26 01:30"]),
+        (NEW_YORK, "30 2 * * *", "10-30 12:00", ["10-31 06:30", "11-01 07:30", "11-02 07:30"]),
+        (NEW_YORK, "30 1 * * *", "10-30 12:00", ["10-31 05:30", "11-01 05:30", "11-02 06:30"]),
+        (LORD_HOWE, "30 2 * * *", "04-03 00:00", ["04-03 15:30", "04-04 16:00", "04-05 16:00"]),
+        (LORD_HOWE, "45 1 * * *", "04-03 00:00", ["04-03 14:45", "04-04 14:45", "04-05 15:15"]),
+        # a list of hours is times of day as well
+        (PARIS, "0 2,3 * * *", "03-29 00:30", ["03-29 01:00", "03-30 00:00", "03-30 01:00"]),
+        # hourly: every hour that passes, no more and no less
+        (PARIS, "0 * * * *", "03-28 23:30", ["03-29 00:00", "03-29 01:00", "03-29 02:00"]),
+        (PARIS, "0 * * * *", "10-24 23:30", ["10-25 00:00", "10-25 01:00", "10-25 02:00"]),
+        (NEW_YORK, "0 * * * *", "03-08 05:30", ["03-08 06:00", "03-08 07:00", "03-08 08:00"]),
+        (NEW_YORK, "0 * * * *", "11-01 04:30", ["11-01 05:00", "11-01 06:00", "11-01 07:00"]),
+        # at Lord Howe, 02:00 doesn't come in October, and comes after 01:30 has come twice in April
+        (LORD_HOWE, "0 * * * *", "10-03 14:00", ["10-03 14:30", "10-03 16:00", "10-03 17:00"]),
+        (LORD_HOWE, "0 * * * *", "04-04 13:30", ["04-04 14:00", "04-04 15:30", "04-04 16:30"]),
+        # every quarter of an hour
+        (PARIS, "*/15 * * * *", "03-29 00:40", ["03-29 00:45", "03-29 01:00", "03-29 01:15"]),
+        (PARIS, "*/15 * * * *", "10-25 00:40", ["10-25 00:45", "10-25 01:00", "10-25 01:15"]),
+        (NEW_YORK, "*/15 * * * *", "03-08 06:40", ["03-08 06:45", "03-08 07:00", "03-08 07:15"]),
+        (NEW_YORK, "*/15 * * * *", "11-01 05:40", ["11-01 05:45", "11-01 06:00", "11-01 06:15"]),
+        (LORD_HOWE, "*/15 * * * *", "10-03 15:10", ["10-03 15:15", "10-03 15:30", "10-03 15:45"]),
+        (LORD_HOWE, "*/15 * * * *", "04-04 14:40", ["04-04 14:45", "04-04 15:00", "04-04 15:15", "04-04 15:30"]),
+    ],
+)
 def test_the_clock_changes_of_2026(tz: str, expression: str, after: str, due: list[str]) -> None:
     """Twice a year a report is missing, or comes twice, and nobody knows why."""
     assert slots(expression, tz, at(after), len(due)) == [at(one) for one in due]
@@ -74,15 +77,17 @@ def test_a_scheduler_started_inside_the_skipped_hour_still_finds_its_times() -> 
 
 def test_times_in_and_after_a_short_gap_come_in_their_order() -> None:
     """Lord Howe's 02:05 comes at 02:35, after which 02:40 is still to come."""
-    assert slots("5,25,40 2 * * *", LORD_HOWE, at("10-03 15:00"), 3) == [at("10-03 15:35"), at("10-03 15:40"), at("10-03 15:55")]
+    assert slots("5,25,40 2 * * *", LORD_HOWE, at("10-03 15:00"), 3) == [
+        at("10-03 15:35"),
+        at("10-03 15:40"),
+        at("10-03 15:55"),
+    ]
 
 
 def test_what_never_comes_is_none() -> None:
     """30 February would otherwise be looked for for ever."""
     assert next_slot("0 0 30 2 *", "UTC", at("01-01 00:00")) is None
 
-
-# ---- against croniter in UTC, and against the definition in the three zones
 
 FIELDS = (("0", "59"), ("0", "23"), ("1", "28"), ("1", "12"), ("0", "6"))
 
@@ -111,7 +116,11 @@ def test_in_utc_it_is_croniter(expression: str, after: datetime) -> None:
     assert next_slot(expression, "UTC", after) == expected
 
 
-@given(expression=EXPRESSIONS, zone=st.sampled_from([PARIS, NEW_YORK, LORD_HOWE, "Asia/Kathmandu", "America/St_Johns"]), after=INSTANTS)
+@given(
+    expression=EXPRESSIONS,
+    zone=st.sampled_from([PARIS, NEW_YORK, LORD_HOWE, "Asia/Kathmandu", "America/St_Johns"]),
+    after=INSTANTS,
+)
 @settings(max_examples=100, deadline=None)
 def test_slots_only_ever_rise(expression: str, zone: str, after: datetime) -> None:
     """An instant that comes twice is a job with the same id twice; one that goes back is a loop."""
@@ -121,17 +130,25 @@ def test_slots_only_ever_rise(expression: str, zone: str, after: datetime) -> No
     assert all(earlier < later for earlier, later in pairwise(found))
 
 
-CHANGES = st.sampled_from([
-    (PARIS, at("03-29 01:00")), (PARIS, at("10-25 01:00")), (NEW_YORK, at("03-08 07:00")), (NEW_YORK, at("11-01 06:00")),
-    (LORD_HOWE, at("04-04 15:00")), (LORD_HOWE, at("10-03 15:30")),
-])
+CHANGES = st.sampled_from(
+    [
+        (PARIS, at("03-29 01:00")),
+        (PARIS, at("10-25 01:00")),
+        (NEW_YORK, at("03-08 07:00")),
+        (NEW_YORK, at("11-01 06:00")),
+        (LORD_HOWE, at("04-04 15:00")),
+        (LORD_HOWE, at("10-03 15:30")),
+    ]
+)
 MINUTES = st.lists(st.sampled_from([0, 1, 5, 15, 29, 30, 31, 45, 59]), min_size=1, max_size=4, unique=True)
 DAY = 24 * 60
 
 
 @given(change=CHANGES, minute=MINUTES, step=st.integers(1, 4), shift=st.integers(-300, 300))
 @settings(max_examples=100, deadline=None)
-def test_an_interval_fires_whenever_the_wall_clock_shows_it(change: tuple[str, datetime], minute: list[int], step: int, shift: int) -> None:
+def test_an_interval_fires_whenever_the_wall_clock_shows_it(
+    change: tuple[str, datetime], minute: list[int], step: int, shift: int
+) -> None:
     """By definition: walk the minutes that really pass, look at the clock on the wall each time."""
     tz, moment = change
     after = moment + timedelta(minutes=shift)
@@ -142,9 +159,16 @@ def test_an_interval_fires_whenever_the_wall_clock_shows_it(change: tuple[str, d
     assert found == next(one for one, wall in walked if wall.minute in minute and wall.hour % step == 0)
 
 
-@given(change=CHANGES, minute=MINUTES, hour=st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True), shift=st.integers(-300, 300))
+@given(
+    change=CHANGES,
+    minute=MINUTES,
+    hour=st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True),
+    shift=st.integers(-300, 300),
+)
 @settings(max_examples=100, deadline=None)
-def test_times_of_day_come_once_each(change: tuple[str, datetime], minute: list[int], hour: list[int], shift: int) -> None:
+def test_times_of_day_come_once_each(
+    change: tuple[str, datetime], minute: list[int], hour: list[int], shift: int
+) -> None:
     """By definition: each time on the clock's face is one instant: the first of two, and for none the one with the offset before."""
     tz, moment = change
     after = moment + timedelta(minutes=shift)
@@ -155,9 +179,6 @@ def test_times_of_day_come_once_each(change: tuple[str, datetime], minute: list[
     found = next_slot(f"{','.join(map(str, minute))} {','.join(map(str, hour))} * * *", tz, after)
 
     assert found == min(one for one in instants if one > after)
-
-
-# ---- what is refused, and ids
 
 
 PARTS = """* 0 1 5 7 L W ? 1-5 1-5/2 fri#2 fri#6 fri#0 sun-sat sat-sun fri-mon L5 l5 15W 1W 32W */99 */2 5/2 0/5 30-10 # 1#2 jan jan-mar dec-jan MON,FRI 1,2,3
@@ -181,13 +202,26 @@ def test_it_takes_what_croniter_takes_and_nothing_else(places: list[tuple[int, s
         assert croniter.is_valid(expression), expression
 
 
-@pytest.mark.parametrize(("expression", "named"), [
-    ("", "five fields"), ("* * * *", "five fields"), ("* * * * * * *", "five fields"), ("60 * * * *", "its minute is '60'"),
-    ("* 24 * * *", "its hour is '24'"), ("* * 0 * *", "its day of month is '0'"), ("* * * 13 *", "its month is '13'"), ("* * * * 8", "its day of week is '8'"),
-    ("* * * * FRY", "its day of week is 'FRY'"), ("* * * JANUARY *", "its month is 'JANUARY'"), ("*/0 * * * *", "its minute is '*/0'"),
-    ("5- * * * *", "its minute is '5-'"), ("1,,2 * * * *", "its minute is '1,,2'"), ("@daily", "five fields"),
-    ("61 * * * * *", "its second is '61'"),
-])
+@pytest.mark.parametrize(
+    ("expression", "named"),
+    [
+        ("", "five fields"),
+        ("* * * *", "five fields"),
+        ("* * * * * * *", "five fields"),
+        ("60 * * * *", "its minute is '60'"),
+        ("* 24 * * *", "its hour is '24'"),
+        ("* * 0 * *", "its day of month is '0'"),
+        ("* * * 13 *", "its month is '13'"),
+        ("* * * * 8", "its day of week is '8'"),
+        ("* * * * FRY", "its day of week is 'FRY'"),
+        ("* * * JANUARY *", "its month is 'JANUARY'"),
+        ("*/0 * * * *", "its minute is '*/0'"),
+        ("5- * * * *", "its minute is '5-'"),
+        ("1,,2 * * * *", "its minute is '1,,2'"),
+        ("@daily", "five fields"),
+        ("61 * * * * *", "its second is '61'"),
+    ],
+)
 def test_a_wrong_expression_is_refused_and_its_field_named(expression: str, named: str) -> None:
     """`cron expression is invalid` sends people to count stars."""
     with pytest.raises(ValueError, match="cron expression") as refused:
@@ -196,9 +230,20 @@ def test_a_wrong_expression_is_refused_and_its_field_named(expression: str, name
     assert named in str(refused.value)
 
 
-@pytest.mark.parametrize("expression", [
-    "0 9 * * MON-FRI", "*/5 8-18 * JAN,JUL *", "0 0 1 * *", "59 23 31 12 7", "*/10 * * * * *", "0 0 L * *", "0 0 15W * *", "0 0 * * FRI#2", "0 0 * * L5",
-])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "0 9 * * MON-FRI",
+        "*/5 8-18 * JAN,JUL *",
+        "0 0 1 * *",
+        "59 23 31 12 7",
+        "*/10 * * * * *",
+        "0 0 L * *",
+        "0 0 15W * *",
+        "0 0 * * FRI#2",
+        "0 0 * * L5",
+    ],
+)
 def test_what_cron_knows_is_taken(expression: str) -> None:
     """A check that is stricter than cron itself makes people write something else than they mean."""
     check_expression(expression)

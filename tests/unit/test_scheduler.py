@@ -44,7 +44,9 @@ class Lab:
         def observe(_: Job, envelope: Envelope) -> None:
             self.published.append(envelope.job_id.removeprefix("shop.tick@2027-01-15T"))
 
-        self.scheduler = Scheduler(app, Sender(MemoryBroker(self.store, runtime), app.layers, runtime, observe), runtime)
+        self.scheduler = Scheduler(
+            app, Sender(MemoryBroker(self.store, runtime), app.layers, runtime, observe), runtime
+        )
 
     async def advance(self, seconds: float) -> None:
         """Move the clock on while the scheduler sleeps; return once it has seen that, done what was due, and sleeps again."""
@@ -108,7 +110,9 @@ async def test_after_a_long_sleep_it_does_not_catch_up(caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("published", [0, 2], ids=["before its first slot", "after some"])
-async def test_a_clock_that_was_ahead_and_is_set_right_costs_no_slot(published: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_clock_that_was_ahead_and_is_set_right_costs_no_slot(
+    published: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """A machine that starts with a wrong clock is corrected by NTP: a cron that waits for the wrong time is silent for an hour, or a year."""
     async with running(every_minute()) as lab:
         for _ in range(published):
@@ -135,7 +139,9 @@ async def test_a_small_correction_of_the_clock_publishes_no_slot_twice(caplog: p
     assert not caplog.records
 
 
-async def test_a_slot_that_cannot_be_published_is_tried_again_until_the_next_is_due(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_slot_that_cannot_be_published_is_tried_again_until_the_next_is_due(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A broker that is away for half a minute costs nothing; one that is away for longer is told of, slot by slot."""
     async with running(every_minute()) as lab:
         lab.store.refuse("no disk")
@@ -154,7 +160,9 @@ async def test_a_slot_that_cannot_be_published_is_tried_again_until_the_next_is_
     assert "08:02:00Z" not in lab.published
     assert "slot 2027-01-15 08:02:00+00:00 is missed, it couldn't be published" in caplog.text
     assert len(lab.published) >= 2
-    assert sum("isn't published yet, trying again" in line and "08:01" in line for line in caplog.text.splitlines()) == 1
+    assert (
+        sum("isn't published yet, trying again" in line and "08:01" in line for line in caplog.text.splitlines()) == 1
+    )
 
 
 async def test_a_function_that_raises_costs_its_own_slot_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -170,7 +178,10 @@ async def test_a_function_that_raises_costs_its_own_slot_alone(caplog: pytest.Lo
             await lab.advance(60)
 
         assert lab.published == ["08:03:00Z"]  # 08:02 returned None: nothing to publish
-    assert "its function raised in slot 2027-01-15 08:01:00+00:00; the slot is missed: RuntimeError('no such table')" in caplog.text
+    assert (
+        "its function raised in slot 2027-01-15 08:01:00+00:00; the slot is missed: RuntimeError('no such table')"
+        in caplog.text
+    )
 
 
 class Moody:

@@ -81,10 +81,9 @@ async def until(true: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-# ---- a lock that somebody else holds
-
-
-async def test_a_publish_whose_deadline_passed_under_a_lock_is_never_written(path: Path, opened: Callable[..., Broker]) -> None:
+async def test_a_publish_whose_deadline_passed_under_a_lock_is_never_written(
+    path: Path, opened: Callable[..., Broker]
+) -> None:
     """The caller was told that it failed and published again: written later after all, it would run twice."""
     broker = opened()
     await publish(broker, b"before")
@@ -163,7 +162,9 @@ async def test_done_under_a_lock_is_kept_until_it_can_be_written(path: Path, ope
     assert await ready_count(path) == 0
 
 
-async def test_a_settlement_that_timed_out_leaves_the_job_claimed_and_can_be_tried_again(path: Path, opened: Callable[..., Broker]) -> None:
+async def test_a_settlement_that_timed_out_leaves_the_job_claimed_and_can_be_tried_again(
+    path: Path, opened: Callable[..., Broker]
+) -> None:
     """The consumer repeats it: neither a second copy nor a loss may come of that."""
     broker = opened()
     await publish(broker, b"1")
@@ -230,7 +231,9 @@ async def test_a_consumer_that_starts_under_a_lock_waits_for_it_and_says_so(
     assert all(str(path) in record.getMessage() for record in caplog.records)
 
 
-async def test_closing_under_a_lock_ends(path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_closing_under_a_lock_ends(
+    path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker must stop when it is told to, whatever the file does; what was done and can't be written runs again."""
     monkeypatch.setattr("leveret.brokers.sqlite.CLOSE_S", 0.3)
     broker = opened()
@@ -247,9 +250,6 @@ async def test_closing_under_a_lock_ends(path: Path, opened: Callable[..., Broke
     assert not delivery.live
 
 
-# ---- order, levels, clocks
-
-
 async def test_a_job_given_back_keeps_its_place_and_was_not_started(opened: Callable[..., Broker]) -> None:
     """It never ran: to call it redelivered would make the crash counters of rule 6 punish the innocent."""
     broker = opened()
@@ -263,7 +263,11 @@ async def test_a_job_given_back_keeps_its_place_and_was_not_started(opened: Call
     await consumption.close()
     _, sink = await consume(opened(), QUEUE)
 
-    assert [(each.envelope.body, each.redelivered) for each in await sink.take(3)] == [(b"1", False), (b"2", False), (b"3", False)]
+    assert [(each.envelope.body, each.redelivered) for each in await sink.take(3)] == [
+        (b"1", False),
+        (b"2", False),
+        (b"3", False),
+    ]
 
 
 async def test_a_job_that_falls_due_joins_the_tail(opened: Callable[..., Broker]) -> None:
@@ -304,16 +308,16 @@ async def test_many_jobs_due_at_once_keep_their_order(opened: Callable[..., Brok
     broker = opened(Runtime(app="unit", clock=clock))
     sent = [b"%d" % number for number in range(2500)]
     await asyncio.gather(
-        *(broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=1 + n / 1000, deadline=soon()) for n, body in enumerate(sent))
+        *(
+            broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=1 + n / 1000, deadline=soon())
+            for n, body in enumerate(sent)
+        )
     )
     _, sink = await consume(broker, QUEUE, prefetch=3000)
 
     clock.advance(60)
 
     assert [delivery.envelope.body for delivery in await sink.take(2500)] == sent
-
-
-# ---- what one publish must not do to another
 
 
 async def test_a_job_that_cannot_be_stored_fails_alone(path: Path, opened: Callable[..., Broker]) -> None:
@@ -343,24 +347,34 @@ async def test_large_bodies_are_committed_some_at_a_time(path: Path, opened: Cal
     broker = opened()
     body = os.urandom(9 << 20)
 
-    await asyncio.gather(*(broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=0, deadline=soon(60)) for _ in range(8)))
+    await asyncio.gather(
+        *(broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=0, deadline=soon(60)) for _ in range(8))
+    )
 
     assert await ready_count(path) == 8
 
 
-# ---- what a foreign producer writes
-
 POISON = {
-    "job_id": "CAST(x'ff41' AS TEXT)", "job": "CAST(x'80' AS TEXT)", "correlation_id": "CAST(x'c3' AS TEXT)",
+    "job_id": "CAST(x'ff41' AS TEXT)",
+    "job": "CAST(x'80' AS TEXT)",
+    "correlation_id": "CAST(x'c3' AS TEXT)",
     "headers": "CAST('{\"x\":\"' || x'fc' || '\"}' AS TEXT)",
-    "app": "x'ff42'", "content_type": "x'00ff'",
+    "app": "x'ff42'",
+    "content_type": "x'00ff'",
 }
 """A column, and what SQLite takes for it: text that isn't UTF-8, and bytes."""
 
 
 def poison(path: Path, column: str, table: str = "jobs", body: str = "bad") -> None:
     """Write a row that isn't UTF-8 in `column`."""
-    row = {"queue": "'jobs'", "level": "'normal'", "job_id": "'id'", "job": "'case'", "content_type": "'application/json'", "created_s": "0"}
+    row = {
+        "queue": "'jobs'",
+        "level": "'normal'",
+        "job_id": "'id'",
+        "job": "'case'",
+        "content_type": "'application/json'",
+        "created_s": "0",
+    }
     row["body"] = f"'{body}'"
     row[column] = POISON.get(column, "CAST(x'ff' AS TEXT)")
     with closing(sqlite3.connect(path, timeout=PATIENCE_S)) as file, file:
@@ -399,7 +413,9 @@ async def test_a_row_that_is_not_utf_8_stops_nobody_and_can_be_buried(
 
 
 @pytest.mark.parametrize("column", [*POISON, "level"])
-async def test_a_letter_that_is_not_utf_8_is_read_replayed_and_dropped(path: Path, opened: Callable[..., Broker], column: str) -> None:
+async def test_a_letter_that_is_not_utf_8_is_read_replayed_and_dropped(
+    path: Path, opened: Callable[..., Broker], column: str
+) -> None:
     """An operator who can't list the dead letters for the sake of one of them can do nothing for the others."""
     broker = opened()
     await publish(broker, b"1")
@@ -421,9 +437,6 @@ async def test_a_letter_that_is_not_utf_8_is_read_replayed_and_dropped(path: Pat
 
     assert [letter.envelope.body for letter in (good, replayed, dropped)] == [b"1", b"to be replayed", b"to be dropped"]
     assert (row.dead, row.levels["normal"], row.levels["\ufffd"]) == (1, 1, 1)
-
-
-# ---- leases
 
 
 async def test_a_worker_that_shows_no_life_loses_what_it_holds_and_hears_of_it(
@@ -529,9 +542,6 @@ def test_only_a_process_that_is_certainly_gone_is_called_dead() -> None:
     assert not known_dead("")
 
 
-# ---- the process and the file
-
-
 async def test_a_forked_child_publishes_on_a_connection_of_its_own(path: Path, opened: Callable[..., Broker]) -> None:
     """Gunicorn forks after the app was loaded: a connection used by both sides corrupts the file."""
     broker = opened()
@@ -575,7 +585,9 @@ async def test_a_file_deleted_under_a_running_worker_is_noticed(
     await consumption.close()
 
 
-async def test_a_file_that_cannot_be_used_any_more_ends_the_consumption(path: Path, opened: Callable[..., Broker]) -> None:
+async def test_a_file_that_cannot_be_used_any_more_ends_the_consumption(
+    path: Path, opened: Callable[..., Broker]
+) -> None:
     """A worker without its file must end and say why, not sit there looking well."""
     consumption, _ = await consume(opened(), QUEUE)
     for file in path.parent.iterdir():
@@ -594,7 +606,9 @@ async def test_space_is_given_back(path: Path, opened: Callable[..., Broker], mo
     monkeypatch.setattr(sqlite_file, "BEAT_S", 0.05)
     broker = opened()
     bodies = [os.urandom(64 << 10)] * 200
-    await asyncio.gather(*(broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=0, deadline=soon()) for body in bodies))
+    await asyncio.gather(
+        *(broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=0, deadline=soon()) for body in bodies)
+    )
     _, sink = await consume(broker, QUEUE, prefetch=200)
 
     for delivery in await sink.take(200):

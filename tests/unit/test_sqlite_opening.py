@@ -214,7 +214,9 @@ async def test_a_read_only_path_is_named(tmp_path: Path, read_only: str) -> None
 
     try:
         command = [sys.executable, "-c", _READ_ONLY, f"sqlite:///{path}"]
-        child = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=True, cwd="/")
+        child = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, text=True, timeout=60, check=True, cwd="/"
+        )
     finally:
         folder.chmod(0o755)
 
@@ -237,6 +239,9 @@ async def test_commits_are_durable_and_the_log_is_write_ahead(tmp_path: Path) ->
     from leveret.brokers.sqlite_schema import open_file
 
     with closing(open_file(str(tmp_path / "jobs.db"), create=True)) as connection:
-        settings = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode", "auto_vacuum")]
+        settings = [
+            connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("synchronous", "journal_mode", "auto_vacuum")
+        ]
 
     assert settings == [2, "wal", 2]

@@ -46,7 +46,9 @@ async def test_a_short_limit_strikes_in_time_beside_a_long_one() -> None:
     long = asyncio.ensure_future(chain(Timeout(60), handler=forever)(attempt()))
     await asyncio.sleep(0)
     begun = time.monotonic()
-    results = await asyncio.gather(*(chain(Timeout(limit), handler=forever)(attempt()) for limit in (0.3, 0.1, 0.2)), return_exceptions=True)
+    results = await asyncio.gather(
+        *(chain(Timeout(limit), handler=forever)(attempt()) for limit in (0.3, 0.1, 0.2)), return_exceptions=True
+    )
     took_s = time.monotonic() - begun
     long.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -161,7 +163,9 @@ async def test_a_handler_in_a_thread_that_is_cut_off_is_not_said_to_be_late(capl
         go_on.wait(5)
 
     with ThreadPoolExecutor(1) as threads:
-        step = innermost(resolve(Registration(greet, Greet, ()), ()), clock=ManualClock(), threads=threads, around_sync=None)
+        step = innermost(
+            resolve(Registration(greet, Greet, ()), ()), clock=ManualClock(), threads=threads, around_sync=None
+        )
         task = asyncio.ensure_future(chain(Timeout(60), handler=step)(attempt()))
         await begun.wait()
         task.cancel()
@@ -175,7 +179,14 @@ async def test_a_handler_in_a_thread_that_is_cut_off_is_not_said_to_be_late(capl
 
 @pytest.mark.parametrize(
     ("limit_s", "kind"),
-    [(0, ValueError), (-1, ValueError), (float("inf"), ValueError), (float("nan"), ValueError), ("30", TypeError), (True, TypeError)],
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (float("inf"), ValueError),
+        (float("nan"), ValueError),
+        ("30", TypeError),
+        (True, TypeError),
+    ],
 )
 def test_wrong_limits_are_refused_where_they_are_written(limit_s: Any, kind: type[Exception]) -> None:
     """A limit of 0 would end every run, and one without end none."""

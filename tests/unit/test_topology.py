@@ -19,7 +19,9 @@ KINDS = [QUORUM, CLASSIC, ONE, CLASSIC_ONE]
 
 delays = st.floats(1e-9, MAX_DELAY_S)
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,150}", fullmatch=True).filter(
-    lambda name: not name.startswith("lv.") and not name.endswith((".low", ".normal", ".high", ".urgent", ".dead", ".suspects"))
+    lambda name: (
+        not name.startswith("lv.") and not name.endswith((".low", ".normal", ".high", ".urgent", ".dead", ".suspects"))
+    )
 )
 
 
@@ -28,7 +30,11 @@ def queues(records: tuple[Declaration, ...]) -> dict[str, dict[str, object]]:
 
 
 def bindings(records: tuple[Declaration, ...], source: str) -> set[tuple[str, str]]:
-    return {(record.key, record.destination) for record in records if isinstance(record, Binding) and record.source == source}
+    return {
+        (record.key, record.destination)
+        for record in records
+        if isinstance(record, Binding) and record.source == source
+    }
 
 
 def matches(pattern: str, key: str) -> bool:
@@ -42,13 +48,21 @@ def walk(exchange: str, key: str, records: tuple[Declaration, ...]) -> tuple[lis
     waits: list[str] = []
     arguments = queues(records)
     while exchange != topology.DUE:
-        [hop] = [record for record in records if isinstance(record, Binding) and record.source == exchange and matches(record.key, key)]
+        [hop] = [
+            record
+            for record in records
+            if isinstance(record, Binding) and record.source == exchange and matches(record.key, key)
+        ]
         if hop.to == "exchange":
             exchange = hop.destination
         else:
             waits.append(hop.destination)
             exchange = str(arguments[hop.destination]["x-dead-letter-exchange"])
-    return waits, {record.destination for record in records if isinstance(record, Binding) and record.source == topology.DUE and matches(record.key, key)}
+    return waits, {
+        record.destination
+        for record in records
+        if isinstance(record, Binding) and record.source == topology.DUE and matches(record.key, key)
+    }
 
 
 def test_a_quorum_queue_is_a_sibling_for_each_level_and_normal_bears_the_queues_own_name() -> None:
@@ -82,19 +96,26 @@ def test_the_dead_letter_queue_is_there_before_the_first_queue_that_dead_letters
     assert records[1] == Binding("lv.dead", "shop.emails.dead", "shop.emails")
     for name, arguments in queues(records).items():
         if name != "shop.emails.dead":
-            assert (arguments["x-dead-letter-exchange"], arguments["x-dead-letter-routing-key"]) == ("lv.dead", "shop.emails")
+            assert (arguments["x-dead-letter-exchange"], arguments["x-dead-letter-routing-key"]) == (
+                "lv.dead",
+                "shop.emails",
+            )
 
 
 def test_a_quorum_queues_arguments_are_these() -> None:
     """A queue can't be declared again with others: any change here is a 406 in every installation."""
-    assert topology.job_queue_arguments(QUORUM) == topology.job_queue_arguments(ONE) == {
-        "x-queue-type": "quorum",
-        "x-delivery-limit": 1_000_000,
-        "x-dead-letter-exchange": "lv.dead",
-        "x-dead-letter-routing-key": "shop.emails",
-        "x-dead-letter-strategy": "at-least-once",
-        "x-overflow": "reject-publish",
-    }
+    assert (
+        topology.job_queue_arguments(QUORUM)
+        == topology.job_queue_arguments(ONE)
+        == {
+            "x-queue-type": "quorum",
+            "x-delivery-limit": 1_000_000,
+            "x-dead-letter-exchange": "lv.dead",
+            "x-dead-letter-routing-key": "shop.emails",
+            "x-dead-letter-strategy": "at-least-once",
+            "x-overflow": "reject-publish",
+        }
+    )
 
 
 def test_a_classic_queues_arguments_are_these() -> None:
@@ -106,20 +127,35 @@ def test_a_classic_queues_arguments_are_these() -> None:
 
 def test_every_quorum_queue_that_is_declared_has_the_delivery_limit() -> None:
     """4.x drops a job after 20 returns where there is none, and 3.10 takes -1 for a single delivery."""
-    everything = topology.SHARED + topology.of_queue(QUORUM) + topology.of_queue(CLASSIC) + topology.of_ladder("quorum") + topology.of_ladder("classic")
-    found = [record.arguments for record in everything if isinstance(record, PhysicalQueue) and record.arguments["x-queue-type"] == "quorum"]
+    everything = (
+        topology.SHARED
+        + topology.of_queue(QUORUM)
+        + topology.of_queue(CLASSIC)
+        + topology.of_ladder("quorum")
+        + topology.of_ladder("classic")
+    )
+    found = [
+        record.arguments
+        for record in everything
+        if isinstance(record, PhysicalQueue) and record.arguments["x-queue-type"] == "quorum"
+    ]
     assert {arguments.get("x-delivery-limit") for arguments in found} == {1_000_000}
 
 
 def test_dead_letters_lie_in_a_quorum_queue_whatever_the_jobs_lie_in() -> None:
     """A dead letter is the last copy of a job."""
     for queue in KINDS:
-        assert queues(topology.of_queue(queue))["shop.emails.dead"] == {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
+        assert queues(topology.of_queue(queue))["shop.emails.dead"] == {
+            "x-queue-type": "quorum",
+            "x-delivery-limit": 1_000_000,
+        }
 
 
 def test_the_exchanges_have_their_alternates_from_the_first_release() -> None:
     """An alternate exchange can't be added to one that exists: `migrate` could never move a key without loss."""
-    exchanges = {record.name: (record.kind, record.arguments) for record in topology.SHARED if isinstance(record, Exchange)}
+    exchanges = {
+        record.name: (record.kind, record.arguments) for record in topology.SHARED if isinstance(record, Exchange)
+    }
     assert exchanges == {
         "lv.dead": ("direct", {}),
         "lv.jobs": ("direct", {"alternate-exchange": "lv.jobs.alt"}),
@@ -146,7 +182,12 @@ def test_no_two_queues_share_a_physical_name_or_a_route() -> None:
     """A dot in a name must not make one queue's level another queue: `a.high` of `a` is why `.high` is reserved."""
     several = [Queue(name) for name in ("a", "a.b", "a-b", "a.normal-x", "b.a", "high")]
     physical = [name for queue in several for name in queues(topology.of_queue(queue))]
-    routes = [route for queue in several for level in queue.levels for route in (topology.job_key(queue.name, level), topology.destination(queue.name, level))]
+    routes = [
+        route
+        for queue in several
+        for level in queue.levels
+        for route in (topology.job_key(queue.name, level), topology.destination(queue.name, level))
+    ]
     assert len(set(physical)) == len(physical)
     assert len(set(routes)) == len(routes)
 
@@ -160,7 +201,19 @@ def test_a_siblings_level_can_be_told_from_its_name(level: Priority) -> None:
 
 @pytest.mark.parametrize(
     ("delay_s", "units"),
-    [(1e-9, 1), (0.25, 1), (0.2501, 2), (1, 4), (31.75, 127), (32, 128), (32.1, 130), (60, 240), (600, 2400), (3600, 14464), (86_400, 348_160)],
+    [
+        (1e-9, 1),
+        (0.25, 1),
+        (0.2501, 2),
+        (1, 4),
+        (31.75, 127),
+        (32, 128),
+        (32.1, 130),
+        (60, 240),
+        (600, 2400),
+        (3600, 14464),
+        (86_400, 348_160),
+    ],
 )
 def test_a_delay_is_rounded_up_to_seven_significant_bits_of_a_quarter_second(delay_s: float, units: int) -> None:
     """Down, and a job runs before its time; with more bits, it hops through more queues than three."""
@@ -193,7 +246,9 @@ def test_a_delay_that_the_ladder_does_not_have_is_refused(delay_s: float) -> Non
 def test_a_delayed_job_waits_its_time_and_ends_in_its_own_queue(queue: Queue, delay_s: float, level: Priority) -> None:
     """One binding the wrong way round, and jobs stay in the ladder for good, or come to all queues at once."""
     level = level if queue.priorities else Priority.NORMAL
-    records = topology.of_ladder(queue.type) + topology.of_queue(queue) + topology.of_queue(Queue("shop", type=queue.type))
+    records = (
+        topology.of_ladder(queue.type) + topology.of_queue(queue) + topology.of_queue(Queue("shop", type=queue.type))
+    )
     exchange, key = topology.route(queue, level, delay_s)
 
     waits, ends = walk(exchange, key, records)
@@ -224,7 +279,9 @@ def test_a_ladders_bindings_have_a_star_for_each_word_and_no_hash() -> None:
     """A `#` costs the broker a search for each message, and matches keys of any length."""
     for record in topology.of_ladder("quorum") + topology.of_queue(QUORUM):
         if isinstance(record, Binding) and record.source.startswith("lv.delay."):
-            assert record.key.count(".") in ((topology.PLACES, 24) if record.source == topology.DUE else (topology.PLACES,))
+            assert record.key.count(".") in (
+                (topology.PLACES, 24) if record.source == topology.DUE else (topology.PLACES,)
+            )
             assert "#" not in record.key
 
 
@@ -233,17 +290,26 @@ def test_what_version_0_1_0_delayed_still_finds_its_queue() -> None:
     for queue in KINDS:
         for level in queue.levels:
             key = "0." * 23 + "1." + f"q/shop/emails/{level.value}"
-            ends = {destination for pattern, destination in bindings(topology.of_queue(queue), "lv.delay.due") if matches(pattern, key)}
+            ends = {
+                destination
+                for pattern, destination in bindings(topology.of_queue(queue), "lv.delay.due")
+                if matches(pattern, key)
+            }
             assert ends == {topology.physical(queue, level)}
 
 
 def test_a_waiting_queue_says_how_long_it_holds_a_job() -> None:
     """Whoever looks at the management page at night reads the delay from the name."""
-    names = {name: int(str(arguments["x-message-ttl"])) for name, arguments in queues(topology.of_ladder("quorum")).items()}
-    assert {name: names[name] for name in ("lv.delay.250ms", "lv.delay.1s", "lv.delay.16s", "lv.delay.3670016s")} == {
-        "lv.delay.250ms": 250, "lv.delay.1s": 1000, "lv.delay.16s": 16_000, "lv.delay.3670016s": 3_670_016_000,
+    names = {
+        name: int(str(arguments["x-message-ttl"])) for name, arguments in queues(topology.of_ladder("quorum")).items()
     }
-    assert max(names.values()) < 1 << 32    # the broker's own limit of a time to live
+    assert {name: names[name] for name in ("lv.delay.250ms", "lv.delay.1s", "lv.delay.16s", "lv.delay.3670016s")} == {
+        "lv.delay.250ms": 250,
+        "lv.delay.1s": 1000,
+        "lv.delay.16s": 16_000,
+        "lv.delay.3670016s": 3_670_016_000,
+    }
+    assert max(names.values()) < 1 << 32  # the broker's own limit of a time to live
     assert len(names) == len(set(names.values())) == 7 * topology.PLACES
 
 

@@ -109,9 +109,17 @@ async def test_one_trace_from_the_request_over_two_failures_to_what_the_handler_
     assert [parent_of(first), parent_of(second), parent_of(third)] == [id_of(sent), id_of(first), id_of(second)]
     assert [links_of(first), links_of(second), links_of(third)] == [[], [id_of(first)], [id_of(second)]]
     assert [parent_of(child), parent_of(last)] == [id_of(third), id_of(child)]
-    assert [span.status.status_code for span in (first, second, third)] == [StatusCode.ERROR, StatusCode.ERROR, StatusCode.UNSET]
+    assert [span.status.status_code for span in (first, second, third)] == [
+        StatusCode.ERROR,
+        StatusCode.ERROR,
+        StatusCode.UNSET,
+    ]
     assert [span.attributes["leveret.attempt"] for span in (first, second, third) if span.attributes] == [1, 2, 3]
-    assert [span.attributes["leveret.outcome"] for span in (first, second, third) if span.attributes] == ["retry", "retry", "done"]
+    assert [span.attributes["leveret.outcome"] for span in (first, second, third) if span.attributes] == [
+        "retry",
+        "retry",
+        "done",
+    ]
     assert first.status.description == "ValueError: no 1"
     assert [event.name for event in first.events] == ["exception"]
 
@@ -156,7 +164,9 @@ async def settled(layer: Tracing, run: Attempt[Any], outcome: Outcome, **changes
 
 
 @pytest.mark.parametrize(("outcome", "cause"), [(Retry(1), "retry"), (Snooze(1), "snooze"), (Bury("no"), "bury")])
-async def test_what_is_published_anew_carries_its_attempts_context_and_has_no_span(spans: Spans, outcome: Outcome, cause: str) -> None:
+async def test_what_is_published_anew_carries_its_attempts_context_and_has_no_span(
+    spans: Spans, outcome: Outcome, cause: str
+) -> None:
     """The next attempt would hang below a span of the broker's, or below the publisher's: not below the attempt before."""
     layer = Tracing(tracer_provider=spans.provider)
     sent = await settled(layer, attempt(headers={"traceparent": PARENT, "x-tenant-id": 7}), outcome, cause=cause)
@@ -175,19 +185,28 @@ async def test_a_burial_of_a_job_that_never_ran_keeps_the_context_that_it_came_w
 
 async def test_a_run_is_a_child_of_what_published_it(spans: Spans) -> None:
     """Any publisher that writes W3C headers takes part, leveret or not."""
-    await chain(Tracing(tracer_provider=spans.provider), handler=say(None))(attempt(headers={"traceparent": PARENT, "tracestate": "a=b"}))
+    await chain(Tracing(tracer_provider=spans.provider), handler=say(None))(
+        attempt(headers={"traceparent": PARENT, "tracestate": "a=b"})
+    )
     (run,) = spans.all()
-    assert (f"{run.context.trace_id:032x}" if run.context else "", f"{parent_of(run) or 0:016x}") == (PARENT[3:35], PARENT[36:52])
+    assert (f"{run.context.trace_id:032x}" if run.context else "", f"{parent_of(run) or 0:016x}") == (
+        PARENT[3:35],
+        PARENT[36:52],
+    )
     assert run.kind is SpanKind.CONSUMER
     assert links_of(run) == []
     assert run.context is not None
     assert run.context.trace_state.get("a") == "b"
 
 
-@pytest.mark.parametrize("wrong", [7, b"\xff", ["a"], None, "not-a-context", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "é" * 9000])
+@pytest.mark.parametrize(
+    "wrong", [7, b"\xff", ["a"], None, "not-a-context", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "é" * 9000]
+)
 async def test_a_context_that_cannot_be_read_is_none(spans: Spans, wrong: object) -> None:
     """Others publish too: a header of the wrong type must not bury the job."""
-    await chain(Tracing(tracer_provider=spans.provider), handler=say(None))(attempt(headers={"traceparent": wrong, "tracestate": wrong, "baggage": wrong}))
+    await chain(Tracing(tracer_provider=spans.provider), handler=say(None))(
+        attempt(headers={"traceparent": wrong, "tracestate": wrong, "baggage": wrong})
+    )
     (run,) = spans.all()
     assert run.parent is None
 
@@ -233,17 +252,25 @@ async def test_attributes_follow_the_semantic_conventions(spans: Spans) -> None:
     sent = await published(layer, envelope(correlation_id="id-0"))
     await chain(layer, handler=say(None))(attempt(correlation_id="id-0", headers=sent.headers))
     common = {
-        "messaging.system": "leveret", "messaging.destination.name": "emails", "messaging.message.id": "id-1",
-        "messaging.message.conversation_id": "id-0", "leveret.job": "greet",
+        "messaging.system": "leveret",
+        "messaging.destination.name": "emails",
+        "messaging.message.id": "id-1",
+        "messaging.message.conversation_id": "id-0",
+        "leveret.job": "greet",
     }
     (send,), (process,) = spans.named("send emails"), spans.named("process emails")
     assert send.kind is SpanKind.PRODUCER
     assert dict(send.attributes or {}) == common | {
-        "messaging.operation.name": "send", "messaging.operation.type": "send", "messaging.message.body.size": 2,
+        "messaging.operation.name": "send",
+        "messaging.operation.type": "send",
+        "messaging.message.body.size": 2,
     }
     assert dict(process.attributes or {}) == common | {
-        "messaging.operation.name": "process", "messaging.operation.type": "process", "messaging.message.body.size": 13,
-        "leveret.attempt": 1, "leveret.outcome": "done",
+        "messaging.operation.name": "process",
+        "messaging.operation.type": "process",
+        "messaging.message.body.size": 13,
+        "leveret.attempt": 1,
+        "leveret.outcome": "done",
     }
 
 
@@ -350,7 +377,9 @@ def test_without_an_sdk_nothing_is_made_and_a_context_passes_on() -> None:
 
         asyncio.run(main())
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60, cwd=Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60, cwd=Path(__file__).parents[2]
+    )
 
 
 def test_the_layers_import_nothing_of_opentelemetry() -> None:
@@ -396,7 +425,12 @@ def test_an_sdk_is_found_wherever_it_comes_from(named: bool) -> None:
     """The layer looks whether OpenTelemetry is there at all: one that it overlooked would record nothing, without a word."""
     environment = os.environ | ({"OTEL_PYTHON_TRACER_PROVIDER": "sdk_tracer_provider"} if named else {})
     done = subprocess.run(
-        [sys.executable, "-c", _TRACED.replace("NAMED", str(named))], env=environment, cwd=Path(__file__).parents[2],
-        check=False, timeout=60, capture_output=True, text=True,
+        [sys.executable, "-c", _TRACED.replace("NAMED", str(named))],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=False,
+        timeout=60,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "['process emails']"), done.stderr

@@ -30,7 +30,8 @@ class Recorder:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.queue = queue = Queue(plan.queue, type=plan.type)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        self.app = App("fault", broker=plan.url, middleware=[Retries(base_s=0.2, cap_s=0.4)], settings=Settings(**plan.settings))  # type: ignore[arg-type]
+        settings = Settings(**plan.settings)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        self.app = App("fault", broker=plan.url, middleware=[Retries(base_s=0.2, cap_s=0.4)], settings=settings)
 
         class Note(Job, name="note", queue=queue):
             seconds: float = 0.0
