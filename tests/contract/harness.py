@@ -181,7 +181,7 @@ class MemoryHarness(Harness):
 
     def __init__(self) -> None:
         super().__init__(f"memory://{uuid.uuid4().hex}")
-        from leveret.brokers.memory import memory_store
+        from leveret.brokers.memory.broker import memory_store
 
         self.store = memory_store(self.url)
 
@@ -237,7 +237,7 @@ class SqliteHarness(Harness):
         content_encoding: str | None = None,
         headers: Mapping[str, Any] | None = None,
     ) -> None:
-        from leveret.brokers.sqlite_schema import headers_text
+        from leveret.brokers.sqlite.schema import headers_text
 
         with closing(sqlite3.connect(self.path, timeout=PATIENCE_S)) as connection, connection:
             connection.execute(

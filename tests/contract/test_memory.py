@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from leveret.broker import Subscription
-from leveret.brokers.memory import MemoryBroker, MemoryStore, memory_store, open_admin, open_broker
-from leveret.brokers.memory_admin import MemoryAdmin
+from leveret.brokers.memory import MemoryBroker, MemoryStore, open_admin, open_broker
+from leveret.brokers.memory.admin import MemoryAdmin
+from leveret.brokers.memory.broker import memory_store
 from leveret.clock import ManualClock, SystemClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue

@@ -13,10 +13,10 @@ import pytest
 from pamqp.commands import Basic
 
 from leveret import MessageTooLarge
-from leveret.brokers import amqp, frames
-from leveret.brokers.address import addresses
-from leveret.brokers.channel import Unconfirmed
-from leveret.brokers.rabbitmq import open_admin
+from leveret.brokers.rabbitmq import connection as amqp
+from leveret.brokers.rabbitmq import frames, open_admin
+from leveret.brokers.rabbitmq.address import addresses
+from leveret.brokers.rabbitmq.channel import Unconfirmed
 from leveret.envelope import failures_of
 from leveret.settings import Runtime
 from tests.conftest import StartNode

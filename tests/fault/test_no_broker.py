@@ -23,7 +23,7 @@ from leveret import (
 )
 from leveret.broker import Delivery
 from leveret.brokers.rabbitmq import open_admin, open_broker
-from leveret.brokers.rabbitmq_consuming import RabbitDelivery
+from leveret.brokers.rabbitmq.consuming import RabbitDelivery
 from leveret.ids import new_job_id
 from leveret.job import Queue
 from leveret.settings import Runtime

@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 
 from leveret import App, Attempt, Job, PublishTimeout, Queue
-from leveret.brokers.channel import WINDOW
-from leveret.brokers.rabbitmq import RabbitBroker
+from leveret.brokers.rabbitmq.broker import RabbitBroker
+from leveret.brokers.rabbitmq.channel import WINDOW
 from leveret.middleware import Retries
 from leveret.worker import working
 from tests.fault.bench import eventually

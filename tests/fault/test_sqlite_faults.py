@@ -36,7 +36,7 @@ RUNTIME = Runtime(app="fault")
 _COMMON = """
 import asyncio, os, sys, time
 from leveret.broker import Subscription
-from leveret.brokers import sqlite_file
+from leveret.brokers.sqlite import file
 from leveret.brokers.sqlite import open_broker
 from leveret.envelope import Envelope
 from leveret.errors import PublishError
@@ -81,7 +81,7 @@ _WORKER = (
     + """
 lease_s = float(argument)
 if lease_s:
-    sqlite_file.LEASE_S, sqlite_file.BEAT_S = lease_s, lease_s / 3
+    file.LEASE_S, file.BEAT_S = lease_s, lease_s / 3
 
 class Sink:
     def deliver(self, delivery):

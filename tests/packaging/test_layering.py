@@ -104,7 +104,7 @@ def test_only_the_rabbitmq_broker_knows_its_client(file: Path) -> None:
         ("framework", "import brokers", True),
         ("brokers", "from leveret.envelope import Envelope", False),
         ("brokers", "def f():\n    from leveret.middleware import Retries", True),
-        ("brokers", "from leveret.brokers.frames import Frame", True),
+        ("brokers", "from leveret.brokers.rabbitmq.frames import Frame", True),
         ("brokers", "from .frames import Frame", False),
         ("middleware", "from ..envelope import Envelope", True),
         ("middleware", "from leveret import brokers", True),

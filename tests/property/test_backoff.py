@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from leveret import Bury, Retry
 from leveret.backoff import ceiling_s, full_jitter
-from leveret.brokers.topology import UNIT_MS, delay_units
+from leveret.brokers.rabbitmq.topology import UNIT_MS, delay_units
 from leveret.middleware import Retries
 from leveret.outcome import MAX_DELAY_S
 from leveret.settings import Runtime

@@ -14,12 +14,12 @@ import pytest
 import pytest_asyncio
 from pamqp import commands
 
-from leveret.brokers import amqp
-from leveret.brokers.address import addresses
-from leveret.brokers.amqp import Connection
-from leveret.brokers.channel import WRITE_HIGH_BYTES, Channel, Closed, Nacked, Returned, Unconfirmed
-from leveret.brokers.frames import OVERHEAD
-from leveret.brokers.session import connect as connect_session
+from leveret.brokers.rabbitmq import connection as amqp
+from leveret.brokers.rabbitmq.address import addresses
+from leveret.brokers.rabbitmq.channel import WRITE_HIGH_BYTES, Channel, Closed, Nacked, Returned, Unconfirmed
+from leveret.brokers.rabbitmq.connection import Connection
+from leveret.brokers.rabbitmq.frames import OVERHEAD
+from leveret.brokers.rabbitmq.session import connect as connect_session
 from leveret.errors import ConfigurationError
 from tests.conftest import StartNode
 from tests.rabbit.node import Rabbit

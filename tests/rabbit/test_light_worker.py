@@ -49,7 +49,7 @@ _UNWANTED = {
     "zoneinfo",
     "leveret.blocking",
     "leveret.brokers.memory",
-    "leveret.brokers.rabbitmq_admin",
+    "leveret.brokers.rabbitmq.admin",
     "leveret.brokers.sqlite",
     "leveret.cli",
     "leveret.describe",

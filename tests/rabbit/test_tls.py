@@ -16,8 +16,8 @@ import pytest_asyncio
 import trustme
 from pamqp import commands
 
-from leveret.brokers.address import addresses
-from leveret.brokers.session import connect
+from leveret.brokers.rabbitmq.address import addresses
+from leveret.brokers.rabbitmq.session import connect
 from leveret.errors import ConfigurationError
 from tests.rabbit.node import Installation, Node, Rabbit, free_ports
 

@@ -18,10 +18,19 @@ from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
 from leveret import App, Job, PublishTimeout, Queue
-from leveret.brokers import amqp
-from leveret.brokers.address import Address, addresses
-from leveret.brokers.amqp import BROKERS_HEADERS_BYTES, Connection
-from leveret.brokers.channel import WINDOW, WRITE_HIGH_BYTES, Channel, Closed, Late, Nacked, Returned, Unconfirmed
+from leveret.brokers.rabbitmq import connection as amqp
+from leveret.brokers.rabbitmq.address import Address, addresses
+from leveret.brokers.rabbitmq.channel import (
+    WINDOW,
+    WRITE_HIGH_BYTES,
+    Channel,
+    Closed,
+    Late,
+    Nacked,
+    Returned,
+    Unconfirmed,
+)
+from leveret.brokers.rabbitmq.connection import BROKERS_HEADERS_BYTES, Connection
 
 _T = TypeVar("_T")
 START = commands.Connection.Start(server_properties={"product": "a test"}, mechanisms="PLAIN AMQPLAIN", locales="en_US")

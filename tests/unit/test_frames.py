@@ -18,7 +18,7 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from leveret.brokers.frames import (
+from leveret.brokers.rabbitmq.frames import (
     HEARTBEAT,
     OVERHEAD,
     Parser,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pamqp import commands, decode
 from pamqp.header import ContentHeader
 
-from leveret.brokers import properties
-from leveret.brokers.topology import PRIORITY_PROPERTY
+from leveret.brokers.rabbitmq import properties
+from leveret.brokers.rabbitmq.topology import PRIORITY_PROPERTY
 from leveret.envelope import JSON, MSGPACK, Envelope, Failure
 from leveret.job import LEVELS, Priority, Queue
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from leveret import App, Attempt, Consume, Done, Job, Outcome, Snooze
-from leveret.brokers.topology import UNIT_MS, delay_units
+from leveret.brokers.rabbitmq.topology import UNIT_MS, delay_units
 from leveret.clock import ManualClock
 from leveret.middleware import RateLimit, Retries
 from leveret.settings import Runtime

@@ -17,10 +17,10 @@ import msgspec
 import pytest
 
 from leveret.broker import Broker, Subscription
-from leveret.brokers import sqlite_file
+from leveret.brokers.sqlite import file as sqlite_file
 from leveret.brokers.sqlite import open_admin, open_broker
-from leveret.brokers.sqlite_file import Write
-from leveret.brokers.sqlite_schema import known_dead, my_identity
+from leveret.brokers.sqlite.file import Write
+from leveret.brokers.sqlite.schema import known_dead, my_identity
 from leveret.clock import ManualClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, PublishTimeout
 from leveret.job import Queue
@@ -235,7 +235,7 @@ async def test_closing_under_a_lock_ends(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker must stop when it is told to, whatever the file does; what was done and can't be written runs again."""
-    monkeypatch.setattr("leveret.brokers.sqlite.CLOSE_S", 0.3)
+    monkeypatch.setattr("leveret.brokers.sqlite.broker.CLOSE_S", 0.3)
     broker = opened()
     await publish(broker, b"1")
     _, sink = await consume(broker, QUEUE)
@@ -626,7 +626,7 @@ async def test_a_publisher_and_a_worker_of_one_process_meet_at_once(
     _, sink = await consume(worker, QUEUE)
     await publish(publisher, b"before")
     await sink.next()
-    monkeypatch.setattr("leveret.brokers.sqlite_store.POLL_S", 60.0)
+    monkeypatch.setattr("leveret.brokers.sqlite.store.POLL_S", 60.0)
     await asyncio.sleep(0.1)  # the last short poll is over
 
     await publish(publisher, b"1")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from leveret.broker import Admin, Broker, Subscription
-from leveret.brokers.sqlite import open_admin, open_broker, path_of
+from leveret.brokers.sqlite import open_admin, open_broker
+from leveret.brokers.sqlite.broker import path_of
 from leveret.errors import ConfigurationError
 from leveret.job import Queue
 from leveret.settings import Runtime
@@ -236,7 +237,7 @@ def test_a_sqlite_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 async def test_commits_are_durable_and_the_log_is_write_ahead(tmp_path: Path) -> None:
     """Without synchronous=FULL a power cut takes confirmed jobs; without WAL readers and writers stop each other."""
-    from leveret.brokers.sqlite_schema import open_file
+    from leveret.brokers.sqlite.schema import open_file
 
     with closing(open_file(str(tmp_path / "jobs.db"), create=True)) as connection:
         settings = [

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leveret.brokers import topology
-from leveret.brokers.topology import Binding, Declaration, Exchange, PhysicalQueue
+from leveret.brokers.rabbitmq import topology
+from leveret.brokers.rabbitmq.topology import Binding, Declaration, Exchange, PhysicalQueue
 from leveret.job import LEVELS, MAX_NAME_BYTES, Priority, Queue
 from leveret.outcome import MAX_DELAY_S
 

@@ -26,11 +26,12 @@ from leveret.errors import ConfigurationError
 from leveret.job import Priority, Queue
 from leveret.settings import Runtime
 
-from . import amqp, topology
+from . import connection as amqp
+from . import topology
 from .address import Address
 from .channel import CLOSE_TIMEOUT_S, Channel, Closed
 from .properties import from_job_queue
-from .rabbitmq_publishing import Posting
+from .publishing import Posting
 from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of, settled
 
 logger = logging.getLogger("leveret.rabbitmq")

@@ -18,10 +18,10 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.settings import Runtime
 
-from .sqlite import CLOSE_S, packed
-from .sqlite_file import Call, Taker, Write
-from .sqlite_schema import INSERTS, READ, Row, unpack
-from .sqlite_store import Store
+from .broker import CLOSE_S, packed
+from .file import Call, Taker, Write
+from .schema import INSERTS, READ, Row, unpack
+from .store import Store
 
 log = logging.getLogger("leveret.sqlite")
 

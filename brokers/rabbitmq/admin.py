@@ -18,11 +18,12 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, Unroutable
 from leveret.job import LEVELS, Priority, Queue
 from leveret.settings import Runtime
 
-from . import amqp, topology
+from . import connection as amqp
+from . import topology
 from .address import Address
 from .channel import Channel, Closed
 from .properties import from_dead_queue
-from .rabbitmq_publishing import Publishing, Route
+from .publishing import Publishing, Route
 from .session import FAULTS, ConnectionLost, connect, kind_of, reason_of, settled
 
 _T = TypeVar("_T")

@@ -1,7 +1,7 @@
 """RabbitMQ 3.10 and later: a connection publishes, one settles (retries, burials), one consumes, so that what one waits for touches no other.
 
-    publish ─► `rabbitmq_publishing`: connection ─► topology declared ─► window ─► basic.publish ─► confirm
-    queue ─► `rabbitmq_consuming`: a channel a logical queue, a consumer a physical one ─► sink.deliver … done / again / bury / give_back ─► acks
+    publish ─► `publishing`: connection ─► topology declared ─► window ─► basic.publish ─► confirm
+    queue ─► `consuming`: a channel a logical queue, a consumer a physical one ─► sink.deliver … done / again / bury / give_back ─► acks
 
 The protocol is `amqp` and `frames`, what is declared `topology`.
 """
@@ -14,34 +14,17 @@ from collections.abc import Sequence
 
 import msgspec
 
-from leveret.broker import Admin, Broker, Consumption, Delivery, Features, Posted, Sink, Subscription
+from leveret.broker import Consumption, Delivery, Features, Posted, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import InvalidJob
 from leveret.job import Priority, Queue
 from leveret.settings import Runtime
 
 from . import topology
-from .address import Address, addresses
+from .address import Address
+from .consuming import RabbitConsumption, RabbitDelivery
 from .properties import priority_property
-from .rabbitmq_consuming import RabbitConsumption, RabbitDelivery
-from .rabbitmq_publishing import Publishing, Route, encoded
-
-
-def open_broker(url: str, runtime: Runtime) -> Broker:
-    """Return the broker at `url` (amqp or amqps; several with commas between); ConfigurationError for one that can't be. Connects to nothing."""
-    return RabbitBroker(addresses(url, runtime.settings.heartbeat_s), runtime)
-
-
-def open_admin(url: str, runtime: Runtime) -> Admin:
-    """Return the admin of the broker at `url`. Connects to nothing."""
-    from .rabbitmq_admin import RabbitAdmin
-
-    return RabbitAdmin(addresses(url, runtime.settings.heartbeat_s), runtime)
-
-
-def physical_queues(queue: Queue) -> list[str]:
-    """Return the names that the management page shows for `queue`, dead letters last; for `leveret describe`."""
-    return [*topology.physicals(queue), topology.dead_queue(queue.name)]
+from .publishing import Publishing, Route, encoded
 
 
 class RabbitBroker:

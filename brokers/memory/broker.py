@@ -5,7 +5,7 @@ thread. A test that wants its own makes one: `MemoryBroker(MemoryStore(), runtim
 """
 
 # pyright: reportPrivateUsage=false
-# One lock over what is shared: the classes of this module and of `memory_admin` work on the store's insides, and nobody else does.
+# One lock over what is shared: the classes of this module and of `admin` work on the store's insides, and nobody else does.
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import final
 
 import msgspec
 
-from leveret.broker import Admin, Consumption, Delivery, Features, Sink, Subscription
+from leveret.broker import Consumption, Delivery, Features, Sink, Subscription
 from leveret.clock import Clock, Timer
 from leveret.envelope import JSON, Envelope, pack_headers, unpack_headers
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
@@ -482,15 +482,3 @@ def memory_store(url: str) -> MemoryStore:
         raise ConfigurationError(msg)
     with _stores_lock:
         return _stores.setdefault(url.rstrip("/"), MemoryStore())
-
-
-def open_broker(url: str, runtime: Runtime) -> MemoryBroker:
-    """Make a broker on the store of `url`."""
-    return MemoryBroker(memory_store(url), runtime)
-
-
-def open_admin(url: str, runtime: Runtime) -> Admin:
-    """Make an admin on the store of `url`."""
-    from .memory_admin import MemoryAdmin
-
-    return MemoryAdmin(memory_store(url), runtime)

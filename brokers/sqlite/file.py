@@ -25,7 +25,7 @@ from leveret.clock import Clock
 from leveret.errors import ConfigurationError
 from leveret.job import Queue
 
-from .sqlite_schema import INSERTS, READ, Row, known_dead, my_identity, open_file, text_or_bytes, unpack
+from .schema import INSERTS, READ, Row, known_dead, my_identity, open_file, text_or_bytes, unpack
 
 log = logging.getLogger("leveret.sqlite")
 

@@ -30,7 +30,8 @@ from leveret.errors import (
 from leveret.job import Queue
 from leveret.settings import Runtime
 
-from . import amqp, topology
+from . import connection as amqp
+from . import topology
 from .address import Address
 from .channel import MOST_STUCK, Channel, Closed, Late, Nacked, Returned, Unconfirmed
 from .properties import encode

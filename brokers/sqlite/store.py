@@ -21,8 +21,8 @@ from leveret.backoff import full_jitter
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
 from leveret.settings import Runtime
 
-from .sqlite_file import OVER, PENDING, TAKEN, File, SqliteDelivery, Turn, Write
-from .sqlite_schema import BODY
+from .file import OVER, PENDING, TAKEN, File, SqliteDelivery, Turn, Write
+from .schema import BODY
 
 log = logging.getLogger("leveret.sqlite")
 

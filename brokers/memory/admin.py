@@ -15,7 +15,7 @@ from leveret.errors import LeveretError
 from leveret.job import LEVELS, Queue
 from leveret.settings import Runtime
 
-from .memory import Letter, MemoryStore, sent
+from .broker import Letter, MemoryStore, sent
 
 
 @final

@@ -28,7 +28,7 @@ from .frames import (
 )
 
 if TYPE_CHECKING:
-    from .amqp import Connection
+    from .connection import Connection
 
 logger = logging.getLogger("leveret.rabbitmq")
 

@@ -16,7 +16,7 @@ from pamqp.base import Frame
 from leveret.errors import ConfigurationError, UnsupportedTopology
 from leveret.settings import redact
 
-from . import amqp
+from . import connection as amqp
 from .address import Address
 from .channel import Channel, Closed
 from .topology import Binding, Declaration, Exchange

@@ -8,7 +8,7 @@ local disk, since SQLite's locks don't hold on network file systems.
 - `give_back` leaves the job its place, and it doesn't count as redelivered, since it wasn't started. What a consumption still holds
   when it is closed, or when its process dies, does.
 - What a dead process held comes back within about a second where this machine's process table shows it, and otherwise 15 to 20
-  seconds after its last sign of life (see `sqlite_file`).
+  seconds after its last sign of life (see `file`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from leveret.broker import Admin, Broker, Consumption, Delivery, Features, Sink, Subscription
+from leveret.broker import Consumption, Delivery, Features, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, InvalidJob, PublishTimeout
 from leveret.job import Queue
 from leveret.settings import Runtime, redact
 
-from .sqlite_file import SqliteDelivery, Taker, Write
-from .sqlite_schema import MIN_SQLITE, Row, pack
-from .sqlite_store import Store
+from .file import SqliteDelivery, Taker, Write
+from .schema import MIN_SQLITE, Row, pack
+from .store import Store
 
 WINDOW = 1000
 """Most publishes of one broker that aren't confirmed yet; the next ones wait, inside their deadlines."""
@@ -61,18 +61,6 @@ def path_of(url: str) -> str:
         msg = f"this Python has SQLite {sqlite3.sqlite_version}; the SQLite broker needs {'.'.join(map(str, MIN_SQLITE))} or later"
         raise ConfigurationError(msg)
     return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
-
-
-def open_broker(url: str, runtime: Runtime) -> Broker:
-    """Make a broker on the file that `url` names; nothing is opened before the first use."""
-    return SqliteBroker(path_of(url), runtime)
-
-
-def open_admin(url: str, runtime: Runtime) -> Admin:
-    """Make an admin on the file that `url` names; it never makes the file."""
-    from .sqlite_admin import SqliteAdmin
-
-    return SqliteAdmin(path_of(url), runtime)
 
 
 def _own(delivery: Delivery) -> SqliteDelivery:
