@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Self
 
 from leveret import App, Job, Queue
-from leveret.broker import broker_module
 from leveret.middleware import RateLimit, Retries, Timeout, Tracing
+from leveret.schemes import broker_module
 from leveret.worker import run_loop, working
 
 EACH_S = 0.001

@@ -4,8 +4,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .app import App
 from .attempt import Attempt
-from .chain import Consume, ConsumeLayer, Layer, Publish, PublishLayer
-from .envelope import Envelope, HeaderValue, Receipt
+from .envelope import Envelope, Receipt
 from .errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -18,9 +17,12 @@ from .errors import (
     Unroutable,
     UnsupportedTopology,
 )
+from .headers import HeaderValue
 from .job import Job, JobMeta, Priority, Queue
+from .layer import Consume, ConsumeLayer, Layer, Publish, PublishLayer
+from .options import Outgoing
 from .outcome import Bury, Done, Expired, Outcome, Retry, Snooze
-from .publisher import Outgoing, Publisher
+from .publishing.publisher import Publisher
 from .settings import Settings
 
 if TYPE_CHECKING:

@@ -15,15 +15,20 @@ import msgspec
 from typing_extensions import TypeVar as DefaultTypeVar
 
 from .attempt import Attempt
-from .broker import Broker, broker_module
-from .chain import AnyLayer, Layer, check_layers, layers_of
+from .broker import Broker
+from .chain import layers_of
 from .envelope import Envelope
 from .errors import ConfigurationError
 from .handler import Handler, Registration, resolve
 from .job import Job
+from .layer import AnyLayer, Layer, check_layers
+from .options import Outgoing
 from .outcome import Outcome
-from .publisher import Outgoing, Publisher, Sender
-from .settings import Runtime, Settings, environment, redact
+from .publishing.publisher import Publisher
+from .publishing.sender import Sender
+from .runtime import Runtime
+from .schemes import broker_module
+from .settings import Settings, environment, redact
 
 if TYPE_CHECKING:
     from .blocking import BlockingPublisher

@@ -5,23 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Generic, final
 
 from typing_extensions import TypeVar
 
-from .envelope import Envelope, HeaderValue, Receipt
+from .envelope import Envelope, Receipt
+from .headers import HeaderValue
 from .job import Job, Priority
 
 if TYPE_CHECKING:
-    from .publisher import Publisher
+    from .publishing.publisher import Publisher
 
 _R_co = TypeVar("_R_co", covariant=True, default=object)
 
 logger = logging.getLogger("leveret.job")
-current_attempt: ContextVar[Attempt[Any] | None] = ContextVar("leveret_attempt", default=None)
-"""The attempt whose handler runs here, in its task or thread: a publish inherits correlation from it."""
 
 
 @final

@@ -14,12 +14,14 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, final
 
-from .envelope import HeaderValue, Receipt
+from .envelope import Receipt
 from .errors import BrokerUnavailable, PublishTimeout
+from .headers import HeaderValue
 from .job import Job, Priority
 
 if TYPE_CHECKING:
-    from .publisher import Outgoing, Publisher
+    from .options import Outgoing
+    from .publishing.publisher import Publisher
 
 _T = TypeVar("_T")
 

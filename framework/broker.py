@@ -5,18 +5,14 @@ Every broker passes one conformance suite (tests/contract). What one doesn't pro
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol, cast
-from urllib.parse import urlsplit
+from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
 from .envelope import Envelope
-from .errors import ConfigurationError, PublishError
+from .errors import PublishError
 from .job import Queue
-from .settings import NO_BROKER, Runtime, redact
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,110 +181,3 @@ class Broker(Protocol):
     async def close(self) -> None:
         """End every connection, within a deadline of its own. Idempotent."""
         ...
-
-
-class Depth(msgspec.Struct, frozen=True, kw_only=True):
-    """How many jobs a queue holds; None where the broker can't tell."""
-
-    queue: str
-    ready: int
-    """Waiting to be delivered, all levels."""
-    levels: dict[str, int]
-    """The same by level; one entry "all" where the broker keeps them in one."""
-    unsettled: int | None
-    """Held by workers."""
-    delayed: int | None
-    """Waiting for their time."""
-    dead: int
-    consumers: int | None
-    exists: bool
-
-
-class DeadLetter(Protocol):
-    """One buried job. `envelope.queue` is its origin, `envelope.priority` its level there."""
-
-    @property
-    def envelope(self) -> Envelope:
-        """As it was buried: attempts, errors, body."""
-        ...
-
-
-class DeadLetters(Protocol):
-    """The dead letters of one queue, oldest first. What is neither replayed nor dropped goes back as it was."""
-
-    def __aiter__(self) -> AsyncIterator[DeadLetter]: ...
-
-    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """Publish `envelope` to its origin at its own level, confirmed; then ack the letter."""
-        ...
-
-    async def drop(self, letter: DeadLetter) -> None:
-        """Forget it for good."""
-        ...
-
-
-class Admin(Protocol):
-    """Looking into queues and repairing; for the command line, apart from the pipeline."""
-
-    async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
-        """One row a queue, in order; a queue that isn't there says so."""
-        ...
-
-    async def delayed(self) -> int | None:
-        """Count what waits for its time, of all queues together; None where `depths` tells it by queue."""
-        ...
-
-    async def purge(self, queue: Queue) -> int:
-        """Delete what waits in `queue`, all levels; return how many. Delayed, unsettled and dead jobs stay."""
-        ...
-
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
-        """Open the dead letters of `queue`; while open, nobody else sees those already read."""
-        ...
-
-    async def close(self) -> None:
-        """End its connection."""
-        ...
-
-
-class BrokerModule(Protocol):
-    """What a module that serves a URL scheme has."""
-
-    def open_broker(self, url: str, runtime: Runtime) -> Broker:
-        """Make a broker; ConfigurationError for a URL that can't be. Connects to nothing."""
-        ...
-
-    def open_admin(self, url: str, runtime: Runtime) -> Admin:
-        """Make an admin; ConfigurationError for a URL that can't be. Connects to nothing."""
-        ...
-
-
-# Strings, so that a broker is imported when used; an entry point only for other schemes, since reading them costs 15 ms.
-_SCHEMES = {
-    "amqp": "leveret.brokers.rabbitmq",
-    "amqps": "leveret.brokers.rabbitmq",
-    "sqlite": "leveret.brokers.sqlite",
-    "memory": "leveret.brokers.memory",
-}
-ENTRY_POINTS = "leveret.brokers"
-
-
-def broker_module(url: str | None) -> BrokerModule:
-    """Return the module that serves `url`'s scheme; ConfigurationError with the choices where none does."""
-    if not url:
-        raise ConfigurationError(NO_BROKER)
-    try:
-        scheme = urlsplit(url).scheme
-    except ValueError:  # its text would show the password
-        msg = f"the broker's URL {redact(url)!r} can't be read: is a character of it to be percent-encoded?"
-        raise ConfigurationError(msg) from None
-    name = _SCHEMES.get(scheme)
-    if name is None:
-        from importlib.metadata import entry_points
-
-        for point in entry_points(group=ENTRY_POINTS, name=scheme):
-            name = point.module
-    if name is None:
-        msg = f"the broker's URL {redact(url)!r} has no known scheme; it begins with one of {', '.join(f'{known}://' for known in _SCHEMES)}"
-        raise ConfigurationError(msg)
-    return cast("BrokerModule", importlib.import_module(name))

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from .broker import DeadLetter, DeadLetters
+from .admin import DeadLetter, DeadLetters
 from .cli_letter import LetterRecord, Summary, show_letter, summary_of
 from .cli_print import ask, counted, json_option, moment, print_json, print_table, progress
 from .cli_target import Target, run, target_options
-from .envelope import MOST, Envelope, Failure, failures_of
+from .envelope import Envelope
 from .errors import ConfigurationError, LeveretError
+from .failure import Failure, failures_of
+from .headers import MOST
 from .settings import redact
 
 _T = TypeVar("_T")

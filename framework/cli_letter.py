@@ -7,7 +7,8 @@ import base64
 import msgspec
 
 from .cli_print import counted, lines, moment
-from .envelope import MSGPACK, Envelope, Failure, failures_of
+from .envelope import MSGPACK, Envelope
+from .failure import Failure, failures_of
 from .logs import one_line
 from .settings import redact
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .broker import Depth
+from .admin import Depth
 from .cli_print import ask, counted, json_option, print_json, print_table
 from .cli_target import Target, run, target_options
 from .errors import ConfigurationError

@@ -14,19 +14,21 @@ from typing import Any
 
 import msgspec
 
-from .attempt import current_attempt, make_attempt
+from .attempt import make_attempt
 from .broker import Broker, Consumption, Delivery, Subscription
-from .chain import AnyLayer, bind, fold_consume, name_of
+from .chain import bind, fold_consume
 from .clock import Timer
 from .codec import Decoder, UndecodableError
+from .context import current_attempt
 from .envelope import Envelope
 from .errors import ConfigurationError
 from .handler import Handler, innermost
 from .held import Gate, Held, QueueHeld, Route, in_arrival_order
 from .job import Job, Queue
+from .layer import AnyLayer, name_of
 from .outcome import OUTCOMES, Bury, CutOff, Ending, NotStarted, Retry, Snooze, Undecodable, Unknown
-from .publisher import Publisher
-from .settings import Runtime
+from .publishing.publisher import Publisher
+from .runtime import Runtime
 from .settlement import Settlement, what
 from .texts import named
 

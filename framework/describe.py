@@ -14,13 +14,15 @@ import msgspec
 
 from .app import App
 from .backoff import ceiling_s
-from .broker import Features, broker_module
-from .chain import AnyLayer, bind, name_of
+from .broker import Features
+from .chain import bind
 from .consumer import Limits
 from .errors import ConfigurationError
 from .handler import Handler
 from .job import Queue
+from .layer import AnyLayer, name_of
 from .schedule import Schedule
+from .schemes import broker_module
 from .settings import redact
 
 MOST_WAITS = 32

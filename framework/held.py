@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 import msgspec
 
 from .broker import Delivery
-from .chain import AnyLayer, Consume
 from .clock import Timer
 from .codec import Decoder
 from .handler import Handler
 from .job import Priority, Queue
+from .layer import AnyLayer, Consume
 from .settlement import at_debug
 from .texts import named
 

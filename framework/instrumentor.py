@@ -11,7 +11,7 @@ from typing import Any
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]  # its module is untyped
 
 from .app import instrumentation
-from .chain import AnyLayer
+from .layer import AnyLayer
 
 
 class LeveretInstrumentor(BaseInstrumentor):  # type: ignore[misc]

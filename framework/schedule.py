@@ -21,7 +21,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from .job import Job
-from .publisher import Outgoing
+from .options import Outgoing
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 _RANGES = {

@@ -14,9 +14,11 @@ import msgspec
 from .app import App
 from .backoff import full_jitter
 from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, PublishTimeout
-from .publisher import Options, Outgoing, Sender
+from .options import Options, Outgoing
+from .publishing.sender import Sender
+from .runtime import Runtime
 from .schedule import Schedule
-from .settings import Runtime, redact
+from .settings import redact
 
 logger = logging.getLogger("leveret.cron")
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
-
-from .clock import Clock, SystemClock
-
-NO_BROKER = (
-    "no broker is set. Set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
-    "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), sqlite:///jobs.db (a local file, nothing to install), "
-    "memory:// (inside one process, for tests)"
-)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,18 +80,6 @@ def environment(mapping: Mapping[str, str]) -> Environment:
         app=mapping.get("LEVERET_APP") or None,
         log_level=mapping.get("LEVERET_LOG") or "info",
     )
-
-
-class Runtime(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process hands to its brokers and layers: its settings, and time and chance."""
-
-    app: str
-    """The app's name; AMQP's `app_id`, and part of connection names."""
-    settings: Settings = Settings()
-    clock: Clock = msgspec.field(default_factory=SystemClock)
-    rng: random.Random = msgspec.field(default_factory=random.Random)
-    processes: int = 1
-    """Worker processes of this `leveret work`, which share out a rate limit."""
 
 
 _PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S*)@")  # up to the last @: a password may hold one that wasn't escaped

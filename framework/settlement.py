@@ -13,11 +13,14 @@ import msgspec
 
 from .backoff import full_jitter
 from .broker import Broker, Delivery
-from .chain import AnyLayer, fold_publish
-from .envelope import MOST, Envelope, Failure, Receipt, failures_of
+from .chain import fold_publish
+from .envelope import Envelope, Receipt
 from .errors import InvalidJob, MessageTooLarge, PublishError
+from .failure import Failure, failures_of
+from .headers import MOST
+from .layer import AnyLayer
 from .outcome import Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
-from .settings import Runtime
+from .runtime import Runtime
 from .texts import below_ours, named, one_line, said_by
 
 logger = logging.getLogger("leveret.consumer")  # to its readers it is the consumer that settles

@@ -23,15 +23,18 @@ from typing_extensions import TypeVar
 
 from .app import App, Capture
 from .attempt import Attempt, make_attempt
-from .broker import Broker, broker_module
+from .broker import Broker
 from .clock import ManualClock
 from .consumer import Consumer, Ended
-from .envelope import Envelope, HeaderValue, Receipt
+from .envelope import Envelope, Receipt
 from .errors import ConfigurationError
+from .headers import HeaderValue
 from .job import Job, Priority, Queue
 from .outcome import OUTCOMES, Bury, Done, Outcome
-from .publisher import Publisher, Sender
-from .settings import Runtime
+from .publishing.publisher import Publisher
+from .publishing.sender import Sender
+from .runtime import Runtime
+from .schemes import broker_module
 from .worker import working
 
 _R = TypeVar("_R")

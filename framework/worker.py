@@ -26,8 +26,9 @@ from .consumer import Consumer, Ended, Limits
 from .errors import ConfigurationError, LeveretError
 from .loading import load_app
 from .logs import set_up_logs
-from .publisher import Publisher
-from .settings import Runtime, redact
+from .publishing.publisher import Publisher
+from .runtime import Runtime
+from .settings import redact
 
 logger = logging.getLogger("leveret.worker")
 

@@ -7,10 +7,10 @@ import logging
 from typing import ClassVar, Literal, final
 
 from leveret.attempt import Attempt
-from leveret.chain import Consume
 from leveret.clock import Clock, SystemClock
+from leveret.layer import Consume
 from leveret.outcome import Bury, Done, Outcome, Retry, Snooze
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 logger = logging.getLogger("leveret.attempt")
 

@@ -6,10 +6,10 @@ import math
 from typing import final
 
 from leveret.attempt import Attempt
-from leveret.chain import Consume
 from leveret.clock import SystemClock
+from leveret.layer import Consume
 from leveret.outcome import Outcome, Snooze
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 _LATE_S = 0.01
 """How late a loop may wake without a start being lost."""

@@ -11,9 +11,9 @@ import msgspec
 
 from leveret.attempt import Attempt
 from leveret.backoff import ceiling_s, full_jitter
-from leveret.chain import Consume
+from leveret.layer import Consume
 from leveret.outcome import MAX_DELAY_S, Bury, Outcome, Retry, Snooze
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from leveret.texts import named
 
 logger = logging.getLogger("leveret.retries")

@@ -33,8 +33,8 @@ from opentelemetry.util.types import AttributeValue
 
 from leveret import __version__
 from leveret.attempt import Attempt
-from leveret.chain import Consume, Publish
 from leveret.envelope import Envelope, Receipt
+from leveret.layer import Consume, Publish
 from leveret.outcome import Bury, Outcome, Retry, Snooze
 
 # The broker behind a queue isn't known here: the system is the one that the names and ids belong to.

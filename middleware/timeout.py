@@ -7,8 +7,8 @@ import time
 from typing import ClassVar, Literal, final
 
 from leveret.attempt import Attempt
-from leveret.chain import Consume
 from leveret.deadlines import deadlines
+from leveret.layer import Consume
 from leveret.outcome import Outcome
 
 

@@ -10,8 +10,8 @@ import sys
 from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 from leveret.attempt import Attempt
-from leveret.chain import Consume, Publish
 from leveret.envelope import Envelope, Receipt
+from leveret.layer import Consume, Publish
 from leveret.outcome import Outcome
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from leveret.broker import Admin
-from leveret.settings import Runtime
+from leveret.admin import Admin
+from leveret.runtime import Runtime
 
 from .broker import MemoryBroker, MemoryStore, memory_store
 

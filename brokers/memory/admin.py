@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import final
 
-from leveret.broker import DeadLetter, DeadLetters, Depth
+from leveret.admin import DeadLetter, DeadLetters, Depth
 from leveret.envelope import Envelope
 from leveret.errors import LeveretError
 from leveret.job import LEVELS, Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 from .broker import Letter, MemoryStore, sent
 

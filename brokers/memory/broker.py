@@ -23,11 +23,13 @@ import msgspec
 
 from leveret.broker import Consumption, Delivery, Features, Sink, Subscription
 from leveret.clock import Clock, Timer
-from leveret.envelope import JSON, Envelope, pack_headers, unpack_headers
+from leveret.envelope import JSON, Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.headers import pack_headers, unpack_headers
 from leveret.ids import new_job_id
 from leveret.job import LEVELS, Priority, Queue
-from leveret.settings import Runtime, redact
+from leveret.runtime import Runtime
+from leveret.settings import redact
 
 
 class _Stored(msgspec.Struct, eq=False):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from leveret.broker import Admin, Broker
+from leveret.admin import Admin
+from leveret.broker import Broker
 from leveret.job import Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 from . import topology
 from .address import addresses

@@ -12,11 +12,11 @@ from typing import Any, TypeVar, cast
 import msgspec
 from pamqp import commands
 
-from leveret.broker import DeadLetter, DeadLetters, Depth
+from leveret.admin import DeadLetter, DeadLetters, Depth
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, Unroutable
 from leveret.job import LEVELS, Priority, Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 from . import connection as amqp
 from . import topology

@@ -18,7 +18,7 @@ from leveret.broker import Consumption, Delivery, Features, Posted, Sink, Subscr
 from leveret.envelope import Envelope
 from leveret.errors import InvalidJob
 from leveret.job import Priority, Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 from . import topology
 from .address import Address

@@ -24,7 +24,7 @@ from leveret.broker import Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import ConfigurationError
 from leveret.job import Priority, Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 from . import connection as amqp
 from . import topology

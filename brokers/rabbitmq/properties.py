@@ -14,7 +14,9 @@ from typing import Any, cast
 
 import msgspec
 
-from leveret.envelope import JSON, Envelope, Failure, pack_headers, unpack_headers
+from leveret.envelope import JSON, Envelope
+from leveret.failure import Failure
+from leveret.headers import pack_headers, unpack_headers
 from leveret.ids import new_job_id
 from leveret.job import Priority, Queue
 

@@ -17,7 +17,7 @@ from pamqp import commands
 
 from leveret.backoff import full_jitter
 from leveret.broker import Posted
-from leveret.envelope import Envelope, shortened
+from leveret.envelope import Envelope
 from leveret.errors import (
     BrokerUnavailable,
     ConfigurationError,
@@ -27,8 +27,9 @@ from leveret.errors import (
     PublishTimeout,
     Unroutable,
 )
+from leveret.failure import shortened
 from leveret.job import Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 from . import connection as amqp
 from . import topology

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from leveret.broker import Admin, Broker
-from leveret.settings import Runtime
+from leveret.admin import Admin
+from leveret.broker import Broker
+from leveret.runtime import Runtime
 
 from .broker import SqliteBroker, path_of
 

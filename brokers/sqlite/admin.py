@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from leveret.broker import DeadLetter, DeadLetters, Depth
+from leveret.admin import DeadLetter, DeadLetters, Depth
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 from .broker import CLOSE_S, packed
 from .file import Call, Taker, Write

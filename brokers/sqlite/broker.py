@@ -28,7 +28,8 @@ from leveret.broker import Consumption, Delivery, Features, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, InvalidJob, PublishTimeout
 from leveret.job import Queue
-from leveret.settings import Runtime, redact
+from leveret.runtime import Runtime
+from leveret.settings import redact
 
 from .file import SqliteDelivery, Taker, Write
 from .schema import MIN_SQLITE, Row, pack

@@ -14,8 +14,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from leveret.envelope import Envelope, pack_headers, unpack_headers
+from leveret.envelope import Envelope
 from leveret.errors import ConfigurationError
+from leveret.headers import pack_headers, unpack_headers
 from leveret.job import Priority
 
 log = logging.getLogger("leveret.sqlite")

@@ -19,7 +19,7 @@ from typing import Any, final
 
 from leveret.backoff import full_jitter
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 from .file import OVER, PENDING, TAKEN, File, SqliteDelivery, Turn, Write
 from .schema import BODY

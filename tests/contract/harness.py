@@ -21,12 +21,14 @@ import msgspec
 import pytest
 from pamqp.commands import Basic
 
-from leveret.broker import Admin, Broker, Consumption, Delivery, Depth, Subscription, broker_module
+from leveret.admin import Admin, Depth
+from leveret.broker import Broker, Consumption, Delivery, Subscription
 from leveret.clock import Clock, SystemClock
 from leveret.envelope import JSON, Envelope
 from leveret.ids import new_job_id
 from leveret.job import Priority, Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
+from leveret.schemes import broker_module
 from tests.rabbit.proxy import FaultProxy
 from tests.rabbit.raw import connect
 

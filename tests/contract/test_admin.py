@@ -7,7 +7,8 @@ import time
 
 import msgspec
 
-from leveret.broker import Admin, Broker, DeadLetter
+from leveret.admin import Admin, DeadLetter
+from leveret.broker import Broker
 from leveret.job import Priority, Queue
 from tests.contract.harness import PATIENCE_S, Harness, consume, depth, make_envelope, received, soon
 

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from leveret.broker import Broker, Delivery
-from leveret.envelope import MSGPACK, Failure
+from leveret.envelope import MSGPACK
 from leveret.errors import BrokerUnavailable, PublishError, PublishTimeout, Unroutable
+from leveret.failure import Failure
 from leveret.job import LEVELS, Priority, Queue
 from tests.contract.harness import PATIENCE_S, Harness, Recorder, consume, depth, make_envelope, received, soon
 

@@ -17,7 +17,7 @@ from leveret.brokers.memory.broker import memory_store
 from leveret.clock import ManualClock, SystemClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from tests.contract.harness import Recorder, consume, make_envelope, soon
 
 QUEUE = Queue("jobs")

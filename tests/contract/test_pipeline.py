@@ -31,9 +31,10 @@ from leveret import (
     Settings,
     Snooze,
 )
-from leveret.broker import DeadLetter
+from leveret.admin import DeadLetter
 from leveret.consumer import Limits
-from leveret.envelope import Envelope, Receipt, failures_of
+from leveret.envelope import Envelope, Receipt
+from leveret.failure import failures_of
 from leveret.middleware import RateLimit, Retries, Timeout
 from leveret.worker import Working, working
 from tests.contract.harness import PATIENCE_S, Harness, depth, make_envelope, soon

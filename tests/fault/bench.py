@@ -16,8 +16,9 @@ import msgspec
 import pytest
 
 from leveret import Job, Outgoing
-from leveret.broker import Admin, Depth, broker_module
-from leveret.settings import Runtime
+from leveret.admin import Admin, Depth
+from leveret.runtime import Runtime
+from leveret.schemes import broker_module
 from tests.fault.apps.recorder import Plan, Recorder
 from tests.rabbit.node import Rabbit
 from tests.rabbit.proxy import FaultProxy

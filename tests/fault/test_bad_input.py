@@ -17,8 +17,8 @@ from leveret.brokers.rabbitmq import connection as amqp
 from leveret.brokers.rabbitmq import frames, open_admin
 from leveret.brokers.rabbitmq.address import addresses
 from leveret.brokers.rabbitmq.channel import Unconfirmed
-from leveret.envelope import failures_of
-from leveret.settings import Runtime
+from leveret.failure import failures_of
+from leveret.runtime import Runtime
 from tests.conftest import StartNode
 from tests.contract.harness import SqliteHarness
 from tests.fault.bench import Bench

@@ -9,7 +9,7 @@ import pytest
 from pamqp.commands import Basic
 
 from leveret.brokers.rabbitmq import open_broker
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from tests.contract.harness import consume
 from tests.fault.bench import Bench
 from tests.rabbit.node import Rabbit

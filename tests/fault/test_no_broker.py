@@ -26,7 +26,7 @@ from leveret.brokers.rabbitmq import open_admin, open_broker
 from leveret.brokers.rabbitmq.consuming import RabbitDelivery
 from leveret.ids import new_job_id
 from leveret.job import Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from tests.conftest import StartNode
 from tests.contract.harness import consume, make_envelope, soon
 from tests.fault.bench import Bench, eventually, link_to

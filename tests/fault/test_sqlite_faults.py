@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from leveret.broker import Depth
+from leveret.admin import Depth
 from leveret.brokers.sqlite import open_admin, open_broker
 from leveret.errors import BrokerUnavailable
 from leveret.job import Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from tests.contract.harness import consume, make_envelope, soon
 from tests.fault.apps import diary
 
@@ -42,7 +42,7 @@ from leveret.envelope import Envelope
 from leveret.errors import PublishError
 from leveret.ids import new_job_id
 from leveret.job import Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from tests.fault.apps import diary
 
 url, log_path, argument = sys.argv[1:]

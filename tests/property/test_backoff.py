@@ -11,7 +11,7 @@ from leveret.backoff import ceiling_s, full_jitter
 from leveret.brokers.rabbitmq.topology import UNIT_MS, delay_units
 from leveret.middleware import Retries
 from leveret.outcome import MAX_DELAY_S
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from tests.unit.runs import attempt, chain
 
 seconds = st.floats(1e-6, 1e9)

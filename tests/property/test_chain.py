@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leveret import Attempt, Done, Envelope, Outcome, Receipt
-from leveret.chain import check_layers, fold_consume, fold_publish, layers_of
+from leveret.chain import fold_consume, fold_publish, layers_of
+from leveret.layer import check_layers
 from tests.unit.runs import attempt
 
 Notes = list[tuple[str, int]]

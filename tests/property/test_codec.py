@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leveret.codec import Decoder, UndecodableError, content_type, encoder
-from leveret.envelope import Envelope, check_headers, is_brokers_own, pack_headers, unpack_headers
+from leveret.envelope import Envelope
+from leveret.headers import check_headers, is_brokers_own, pack_headers, unpack_headers
 from leveret.job import Job, Priority, Queue
 
 

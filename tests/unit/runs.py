@@ -6,11 +6,12 @@ from typing import Any, cast
 
 from leveret import Attempt, Job, Outcome, Queue
 from leveret.attempt import make_attempt
-from leveret.chain import bind, check_layers, fold_consume
+from leveret.chain import bind, fold_consume
 from leveret.clock import Clock, ManualClock
 from leveret.envelope import Envelope
+from leveret.layer import check_layers
 from leveret.outcome import Done
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 QUEUE = Queue("emails")
 

@@ -16,7 +16,8 @@ from pamqp.header import ContentHeader
 
 from leveret.brokers.rabbitmq import properties
 from leveret.brokers.rabbitmq.topology import PRIORITY_PROPERTY
-from leveret.envelope import JSON, MSGPACK, Envelope, Failure
+from leveret.envelope import JSON, MSGPACK, Envelope
+from leveret.failure import Failure
 from leveret.job import LEVELS, Priority, Queue
 
 QUEUE = "emails"

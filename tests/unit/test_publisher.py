@@ -27,7 +27,7 @@ from leveret import (
     Receipt,
     Settings,
 )
-from leveret.envelope import HeaderValue
+from leveret.headers import HeaderValue
 from leveret.testing import Lab, running
 
 mails = Queue("mails")

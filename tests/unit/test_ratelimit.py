@@ -13,7 +13,7 @@ from leveret import App, Attempt, Consume, Done, Job, Outcome, Snooze
 from leveret.brokers.rabbitmq.topology import UNIT_MS, delay_units
 from leveret.clock import ManualClock
 from leveret.middleware import RateLimit, Retries
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from leveret.testing import running
 from tests.unit.runs import QUEUE, Greet, attempt, chain, runtime
 

@@ -3,7 +3,7 @@
 import pytest
 
 from leveret import App, ConfigurationError
-from leveret.broker import broker_module
+from leveret.schemes import broker_module
 from leveret.settings import redact
 
 

@@ -12,9 +12,9 @@ import pytest
 from leveret import App, ConfigurationError, Envelope, Job, Outgoing, Publish, Queue, Receipt
 from leveret.brokers.memory import MemoryBroker, MemoryStore
 from leveret.clock import ManualClock
-from leveret.publisher import Sender
+from leveret.publishing.sender import Sender
+from leveret.runtime import Runtime
 from leveret.scheduler import Scheduler
-from leveret.settings import Runtime
 
 ticks = Queue("ticks")
 START = 1_800_000_000.0  # 2027-01-15 08:00:00Z

@@ -25,7 +25,7 @@ from leveret.clock import ManualClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, PublishTimeout
 from leveret.job import Queue
 from leveret.outcome import Retry
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from leveret.settlement import Settlement
 from tests.contract.harness import PATIENCE_S, Recorder, consume, make_envelope, soon
 

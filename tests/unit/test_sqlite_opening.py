@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from leveret.broker import Admin, Broker, Subscription
+from leveret.admin import Admin
+from leveret.broker import Broker, Subscription
 from leveret.brokers.sqlite import open_admin, open_broker
 from leveret.brokers.sqlite.broker import path_of
 from leveret.errors import ConfigurationError
 from leveret.job import Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 from tests.contract.harness import Recorder, make_envelope, soon
 
 QUEUE = Queue("jobs")
@@ -177,7 +178,7 @@ from leveret.brokers.sqlite import open_broker
 from leveret.envelope import Envelope
 from leveret.errors import ConfigurationError
 from leveret.job import Queue
-from leveret.settings import Runtime
+from leveret.runtime import Runtime
 
 if os.geteuid() == 0:  # root may write anything
     os.setegid(65534)

@@ -1,0 +1,40 @@
+"""What went wrong with a job so far: the entries of `Envelope.errors`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .envelope import Envelope
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One entry of `Envelope.errors`."""
+
+    attempt: int
+    at_ms: int
+    host: str
+    error: str
+    """The exception's class; for a burial without one "Bury"."""
+    message: str
+    reason: str = ""
+    """Why it was given up, where that says more than the error."""
+    traceback: str = ""
+
+
+def failures_of(envelope: Envelope) -> list[Failure]:
+    """Return what went wrong with `envelope` so far, oldest first; an unreadable list is an empty one."""
+    if not envelope.errors:
+        return []
+    try:
+        return msgspec.json.decode(envelope.errors, type=list[Failure])
+    except msgspec.MsgspecError:
+        return []
+
+
+def shortened(envelope: Envelope) -> Envelope:
+    """Return a copy whose errors are the newest alone, at most 1.5 KB or so of it."""
+    newest = [
+        msgspec.structs.replace(failure, message=failure.message[:100], reason=failure.reason[:100], traceback="")
+        for failure in failures_of(envelope)[-1:]
+    ]
+    return msgspec.structs.replace(envelope, errors=msgspec.json.encode(newest).decode() if newest else "")

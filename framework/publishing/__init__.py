@@ -1,0 +1,1 @@
+"""job → envelope → the publish layers → the broker, confirmed."""

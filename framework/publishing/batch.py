@@ -1,0 +1,124 @@
+"""Many jobs at once: pipelined, a bounded number unconfirmed, each with a result of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from functools import partial
+from typing import cast
+
+from typing_extensions import TypeIs
+
+from ..broker import Posted
+from ..envelope import Envelope, Receipt
+from ..errors import PublishError, PublishManyError, PublishTimeout
+from ..job import Job
+from ..options import PLAIN, Outgoing
+from .sender import Sender
+
+_WINDOW = 1000
+_REFILL = 700
+"""A full window is filled again once no more are unconfirmed: waking up for each confirm would cost a turn of the loop each."""
+_WINDOW_BYTES = 16 << 20
+"""Most bytes of bodies that wait in tasks of their own: 1000 large ones would fill the memory."""
+
+
+def _is_posted(result: Receipt | PublishError | Posted | None) -> TypeIs[Posted]:
+    return result is not None and not isinstance(result, (Receipt, PublishError))
+
+
+class Batch:
+    """Many jobs at once: pipelined, a bounded number unconfirmed, each with a result of its own."""
+
+    def __init__(self, sender: Sender, deadline: float) -> None:
+        self._sender = sender
+        self._deadline = deadline
+        self._results: list[Receipt | PublishError | Posted | None] = []
+        """Of each job: what became of it; `Posted` while that isn't known, None while it has a task of its own."""
+        self._known = 0
+        """Results before it hold no `Posted`."""
+        self._flying: set[asyncio.Task[None]] = set()
+        self._flying_bytes = 0
+        self._room: asyncio.Future[None] | None = None
+
+    async def publish(self, jobs: Iterable[Job | Outgoing]) -> list[Receipt]:
+        """Publish `jobs`; receipts in order, or `PublishManyError`."""
+        sender, results, deadline = self._sender, self._results, self._deadline
+        post = sender.bare
+        try:
+            for item in jobs:
+                job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, PLAIN)
+                try:
+                    if time.monotonic() >= deadline:
+                        msg = "it wasn't sent: the time was over, which timeout_s of publish_many gives to all its jobs together"
+                        raise PublishTimeout(msg, job_id=options.job_id, maybe_published=False)
+                    envelope = sender.envelope(job, options, deadline)
+                    sent = sender.post(envelope) if post else None
+                    if sent is None and post:
+                        await self._until(len(results) - _REFILL)
+                        sent = sender.post(envelope)
+                except PublishError as error:
+                    results.append(error)
+                    continue
+                results.append(sent)
+                if sent is None:
+                    await self._fly(len(results) - 1, envelope)
+            await self._until(len(results) - 1)
+            if self._flying:
+                await asyncio.wait(self._flying)
+        finally:
+            for task in self._flying:
+                task.cancel()
+        if not all(isinstance(result, Receipt) for result in results):
+            raise PublishManyError(cast("list[Receipt | PublishError]", results))
+        return cast("list[Receipt]", results)
+
+    async def _until(self, last: int) -> None:
+        """Wait until all that were posted are known, up to index `last`; those after it that have ended are taken along."""
+        results, at = self._results, self._known
+        if at <= last and _is_posted(sent := results[last]):
+            await sent.wait()  # first, since those before it have mostly ended by then: one turn of the loop for all
+        while at < len(results):
+            sent = results[at]
+            if _is_posted(sent):
+                if not sent.ended:
+                    if at > last:
+                        break
+                    await sent.wait()
+                results[at] = sent.error() or Receipt(sent.job_id)
+            at += 1
+        self._known = at
+
+    async def _fly(self, index: int, envelope: Envelope) -> None:
+        """Send one in a task of its own."""
+        size = len(envelope.body)
+        if len(self._flying) >= _WINDOW or (self._flying and self._flying_bytes + size > _WINDOW_BYTES):
+            self._room = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._room], timeout=max(0.0, self._deadline - time.monotonic()))
+            self._room = None
+        task = asyncio.get_running_loop().create_task(self._send(index, envelope))
+        self._flying.add(task)
+        self._flying_bytes += size
+        task.add_done_callback(partial(self._landed, size))
+
+    async def _send(self, index: int, envelope: Envelope) -> None:
+        try:
+            self._results[index] = await self._sender.send(envelope)
+        except PublishError as error:
+            self._results[index] = error
+        except Exception as error:  # noqa: BLE001 - a user's layer: one job's failure, not everyone's
+            failed = PublishError(f"{envelope.job}: {type(error).__name__}: {error}", job_id=envelope.job_id)
+            failed.__cause__ = error
+            self._results[index] = failed
+
+    def _landed(self, size: int, task: asyncio.Task[None]) -> None:
+        self._flying.discard(task)
+        self._flying_bytes -= size
+        if (
+            self._room is not None
+            and len(self._flying) <= _REFILL
+            and self._flying_bytes <= _WINDOW_BYTES // 2
+            and not self._room.done()
+        ):
+            self._room.set_result(None)

@@ -1,0 +1,242 @@
+"""job + options → envelope → the publish layers → the broker, confirmed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+from .. import codec
+from ..broker import Broker, Posted
+from ..chain import bind, fold_publish
+from ..context import current_attempt
+from ..envelope import Envelope, Receipt
+from ..errors import InvalidJob, MessageTooLarge, PublishError
+from ..headers import check_headers, header_bytes, pack_headers
+from ..ids import new_job_id
+from ..job import Job, Priority, Queue, spec_of
+from ..layer import AnyLayer
+from ..options import PLAIN, Options, Outgoing
+from ..outcome import MAX_DELAY_S
+from ..runtime import Runtime
+
+logger = logging.getLogger("leveret.publisher")
+
+MAX_ID_BYTES = 200
+_MOST_S = 1e10
+"""300 years; as milliseconds since 1970 it still fits into 64 bits."""
+
+
+def seconds_of(name: str, value: object, *, zero: bool = False) -> float:
+    """Return `value`, the option `name`, as seconds; InvalidJob for what isn't above 0 (with `zero`: at least 0) and finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} is a number of seconds, not {value!r}"
+        raise InvalidJob(msg)
+    if not (value >= 0 if zero else value > 0) or value > _MOST_S:
+        msg = f"{name} must be {'at least' if zero else 'above'} 0 and at most {_MOST_S:g}, not {value}"
+        raise InvalidJob(msg)
+    return float(value)
+
+
+class _Contract:
+    """What is looked up once a job class: its specification and its decoder."""
+
+    __slots__ = ("decoder", "spec")
+
+    def __init__(self, job: Job) -> None:
+        spec = spec_of(type(job))
+        if spec is None:
+            msg = f"{type(job).__name__} is abstract: it names no job and no queue, so it can't be published"
+            raise InvalidJob(msg)
+        self.spec = spec
+        try:
+            self.decoder = codec.Decoder(type(job))
+        except (
+            Exception
+        ) as error:  # a type that is imported for the type checker only, a union that msgspec can't tell apart
+            msg = f"{spec.name}: no body of {type(job).__name__} could be decoded: {error}"
+            raise InvalidJob(msg) from error
+
+
+class Sender:
+    """Makes envelopes and sends them: what `Publisher`, the cron publisher and the consumer share.
+
+    A confirmed publish is durable where the broker is; one that raises `PublishTimeout(maybe_published=True)` may be
+    there, and is safe to repeat under the same id: at least once.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        layers: Sequence[AnyLayer],
+        runtime: Runtime,
+        observe: Callable[[Job, Envelope], None] | None = None,
+    ) -> None:
+        self._publishing = [layer for layer in layers if hasattr(layer, "publish")]
+        bind(self._publishing, runtime)
+        self._observe = observe
+        self._broker = broker
+        self._runtime = runtime
+        self._settings = runtime.settings
+        self._encode = codec.encoder(runtime.settings.encoding)
+        self._content_type = codec.content_type(runtime.settings.encoding)
+        self._queues: dict[str, Queue] = {}
+        self._contracts: dict[type, _Contract] = {}
+        self._decoders: dict[tuple[str, str], codec.Decoder] = {}
+        self._send = fold_publish(self._publishing, self._to_broker)
+
+    async def publish(self, job: Job, options: Options, timeout_s: float) -> Receipt:
+        """Publish one job; raises a `PublishError`."""
+        envelope = self.envelope(job, options, time.monotonic() + seconds_of("timeout_s", timeout_s))
+        if not self.bare or (sent := self.post(envelope)) is None:
+            return await self.send(envelope)
+        await sent.wait()
+        if (error := sent.error()) is not None:
+            raise error
+        return Receipt(sent.job_id)
+
+    def envelope(self, job: Job, options: Options, deadline: float) -> Envelope:
+        """Return what will be sent for `job`, or raise InvalidJob or MessageTooLarge: nothing wrong leaves the process."""
+        if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"a job is published, not {job!r:.80}" + (
+                ": options go into publish itself" if isinstance(job, Outgoing) else ""
+            )
+            raise InvalidJob(msg)
+        contract = self._contracts.get(type(job))
+        if contract is None:
+            contract = self._contracts[type(job)] = _Contract(job)
+            queue = contract.spec.queue
+            self._decoders[queue.name, contract.spec.name] = contract.decoder
+            known = self._queues.setdefault(queue.name, queue)
+            if known != queue:
+                del self._contracts[type(job)]
+                msg = f"job {contract.spec.name}: {queue!r} and {known!r} are one queue with two definitions; share one Queue"
+                raise InvalidJob(msg)
+        spec = contract.spec
+        try:
+            return self._checked(job, contract, options, deadline)
+        except PublishError as error:
+            error.args = (f"{spec.name} to queue {spec.queue.name}: {error}",)
+            raise
+        except (ValueError, TypeError, OverflowError) as error:  # text that isn't Unicode, a moment before the year 1
+            msg = f"{spec.name} to queue {spec.queue.name}: {error}"
+            raise InvalidJob(msg) from error
+
+    def _checked(self, job: Job, contract: _Contract, options: Options, deadline: float) -> Envelope:
+        spec = contract.spec
+        now = self._runtime.clock.now()
+        job_id = options.job_id
+        if job_id is None:
+            job_id = new_job_id()
+        elif not isinstance(job_id, str) or not 0 < len(job_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"job_id is a text of 1 to {MAX_ID_BYTES} bytes, not {job_id!r:.80}"
+            raise InvalidJob(msg)
+        priority = spec.priority if options.priority is None else options.priority
+        if priority is not spec.priority and priority not in spec.queue.levels:
+            if isinstance(priority, Priority):  # pyright: ignore[reportUnnecessaryIsInstance]
+                msg = f"{spec.queue!r} takes no priority but NORMAL"
+            else:
+                msg = f"priority is a Priority, not {priority!r}"
+            raise InvalidJob(msg, job_id=job_id)
+        body = self._encoded(job, contract, job_id)
+        delay_s = 0.0 if options is PLAIN else self._delay_s(options, now)
+        expires_s = spec.expires_s if options.expires_s is None else seconds_of("expires_s", options.expires_s)
+        if expires_s is not None and expires_s <= delay_s:
+            msg = f"it would expire after {expires_s:g} s, before its delay of {delay_s:g} s is over"
+            raise InvalidJob(msg, job_id=job_id)
+        try:
+            headers: Mapping[str, object] = check_headers(options.headers) if options.headers else {}
+        except ValueError as error:
+            raise InvalidJob(str(error), job_id=job_id) from None
+        running = current_attempt.get()
+        correlation_id = options.correlation_id
+        if correlation_id is None:
+            correlation_id = None if running is None else running.envelope.correlation_id or running.job_id
+        elif not isinstance(correlation_id, str) or not 0 < len(correlation_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"correlation_id is a text of 1 to {MAX_ID_BYTES} bytes, not {correlation_id!r:.80}"
+            raise InvalidJob(msg, job_id=job_id)
+        return Envelope(
+            job_id=job_id,
+            job=spec.name,
+            queue=spec.queue.name,
+            priority=priority,
+            body=body,
+            content_type=self._content_type,
+            created_s=int(now),
+            app=self._runtime.app,
+            correlation_id=correlation_id,
+            headers=headers,
+            version=spec.version,
+            due_ms=int((now + delay_s) * 1000) if delay_s else None,
+            expires_at_ms=None if expires_s is None else int((now + expires_s) * 1000),
+            deadline=deadline,
+        )
+
+    def _encoded(self, job: Job, contract: _Contract, job_id: str) -> bytes:
+        settings = self._settings
+        try:
+            body = self._encode(job)
+        except Exception as error:
+            msg = f"it can't be encoded: {error}"
+            raise InvalidJob(msg, job_id=job_id) from error
+        if len(body) > settings.max_body_bytes:
+            msg = f"its body has {len(body)} bytes, the limit is {settings.max_body_bytes}; put the data elsewhere and send a reference"
+            raise MessageTooLarge(msg, job_id=job_id, size_bytes=len(body), limit_bytes=settings.max_body_bytes)
+        if len(body) > settings.warn_body_bytes:
+            logger.warning(
+                "job %s %s has a body of %d bytes; brokers are slow with large ones",
+                contract.spec.name,
+                job_id,
+                len(body),
+            )
+        if settings.validate:
+            try:
+                contract.decoder.decode(body, self._content_type)
+            except codec.UndecodableError as error:
+                raise InvalidJob(str(error), job_id=job_id) from error
+        return body
+
+    def _delay_s(self, options: Options, now: float) -> float:
+        delay_s = 0.0 if options.delay_s is None else seconds_of("delay_s", options.delay_s, zero=True)
+        if options.at is not None:
+            if options.delay_s is not None:
+                msg = "delay_s and at exclude each other"
+                raise InvalidJob(msg)
+            if not isinstance(options.at, datetime) or options.at.utcoffset() is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+                msg = f"at is an aware datetime (with a time zone), not {options.at!r}"
+                raise InvalidJob(msg)
+            delay_s = max(0.0, options.at.timestamp() - now)
+        if delay_s > MAX_DELAY_S:
+            msg = f"a delay of {delay_s:g} s is above 48 days"
+            raise InvalidJob(msg)
+        return delay_s
+
+    async def send(self, envelope: Envelope) -> Receipt:
+        """Send an envelope through the publish layers."""
+        limit = self._settings.max_header_bytes
+        if envelope.headers and (size := header_bytes(pack_headers(envelope))) > limit:
+            msg = f"{envelope.job} to queue {envelope.queue}: its headers have {size} bytes, the limit is {limit}"
+            raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=size, limit_bytes=limit)
+        return await self._send(envelope)
+
+    async def _to_broker(self, envelope: Envelope) -> Receipt:
+        delay_s = 0.0 if envelope.due_ms is None else max(0.0, envelope.due_ms / 1000 - self._runtime.clock.now())
+        await self._broker.publish(self._queues[envelope.queue], envelope, delay_s=delay_s, deadline=envelope.deadline)
+        if self._observe is not None:
+            decoder = self._decoders[envelope.queue, envelope.job]
+            self._observe(decoder.decode(envelope.body, envelope.content_type), envelope)
+        return Receipt(envelope.job_id)
+
+    def post(self, envelope: Envelope) -> Posted | None:
+        """Send an envelope without a task, where nothing has to be waited for and no layer stands in between; None: use `send`."""
+        if envelope.due_ms is not None or envelope.headers:
+            return None
+        return self._broker.post(self._queues[envelope.queue], envelope, deadline=envelope.deadline)
+
+    @property
+    def bare(self) -> bool:
+        """Whether nothing stands between an envelope and the broker now, so that `post` may be tried."""
+        return self._observe is None and all(
+            hasattr(layer, "passes_publish") and layer.passes_publish() for layer in self._publishing
+        )
