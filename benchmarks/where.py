@@ -17,9 +17,10 @@ from types import FrameType
 from typing import Self
 
 from leveret import App, Job, Queue
+from leveret.consuming.worker import working
 from leveret.middleware import RateLimit, Retries, Timeout, Tracing
+from leveret.process.loop import run_loop
 from leveret.schemes import broker_module
-from leveret.worker import run_loop, working
 
 EACH_S = 0.001
 """Asked for; the kernel's own tick (often 4 ms) is the least, so that shares are scaled to the time that was really used."""

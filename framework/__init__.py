@@ -26,7 +26,7 @@ from .publishing.publisher import Publisher
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .blocking import BlockingPublisher
+    from .publishing.blocking import BlockingPublisher
 
 __version__: Final[str] = "0.1.0"
 
@@ -72,7 +72,7 @@ if not TYPE_CHECKING:  # a checker would take any misspelt name for one that is 
 
     def __getattr__(name: str) -> Any:
         if name == "BlockingPublisher":  # a worker, and a service on asyncio, never use it
-            from .blocking import BlockingPublisher
+            from .publishing.blocking import BlockingPublisher
 
             return BlockingPublisher
         msg = f"module {__name__!r} has no attribute {name!r}"

@@ -17,11 +17,11 @@ from typing_extensions import TypeVar as DefaultTypeVar
 from .attempt import Attempt
 from .broker import Broker
 from .chain import layers_of
+from .consuming.handler import Handler, Registration, resolve
 from .envelope import Envelope
 from .errors import ConfigurationError
-from .handler import Handler, Registration, resolve
 from .job import Job
-from .layer import AnyLayer, Layer, check_layers
+from .layer import AnyLayer, Layer, check_layers, instrumentation
 from .options import Outgoing
 from .outcome import Outcome
 from .publishing.publisher import Publisher
@@ -31,11 +31,9 @@ from .schemes import broker_module
 from .settings import Settings, environment, redact
 
 if TYPE_CHECKING:
-    from .blocking import BlockingPublisher
-    from .schedule import Schedule
+    from .cron.schedule import Schedule
+    from .publishing.blocking import BlockingPublisher
 
-instrumentation: list[Callable[[tuple[AnyLayer, ...]], tuple[AnyLayer, ...]]] = []
-"""Applied to every app's layers when they are used; how auto-instrumentation puts `Tracing` outermost."""
 
 _J = TypeVar("_J", bound=Job)
 _R = DefaultTypeVar("_R", default=Any)
@@ -332,7 +330,7 @@ class App(Generic[_R]):
         a statement and needs a `name`; without one it decorates a plain `def` that returns the job to publish (or an
         `Outgoing`, or None for nothing) and may take its slot, an aware datetime.
         """
-        from .schedule import make_schedule  # with time zones, which nobody else here needs
+        from .cron.schedule import make_schedule  # with time zones, which nobody else here needs
 
         def register(emit: Callable[..., Any]) -> Callable[..., Any]:
             schedule = make_schedule(expression, emit, name=name, tz=tz, enabled=enabled)
@@ -372,7 +370,7 @@ class App(Generic[_R]):
 
     def blocking_publisher(self) -> BlockingPublisher:
         """For Django, Flask, a script: a module's variable; nothing starts before first use."""
-        from .blocking import BlockingPublisher
+        from .publishing.blocking import BlockingPublisher
 
         publisher = BlockingPublisher(self.publisher)
         self._blocking.add(publisher)
@@ -386,7 +384,7 @@ class App(Generic[_R]):
         if isinstance(queues, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"app {self._name!r}: queues is a list of names, not {queues!r}"
             raise ConfigurationError(msg)
-        from .worker import embedded
+        from .consuming.worker import embedded
 
         return embedded(self, queues)
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Generic, final
+from typing import Any, Generic, Protocol, final
 
 from typing_extensions import TypeVar
 
@@ -14,12 +14,29 @@ from .envelope import Envelope, Receipt
 from .headers import HeaderValue
 from .job import Job, Priority
 
-if TYPE_CHECKING:
-    from .publishing.publisher import Publisher
-
 _R_co = TypeVar("_R_co", covariant=True, default=object)
 
 logger = logging.getLogger("leveret.job")
+
+
+class Publishes(Protocol):
+    """What an attempt publishes with: a `Publisher`."""
+
+    async def publish(
+        self,
+        job: Job,
+        *,
+        priority: Priority | None = None,
+        delay_s: float | None = None,
+        at: datetime | None = None,
+        job_id: str | None = None,
+        correlation_id: str | None = None,
+        headers: Mapping[str, HeaderValue] | None = None,
+        expires_s: float | None = None,
+        timeout_s: float = 5.0,
+    ) -> Receipt:
+        """Publish `job`; see `Publisher.publish`."""
+        ...
 
 
 @final
@@ -33,7 +50,7 @@ class Attempt(Generic[_R_co]):
     _envelope: Envelope
     _job: Job
     _log: logging.LoggerAdapter[logging.Logger] | None
-    _publisher: Publisher
+    _publisher: Publishes
     _redelivered: bool
     _resources: _R_co
 
@@ -43,7 +60,7 @@ class Attempt(Generic[_R_co]):
 
     @staticmethod
     def _make(
-        job: Job, envelope: Envelope, redelivered: bool, arrived: float, resources: object, publisher: Publisher
+        job: Job, envelope: Envelope, redelivered: bool, arrived: float, resources: object, publisher: Publishes
     ) -> Attempt[Any]:
         """Make an attempt of what arrived at `arrived`, Unix seconds; for the consumer and for `leveret.testing`."""
         attempt: Attempt[Any] = Attempt.__new__(Attempt)

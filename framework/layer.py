@@ -59,6 +59,9 @@ Layer: TypeAlias = ConsumeLayer[_L] | PublishLayer | Callable[[Attempt[_L], Cons
 """What `middleware=` takes: consume, publish, both, or a plain function of consume's shape. First in the list is outermost."""
 AnyLayer: TypeAlias = Any
 """A layer whose shape was checked by `check_layers`; its resources are the app's own affair."""
+instrumentation: list[Callable[[tuple[AnyLayer, ...]], tuple[AnyLayer, ...]]] = []
+"""Applied to every app's layers when they are used; how auto-instrumentation puts `Tracing` outermost."""
+
 _METHODS = ("consume", "publish", "ready_in_s", "starts_now", "passes_publish", "bind")
 
 

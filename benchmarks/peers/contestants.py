@@ -149,7 +149,7 @@ LEVERET = Contestant(
     "Tracing (no SDK), Retries, a RateLimit that never binds, Timeout; `leveret work`, concurrency 100, prefetch 200; publish_many; retries wait 0.25 s",
     _leveret,
     times=5,
-    imports=("leveret.worker", "leveret.brokers.rabbitmq"),
+    imports=("leveret.process.main", "leveret.brokers.rabbitmq"),
     queues=(".low", ".high", ".urgent", ".dead", ".suspects"),
     delays=BOTH,
     broker_held=BOTH,

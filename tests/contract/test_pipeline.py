@@ -32,11 +32,11 @@ from leveret import (
     Snooze,
 )
 from leveret.admin import DeadLetter
-from leveret.consumer import Limits
+from leveret.consuming.slots import Limits
+from leveret.consuming.worker import Working, working
 from leveret.envelope import Envelope, Receipt
 from leveret.failure import failures_of
 from leveret.middleware import RateLimit, Retries, Timeout
-from leveret.worker import Working, working
 from tests.contract.harness import PATIENCE_S, Harness, depth, make_envelope, soon
 
 Say = Callable[[Any, Attempt[Any]], Any]

@@ -18,7 +18,7 @@ import pytest
 
 import leveret
 from leveret import Settings
-from leveret.cli import cli, main
+from leveret.cli.main import cli, main
 from leveret.settings import Environment
 from tests.conftest import StartNode
 from tests.examples.markdown import BLOCKS, PAGES, PYTHON, ROOT, SHOP, Block

@@ -10,20 +10,12 @@ from typing import Any
 
 import pytest
 
-from leveret import (
-    App,
-    BrokerUnavailable,
-    Job,
-    Outgoing,
-    PublishError,
-    PublishManyError,
-    PublishTimeout,
-    Receipt,
-    scheduler,
-)
+from leveret import App, BrokerUnavailable, Job, Outgoing, PublishError, PublishManyError, PublishTimeout, Receipt
 from leveret.broker import Delivery
 from leveret.brokers.rabbitmq import open_admin, open_broker
 from leveret.brokers.rabbitmq.consuming import RabbitDelivery
+from leveret.cron import scheduler
+from leveret.cron.scheduler import Scheduler
 from leveret.ids import new_job_id
 from leveret.job import Queue
 from leveret.runtime import Runtime
@@ -400,7 +392,7 @@ async def test_a_slot_of_a_schedule_that_a_broker_blocks_is_written_twice_at_mos
         await publisher.publish(Slot("before"), timeout_s=20)
         await node.ctl("set_vm_memory_high_watermark", "0.0000001")
         app.cron(f"{datetime.now(timezone.utc) + timedelta(seconds=2):%S %M %H} * * *", Slot(), name="nightly")
-        publishing = scheduler.Scheduler(app, app.sender(broker, runtime), runtime)
+        publishing = Scheduler(app.name, app.schedules, app.sender(broker, runtime), runtime)
         running = asyncio.create_task(publishing.run())
         await eventually(lambda: "isn't published yet" in caplog.text)
         for _ in range(5):

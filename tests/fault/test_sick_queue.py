@@ -13,8 +13,8 @@ import pytest
 from leveret import App, Attempt, Job, PublishTimeout, Queue
 from leveret.brokers.rabbitmq.broker import RabbitBroker
 from leveret.brokers.rabbitmq.channel import WINDOW
+from leveret.consuming.worker import working
 from leveret.middleware import Retries
-from leveret.worker import working
 from tests.fault.bench import eventually
 from tests.rabbit.node import Rabbit
 

@@ -35,8 +35,9 @@ def _imported_by(module: str) -> set[str]:
         "leveret.brokers.rabbitmq",
         "leveret.brokers.sqlite",
         "leveret.middleware",
-        "leveret.scheduler",
-        "leveret.worker",
+        "leveret.cron.scheduler",
+        "leveret.process.cron",
+        "leveret.process.main",
     ],
 )
 def test_nothing_heavy_is_imported(module: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from leveret import App, Attempt, ConfigurationError, Consume, Envelope, Job, Outcome, Publish, Queue, Receipt, Settings
 from leveret.chain import layers_of
 from leveret.middleware import Retries, Timeout
-from leveret.testing import running
+from leveret.testing.lab import running
 
 work = Queue("chain")
 Unchecked: Any = App

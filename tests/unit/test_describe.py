@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from leveret import App, Attempt, ConfigurationError, Consume, Envelope, Job, Outcome, Publish, Queue, Receipt
-from leveret.cli_describe import text_of
-from leveret.describe import MOST_WAITS, AppRecord, describe
+from leveret.cli.describe import text_of
+from leveret.cli.description import MOST_WAITS, AppRecord, describe
 from leveret.middleware import RateLimit, Retries, Rule, Timeout
 
 emails = Queue("emails")

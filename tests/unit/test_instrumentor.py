@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from leveret import App
-from leveret.instrumentor import LeveretInstrumentor
 from leveret.middleware import Retries, Tracing
-from leveret.testing import running
+from leveret.middleware.instrumentor import LeveretInstrumentor
+from leveret.testing.lab import running
 from tests.unit.runs import Greet
 from tests.unit.test_tracing import Spans
 
@@ -113,6 +113,6 @@ def test_opentelemetry_instrument_leveret_work_traces_a_program_that_says_nothin
 
 def test_a_worker_never_imports_it_by_itself() -> None:
     """It takes as long to import as all the rest."""
-    program = "import sys, leveret, leveret.middleware, leveret.worker; print([name for name in sys.modules if 'instrument' in name])"
+    program = "import sys, leveret, leveret.middleware, leveret.process.main; print([name for name in sys.modules if 'instrument' in name])"
     done = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ from croniter import croniter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leveret.schedule import Schedule, check_expression, make_schedule, next_slot
+from leveret.cron.schedule import Schedule, check_expression, make_schedule, next_slot
 
 UTC = timezone.utc
 PARIS, NEW_YORK, LORD_HOWE = "Europe/Paris", "America/New_York", "Australia/Lord_Howe"

@@ -12,9 +12,9 @@ import pytest
 from leveret import App, ConfigurationError, Envelope, Job, Outgoing, Publish, Queue, Receipt
 from leveret.brokers.memory import MemoryBroker, MemoryStore
 from leveret.clock import ManualClock
+from leveret.cron.scheduler import Scheduler
 from leveret.publishing.sender import Sender
 from leveret.runtime import Runtime
-from leveret.scheduler import Scheduler
 
 ticks = Queue("ticks")
 START = 1_800_000_000.0  # 2027-01-15 08:00:00Z
@@ -44,9 +44,9 @@ class Lab:
         def observe(_: Job, envelope: Envelope) -> None:
             self.published.append(envelope.job_id.removeprefix("shop.tick@2027-01-15T"))
 
-        self.scheduler = Scheduler(
-            app, Sender(MemoryBroker(self.store, runtime), app.layers, runtime, observe), runtime
-        )
+        sender = Sender(MemoryBroker(self.store, runtime), app.layers, runtime, observe)
+        enabled = [schedule for schedule in app.schedules if schedule.enabled]
+        self.scheduler = Scheduler(app.name, enabled, sender, runtime)
 
     async def advance(self, seconds: float) -> None:
         """Move the clock on while the scheduler sleeps; return once it has seen that, done what was due, and sleeps again."""

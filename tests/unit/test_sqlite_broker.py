@@ -22,11 +22,11 @@ from leveret.brokers.sqlite import open_admin, open_broker
 from leveret.brokers.sqlite.file import Write
 from leveret.brokers.sqlite.schema import known_dead, my_identity
 from leveret.clock import ManualClock
+from leveret.consuming.settlement import Settlement
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, PublishTimeout
 from leveret.job import Queue
 from leveret.outcome import Retry
 from leveret.runtime import Runtime
-from leveret.settlement import Settlement
 from tests.contract.harness import PATIENCE_S, Recorder, consume, make_envelope, soon
 
 QUEUE = Queue("jobs")
@@ -188,7 +188,7 @@ async def test_a_retry_committed_after_its_deadline_is_done_and_not_lost(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that hangs for six seconds: "delivered again" in the log and a job counted as lost send somebody to look for what is all right."""
-    monkeypatch.setattr("leveret.settlement.SETTLE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("leveret.consuming.settlement.SETTLE_TIMEOUT_S", 0.2)
     broker, clock, disk = opened(), ManualClock(), threading.Event()
     await publish(broker, b"1")
     consumption, sink = await consume(broker, QUEUE)

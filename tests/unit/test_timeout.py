@@ -10,9 +10,9 @@ import pytest
 
 from leveret import App, Attempt, Bury, ConfigurationError, Done, Outcome
 from leveret.clock import ManualClock
-from leveret.handler import Registration, innermost, resolve
+from leveret.consuming.handler import Registration, innermost, resolve
 from leveret.middleware import Retries, Timeout
-from leveret.testing import running
+from leveret.testing.lab import running
 from tests.unit.runs import Greet, attempt, chain
 
 

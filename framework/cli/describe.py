@@ -6,12 +6,12 @@ from datetime import datetime, timezone
 
 import click
 
-from .broker import Features
-from .cli_print import counted, json_option, lines, print_json, seconds
-from .cli_target import app_path, run
-from .describe import MOST_WAITS, AppRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
-from .describe import describe as describe_app
-from .loading import load_app
+from ..broker import Features
+from ..process.loading import load_app
+from .description import MOST_WAITS, AppRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
+from .description import describe as describe_app
+from .output import counted, json_option, lines, print_json, seconds
+from .target import app_path, run
 
 _RUNS = {"on the loop": "an async def, on the event loop", "in a thread": "a def, in a thread"}
 

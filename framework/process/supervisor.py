@@ -9,17 +9,15 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Coroutine
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .backoff import full_jitter
-from .errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from .worker import WorkOptions
+from ..backoff import full_jitter
+from ..errors import ConfigurationError
+from ..waits import first_of
+from .options import WorkOptions
+from .signals import HURRY_S, Stop
 
 logger = logging.getLogger("leveret.supervisor")
 
@@ -28,7 +26,6 @@ STEADY_S = 60.0
 REFUSED = 2
 """Exit code of a worker whose configuration is wrong; restarting it wouldn't help."""
 _KILL_AFTER_S = 10.0
-_HURRY_S = 5.0
 
 
 async def supervise(options: WorkOptions) -> int:
@@ -39,8 +36,6 @@ async def supervise(options: WorkOptions) -> int:
     however it died. A second signal cuts off what still runs.
     """
     workers = _Workers(options)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, workers.end)
     watching = _watch(workers) if options.reload else None
     try:
         codes = await asyncio.gather(*(workers.keep(index) for index in range(options.processes)))
@@ -58,8 +53,7 @@ class _Workers:
         self._options = options
         self._running: set[asyncio.subprocess.Process] = set()
         self._reloading: set[int] = set()
-        self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._stop = Stop(self._terminate, hurry=self._terminate)
         self._changed = asyncio.Event()
         self._refused = False
         self._lifeline, self._ours = os.pipe()
@@ -69,14 +63,7 @@ class _Workers:
     @property
     def stop(self) -> asyncio.Event:
         """Set once they are to end."""
-        return self._stop
-
-    def end(self) -> None:
-        """Let all workers drain; called again, cut them off."""
-        if self._stop.is_set():
-            self._hurry.set()
-        self._stop.set()
-        self._terminate()
+        return self._stop.asked
 
     def reload(self) -> None:
         """Let all workers drain, and start them anew."""
@@ -109,18 +96,18 @@ class _Workers:
                 code = await self._ended(child)
                 reloaded = child.pid in self._reloading
                 self._reloading.discard(child.pid)
-                if self._stop.is_set():
+                if self._stop.asked.is_set():
                     # a SIGTERM that came before its handler was there ended a worker that hadn't begun
                     return {0: 0, -signal.SIGTERM: 0, REFUSED: REFUSED}.get(code, 1)
                 if code == REFUSED:
                     self._tell_reason(index)
                     if not self._options.reload:
-                        self._stop.set()
+                        self._stop.asked.set()
                         self._terminate()
                         return REFUSED
                     logger.info("waiting for a file to change")
-                    await _first(None, self._changed.wait(), self._stop.wait())
-                    if self._stop.is_set():
+                    await first_of(self._changed.wait(), self._stop.asked.wait())
+                    if self._stop.asked.is_set():
                         return REFUSED
                     continue
                 if reloaded:
@@ -129,8 +116,8 @@ class _Workers:
             deaths = 1 if time.monotonic() - began > STEADY_S else deaths + 1
             wait_s = full_jitter(deaths, base_s=0.5, cap_s=30.0, rng=random.Random())
             logger.error("%s; it is restarted in %.1f s", what, wait_s)
-            await _first(wait_s, self._stop.wait(), self._changed.wait())
-            if self._stop.is_set():
+            await first_of(self._stop.asked.wait(), self._changed.wait(), timeout_s=wait_s)
+            if self._stop.asked.is_set():
                 return 1
 
     async def _start(self, index: int) -> asyncio.subprocess.Process:
@@ -140,25 +127,27 @@ class _Workers:
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "leveret.worker",
+            "leveret.process.main",
             msgspec.json.encode(options).decode(),
             pass_fds=[self._lifeline, self._reason],
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # a ^C in the terminal reaches this process, which passes it on once
         )
         self._running.add(child)
-        if self._stop.is_set():
+        if self._stop.asked.is_set():
             self._terminate()
         return child
 
     async def _ended(self, child: asyncio.subprocess.Process) -> int:
         """Wait until `child` has ended, and see to it that it does; return its exit code."""
         waiting = asyncio.ensure_future(child.wait())
-        await _first(None, asyncio.shield(waiting), self._stop.wait())
+        await first_of(asyncio.shield(waiting), self._stop.asked.wait())
         if not waiting.done():
-            await _first(self._options.grace_s + _KILL_AFTER_S, asyncio.shield(waiting), self._hurry.wait())
-        if not waiting.done() and self._hurry.is_set():
-            await _first(_HURRY_S, asyncio.shield(waiting))
+            await first_of(
+                asyncio.shield(waiting), self._stop.hurried.wait(), timeout_s=self._options.grace_s + _KILL_AFTER_S
+            )
+        if not waiting.done() and self._stop.hurried.is_set():
+            await first_of(asyncio.shield(waiting), timeout_s=HURRY_S)
         if not waiting.done():
             logger.error("worker %d doesn't end; it is killed", child.pid)
             with suppress(ProcessLookupError):
@@ -198,14 +187,6 @@ def _watch(workers: _Workers) -> asyncio.Task[None]:
     task = asyncio.get_running_loop().create_task(watch())
     task.add_done_callback(say)
     return task
-
-
-async def _first(timeout_s: float | None, *waits: Coroutine[Any, Any, Any] | asyncio.Future[Any]) -> None:
-    """Return once one of `waits` is over, or after `timeout_s` (None: never)."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
 
 
 def _death(code: int) -> str:

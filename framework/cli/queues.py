@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from .admin import Depth
-from .cli_print import ask, counted, json_option, print_json, print_table
-from .cli_target import Target, run, target_options
-from .errors import ConfigurationError
-from .settings import redact
+from ..admin import Depth
+from ..errors import ConfigurationError
+from ..settings import redact
+from .output import ask, counted, json_option, print_json, print_table
+from .target import Target, run, target_options
 
 
 class _Names(click.Group):

@@ -10,12 +10,15 @@ from datetime import datetime, timezone
 import click
 import msgspec
 
-from .errors import ConfigurationError
-from .logs import one_line
+from ..errors import ConfigurationError
+from ..process.logs import LEVELS, one_line
 
 _WIDE = 1000
 """Columns where nobody looks: a pipe or a file gets whole lines, for grep and cut."""
 
+log_level_option = click.option(
+    "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Else LEVERET_LOG.  [default: info]"
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, to standard output."
 )

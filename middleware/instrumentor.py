@@ -10,8 +10,7 @@ from typing import Any
 
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]  # its module is untyped
 
-from .app import instrumentation
-from .layer import AnyLayer
+from leveret.layer import AnyLayer, instrumentation
 
 
 class LeveretInstrumentor(BaseInstrumentor):  # type: ignore[misc]
@@ -25,7 +24,7 @@ class LeveretInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         return ()
 
     def _instrument(self, **kwargs: Any) -> None:
-        from leveret.middleware import Tracing
+        from .tracing import Tracing
 
         tracing = Tracing(tracer_provider=kwargs.get("tracer_provider"))
 

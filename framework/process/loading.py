@@ -9,9 +9,9 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from .app import App
-from .errors import ConfigurationError, LeveretError
-from .texts import is_ours
+from ..app import App
+from ..errors import ConfigurationError, LeveretError
+from ..texts import is_ours
 
 
 def load(path: str, what: str) -> Any:

@@ -20,8 +20,8 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
-from .job import Job
-from .options import Outgoing
+from ..job import Job
+from ..options import Outgoing
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 _RANGES = {

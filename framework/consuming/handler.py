@@ -13,12 +13,12 @@ from typing import Any
 
 import msgspec
 
-from .attempt import Attempt
-from .clock import Clock
-from .errors import ConfigurationError
-from .job import Job, Queue, Spec, spec_of
-from .layer import AnyLayer, Consume
-from .outcome import OUTCOMES, Bury, Done, Expired, Outcome, Retry, Snooze
+from ..attempt import Attempt
+from ..clock import Clock
+from ..errors import ConfigurationError
+from ..job import Job, Queue, Spec, spec_of
+from ..layer import AnyLayer, Consume
+from ..outcome import OUTCOMES, Bury, Done, Expired, Outcome, Retry, Snooze
 
 _DONE = Done()
 _EXPIRED = Expired()

@@ -1,24 +1,22 @@
-"""`leveret cron`: publishes each schedule's jobs at their slots. One process of it for now."""
+"""Publishes each schedule's jobs at their slots. One process of it for now."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import signal
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
-from typing import Any
 
 import msgspec
 
-from .app import App
-from .backoff import full_jitter
-from .errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, PublishTimeout
-from .options import Options, Outgoing
-from .publishing.sender import Sender
-from .runtime import Runtime
+from ..backoff import full_jitter
+from ..errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, PublishTimeout
+from ..options import Options, Outgoing
+from ..publishing.sender import Sender
+from ..runtime import Runtime
+from ..settings import redact
 from .schedule import Schedule
-from .settings import redact
 
 logger = logging.getLogger("leveret.cron")
 
@@ -41,12 +39,12 @@ class Scheduler:
     blocks publishers it is written twice at most. What fell due while no scheduler ran is skipped.
     """
 
-    def __init__(self, app: App[Any], sender: Sender, runtime: Runtime) -> None:
+    def __init__(self, app: str, schedules: Sequence[Schedule], sender: Sender, runtime: Runtime) -> None:
         self._app = app
         self._sender = sender
         self._runtime = runtime
         self._clock = runtime.clock
-        self._schedules = [schedule for schedule in app.schedules if schedule.enabled]
+        self._schedules = schedules
         self._threads = ThreadPoolExecutor(max(1, len(self._schedules)), thread_name_prefix="leveret-cron")
         self._stop = asyncio.Event()
         self._emitting = 0
@@ -159,7 +157,7 @@ class Scheduler:
             return
         job, given = (emitted.job, emitted.options) if isinstance(emitted, Outgoing) else (emitted, Options())
         if given.job_id is None:
-            given = msgspec.structs.replace(given, job_id=schedule.slot_id(self._app.name, slot))
+            given = msgspec.structs.replace(given, job_id=schedule.slot_id(self._app, slot))
         tries, timeout_s = 0, PUBLISH_TIMEOUT_S
         while True:
             try:
@@ -207,53 +205,3 @@ class Scheduler:
             else:
                 logger.info("schedule %s published %s", schedule.name, receipt.job_id)
                 return
-
-
-async def run(app: App[Any]) -> int:
-    """Run the app's schedules until SIGTERM or SIGINT; return the exit code.
-
-    0: what was being published at the signal is through. 1: it wasn't within `FINISH_S`, or a second signal cut it off.
-    """
-    app.import_modules()
-    enabled = [schedule for schedule in app.schedules if schedule.enabled]
-    if not enabled:
-        msg = f"app {app.name!r} has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])"
-        raise ConfigurationError(msg)
-    runtime = app.runtime()
-    broker = app.open_broker(runtime)
-    scheduler = Scheduler(app, app.sender(broker, runtime), runtime)
-    running = asyncio.ensure_future(scheduler.run())
-    ending = asyncio.Event()
-    hurry = asyncio.Event()
-
-    def on_signal() -> None:
-        if ending.is_set():
-            hurry.set()
-        ending.set()
-        scheduler.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    for schedule in enabled:
-        logger.info(
-            "schedule %s (%s %s): next at %s",
-            schedule.name,
-            schedule.expression,
-            schedule.tz,
-            schedule.next(datetime.now(timezone.utc)),
-        )
-    ended, hurried = asyncio.ensure_future(ending.wait()), asyncio.ensure_future(hurry.wait())
-    try:
-        await asyncio.wait({running, ended}, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait({running, hurried}, timeout=FINISH_S, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            running.result()
-            logger.info("stopped")
-            return 0
-        logger.error("stopped, %d slots cut off: they may be published or not", scheduler.emitting)
-        return 1
-    finally:
-        for task in (ended, hurried, running):
-            task.cancel()
-        await asyncio.wait({running})
-        await broker.close()

@@ -14,14 +14,14 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, final
 
-from .envelope import Receipt
-from .errors import BrokerUnavailable, PublishTimeout
-from .headers import HeaderValue
-from .job import Job, Priority
+from ..envelope import Receipt
+from ..errors import BrokerUnavailable, PublishTimeout
+from ..headers import HeaderValue
+from ..job import Job, Priority
 
 if TYPE_CHECKING:
-    from .options import Outgoing
-    from .publishing.publisher import Publisher
+    from ..options import Outgoing
+    from .publisher import Publisher
 
 _T = TypeVar("_T")
 

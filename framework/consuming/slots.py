@@ -1,22 +1,23 @@
-"""What a process holds and hasn't started: picked by level, with ageing, within the limits of concurrency."""
+"""How many may run, and what a process holds and hasn't started: picked by level, with ageing, within the limits of concurrency."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
-from .broker import Delivery
-from .clock import Timer
-from .codec import Decoder
+from ..broker import Delivery
+from ..clock import Timer
+from ..codec import Decoder
+from ..errors import ConfigurationError
+from ..job import Priority, Queue
+from ..layer import AnyLayer, Consume
+from ..texts import named
 from .handler import Handler
-from .job import Priority, Queue
-from .layer import AnyLayer, Consume
 from .settlement import at_debug
-from .texts import named
 
 logger = logging.getLogger("leveret.consumer")
 
@@ -25,6 +26,23 @@ AGEING_S = 10.0
 """A job that was held this much longer goes before one that is a level more urgent, so that the lowest isn't starved."""
 
 _RANK_S = {Priority.URGENT: 0.0, Priority.HIGH: AGEING_S, Priority.NORMAL: 2 * AGEING_S, Priority.LOW: 3 * AGEING_S}
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How many handlers may run at once in a process."""
+
+    concurrency: int = 100
+    """All of them together."""
+    threads: int = 8
+    """Those that are a `def`."""
+    queues: Mapping[str, int] = {}
+    """Those of one queue; left out: no limit of its own."""
+
+    def __post_init__(self) -> None:
+        for name, value in [("concurrency", self.concurrency), ("threads", self.threads), *self.queues.items()]:
+            if value < 1:
+                msg = f"concurrency of {name!r} must be at least 1, not {value}"
+                raise ConfigurationError(msg)
 
 
 class Route(msgspec.Struct, frozen=True, eq=False):

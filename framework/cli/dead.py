@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from .admin import DeadLetter, DeadLetters
-from .cli_letter import LetterRecord, Summary, show_letter, summary_of
-from .cli_print import ask, counted, json_option, moment, print_json, print_table, progress
-from .cli_target import Target, run, target_options
-from .envelope import Envelope
-from .errors import ConfigurationError, LeveretError
-from .failure import Failure, failures_of
-from .headers import MOST
-from .settings import redact
+from ..admin import DeadLetter, DeadLetters
+from ..envelope import Envelope
+from ..errors import ConfigurationError, LeveretError
+from ..failure import Failure, failures_of
+from ..headers import MOST
+from ..settings import redact
+from .letter import LetterRecord, Summary, show_letter, summary_of
+from .output import ask, counted, json_option, moment, print_json, print_table, progress
+from .target import Target, run, target_options
 
 _T = TypeVar("_T")
 _REPLAY_S = 10.0

@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
-    from .testing import Lab
+    from .lab import Lab
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def leveret_running() -> Generator[Callable[..., AbstractAsyncContextManager[Lab
 
     A lab that was entered and not left would capture the app's publishers for the tests after it: that fails the test.
     """
-    from .testing import running
+    from .lab import running
 
     apps: list[Any] = []
 

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from .admin import Admin, Depth
-from .app import App
-from .errors import ConfigurationError
-from .job import Queue
-from .loading import load_app
-from .runtime import Runtime
-from .schemes import NO_BROKER, broker_module
-from .settings import environment, redact
+from ..admin import Admin, Depth
+from ..app import App
+from ..errors import ConfigurationError
+from ..job import Queue
+from ..process.loading import load_app
+from ..runtime import Runtime
+from ..schemes import NO_BROKER, broker_module
+from ..settings import environment, redact
 
 _T = TypeVar("_T")
 _CLOSE_S = 5.0

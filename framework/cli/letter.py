@@ -6,11 +6,11 @@ import base64
 
 import msgspec
 
-from .cli_print import counted, lines, moment
-from .envelope import MSGPACK, Envelope
-from .failure import Failure, failures_of
-from .logs import one_line
-from .settings import redact
+from ..envelope import MSGPACK, Envelope
+from ..failure import Failure, failures_of
+from ..process.logs import one_line
+from ..settings import redact
+from .output import counted, lines, moment
 
 _HEAD_BYTES = 512
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -14,46 +14,28 @@ from typing import Any
 
 import msgspec
 
-from .attempt import make_attempt
-from .broker import Broker, Consumption, Delivery, Subscription
-from .chain import bind, fold_consume
-from .clock import Timer
-from .codec import Decoder, UndecodableError
-from .context import current_attempt
-from .envelope import Envelope
-from .errors import ConfigurationError
+from ..attempt import make_attempt
+from ..broker import Broker, Consumption, Delivery, Subscription
+from ..chain import bind, fold_consume
+from ..clock import Timer
+from ..codec import Decoder, UndecodableError
+from ..context import current_attempt
+from ..envelope import Envelope
+from ..job import Job, Queue
+from ..layer import AnyLayer, name_of
+from ..outcome import OUTCOMES, Bury, CutOff, Ending, NotStarted, Retry, Snooze, Undecodable, Unknown
+from ..publishing.publisher import Publisher
+from ..runtime import Runtime
+from ..texts import named
 from .handler import Handler, innermost
-from .held import Gate, Held, QueueHeld, Route, in_arrival_order
-from .job import Job, Queue
-from .layer import AnyLayer, name_of
-from .outcome import OUTCOMES, Bury, CutOff, Ending, NotStarted, Retry, Snooze, Undecodable, Unknown
-from .publishing.publisher import Publisher
-from .runtime import Runtime
 from .settlement import Settlement, what
-from .texts import named
+from .slots import Gate, Held, Limits, QueueHeld, Route, in_arrival_order
 
 logger = logging.getLogger("leveret.consumer")
 
 START_WITHIN_S = 60.0
 """Prefetch is what can start within this time: the broker's consumer timeout counts waiting too."""
 _UNWIND_S = 1.0
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How many handlers may run at once in a process."""
-
-    concurrency: int = 100
-    """All of them together."""
-    threads: int = 8
-    """Those that are a `def`."""
-    queues: Mapping[str, int] = {}
-    """Those of one queue; left out: no limit of its own."""
-
-    def __post_init__(self) -> None:
-        for name, value in [("concurrency", self.concurrency), ("threads", self.threads), *self.queues.items()]:
-            if value < 1:
-                msg = f"concurrency of {name!r} must be at least 1, not {value}"
-                raise ConfigurationError(msg)
 
 
 class Ended(msgspec.Struct, frozen=True):

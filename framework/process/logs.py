@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import sys
 
-from .errors import ConfigurationError
-from .settings import redact
+from ..errors import ConfigurationError, LeveretError
+from ..settings import redact
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s %(message)s"
 _USERS = "leveret.job"
 """The logger behind `Attempt.log`: what a handler says there is its own affair."""
+_REPORT_BYTES = 512
+"""Most of one report: a write of up to so many bytes isn't torn by another process's (POSIX's PIPE_BUF)."""
 
 
 def one_line(text: str) -> str:
@@ -52,3 +55,15 @@ def set_up_logs(level: str) -> None:
     root.setLevel(level.upper())
     if not debug:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it says again, in tracebacks, what we say in a line
+
+
+def report_error(error: LeveretError, report: int | None = None) -> int:
+    """Print an error as one line (its traceback at debug level), a configuration's to `report` if given; return the exit code."""
+    line = f"leveret: {redact(' '.join(str(error).split()))}"
+    wrong = isinstance(error, ConfigurationError)
+    if wrong and report is not None:
+        os.write(report, line.encode(errors="replace")[: _REPORT_BYTES - 1] + b"\n")
+    else:
+        print(line, file=sys.stderr)  # noqa: T201 - a terminal's line
+    logging.getLogger("leveret").debug("where it comes from", exc_info=error)
+    return 2 if wrong else 1

@@ -12,18 +12,18 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
-from .app import App
-from .backoff import ceiling_s
-from .broker import Features
-from .chain import bind
-from .consumer import Limits
-from .errors import ConfigurationError
-from .handler import Handler
-from .job import Queue
-from .layer import AnyLayer, name_of
-from .schedule import Schedule
-from .schemes import broker_module
-from .settings import redact
+from ..app import App
+from ..backoff import ceiling_s
+from ..broker import Features
+from ..chain import bind
+from ..consuming.handler import Handler
+from ..consuming.slots import Limits
+from ..cron.schedule import Schedule
+from ..errors import ConfigurationError
+from ..job import Queue
+from ..layer import AnyLayer, name_of
+from ..schemes import broker_module
+from ..settings import redact
 
 MOST_WAITS = 32
 """Waits listed of one rule; by then any cap is reached."""

@@ -21,21 +21,21 @@ from typing import Any, Protocol, cast, final, overload
 import msgspec
 from typing_extensions import TypeVar
 
-from .app import App, Capture
-from .attempt import Attempt, make_attempt
-from .broker import Broker
-from .clock import ManualClock
-from .consumer import Consumer, Ended
-from .envelope import Envelope, Receipt
-from .errors import ConfigurationError
-from .headers import HeaderValue
-from .job import Job, Priority, Queue
-from .outcome import OUTCOMES, Bury, Done, Outcome
-from .publishing.publisher import Publisher
-from .publishing.sender import Sender
-from .runtime import Runtime
-from .schemes import broker_module
-from .worker import working
+from ..app import App, Capture
+from ..attempt import Attempt, make_attempt
+from ..broker import Broker
+from ..clock import ManualClock
+from ..consuming.consumer import Consumer, Ended
+from ..consuming.worker import working
+from ..envelope import Envelope, Receipt
+from ..errors import ConfigurationError
+from ..headers import HeaderValue
+from ..job import Job, Priority, Queue
+from ..outcome import OUTCOMES, Bury, Done, Outcome
+from ..publishing.publisher import Publisher
+from ..publishing.sender import Sender
+from ..runtime import Runtime
+from ..schemes import broker_module
 
 _R = TypeVar("_R")
 

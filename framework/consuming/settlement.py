@@ -11,17 +11,17 @@ from typing import Any
 
 import msgspec
 
-from .backoff import full_jitter
-from .broker import Broker, Delivery
-from .chain import fold_publish
-from .envelope import Envelope, Receipt
-from .errors import InvalidJob, MessageTooLarge, PublishError
-from .failure import Failure, failures_of
-from .headers import MOST
-from .layer import AnyLayer
-from .outcome import Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
-from .runtime import Runtime
-from .texts import below_ours, named, one_line, said_by
+from ..backoff import full_jitter
+from ..broker import Broker, Delivery
+from ..chain import fold_publish
+from ..envelope import Envelope, Receipt
+from ..errors import InvalidJob, MessageTooLarge, PublishError
+from ..failure import Failure, failures_of
+from ..headers import MOST
+from ..layer import AnyLayer
+from ..outcome import Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
+from ..runtime import Runtime
+from ..texts import below_ours, named, one_line, said_by
 
 logger = logging.getLogger("leveret.consumer")  # to its readers it is the consumer that settles
 

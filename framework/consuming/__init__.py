@@ -1,0 +1,1 @@
+"""delivery → held → slot → the layers → the handler → ending → settled."""

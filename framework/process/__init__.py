@@ -1,0 +1,1 @@
+"""One process of `leveret work` or `leveret cron`: its options, signals, logs and children."""

@@ -1,0 +1,57 @@
+"""One cron process: `leveret cron`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import datetime, timezone
+from typing import Any
+
+from ..app import App
+from ..cron.scheduler import FINISH_S, Scheduler
+from ..errors import ConfigurationError
+from ..waits import first_of
+from .loop import run_loop
+from .signals import Stop, exit_now
+
+logger = logging.getLogger("leveret.cron")
+
+
+async def run(app: App[Any]) -> int:
+    """Run the app's schedules until SIGTERM or SIGINT; return the exit code.
+
+    0: what was being published at the signal is through. 1: it wasn't within `FINISH_S`, or a second signal cut it off.
+    """
+    app.import_modules()
+    enabled = [schedule for schedule in app.schedules if schedule.enabled]
+    if not enabled:
+        msg = f"app {app.name!r} has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])"
+        raise ConfigurationError(msg)
+    runtime = app.runtime()
+    broker = app.open_broker(runtime)
+    scheduler = Scheduler(app.name, enabled, app.sender(broker, runtime), runtime)
+    running = asyncio.ensure_future(scheduler.run())
+    stop = Stop(scheduler.stop)
+    for schedule in enabled:
+        first = schedule.next(datetime.now(timezone.utc))
+        logger.info("schedule %s (%s %s): next at %s", schedule.name, schedule.expression, schedule.tz, first)
+    try:
+        await first_of(asyncio.shield(running), stop.asked.wait())
+        await first_of(asyncio.shield(running), stop.hurried.wait(), timeout_s=FINISH_S)
+        if running.done():
+            logger.info("stopped")
+            return 0
+        logger.error("stopped, %d slots cut off: they may be published or not", scheduler.emitting)
+        return 1
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+        await broker.close()
+
+
+def main(app: App[Any]) -> int:
+    """Run the app's schedules on a loop of their own; return the exit code."""
+    code = run_loop(run(app))
+    if code:
+        exit_now(code)  # a cron function that doesn't return would keep the interpreter from ending
+    return code
