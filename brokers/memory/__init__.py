@@ -5,7 +5,8 @@ from __future__ import annotations
 from leveret.admin import Admin
 from leveret.runtime import Runtime
 
-from .broker import MemoryBroker, MemoryStore, memory_store
+from .broker import MemoryBroker
+from .store import MemoryStore, memory_store
 
 __all__ = ["MemoryBroker", "MemoryStore", "open_admin", "open_broker"]
 

@@ -1,8 +1,5 @@
 """Looking into the queues of a `MemoryStore` and repairing: for the command line, and for tests."""
 
-# pyright: reportPrivateUsage=false
-# see `memory`: these classes work on the store's insides, with its lock held
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
@@ -15,21 +12,21 @@ from leveret.errors import LeveretError
 from leveret.job import LEVELS, Queue
 from leveret.runtime import Runtime
 
-from .broker import Letter, MemoryStore, sent
+from .store import Contents, Letter, MemoryStore, sent
 
 
 @final
 class _Letters:
     """The dead letters that were there when it was opened."""
 
-    def __init__(self, store: MemoryStore, queue: str) -> None:
-        self._store = store
+    def __init__(self, contents: Contents, queue: str) -> None:
+        self._contents = contents
         self._queue = queue
         self._last = 0
 
     async def __aenter__(self) -> _Letters:
-        with self._store._lock:
-            self._last = next(self._store._order)  # a job replayed and buried again meanwhile isn't read twice
+        with self._contents.lock:
+            self._last = next(self._contents.order)  # a job replayed and buried again meanwhile isn't read twice
         return self
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
@@ -37,8 +34,8 @@ class _Letters:
             yield letter
 
     def _next(self) -> Letter | None:
-        with self._store._lock:
-            for letter in self._store._dead.get(self._queue, {}).values():
+        with self._contents.lock:
+            for letter in self._contents.dead.get(self._queue, {}).values():
                 if letter.order < self._last and letter.reader is None:
                     letter.reader = self
                     return letter
@@ -52,23 +49,23 @@ class _Letters:
 
     def _forget(self, letter: Letter) -> None:
         letter.reader = None
-        del self._store._dead[self._queue][letter.order]
-        self._store._changed()
+        del self._contents.dead[self._queue][letter.order]
+        self._contents.changed()
 
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        with self._store._lock:
+        with self._contents.lock:
             own = self._check_open(letter)
-            self._store._check_accepts(envelope, float("inf"))
-            self._store._put(*sent(envelope, own.envelope.queue))
+            self._contents.check_accepts(envelope, float("inf"))
+            self._contents.put(*sent(envelope, own.envelope.queue))
             self._forget(own)
 
     async def drop(self, letter: DeadLetter) -> None:
-        with self._store._lock:
+        with self._contents.lock:
             self._forget(self._check_open(letter))
 
     async def __aexit__(self, *_: object) -> None:
-        with self._store._lock:
-            for letter in self._store._dead.get(self._queue, {}).values():
+        with self._contents.lock:
+            for letter in self._contents.dead.get(self._queue, {}).values():
                 if letter.reader is self:
                     letter.reader = None
 
@@ -78,19 +75,19 @@ class MemoryAdmin:
     """An `Admin` on a `MemoryStore`, under `runtime`'s clock."""
 
     def __init__(self, store: MemoryStore, runtime: Runtime) -> None:
-        self._store = store
+        self._contents = store.contents
         self._clock = runtime.clock
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
         """As `Admin.depths`; a queue is there once something was published to it or consumes it."""
-        with self._store._lock:
-            self._store._promote(self._clock.monotonic())
+        with self._contents.lock:
+            self._contents.promote(self._clock.monotonic())
             return [self._depth(queue.name) for queue in queues]
 
     def _depth(self, name: str) -> Depth:
-        store = self._store
+        contents = self._contents
         levels = {
-            level.value: len(line) for level, line in store._ready.get(name, {level: [] for level in LEVELS}).items()
+            level.value: len(line) for level, line in contents.ready.get(name, {level: [] for level in LEVELS}).items()
         }
         return Depth(
             queue=name,
@@ -98,14 +95,14 @@ class MemoryAdmin:
             levels=levels,
             unsettled=sum(
                 1
-                for consumption in store._consumptions
-                for delivery in consumption._held
-                if delivery.queue.name == name
+                for consumer in contents.consumers
+                for stored in consumer.held.values()
+                if stored.envelope.queue == name
             ),
-            delayed=sum(1 for _, _, stored in store._delayed if stored.envelope.queue == name),
-            dead=len(store._dead.get(name, ())),
-            consumers=sum(1 for consumption in store._consumptions if name in consumption._names),
-            exists=name in store._ready,
+            delayed=sum(1 for _, _, stored in contents.delayed if stored.envelope.queue == name),
+            dead=len(contents.dead.get(name, ())),
+            consumers=sum(1 for consumer in contents.consumers if name in consumer.names),
+            exists=name in contents.ready,
         )
 
     async def delayed(self) -> None:
@@ -113,18 +110,18 @@ class MemoryAdmin:
 
     async def purge(self, queue: Queue) -> int:
         """As `Admin.purge`."""
-        with self._store._lock:
-            self._store._promote(self._clock.monotonic())
-            lines = self._store._ready.get(queue.name, {}).values()
+        with self._contents.lock:
+            self._contents.promote(self._clock.monotonic())
+            lines = self._contents.ready.get(queue.name, {}).values()
             count = sum(map(len, lines))
             for line in lines:
                 line.clear()
-            self._store._changed()
+            self._contents.changed()
         return count
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
         """As `Admin.dead`; letters that are buried while it is open aren't among them."""
-        return _Letters(self._store, queue.name)
+        return _Letters(self._contents, queue.name)
 
     async def close(self) -> None:
         """Nothing to end."""

@@ -183,7 +183,7 @@ class MemoryHarness(Harness):
 
     def __init__(self) -> None:
         super().__init__(f"memory://{uuid.uuid4().hex}")
-        from leveret.brokers.memory.broker import memory_store
+        from leveret.brokers.memory.store import memory_store
 
         self.store = memory_store(self.url)
 

@@ -13,7 +13,7 @@ import pytest
 from leveret.broker import Subscription
 from leveret.brokers.memory import MemoryBroker, MemoryStore, open_admin, open_broker
 from leveret.brokers.memory.admin import MemoryAdmin
-from leveret.brokers.memory.broker import memory_store
+from leveret.brokers.memory.store import memory_store
 from leveret.clock import ManualClock, SystemClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue

@@ -1,0 +1,187 @@
+"""One consumer of a store: its windows, what it holds, and its deliveries."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Sequence
+from typing import final
+
+from leveret.broker import Delivery, Sink, Subscription
+from leveret.clock import Clock, Timer
+from leveret.envelope import Envelope
+from leveret.job import LEVELS, Queue
+
+from .store import Contents, Stored
+
+
+@final
+class MemoryDelivery:
+    """A job that a consumption holds."""
+
+    __slots__ = ("consumption", "queue", "redelivered", "stored")
+
+    def __init__(self, consumption: MemoryConsumption, queue: Queue, stored: Stored) -> None:
+        self.consumption = consumption
+        self.queue = queue
+        self.stored = stored
+        self.redelivered = stored.delivered
+
+    @property
+    def envelope(self) -> Envelope:
+        """As `Delivery.envelope`."""
+        return self.stored.envelope
+
+    @property
+    def problem(self) -> str | None:
+        """As `Delivery.problem`."""
+        return self.stored.problem
+
+    @property
+    def live(self) -> bool:
+        """Whether it is held: neither settled nor lost."""
+        return self in self.consumption.held
+
+
+def owned(delivery: Delivery) -> MemoryDelivery:
+    """Return `delivery`, or raise TypeError where it is another broker's."""
+    if not isinstance(delivery, MemoryDelivery):
+        msg = f"{delivery!r} isn't a delivery of the memory broker"
+        raise TypeError(msg)
+    return delivery
+
+
+@final
+class MemoryConsumption:
+    """One consumer: a window for each level of each of its queues, filled on its own loop."""
+
+    def __init__(self, contents: Contents, clock: Clock, subscriptions: Sequence[Subscription], sink: Sink) -> None:
+        self._contents = contents
+        self._clock = clock
+        self._sink = sink
+        self._loop = asyncio.get_running_loop()
+        self.names = {each.queue.name for each in subscriptions}
+        self._windows = [(each.queue, level, each.prefetch) for level in LEVELS for each in subscriptions]
+        self._used = {(queue.name, level): 0 for queue, level, _ in self._windows}
+        self.held: dict[object, Stored] = {}
+        """By delivery: what was delivered and isn't settled."""
+        self._taking = True
+        self._cut = False
+        self._woken = False
+        self._timer: tuple[float, Timer] | None = None
+        with contents.lock:
+            for other in list(contents.consumers):
+                other.end_if_orphaned()
+            contents.consumers[self] = None
+            for name in self.names:
+                contents.levels(name)
+            self.wake()
+
+    @property
+    def ready(self) -> bool:
+        """As `Consumption.ready`."""
+        return self in self._contents.consumers and self._taking and not self._cut
+
+    async def failed(self) -> None:
+        """Never returns: nothing about a store in memory can be wrong for good."""
+        await asyncio.Future[None]()
+
+    async def stop_taking(self) -> None:
+        """As `Consumption.stop_taking`."""
+        with self._contents.lock:
+            self._taking = False
+
+    async def close(self) -> None:
+        """As `Consumption.close`."""
+        with self._contents.lock:
+            self._end()
+        self._arm(None)
+
+    def end_if_orphaned(self) -> None:
+        """End where its loop was closed without `close`."""
+        if self._loop.is_closed():
+            self._end()
+
+    def _end(self) -> None:
+        self._taking = self._cut = False
+        self._contents.consumers.pop(self, None)
+        self._release_all()
+
+    def _release_all(self) -> None:
+        held, self.held = self.held, {}
+        self._used = dict.fromkeys(self._used, 0)
+        for stored in held.values():
+            self._contents.put_back(stored)
+
+    def cut_off(self) -> None:
+        """Put back all that is held, as a lost connection does. The caller holds the lock."""
+        self._cut = True
+        self._release_all()
+        self.wake()
+
+    def wake(self) -> None:
+        """Look for jobs in the next turn of its loop. The caller holds the lock."""
+        if self._woken:
+            return
+        self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._pump)
+        except (
+            RuntimeError
+        ):  # its loop was closed without `close`: the consumer is dead, and what it held goes to the others
+            self._end()
+
+    def _pump(self) -> None:
+        """Deliver until the windows are full or the lines empty, and wake again when the next delayed job is due."""
+        contents = self._contents
+        while True:
+            with contents.lock:
+                self._woken = False
+                cut, self._cut = self._cut, False
+                delivery = None if cut else self._take()
+                if not cut and delivery is None:
+                    due = contents.delayed[0][0] if self._taking and contents.delayed else None
+                    break
+            if delivery is None:
+                self._sink.lost()
+            else:
+                self._sink.deliver(delivery)
+        self._arm(due)
+
+    def _take(self) -> MemoryDelivery | None:
+        if not self._taking:
+            return None
+        self._contents.promote(self._clock.monotonic())
+        for queue, level, prefetch in self._windows:
+            line = self._contents.ready[queue.name][level]
+            if line and self._used[queue.name, level] < prefetch:
+                _, stored = heapq.heappop(line)
+                delivery = MemoryDelivery(self, queue, stored)
+                stored.delivered = True
+                self._used[queue.name, level] += 1
+                self.held[delivery] = stored
+                self._contents.changed()
+                return delivery
+        return None
+
+    def _arm(self, due: float | None) -> None:
+        if self._timer is not None:
+            if self._timer[0] == due:
+                return
+            self._timer[1].cancel()
+        self._timer = None if due is None else (due, self._clock.call_later(due - self._clock.monotonic(), self._due))
+
+    def _due(self) -> None:
+        self._timer = None
+        with self._contents.lock:
+            self.wake()
+
+    def settled(self, delivery: MemoryDelivery) -> bool:
+        """Take `delivery` out of its window; False where it isn't live. The caller holds the lock."""
+        if delivery not in self.held:
+            return False
+        del self.held[delivery]
+        self._used[delivery.queue.name, delivery.envelope.priority] -= 1
+        self._contents.changed()
+        self.wake()
+        return True

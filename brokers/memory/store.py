@@ -1,0 +1,285 @@
+"""The store: the jobs of one process by queue and level, its delayed jobs and its dead letters."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import re
+import threading
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Protocol, final
+
+import msgspec
+
+from leveret.clock import Clock
+from leveret.envelope import JSON, Envelope
+from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.headers import pack_headers, unpack_headers
+from leveret.ids import new_job_id
+from leveret.job import LEVELS, Priority
+from leveret.settings import redact
+
+
+class Stored(msgspec.Struct, eq=False):
+    """A job in a queue; it knows its place, so that one given back stands where it stood."""
+
+    envelope: Envelope
+    problem: str | None
+    order: int
+    delivered: bool = False
+
+
+class Letter(msgspec.Struct, eq=False):
+    """A buried job, and who has it open."""
+
+    envelope: Envelope
+    order: int
+    reader: object = None
+    """The `Admin.dead` that reads it."""
+
+
+class StoreState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store holds, over all its queues."""
+
+    ready: int
+    """Jobs that wait to be delivered."""
+    delayed: int
+    """Jobs that wait for their time."""
+    next_due_in_s: float | None
+    """Seconds until the next of those; None when there is none."""
+    unsettled: int
+    """Jobs that consumers hold."""
+    dead: int
+    """Dead letters."""
+    version: int
+    """Rises with every change; for `MemoryStore.changed`."""
+
+
+class Consumer(Protocol):
+    """What a store knows of a consumption. The caller holds the store's lock."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The queues that it takes from."""
+        ...
+
+    @property
+    def held(self) -> Mapping[object, Stored]:
+        """By delivery: what was delivered to it and isn't settled."""
+        ...
+
+    def wake(self) -> None:
+        """Look for jobs in the next turn of its loop."""
+        ...
+
+    def end_if_orphaned(self) -> None:
+        """End where its loop was closed without `close`."""
+        ...
+
+    def cut_off(self) -> None:
+        """Put back all that it holds, as a lost connection does."""
+        ...
+
+
+@final
+class Contents:
+    """The jobs of a store. Brokers, consumptions and admins use every method and attribute with `lock` held."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.order = itertools.count(1)
+        self.ready: dict[str, dict[Priority, list[tuple[int, Stored]]]] = {}
+        self.delayed: list[tuple[float, int, Stored]] = []
+        self.dead: dict[str, dict[int, Letter]] = {}
+        self.consumers: dict[Consumer, None] = {}
+        self.refusal: str | None = None
+        """Why publishes are refused, if they are."""
+        self.version = 0
+        self.watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def changed(self) -> None:
+        """Note a change, and wake all that wait for one."""
+        self.version += 1
+        watchers, self.watchers = self.watchers, []
+        for loop, event in watchers:
+            with suppress(RuntimeError):  # its loop was closed: nobody waits there
+                loop.call_soon_threadsafe(event.set)
+
+    def check_accepts(self, envelope: Envelope, deadline: float) -> None:
+        """Raise BrokerUnavailable while publishes are refused, and PublishTimeout after `deadline`."""
+        if self.refusal is not None:
+            msg = f"job {envelope.job_id} wasn't taken: {self.refusal}"
+            raise BrokerUnavailable(msg, job_id=envelope.job_id)
+        if time.monotonic() > deadline:
+            msg = f"job {envelope.job_id} wasn't published: its deadline had passed before it was sent"
+            raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
+
+    def levels(self, queue: str) -> dict[Priority, list[tuple[int, Stored]]]:
+        """Return the lines of `queue`, a heap per level; the queue is there from now on."""
+        levels = self.ready.get(queue)
+        if levels is None:
+            levels = self.ready[queue] = {level: [] for level in LEVELS}
+        return levels
+
+    def put(self, envelope: Envelope, problem: str | None, due: float | None = None) -> None:
+        """Add a job to the end of its line, or to the delayed ones until `due`."""
+        stored = Stored(envelope, problem, next(self.order))
+        if due is None:
+            heapq.heappush(self.levels(envelope.queue)[envelope.priority], (stored.order, stored))
+        else:
+            self.levels(envelope.queue)
+            heapq.heappush(self.delayed, (due, stored.order, stored))
+        self._wake(envelope.queue)
+
+    def put_back(self, stored: Stored) -> None:
+        """Return a job to the place that it had in its line."""
+        heapq.heappush(self.levels(stored.envelope.queue)[stored.envelope.priority], (stored.order, stored))
+        self._wake(stored.envelope.queue)
+
+    def promote(self, now: float) -> None:
+        """Make ready what is due: it joins the line as a job published then would."""
+        while self.delayed and self.delayed[0][0] <= now:
+            _, _, stored = heapq.heappop(self.delayed)
+            stored.order = next(self.order)
+            self.put_back(stored)
+
+    def _wake(self, queue: str) -> None:
+        self.changed()
+        for consumer in list(self.consumers):
+            if queue in consumer.names:
+                consumer.wake()
+
+    def bury(self, envelope: Envelope) -> None:
+        """Add a dead letter."""
+        order = next(self.order)
+        self.dead.setdefault(envelope.queue, {})[order] = Letter(envelope, order)
+        self.changed()
+
+
+@final
+class MemoryStore:
+    """What the brokers of one process share: queues, delayed jobs, dead letters; and the levers of a test.
+
+    Any thread may use it. Brokers of one store must run under clocks that show the same time: one `ManualClock`, or the system's.
+    """
+
+    def __init__(self) -> None:
+        self.contents = Contents()
+        """For the broker's own classes."""
+
+    def refuse(self, reason: str = "the memory broker was told to refuse") -> None:
+        """From now on every publish, retry, burial and replay raises `BrokerUnavailable(reason)`, until `accept`; deliveries go on."""
+        with self.contents.lock:
+            self.contents.refusal = reason
+
+    def accept(self) -> None:
+        """Call `refuse` off."""
+        with self.contents.lock:
+            self.contents.refusal = None
+
+    def disconnect(self) -> None:
+        """Cut every consumption as a lost connection does.
+
+        What was delivered and isn't settled is no longer live and goes back to its place; each sink hears `lost()`, and then the
+        jobs come again, redelivered: the consumptions connect again by themselves, at once.
+        """
+        with self.contents.lock:
+            for consumer in list(self.contents.consumers):
+                consumer.cut_off()
+            self.contents.changed()
+
+    def inject(
+        self,
+        queue: str,
+        body: bytes,
+        *,
+        job: str = "",
+        job_id: str | None = None,
+        priority: Priority = Priority.NORMAL,
+        content_type: str = JSON,
+        content_encoding: str | None = None,
+        headers: Mapping[str, object] | None = None,
+    ) -> None:
+        """Put what a foreign producer might send, unchecked; `headers` is the table as it is on the wire, `lv-…` names included."""
+        fields, problem = unpack_headers(headers)
+        fields |= {"priority": priority, "origin": None}  # where it is put says these, whatever a header says
+        envelope = Envelope(
+            job_id=job_id or new_job_id(),
+            job=job,
+            queue=queue,
+            body=bytes(body),
+            content_type=content_type,
+            content_encoding=content_encoding,
+            **fields,
+        )
+        with self.contents.lock:
+            self.contents.put(envelope, problem)
+
+    def state(self, clock: Clock) -> StoreState:
+        """Return what is in it now, by `clock`, the brokers' own."""
+        with self.contents.lock:
+            self.contents.promote(clock.monotonic())
+            return StoreState(
+                ready=sum(len(line) for levels in self.contents.ready.values() for line in levels.values()),
+                delayed=len(self.contents.delayed),
+                next_due_in_s=max(0.0, self.contents.delayed[0][0] - clock.monotonic())
+                if self.contents.delayed
+                else None,
+                unsettled=sum(len(consumer.held) for consumer in self.contents.consumers),
+                dead=sum(map(len, self.contents.dead.values())),
+                version=self.contents.version,
+            )
+
+    async def changed(self, since: int) -> None:
+        """Return once something changed after `StoreState.version` was `since`: a publish, a delivery, a settlement."""
+        event = asyncio.Event()
+        watcher = (asyncio.get_running_loop(), event)
+        with self.contents.lock:
+            if self.contents.version != since:
+                return
+            self.contents.watchers.append(watcher)
+        try:
+            await event.wait()
+        finally:
+            with self.contents.lock, suppress(ValueError):  # gone from the list once it was called
+                self.contents.watchers.remove(watcher)
+
+
+def sent(envelope: Envelope, queue: str, origin: str | None = None) -> tuple[Envelope, str | None]:
+    """Return what arrives of `envelope` in `queue`, and what is wrong with it: the headers go through the table that AMQP carries.
+
+    `origin` is for a dead letter; a job in a queue has none.
+    """
+    fields, problem = unpack_headers(pack_headers(envelope))
+    fields |= {"priority": envelope.priority, "origin": origin}
+    arrived = Envelope(
+        job_id=envelope.job_id,
+        job=envelope.job,
+        queue=queue,
+        body=bytes(envelope.body),
+        content_type=envelope.content_type,
+        content_encoding=envelope.content_encoding,
+        created_s=envelope.created_s,
+        app=envelope.app,
+        correlation_id=envelope.correlation_id,
+        reply_to=envelope.reply_to,
+        **fields,
+    )
+    return arrived, problem
+
+
+_URL = re.compile(r"memory://[A-Za-z0-9_.-]*/?\Z")
+_stores: dict[str, MemoryStore] = {}
+_stores_lock = threading.Lock()
+
+
+def memory_store(url: str) -> MemoryStore:
+    """Return the store that this process keeps under `url`, `memory://` or `memory://name`; ConfigurationError for any other."""
+    if not _URL.match(url):
+        msg = f"the broker's URL {redact(url)!r} can't be read: a memory broker is memory:// or memory://name, with [A-Za-z0-9_.-] in the name"
+        raise ConfigurationError(msg)
+    with _stores_lock:
+        return _stores.setdefault(url.rstrip("/"), MemoryStore())
