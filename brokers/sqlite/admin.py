@@ -18,10 +18,11 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from .broker import CLOSE_S, packed
-from .file import Call, Taker, Write
-from .schema import INSERTS, READ, Row, unpack
+from .broker import CLOSE_S
+from .rows import INSERTS, READ, Row, packed, unpack
 from .store import Store
+from .taker import Taker
+from .write import Call, Write
 
 log = logging.getLogger("leveret.sqlite")
 

@@ -8,7 +8,7 @@ local disk, since SQLite's locks don't hold on network file systems.
 - `give_back` leaves the job its place, and it doesn't count as redelivered, since it wasn't started. What a consumption still holds
   when it is closed, or when its process dies, does.
 - What a dead process held comes back within about a second where this machine's process table shows it, and otherwise 15 to 20
-  seconds after its last sign of life (see `file`).
+  seconds after its last sign of life (see `lease`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ import msgspec
 
 from leveret.broker import Consumption, Delivery, Features, Sink, Subscription
 from leveret.envelope import Envelope
-from leveret.errors import BrokerUnavailable, ConfigurationError, InvalidJob, PublishTimeout
+from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 from leveret.settings import redact
 
-from .file import SqliteDelivery, Taker, Write
-from .schema import MIN_SQLITE, Row, pack
+from .delivery import SqliteDelivery
+from .rows import packed
+from .schema import MIN_SQLITE
 from .store import Store
+from .taker import Taker
+from .write import Write
 
 WINDOW = 1000
 """Most publishes of one broker that aren't confirmed yet; the next ones wait, inside their deadlines."""
@@ -69,15 +72,6 @@ def _own(delivery: Delivery) -> SqliteDelivery:
         msg = f"{delivery!r} isn't a delivery of the SQLite broker"
         raise TypeError(msg)
     return delivery
-
-
-def packed(queue: str, envelope: Envelope, when_ms: int | None) -> Row:
-    """Return the row of `envelope`, or raise InvalidJob where a header can't be stored."""
-    try:
-        return pack(queue, envelope, when_ms)
-    except (TypeError, ValueError, RecursionError) as error:
-        msg = f"job {envelope.job_id} for queue {queue!r}: {error}"
-        raise InvalidJob(msg, job_id=envelope.job_id) from error
 
 
 @final

@@ -1,40 +1,29 @@
-"""One connection to the SQLite file: what stands in a transaction, and what is known of the file between two of them.
-
-A worker is a row in `workers`, and what it holds bears that row's id. Its lease is `LEASE_S` long, and no clock is shared for it:
-each worker raises its row's `beat` every `BEAT_S` and looks at the others' in the same transaction; one that stood still over
-`LEASE_S / BEAT_S` of the observer's own beats is dead, and what it held is free again. So neither a jump of the wall clock, nor a
-suspended laptop, nor a lock that stops everybody makes a living worker lose what it holds. Where a row's process is known to be gone
-(same boot, same process namespace, no such process or another one of that number) its jobs are free within `LOOK_S`.
-"""
+"""One connection to the SQLite file: what stands in a transaction, and what is known of the file between two of them."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
 import sqlite3
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
 from contextlib import suppress
-from typing import Any, Protocol, TypeAlias, final
+from typing import final
 
-from leveret.broker import Subscription
 from leveret.clock import Clock
-from leveret.errors import ConfigurationError
-from leveret.job import Queue
 
-from .schema import INSERTS, READ, Row, known_dead, my_identity, open_file, text_or_bytes, unpack
+from . import lease as leases
+from .delivery import SqliteDelivery
+from .identity import known_dead, my_identity
+from .lease import Beats, Lease
+from .rows import INSERTS, READ, text_or_bytes
+from .schema import open_file
+from .taker import Taker
+from .write import Turn, Write
 
 log = logging.getLogger("leveret.sqlite")
 
-LEASE_S = 15.0
-"""A worker that showed no life for so long has lost what it holds."""
-BEAT_S = 5.0
-"""How often a worker shows life; LEASE_S is a multiple of it."""
-LOOK_S = 1.0
-"""How often a worker looks for processes of this machine that are gone."""
 _PROMOTED_AT_ONCE = 1000
 _FREE_PAGES = 1000
 
@@ -53,155 +42,6 @@ _PROMOTED = (
     " WHERE seq IN (SELECT value FROM json_each(?)) ORDER BY due_ms, seq"
 )
 
-PENDING, TAKEN, OVER = range(3)
-"""States of a `Write`: it can be called back; it is in a transaction; it was told how it went."""
-
-
-@final
-class Lease:
-    """One row of `workers`: what is claimed under it is this process's own while it is `alive`."""
-
-    __slots__ = ("alive", "id")
-
-    def __init__(self) -> None:
-        self.id: int | None = None
-        self.alive = True
-
-
-@final
-class Window:
-    """One level of one queue: how much of it is held, and whether more may wait in the file. The thread's own."""
-
-    __slots__ = ("held", "level", "maybe", "prefetch", "queue")
-
-    def __init__(self, queue: Queue, level: str, prefetch: int) -> None:
-        self.queue = queue
-        self.level = level
-        self.prefetch = prefetch
-        self.held = 0
-        self.maybe = True
-
-
-class Listener(Protocol):
-    """Who hears, on the loop, what becomes of a `Taker`."""
-
-    def arrived(self, deliveries: Sequence[SqliteDelivery], /) -> None:
-        """These were claimed."""
-        ...
-
-    def lost(self) -> None:
-        """The lease was lost."""
-        ...
-
-    def cannot(self, error: ConfigurationError, /) -> None:
-        """It was given up for good."""
-        ...
-
-
-@final
-class Taker:
-    """Somebody with a lease: a consumption with its windows, or an admin with dead letters open."""
-
-    __slots__ = ("lease", "listener", "ready", "taking", "windows")
-
-    def __init__(self, subscriptions: Iterable[Subscription], listener: Listener | None) -> None:
-        self.lease = Lease()
-        self.listener = listener
-        self.windows = [
-            Window(each.queue, level.value, each.prefetch) for each in subscriptions for level in each.queue.levels
-        ]
-        self.taking = bool(self.windows)
-        self.ready = False
-
-
-@final
-class SqliteDelivery:
-    """A claimed row."""
-
-    __slots__ = ("envelope", "lease", "problem", "queue", "redelivered", "seq", "settled", "window")
-
-    def __init__(self, window: Window, lease: Lease, row: Sequence[Any]) -> None:
-        self.seq: int = row[0]
-        self.redelivered: bool = row[1] > 1
-        self.envelope, self.problem = unpack(row[2:])
-        self.queue = window.queue
-        self.window = window
-        self.lease = lease
-        self.settled = False
-
-    @property
-    def live(self) -> bool:
-        """Whether its lease holds. One that is settled stays live: a retry that was committed late isn't lost."""
-        return self.lease.alive
-
-    @property
-    def unsettled(self) -> bool:
-        """Whether it can still be settled: its lease holds and nobody settled it."""
-        return self.lease.alive and not self.settled
-
-
-Call: TypeAlias = Callable[[sqlite3.Connection], Any]
-
-
-@final
-class Write:
-    """One thing to do in the next transaction, all or nothing, and the future that hears how it went."""
-
-    __slots__ = (
-        "about",
-        "call",
-        "closes",
-        "deadline",
-        "delivery",
-        "future",
-        "job",
-        "job_id",
-        "letter",
-        "opens",
-        "reads",
-        "state",
-    )
-
-    def __init__(
-        self, about: str, *, deadline: float = float("inf"), job_id: str | None = None, job: Row | None = None, letter: Row | None = None,
-        delivery: SqliteDelivery | None = None, opens: Taker | None = None, closes: Taker | None = None, call: Call | None = None,
-        reads: Call | None = None,
-    ) -> None:  # fmt: skip
-        self.about = about
-        """For messages: "job … for queue 'emails'"."""
-        self.deadline = deadline
-        self.job_id = job_id
-        self.job = job
-        """A row for `jobs`."""
-        self.letter = letter
-        """A row for `dead`."""
-        self.delivery = delivery
-        """Is settled by it."""
-        self.opens = opens
-        self.closes = closes
-        self.call = call
-        """Anything else; what it returns is the future's result."""
-        self.reads = reads
-        """As `call`, but in a transaction that only reads, and that no lock stops."""
-        self.future: asyncio.Future[Any] | None = None
-        self.state = PENDING
-
-
-@final
-class Turn:
-    """What one transaction did, to be told once it is committed."""
-
-    def __init__(self) -> None:
-        self.outcomes: list[tuple[Write, Any]] = []
-        self.claimed: list[tuple[Taker, list[SqliteDelivery]]] = []
-        self.lost: list[Taker] = []
-        self.closed: list[Taker] = []
-        self.freed: Counter[Window] = Counter()
-        self.settled: list[SqliteDelivery] = []
-        self.names: set[str] = set()
-        self.beats: dict[int, tuple[int, int]] | None = None
-        self.added = False
-
 
 @final
 class File:
@@ -210,7 +50,7 @@ class File:
     def __init__(self, path: str, clock: Clock, *, create: bool) -> None:
         self.path = path
         self.takers: list[Taker] = []
-        self.next_beat = 0.0
+        self.beats = Beats()
         self._clock = clock
         self._create = create
         self._connection: sqlite3.Connection | None = None
@@ -219,7 +59,6 @@ class File:
         self._names: set[str] = set()
         self._next_due_ms: float | None = None
         self._next_look = 0.0
-        self._beats: dict[int, tuple[int, int]] = {}
         self._dead: list[int] = []
         self._opened: list[Lease] = []
         self._lost: list[Taker] = []
@@ -300,10 +139,10 @@ class File:
         """Whether a transaction is due without anybody asking for it: a beat, a death, a job to claim."""
         if not self.takers:
             return False
-        if now >= self.next_beat or any(taker.lease.id is None for taker in self.takers):
+        if now >= self.beats.next or any(taker.lease.id is None for taker in self.takers):
             return True
         if now >= self._next_look:
-            self._next_look = now + LOOK_S
+            self._next_look = now + leases.LOOK_S
             mine = {taker.lease.id for taker in self.takers}
             rows = connection.execute("SELECT id, identity FROM workers").fetchall()
             self._dead = [worker for worker, identity in rows if worker not in mine and known_dead(identity)]
@@ -353,7 +192,7 @@ class File:
         self._look(connection)
         for taker in self.takers:
             turn.names |= self._hold(connection, taker)
-        if self.takers and time.monotonic() >= self.next_beat:
+        if self.takers and time.monotonic() >= self.beats.next:
             self._beat(connection, turn)
         for worker in self._dead:
             self._reap(connection, worker)
@@ -385,7 +224,7 @@ class File:
         log.warning(
             "the lease on %s was lost: this process showed no life for %g s; what it held is delivered again",
             self.path,
-            LEASE_S,
+            leases.LEASE_S,
         )
         taker.lease.alive = False
         taker.lease = Lease()
@@ -400,19 +239,12 @@ class File:
         connection.execute(
             "UPDATE workers SET beat = beat + 1 WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(mine),)
         )
-        turn.beats = {}
-        for worker, beat in connection.execute("SELECT id, beat FROM workers").fetchall():
-            if worker in mine:
-                continue
-            before, missed = self._beats.get(worker, (beat - 1, 0))
-            missed = missed + 1 if before == beat else 0
-            if missed * BEAT_S >= LEASE_S:
-                log.warning(
-                    "a worker on %s showed no life for %g s; what it held is delivered again", self.path, LEASE_S
-                )
-                self._reap(connection, worker)
-            else:
-                turn.beats[worker] = (beat, missed)
+        turn.beats = self.beats.counted(connection.execute("SELECT id, beat FROM workers").fetchall(), mine)
+        for worker in turn.beats.silent:
+            log.warning(
+                "a worker on %s showed no life for %g s; what it held is delivered again", self.path, leases.LEASE_S
+            )
+            self._reap(connection, worker)
 
     def _reap(self, connection: sqlite3.Connection, worker: int) -> None:
         connection.execute("UPDATE jobs SET claimed_by = NULL WHERE claimed_by = ?", (worker,))
@@ -510,8 +342,7 @@ class File:
         turn.lost, self._lost = self._lost, []
         self._names |= turn.names
         if turn.beats is not None:
-            self._beats = turn.beats
-            self.next_beat = time.monotonic() + BEAT_S
+            self.beats.keep(turn.beats)
         for delivery in turn.settled:
             delivery.settled = True
         for window, count in turn.freed.items():

@@ -21,8 +21,10 @@ from leveret.backoff import full_jitter
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
 from leveret.runtime import Runtime
 
-from .file import OVER, PENDING, TAKEN, File, SqliteDelivery, Turn, Write
-from .schema import BODY
+from .delivery import SqliteDelivery
+from .file import File
+from .rows import BODY
+from .write import OVER, PENDING, TAKEN, Turn, Write
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -262,7 +264,7 @@ class Store:
             return 0.0
         if self.takes:
             return POLL_S
-        return max(0.0, self._file.next_beat - now) if self._file.takers else None
+        return max(0.0, self._file.beats.next - now) if self._file.takers else None
 
     def _turn(self) -> None:
         now = time.monotonic()

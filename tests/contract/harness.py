@@ -239,7 +239,7 @@ class SqliteHarness(Harness):
         content_encoding: str | None = None,
         headers: Mapping[str, Any] | None = None,
     ) -> None:
-        from leveret.brokers.sqlite.schema import headers_text
+        from leveret.brokers.sqlite.rows import headers_text
 
         with closing(sqlite3.connect(self.path, timeout=PATIENCE_S)) as connection, connection:
             connection.execute(

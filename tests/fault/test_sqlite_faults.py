@@ -36,8 +36,7 @@ RUNTIME = Runtime(app="fault")
 _COMMON = """
 import asyncio, os, sys, time
 from leveret.broker import Subscription
-from leveret.brokers.sqlite import file
-from leveret.brokers.sqlite import open_broker
+from leveret.brokers.sqlite import lease, open_broker
 from leveret.envelope import Envelope
 from leveret.errors import PublishError
 from leveret.ids import new_job_id
@@ -81,7 +80,7 @@ _WORKER = (
     + """
 lease_s = float(argument)
 if lease_s:
-    file.LEASE_S, file.BEAT_S = lease_s, lease_s / 3
+    lease.LEASE_S, lease.BEAT_S = lease_s, lease_s / 3
 
 class Sink:
     def deliver(self, delivery):

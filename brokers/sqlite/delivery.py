@@ -1,0 +1,51 @@
+"""A delivery: a claimed row, and the window in which it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+from leveret.job import Queue
+
+from .lease import Lease
+from .rows import unpack
+
+
+@final
+class Window:
+    """One level of one queue: how much of it is held, and whether more may wait in the file. The thread's own."""
+
+    __slots__ = ("held", "level", "maybe", "prefetch", "queue")
+
+    def __init__(self, queue: Queue, level: str, prefetch: int) -> None:
+        self.queue = queue
+        self.level = level
+        self.prefetch = prefetch
+        self.held = 0
+        self.maybe = True
+
+
+@final
+class SqliteDelivery:
+    """A claimed row."""
+
+    __slots__ = ("envelope", "lease", "problem", "queue", "redelivered", "seq", "settled", "window")
+
+    def __init__(self, window: Window, lease: Lease, row: Sequence[Any]) -> None:
+        self.seq: int = row[0]
+        self.redelivered: bool = row[1] > 1
+        self.envelope, self.problem = unpack(row[2:])
+        self.queue = window.queue
+        self.window = window
+        self.lease = lease
+        self.settled = False
+
+    @property
+    def live(self) -> bool:
+        """Whether its lease holds. One that is settled stays live: a retry that was committed late isn't lost."""
+        return self.lease.alive
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether it can still be settled: its lease holds and nobody settled it."""
+        return self.lease.alive and not self.settled

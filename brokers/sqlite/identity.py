@@ -1,0 +1,48 @@
+"""Who is who: a process by its boot, its process namespace, its number and its start time."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+
+@functools.cache
+def _identity(pid: int) -> str:
+    try:
+        own = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+    except OSError:
+        return ""
+    number, _, rest = own.partition(" ")
+    if number != str(pid):
+        return ""  # this /proc shows another namespace
+    return f"{boot} {namespace} {pid} {rest.rpartition(')')[2].split()[19]}"
+
+
+def my_identity() -> str:
+    """Return what tells this process from every other, so that its death can be seen: boot, namespace, number, start; "" off Linux."""
+    return _identity(os.getpid())
+
+
+def known_dead(identity: str) -> bool:
+    """Whether the process of `identity` is certainly gone; False where that can't be told from here."""
+    mine = my_identity().split()
+    other = identity.split()
+    if len(mine) != 4 or len(other) != 4 or mine[:2] != other[:2]:
+        return False
+    pid = int(other[2])
+    try:
+        os.kill(pid, 0)  # signal 0 touches nobody
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # another user's
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return False  # hidden from this user
+    return (
+        fields[19] != other[3] or fields[0] in "ZX"
+    )  # its number was given to another, or nobody has fetched its end yet
