@@ -21,10 +21,12 @@ from leveret.runtime import Runtime
 from . import connection as amqp
 from . import topology
 from .address import Address
-from .channel import Channel, Closed
+from .channel import Channel
 from .properties import from_dead_queue
-from .publishing import Publishing, Route
+from .publishing import Publishing
+from .routes import Route
 from .session import FAULTS, ConnectionLost, connect, kind_of, reason_of, settled
+from .wire import Closed
 
 _T = TypeVar("_T")
 _STEP_S = 10.0

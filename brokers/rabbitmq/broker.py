@@ -24,7 +24,8 @@ from . import topology
 from .address import Address
 from .consuming import RabbitConsumption, RabbitDelivery
 from .properties import priority_property
-from .publishing import Publishing, Route, encoded
+from .publishing import Publishing, encoded
+from .routes import Route
 
 
 class RabbitBroker:

@@ -1,6 +1,6 @@
 """A lean AMQP 0-9-1 connection on asyncio.
 
-    socket ─► Parser ─► Connection (heartbeat, blocked, close) ─► Channel (calls, confirms, consumers)
+    socket ─► Parser ─► Connection (heartbeat, blocked, close) ─► Channel (calls, consumers, acks) ─► ConfirmWindow (publishes)
 
 Everything written in one turn of the loop leaves in one write. Whatever ends a connection ends all that waits on it with
 `Closed`, which says what was closed, by which code and why; nothing here raises `CancelledError` of its own.
@@ -19,8 +19,9 @@ from pamqp import commands
 from pamqp.base import Frame
 
 from .address import Address
-from .channel import CLOSE_TIMEOUT_S, WRITE_HIGH_BYTES, Channel, Closed, check_open, fail
+from .channel import Channel
 from .frames import HEARTBEAT, PROPERTIES_OVERHEAD, PROTOCOL_HEADER, Parser, ProtocolError, method_frame
+from .wire import CLOSE_TIMEOUT_S, WRITE_HIGH_BYTES, Closed, check_open, fail
 
 logger = logging.getLogger("leveret.rabbitmq")
 
@@ -120,7 +121,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self.writable = self.queued <= WRITE_HIGH_BYTES
         for channel in list(self._channels.values()):
-            channel.wake_waiters()
+            channel.window.wake_waiters()
 
     @property
     def usable(self) -> bool:
@@ -186,7 +187,7 @@ class Connection(asyncio.Protocol):
         known = self._channels.get(channel)
         if known is None:
             raise _not_open(channel)
-        known.on_confirm(tag, multiple, ack)
+        known.window.on_confirm(tag, multiple, ack)
 
     def on_deliver(
         self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes
@@ -213,7 +214,7 @@ class Connection(asyncio.Protocol):
         known = self._channels.get(channel)
         if known is None:
             raise _not_open(channel)
-        known.on_return(code, text, key, properties)
+        known.window.on_return(code, text, key, properties)
 
     async def handshake(self) -> None:
         """Log in, agree on limits, open the vhost; the caller sets the deadline."""
@@ -294,11 +295,10 @@ class Connection(asyncio.Protocol):
             raise
         return channel
 
-    def forget(self, channel: Channel) -> None:
-        """Free a channel's number."""
-        if self._channels.get(channel.number) is channel:
-            del self._channels[channel.number]
-            self._parser.forget(channel.number)
+    def forget(self, number: int) -> None:
+        """Free the number of a channel that ended."""
+        del self._channels[number]
+        self._parser.forget(number)
 
     def _break(self, code: int, text: str) -> None:
         """Close because the peer broke the protocol."""

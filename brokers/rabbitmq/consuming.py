@@ -29,10 +29,11 @@ from leveret.runtime import Runtime
 from . import connection as amqp
 from . import topology
 from .address import Address
-from .channel import CLOSE_TIMEOUT_S, Channel, Closed
+from .channel import Channel
 from .properties import from_job_queue
 from .publishing import Posting
 from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of, settled
+from .wire import CLOSE_TIMEOUT_S, Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
 

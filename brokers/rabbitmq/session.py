@@ -18,8 +18,9 @@ from leveret.settings import redact
 
 from . import connection as amqp
 from .address import Address
-from .channel import Channel, Closed
+from .channel import Channel
 from .topology import Binding, Declaration, Exchange
+from .wire import Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
 

@@ -16,7 +16,7 @@ from leveret import MessageTooLarge
 from leveret.brokers.rabbitmq import connection as amqp
 from leveret.brokers.rabbitmq import frames, open_admin
 from leveret.brokers.rabbitmq.address import addresses
-from leveret.brokers.rabbitmq.channel import Unconfirmed
+from leveret.brokers.rabbitmq.confirms import Unconfirmed
 from leveret.failure import failures_of
 from leveret.runtime import Runtime
 from tests.conftest import StartNode
@@ -209,7 +209,7 @@ async def test_properties_that_are_not_utf_8_are_buried_with_their_body(
         + b"\x04note",
     }
     for body, properties in wrong.items():
-        channel.publish("", properties, body, Unconfirmed("", one.queue.name, time.monotonic() + 10))
+        channel.window.publish("", properties, body, Unconfirmed("", one.queue.name, time.monotonic() + 10))
     await channel.close()
     await connection.close()
     await one.until_ended(await one.publish(*(one.recorder.Note() for _ in range(50))))
@@ -239,7 +239,7 @@ async def test_tables_in_tables_are_buried_at_the_latest_where_they_could_not_be
     )
     connection = await amqp.connect(addresses(rabbit.url, 15)[0], "test", 10)
     channel = await connection.channel(10)
-    channel.publish("", properties, b"not JSON", Unconfirmed("", one.queue.name, time.monotonic() + 10))
+    channel.window.publish("", properties, b"not JSON", Unconfirmed("", one.queue.name, time.monotonic() + 10))
     await channel.close()
     await connection.close()
     await one.until_empty(dead=1)

@@ -12,7 +12,7 @@ import pytest
 
 from leveret import App, Attempt, Job, PublishTimeout, Queue
 from leveret.brokers.rabbitmq.broker import RabbitBroker
-from leveret.brokers.rabbitmq.channel import WINDOW
+from leveret.brokers.rabbitmq.confirms import WINDOW
 from leveret.consuming.worker import working
 from leveret.middleware import Retries
 from tests.fault.bench import eventually
@@ -101,15 +101,15 @@ async def test_a_full_window_of_a_queue_that_confirms_nothing_stays_its_own(rabb
     async with shop.app.publisher() as publisher:
         await publisher.publish_many([shop.Sick(), shop.Well()])
         assert publisher._sender is not None
-        publishing = cast("RabbitBroker", publisher._sender._broker)._publishing
+        links = cast("RabbitBroker", publisher._sender._broker)._publishing._links
         async with shop.suspended(rabbit):
             sick = [asyncio.create_task(publisher.publish(shop.Sick(n), timeout_s=60)) for n in range(3 * WINDOW)]
             await asyncio.sleep(0)
             began = time.monotonic()
             await publisher.publish(shop.Well(), timeout_s=10)
             assert time.monotonic() - began < 3
-            [left] = publishing._leaving
-            assert len(left.channel._unconfirmed) <= WINDOW
+            [left] = links._leaving
+            assert len(left.window._unconfirmed) <= WINDOW
             assert not any(one.done() for one in sick)
         await asyncio.gather(*sick)
 
@@ -162,8 +162,8 @@ async def test_retries_go_on_while_handlers_publish_to_a_queue_that_confirms_not
         async with shop.suspended(rabbit):
             await publisher.publish(shop.Well(0))
             await flooding.wait()
-            publishing = cast("RabbitBroker", worker.consumer._settlement._broker)._publishing
-            await eventually(lambda: publishing._link is not None and len(publishing._link.channel._unconfirmed) >= 900)
+            links = cast("RabbitBroker", worker.consumer._settlement._broker)._publishing._links
+            await eventually(lambda: links.current is not None and len(links.current.window._unconfirmed) >= 900)
             began = time.monotonic()
             await publisher.publish_many([shop.Well(n) for n in range(1, 201)])
             await eventually(lambda: done == 200, lambda: f"{done} of 200 retries ran", timeout_s=15)

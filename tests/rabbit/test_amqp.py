@@ -16,10 +16,12 @@ from pamqp import commands
 
 from leveret.brokers.rabbitmq import connection as amqp
 from leveret.brokers.rabbitmq.address import addresses
-from leveret.brokers.rabbitmq.channel import WRITE_HIGH_BYTES, Channel, Closed, Nacked, Returned, Unconfirmed
+from leveret.brokers.rabbitmq.channel import Channel
+from leveret.brokers.rabbitmq.confirms import Nacked, Returned, Unconfirmed
 from leveret.brokers.rabbitmq.connection import Connection
 from leveret.brokers.rabbitmq.frames import OVERHEAD
 from leveret.brokers.rabbitmq.session import connect as connect_session
+from leveret.brokers.rabbitmq.wire import WRITE_HIGH_BYTES, Closed
 from leveret.errors import ConfigurationError
 from tests.conftest import StartNode
 from tests.rabbit.node import Rabbit
@@ -68,7 +70,7 @@ async def confirming(connection: Connection) -> Channel:
 def publish(channel: Channel, queue: str, body: bytes = b"x", timeout_s: float = 30, exchange: str = "") -> Unconfirmed:
     """Publish to a queue."""
     sent = Unconfirmed("id-1", queue, time.monotonic() + timeout_s)
-    channel.publish(exchange, RAW_PROPERTIES, body, sent)
+    channel.window.publish(exchange, RAW_PROPERTIES, body, sent)
     return sent
 
 
@@ -297,8 +299,8 @@ async def test_many_publishes_are_each_confirmed(connection: Connection) -> None
     await declare(channel, "tests.amqp.many")
     publishes: list[Unconfirmed] = []
     for number in range(5000):
-        if channel.full:
-            await channel.room()
+        if channel.window.full:
+            await channel.window.room()
         publishes.append(publish(channel, "tests.amqp.many", b"%d" % number))
     await asyncio.gather(*publishes)
     answer = await channel.call(commands.Queue.Declare(queue="tests.amqp.many", exclusive=True), 10)
@@ -401,9 +403,9 @@ async def test_a_slow_link_holds_publishers_while_heartbeats_keep_it_open(rabbit
         most = 0
         body = bytes(1 << 18)
         while sent < 25 << 20:
-            if channel.full:
+            if channel.window.full:
                 waited += 1
-                await channel.room()
+                await channel.window.room()
             publishes.append(publish(channel, "tests.amqp.slow", body, 60))
             sent += len(body)
             await asyncio.sleep(0)

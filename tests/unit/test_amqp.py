@@ -20,17 +20,10 @@ from pamqp.heartbeat import Heartbeat
 from leveret import App, Job, PublishTimeout, Queue
 from leveret.brokers.rabbitmq import connection as amqp
 from leveret.brokers.rabbitmq.address import Address, addresses
-from leveret.brokers.rabbitmq.channel import (
-    WINDOW,
-    WRITE_HIGH_BYTES,
-    Channel,
-    Closed,
-    Late,
-    Nacked,
-    Returned,
-    Unconfirmed,
-)
+from leveret.brokers.rabbitmq.channel import Channel
+from leveret.brokers.rabbitmq.confirms import WINDOW, Late, Nacked, Returned, Unconfirmed
 from leveret.brokers.rabbitmq.connection import BROKERS_HEADERS_BYTES, Connection
+from leveret.brokers.rabbitmq.wire import WRITE_HIGH_BYTES, Closed
 
 _T = TypeVar("_T")
 START = commands.Connection.Start(server_properties={"product": "a test"}, mechanisms="PLAIN AMQPLAIN", locales="en_US")
@@ -141,7 +134,7 @@ def publish(
 ) -> Unconfirmed:
     """Publish a small body."""
     sent = Unconfirmed(message_id, key, time.monotonic() + timeout_s)
-    channel.publish("", RAW_PROPERTIES, body, sent)
+    channel.window.publish("", RAW_PROPERTIES, body, sent)
     return sent
 
 
@@ -426,7 +419,7 @@ async def test_a_publish_ends_at_its_deadline_and_a_return_after_it_is_forgotten
         assert 0.1 <= time.monotonic() - started < 0.25
         peer.say(content(commands.Basic.Return(312, "NO_ROUTE", "", "gone"), b"x"), commands.Basic.Ack(2, True))
         await in_time
-        assert (channel._returned, channel._unconfirmed) == ({}, {})
+        assert (channel.window._returned, channel.window._unconfirmed) == ({}, {})
 
 
 async def test_single_confirms_and_then_one_of_many_leave_nothing_unconfirmed() -> None:
@@ -437,16 +430,16 @@ async def test_single_confirms_and_then_one_of_many_leave_nothing_unconfirmed() 
         peer.say(*(commands.Basic.Ack(tag, False) for tag in range(1, 20) if tag != 5), commands.Basic.Ack(30, True))
         async with asyncio.timeout(5):
             await asyncio.gather(*futures)
-        assert not channel._unconfirmed
+        assert not channel.window._unconfirmed
 
 
 async def filled(connection: Connection, peer: Peer) -> Channel:
     """Return a channel whose window is full."""
     channel = await opened(connection, peer)
     for _ in range(WINDOW):
-        assert not channel.full
+        assert not channel.window.full
         publish(channel)
-    assert channel.full
+    assert channel.window.full
     return channel
 
 
@@ -455,7 +448,7 @@ async def in_line(channel: Channel, names: str) -> tuple[list[str], dict[str, as
     went: list[str] = []
 
     async def wait(name: str) -> None:
-        await channel.room()
+        await channel.window.room()
         went.append(name)
         publish(channel)
 
@@ -476,7 +469,7 @@ async def test_a_full_window_lets_publishers_in_first_come_first_served() -> Non
         )  # three in one read: no more than three may wake
         await asyncio.gather(*(tasks[name] for name in "abc"))
         assert went == ["a", "b", "c"]
-        assert channel.full
+        assert channel.window.full
         peer.say(commands.Basic.Ack(10, True))
         await asyncio.gather(*tasks.values())
         assert "".join(went) == "abcdefgh"
@@ -496,7 +489,7 @@ async def test_a_queue_that_confirms_nothing_leaves_room_for_the_others() -> Non
         peer.say(commands.Basic.Ack(WINDOW + 3, False))
         await well
         await publish_confirmed(channel, peer)
-        assert (channel._unconfirmed, channel._late) == ({}, 0)
+        assert (channel.window._unconfirmed, channel.window._late) == ({}, 0)
 
 
 async def test_what_ended_without_a_confirm_is_not_kept_for_ever() -> None:
@@ -507,11 +500,11 @@ async def test_what_ended_without_a_confirm_is_not_kept_for_ever() -> None:
             for _ in range(WINDOW):
                 last = publish(channel, "stuck", timeout_s=0)
             await last.wait()
-        assert len(channel._unconfirmed) == channel._late == 9 * WINDOW
-        assert not channel.full
+        assert len(channel.window._unconfirmed) == channel.window._late == 9 * WINDOW
+        assert not channel.window.full
         peer.say(commands.Basic.Ack(1, False), commands.Basic.Ack(12 * WINDOW, True))  # one that is forgotten, and all
         await publish_confirmed(channel, peer)
-        assert (channel._unconfirmed, channel._late) == ({}, 0)
+        assert (channel.window._unconfirmed, channel.window._late) == ({}, 0)
 
 
 async def publish_confirmed(channel: Channel, peer: Peer) -> None:
@@ -526,10 +519,10 @@ async def test_what_a_publish_waits_for_is_said_as_it_is() -> None:
     """Who reads of a thousand unconfirmed publishes looks for them, in a process that has sent none."""
     async with talking() as (connection, peer):
         channel = await filled(connection, peer)
-        assert channel.why_full == "1000 publishes are unconfirmed"
+        assert channel.window.why_full == "1000 publishes are unconfirmed"
         await publish_confirmed(channel, peer)
         connection.pause_writing()
-        assert channel.why_full == "RabbitMQ doesn't read what was written before it"
+        assert channel.window.why_full == "RabbitMQ doesn't read what was written before it"
 
 
 async def test_a_queue_whose_declare_isnt_answered_is_said_to_be_just_that() -> None:
@@ -563,12 +556,12 @@ async def test_nobody_overtakes_those_who_wait() -> None:
     async with talking() as (connection, peer):
         channel = await filled(connection, peer)
         went, tasks = await in_line(channel, "a")
-        channel.on_confirm(1, False, True)  # as the reader would, before `a` had its turn
-        assert channel.full
+        channel.window.on_confirm(1, False, True)  # as the reader would, before `a` had its turn
+        assert channel.window.full
         late, more = await in_line(channel, "z")
         await tasks["a"]
         assert (went, late) == (["a"], [])
-        channel.on_confirm(2, False, True)
+        channel.window.on_confirm(2, False, True)
         await more["z"]
 
 
@@ -578,14 +571,14 @@ async def test_a_cancelled_waiter_loses_nobodys_wake_up() -> None:
         channel = await filled(connection, peer)
         went, tasks = await in_line(channel, "abc")
         tasks["b"].cancel()  # while it waits
-        channel.on_confirm(1, False, True)
+        channel.window.on_confirm(1, False, True)
         tasks["a"].cancel()  # after it was woken
         async with asyncio.timeout(5):
             await tasks["c"]
         assert went == ["c"]
-        assert channel.full
-        channel.on_confirm(2, False, True)
-        assert not channel.full
+        assert channel.window.full
+        channel.window.on_confirm(2, False, True)
+        assert not channel.window.full
 
 
 async def test_a_closed_channel_wakes_all_who_wait_for_room() -> None:
@@ -604,13 +597,13 @@ async def test_a_peer_that_reads_slowly_makes_publishers_wait_and_not_acks() -> 
     async with talking() as (connection, peer):
         channel = await opened(connection, peer)
         sent = 0
-        while not channel.full:
+        while not channel.window.full:
             publish(channel, body=bytes(1 << 19))
             sent += 1
             await asyncio.sleep(0)
         assert not connection.writable
         assert sent < 100
-        waiting = asyncio.create_task(channel.room())
+        waiting = asyncio.create_task(channel.window.room())
         channel.ack(77, multiple=True)
         await asyncio.sleep(0)
         assert not waiting.done()
@@ -630,7 +623,7 @@ async def test_large_bodies_of_one_turn_of_the_loop_wait_for_the_next() -> None:
 
         async def send(n: int) -> None:
             nonlocal most
-            await channel.room(len(large))
+            await channel.window.room(len(large))
             publish(channel, body=large)
             most = max(most, connection.queued)
             order.append(n)
@@ -641,7 +634,7 @@ async def test_large_bodies_of_one_turn_of_the_loop_wait_for_the_next() -> None:
         await reading
         assert most <= 1.5 * WRITE_HIGH_BYTES
         assert order == list(range(100))
-        assert (channel._promised, channel._promised_bytes, connection.queued) == (0, 0, 0)
+        assert (channel.window._promised, channel.window._promised_bytes, connection.queued) == (0, 0, 0)
 
 
 async def test_who_is_woken_for_large_bodies_and_cant_publish_makes_room_for_the_next() -> None:
@@ -650,8 +643,8 @@ async def test_who_is_woken_for_large_bodies_and_cant_publish_makes_room_for_the
         channel = await opened(connection, peer)
         connection.pause_writing()  # as the socket would
         woken, last = (
-            asyncio.create_task(channel.room(WRITE_HIGH_BYTES)),
-            asyncio.create_task(channel.room(WRITE_HIGH_BYTES)),
+            asyncio.create_task(channel.window.room(WRITE_HIGH_BYTES)),
+            asyncio.create_task(channel.window.room(WRITE_HIGH_BYTES)),
         )
         await asyncio.sleep(0)
         connection.resume_writing()

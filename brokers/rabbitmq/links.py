@@ -1,0 +1,258 @@
+"""The publishing connections: opened by the first publish that needs one, and left to a queue that confirms nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from functools import partial
+
+from pamqp import commands
+
+from leveret.backoff import full_jitter
+from leveret.errors import ConfigurationError
+from leveret.job import Queue
+from leveret.runtime import Runtime
+
+from .address import Address
+from .channel import Channel
+from .confirms import MOST_STUCK, Unconfirmed
+from .connection import Connection
+from .routes import Route
+from .session import FAULTS, ConnectionLost, connect, reason_of
+from .wire import Closed
+
+logger = logging.getLogger("leveret.rabbitmq")
+
+_MOST_ASIDE = 4
+"""Most connections that are left to queues that confirm nothing: where all stands still, more would help nobody."""
+
+
+class Link:
+    """An open publishing connection, the window of its channel, and what was declared on it."""
+
+    def __init__(self, connection: Connection, channel: Channel) -> None:
+        self.connection = connection
+        self.window = channel.window
+        self.declared: set[Queue | str | None] = {None}
+        self.ready: set[Route] = set()
+        """Routes that are kept and need nothing declared: a look at these is faster than at `declared`."""
+        self.declaring: dict[Queue | str, asyncio.Task[None]] = {}
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can still be written to."""
+        return self.window.closed is None
+
+
+class Carried(Unconfirmed, eq=False, kw_only=True):
+    """A publish that was written to a link."""
+
+    link: Link
+    route: Route
+
+
+class Links:
+    """The publishing connections: one for all queues, and others for queues that confirm nothing, so that they hold up no others."""
+
+    def __init__(self, where: tuple[Address, ...], runtime: Runtime, name: str) -> None:
+        self._where = where
+        self._runtime = runtime
+        self._name = name
+        self.current: Link | None = None
+        self.aside: dict[str, Link] = {}
+        """By lane, links that are left to queues that confirm nothing; all else goes on `current`."""
+        self._leaving: set[Link] = set()
+        """Links that aren't `current` any more, and are closed once nobody waits for what was written to them."""
+        self._relieving: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+        self._opening: asyncio.Task[Link] | None = None
+        self._waiting = 0
+        self._trying = False
+        """Whether an attempt to connect is under way, rather than the pause before one."""
+        self.reason = f"RabbitMQ at {', '.join(map(str, where))} wasn't reached yet"
+        """Why there is no link, when there is none."""
+        self._refused: tuple[float, ConfigurationError] | None = None
+        self.closed = False
+
+    def of(self, lane: str) -> Link | None:
+        """Return the link for `lane`, if there is one now."""
+        return self.aside.get(lane, self.current)
+
+    async def pause(self, attempt: int) -> None:
+        """Wait as long as the back-off says after `attempt` failures."""
+        settings = self._runtime.settings
+        wait_s = full_jitter(
+            attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng
+        )
+        await self._runtime.clock.sleep(wait_s)
+
+    async def connected(self, lane: str) -> Link:
+        """Return the open link, or wait until there is one; ConfigurationError where waiting won't help."""
+        link = self.of(lane)
+        if link is not None and link.usable:
+            return link
+        if self.closed:
+            raise ConnectionLost("the broker is closed")
+        if self._refused is not None and time.monotonic() - self._refused[0] < self._runtime.settings.reconnect_base_s:
+            raise self._refused[1]
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+            self._opening.add_done_callback(self._opened)
+        opening = self._opening
+        self._waiting += 1
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            if self.closed and opening.cancelled():
+                raise ConnectionLost("the broker is closed") from None
+            raise
+        finally:
+            self._waiting -= 1
+            if not self._waiting and not self._trying:
+                opening.cancel()  # it pauses, for nobody now; no effect where it is done
+                self._opening = None  # now, not at its end: who comes in this very turn makes a new one
+
+    def _opened(self, task: asyncio.Task[Link]) -> None:
+        if self._opening is task:
+            self._opening = None
+        if not task.cancelled() and isinstance(error := task.exception(), ConfigurationError):
+            self._refused = (time.monotonic(), error)
+
+    async def _open(self) -> Link:
+        """Connect, again and again while somebody waits.
+
+        What has begun goes on when its publish gives up, or publishes with less time than a handshake takes would never get a connection.
+        """
+        attempt = 0
+        while True:
+            self._trying = True
+            try:
+                connection, channel = await self._try()
+                break
+            except (ConnectionLost, *FAULTS) as error:
+                self.reason = reason_of(error)
+                if not self._waiting:
+                    raise ConnectionLost(self.reason) from error
+            finally:
+                self._trying = False
+            attempt += 1
+            await self.pause(attempt)
+        return self._use(connection, channel)
+
+    def _use(self, connection: Connection, channel: Channel) -> Link:
+        link = self.current = Link(connection, channel)
+        channel.on_closed = partial(self._lost, link)
+        channel.window.on_swept = partial(self._swept, link)
+        return link
+
+    async def _try(self) -> tuple[Connection, Channel]:
+        timeout_s = self._runtime.settings.connect_timeout_s
+        connection = await connect(self._where, self._name, timeout_s)
+        try:
+            channel = await connection.channel(timeout_s)
+            await channel.call(commands.Confirm.Select(), timeout_s)
+        except BaseException:
+            connection.abort()
+            raise
+        return connection, channel
+
+    def _lost(self, link: Link, why: Closed) -> None:
+        self._forget(link)
+        self._leaving.discard(link)
+        if self.current is link:
+            self.current = None
+            self.reason = reason_of(why)
+            if not self.closed:
+                logger.warning(
+                    "the connection %r to RabbitMQ at %s is lost: %s", self._name, link.connection.address, self.reason
+                )
+        if link.connection.usable:  # the channel is all that closed
+            self._end(link)
+
+    def _swept(self, link: Link) -> None:
+        """See that no queue holds up the others; close a link that was left once it has nothing to wait for."""
+        window = link.window
+        if link.connection.blocked is not None:
+            window.start_anew()
+        if link is self.current:
+            if self._relieving is None and self._held_up_by(link):
+                self._relieving = asyncio.get_running_loop().create_task(self._relieve(link))
+                self._relieving.add_done_callback(self._relieved)
+        elif link in self._leaving:
+            if window.confirms:
+                self._forget(link)
+            if window.idle:
+                self._end(link)
+
+    def _held_up_by(self, link: Link) -> set[str]:
+        """Return the lanes that are stuck on `link`, where others are held up by them, or will be soon."""
+        stuck = link.window.stuck()
+        lanes = _lanes(stuck)
+        if not lanes or len({*self.aside.values()}) >= _MOST_ASIDE:
+            return set()
+        others = (
+            link.window.waiting or link.declaring or len(stuck) >= MOST_STUCK or _lanes(link.window.waited_for) - lanes
+        )
+        return lanes if others else set()
+
+    async def _relieve(self, link: Link) -> None:
+        """Open another link, and leave `link` to what is stuck on it then; without another it stays as it is."""
+        try:
+            connection, channel = await self._try()
+        except (ConnectionLost, ConfigurationError, *FAULTS):
+            await self.pause(4)
+            return
+        lanes = self._held_up_by(link) if link is self.current else set[str]()
+        if not lanes:
+            await connection.close()
+            return
+        logger.warning(
+            "RabbitMQ at %s confirms no publish to %s: they keep this connection, all others go on on a new one",
+            connection.address,
+            ", ".join(sorted(lanes)),
+        )
+        self._use(connection, channel)
+        self._leaving.add(link)
+        self.aside.update(dict.fromkeys(lanes, link))
+        link.window.let_go()
+
+    def _relieved(self, task: asyncio.Task[None]) -> None:
+        self._relieving = None
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            logger.critical("a bug of leveret's: no other connection was made", exc_info=bug)
+
+    def _forget(self, link: Link) -> None:
+        """Let what was left to `link` go where all goes."""
+        if self.aside:
+            self.aside = {lane: aside for lane, aside in self.aside.items() if aside is not link}
+
+    def _end(self, link: Link) -> None:
+        self._forget(link)
+        self._leaving.discard(link)
+        task = asyncio.get_running_loop().create_task(link.connection.close())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def close(self) -> None:
+        """Close all connections; publishes that wait for one fail."""
+        self.closed = True
+        for task in (self._opening, self._relieving):
+            if task is not None:
+                task.cancel()
+        if self.current is not None:
+            self._end(self.current)
+        for link in [*self._leaving]:
+            self._end(link)
+        self.current = None
+        try:
+            if self._ending:
+                await asyncio.wait(self._ending)
+        finally:  # cancelled, too: a close that is cut off drops its socket
+            for task in self._ending:
+                task.cancel()
+
+
+def _lanes(publishes: Iterable[Unconfirmed]) -> set[str]:
+    return {publish.route.lane for publish in publishes if isinstance(publish, Carried)}
