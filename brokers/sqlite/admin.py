@@ -22,7 +22,7 @@ from .broker import CLOSE_S
 from .rows import INSERTS, READ, Row, packed, unpack
 from .store import Store
 from .taker import Taker
-from .write import Call, Write
+from .write import Call, Close, Look, Open, Run, Write
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -154,7 +154,7 @@ class SqliteAdmin:
 
     async def run(self, about: str, call: Call) -> Any:
         """Run `call` in a transaction that writes."""
-        return await self._run(Write(about, deadline=self._deadline(), call=call))
+        return await self._run(Run(about, call, self._deadline()))
 
     async def _run(self, write: Write) -> Any:
         try:
@@ -174,7 +174,7 @@ class SqliteAdmin:
         def read(file: sqlite3.Connection) -> list[Depth]:
             return [self._read(file, queue, now_ms) for queue in queues]
 
-        rows: list[Depth] = await self._run(Write("a look at the queues", deadline=self._deadline(), reads=read))
+        rows: list[Depth] = await self._run(Look("a look at the queues", read, self._deadline()))
         return rows
 
     def _read(self, file: sqlite3.Connection, queue: Queue, now_ms: float) -> Depth:
@@ -220,14 +220,14 @@ class SqliteAdmin:
     async def hold(self, taker: Taker) -> None:
         """Get a lease, if there is a file."""
         if self._path.exists():
-            await self._run(Write("opening the dead letters", deadline=self._deadline(), opens=taker))
+            await self._run(Open("opening the dead letters", taker, self._deadline()))
 
     async def release(self, taker: Taker, queue: Queue) -> None:
         """Give back what is held under the lease."""
         if not self._path.exists():
             return
         try:
-            await self._run(Write("closing the dead letters", deadline=self._deadline(), closes=taker))
+            await self._run(Close("closing the dead letters", taker, self._deadline()))
         except (BrokerUnavailable, ConfigurationError) as error:
             # they come back when this process has ended, as those of a killed one do
             log.warning("the dead letters of queue %r stay closed to others for now: %s", queue.name, error)

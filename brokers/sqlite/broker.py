@@ -36,7 +36,7 @@ from .rows import packed
 from .schema import MIN_SQLITE
 from .store import Store
 from .taker import Taker
-from .write import Write
+from .write import Again, Bury, Close, Open, Publish
 
 WINDOW = 1000
 """Most publishes of one broker that aren't confirmed yet; the next ones wait, inside their deadlines."""
@@ -88,14 +88,14 @@ class _Consumption:
 
     async def open(self) -> None:
         """Register; return when it is done or could not be done for now."""
-        write = Write("a consumer", opens=self.taker)
+        write = Open("a consumer", self.taker)
         write.future = asyncio.get_running_loop().create_future()
         write.future.add_done_callback(lambda opened: opened.cancelled() or opened.exception())
         self._store.post(write)
         try:
             await asyncio.wait({write.future}, timeout=_FIRST_TRY_S)
         except asyncio.CancelledError:
-            self._store.post(Write("closing a consumer", closes=self.taker))
+            self._store.post(Close("closing a consumer", self.taker))
             raise
         if write.future.done():
             write.future.result()
@@ -122,9 +122,9 @@ class _Consumption:
         if self._store.closed:
             return
         try:
-            await self._store.run(Write("closing a consumer", deadline=time.monotonic() + CLOSE_S, closes=self.taker))
+            await self._store.run(Close("closing a consumer", self.taker, time.monotonic() + CLOSE_S))
         except (PublishTimeout, BrokerUnavailable, ConfigurationError):
-            self._store.post(Write("closing a consumer", closes=self.taker))  # whenever it can be
+            self._store.post(Close("closing a consumer", self.taker))  # whenever it can be
 
     def arrived(self, deliveries: Sequence[SqliteDelivery], /) -> None:
         """Hand over what was claimed; give it back where nothing is taken any more."""
@@ -179,7 +179,7 @@ class SqliteBroker:
             msg = f"{about} wasn't published in time: {WINDOW} others wait to be written to {self._store.path}"
             raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False) from None
         try:
-            await self._store.run(Write(about, deadline=deadline, job_id=envelope.job_id, job=row))
+            await self._store.run(Publish(about, row, deadline))
         finally:
             self._window.release()
 
@@ -205,7 +205,7 @@ class SqliteBroker:
         if own.unsettled:
             row = packed(own.queue.name, envelope, self._due_ms(delay_s))
             about = f"job {envelope.job_id}, to go again to queue {own.queue.name!r},"
-            await self._store.run(Write(about, deadline=deadline, job_id=envelope.job_id, job=row, delivery=own))
+            await self._store.run(Again(about, own, row, deadline))
 
     async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
         """As `Broker.bury`, in one transaction with the ack; no effect on a delivery that isn't live, or that a late commit has settled."""
@@ -214,7 +214,7 @@ class SqliteBroker:
             buried = msgspec.structs.replace(envelope, origin=envelope.origin or own.queue.name)
             row = packed(own.queue.name, buried, int(self._clock.now() * 1000))
             about = f"job {envelope.job_id}, to be buried from queue {own.queue.name!r},"
-            await self._store.run(Write(about, deadline=deadline, job_id=envelope.job_id, letter=row, delivery=own))
+            await self._store.run(Bury(about, own, row, deadline))
 
     def give_back(self, delivery: Delivery) -> None:
         """As `Broker.give_back`; it keeps its place, and doesn't count as redelivered."""

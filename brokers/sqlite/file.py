@@ -188,7 +188,7 @@ class File:
         self, connection: sqlite3.Connection, writes: list[Write], done: list[SqliteDelivery], back: list[SqliteDelivery]
     ) -> Turn:  # fmt: skip
         """Do everything that is to be done, in the transaction that was begun."""
-        turn = Turn()
+        turn = Turn(writes)
         self._look(connection)
         for taker in self.takers:
             turn.names |= self._hold(connection, taker)
@@ -196,17 +196,19 @@ class File:
             self._beat(connection, turn)
         for worker in self._dead:
             self._reap(connection, worker)
-        writes = self._settle(connection, writes, done, back, turn)
-        self._add(connection, writes, turn)
         for write in writes:
-            value = write.call(connection) if write.call is not None else None
-            if write.closes is not None:
-                self._release(connection, write.closes, turn)
-            turn.outcomes.append((write, value))
+            write.apply(turn)
+        self._settle(connection, done, back, turn)
+        self._add(connection, turn)
+        for run in turn.calls:
+            run.result = run.call(connection)
+        for taker in turn.closing:
+            if taker.lease.id is not None:
+                self._reap(connection, taker.lease.id)
         if self._is_due(connection):
             self._promote(connection)
         for taker in self.takers:
-            if taker.taking and taker not in turn.closed:
+            if taker.taking and taker not in turn.closing:
                 self._claim(connection, taker, turn)
         return turn
 
@@ -252,17 +254,11 @@ class File:
         connection.execute("DELETE FROM workers WHERE id = ?", (worker,))
         self._any_may_wait()
 
-    def _release(self, connection: sqlite3.Connection, taker: Taker, turn: Turn) -> None:
-        if taker.lease.id is not None:
-            self._reap(connection, taker.lease.id)
-        turn.closed.append(taker)
-        turn.added = True
-
     def _settle(
-        self, connection: sqlite3.Connection, writes: list[Write], done: list[SqliteDelivery], given_back: list[SqliteDelivery], turn: Turn
-    ) -> list[Write]:  # fmt: skip
-        """Delete and free the rows that were settled; return the writes that are left to do."""
-        gone: defaultdict[Lease, list[int]] = defaultdict(list)
+        self, connection: sqlite3.Connection, done: list[SqliteDelivery], given_back: list[SqliteDelivery], turn: Turn
+    ) -> None:
+        """Delete and free the rows that were settled."""
+        gone = turn.gone
         back: defaultdict[Lease, list[int]] = defaultdict(list)
         lost = 0
         for delivery in done:
@@ -275,18 +271,6 @@ class File:
             if delivery.lease.alive:
                 back[delivery.lease].append(delivery.seq)
                 turn.freed[delivery.window] += 1
-        left: list[Write] = []
-        for write in writes:
-            if write.delivery is not None:
-                if (
-                    not write.delivery.unsettled
-                ):  # lost, or done by a try before whose caller gave up waiting: there is nothing to do
-                    turn.outcomes.append((write, None))
-                    continue
-                gone[write.delivery.lease].append(write.delivery.seq)
-                turn.freed[write.delivery.window] += 1
-                turn.settled.append(write.delivery)
-            left.append(write)
         for lease, rows in gone.items():
             connection.execute(_SETTLE, (json.dumps(rows), lease.id))
         for lease, rows in back.items():
@@ -295,21 +279,20 @@ class File:
             self._any_may_wait()
         if lost:
             log.warning("%d finished jobs of %s will run again: their lease was lost", lost, self.path)
-        return left
 
-    def _add(self, connection: sqlite3.Connection, writes: list[Write], turn: Turn) -> None:
-        jobs = [write.job for write in writes if write.job is not None]
-        letters = [write.letter for write in writes if write.letter is not None]
-        turn.names |= {row[0] for rows in (jobs, letters) for row in rows} - self._names
+    def _add(self, connection: sqlite3.Connection, turn: Turn) -> None:
+        """Add the rows of jobs and dead letters, many with each statement."""
+        tables = ("jobs", turn.jobs), ("dead", turn.letters)
+        turn.names |= {row[0] for _, rows in tables for row in rows} - self._names
         if turn.names:
             connection.executemany("INSERT OR IGNORE INTO queues (name) VALUES (?)", [(name,) for name in turn.names])
-        for table, rows in (("jobs", jobs), ("dead", letters)):
+        for table, rows in tables:
             start = 0
             for count, statement in INSERTS[table]:
                 while len(rows) - start >= count:
                     connection.execute(statement, [value for row in rows[start : start + count] for value in row])
                     start += count
-        if jobs:
+        if turn.jobs:
             turn.added = True
             self._next_due_ms = None
             self._any_may_wait()
@@ -350,7 +333,7 @@ class File:
         for _, deliveries in turn.claimed:
             for delivery in deliveries:
                 delivery.window.held += 1
-        for taker in turn.closed:
+        for taker in turn.closing:
             taker.lease.alive = taker.ready = False
             if taker in self.takers:
                 self.takers.remove(taker)

@@ -18,8 +18,9 @@ _COLUMNS = "queue, level, {}, job_id, job, content_type, content_encoding, body,
 Row: TypeAlias = tuple[
     str, str, int | None, str, str, str, str | None, bytes, int, str | None, str | None, str | None, str | None
 ]  # fmt: skip
+JOB_ID: Final = 3
 BODY: Final = 7
-"""Where the body stands in a `Row`."""
+"""Where the id and the body stand in a `Row`."""
 READ: Final = "queue, level, job_id, job, content_type, content_encoding, CAST(body AS BLOB), created_s, app, correlation_id, reply_to, headers"
 """What `unpack` reads; a body that a foreign producer wrote as text comes as its bytes."""
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sqlite3
 import threading
 import time
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, final
 
@@ -21,10 +19,10 @@ from leveret.backoff import full_jitter
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
 from leveret.runtime import Runtime
 
+from . import siblings
 from .delivery import SqliteDelivery
 from .file import File
-from .rows import BODY
-from .write import OVER, PENDING, TAKEN, Turn, Write
+from .write import OVER, PENDING, TAKEN, Look, Open, Turn, Write
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -42,8 +40,6 @@ _MACHINE = {
 }  # fmt: skip
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
-_NO_ROW: tuple[Any, ...] = (b"",) * (BODY + 1)
-
 
 @final
 class Store:
@@ -54,8 +50,7 @@ class Store:
         self._runtime = runtime
         self._create = create
         self._reset()
-        with _registry_lock:
-            _registry.add(self)
+        siblings.register(self)
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, which has no thread and must not use the connection."""
@@ -170,7 +165,7 @@ class Store:
 
     def forked(self) -> None:
         """In a child: nothing of the parent's goes on here. Its connection is kept unused: closing it could end the parent's locks."""
-        _abandoned.append(self._file.abandon())
+        siblings.leak(self._file.abandon())
         self._reset()
 
     async def close(self, timeout_s: float) -> None:
@@ -228,9 +223,7 @@ class Store:
             taker.lease.alive = taker.ready = False
         with self._wake:
             left = [*self._writes, *self._in]
-        turn = Turn()
-        turn.outcomes = [(write, self._unavailable(write, "the broker was closed")) for write in left]
-        self._post(self._tell, turn)
+        self._post(_refuse, [(write, self._unavailable(write, "the broker was closed")) for write in left])
         self._post(self._ended)
 
     def _ended(self) -> None:
@@ -271,13 +264,12 @@ class Store:
         # one whose deadline passed is never taken, though the loop may be too busy to say so yet
         self._writes = [write for write in self._writes if write.state == PENDING and write.deadline > now]
         takers = self._file.takers
-        takers += [write.opens for write in self._writes if write.opens is not None and write.opens not in takers]
+        takers += [write.taker for write in self._writes if isinstance(write, Open) and write.taker not in takers]
         taken: list[Write] = []
         try:
             connection = self._file.connect()
             self._read(connection)
-            asked = any(write.reads is None for write in self._writes) or self._done or self._back
-            if not asked and not self._file.has_news(connection, now):
+            if not (self._writes or self._done or self._back) and not self._file.has_news(connection, now):
                 if not self._said:
                     self._failing_since = None
                 return
@@ -310,15 +302,14 @@ class Store:
                     write.state = PENDING
 
     def _read(self, connection: sqlite3.Connection) -> None:
-        turn = Turn()
-        for write in self._writes:
-            if write.reads is not None:
-                connection.execute("BEGIN")
-                turn.outcomes.append((write, write.reads(connection)))
-                connection.execute("COMMIT")
-        if turn.outcomes:
-            self._writes = [write for write in self._writes if write.reads is None]
-            self._post(self._tell, turn)
+        looks = [write for write in self._writes if isinstance(write, Look)]
+        for look in looks:
+            connection.execute("BEGIN")
+            look.result = look.call(connection)
+            connection.execute("COMMIT")
+        if looks:
+            self._writes = [write for write in self._writes if not isinstance(write, Look)]
+            self._post(_answer, looks)
 
     def _take(self) -> list[Write]:
         """Take what goes into this transaction; from here on its deadline can't call it back."""
@@ -327,7 +318,7 @@ class Store:
         now = time.monotonic()  # waiting for the lock may have taken a while
         with self._wake:
             for write in self._writes:
-                size += len((write.job or write.letter or _NO_ROW)[BODY])
+                size += write.size
                 if taken and size > BATCH_BYTES:
                     break
                 if write.state == PENDING and write.deadline > now:
@@ -349,19 +340,11 @@ class Store:
         self._failing_since, self._said = None, False
         self._post(self._tell, turn)
         if turn.added:
-            for other in stores():
-                if other is not self and other.path == self.path and other.takes:
-                    other.notice()
+            siblings.notice(self)
 
     def _tell(self, turn: Turn) -> None:
         """On the loop: say what became of everything."""
-        for write, outcome in turn.outcomes:
-            if write.future is None or write.future.done():
-                continue
-            if isinstance(outcome, LeveretError):
-                write.future.set_exception(outcome)
-            else:
-                write.future.set_result(outcome)
+        _answer(turn.writes)
         for taker in turn.lost:
             if taker.listener is not None:
                 taker.listener.lost()
@@ -386,9 +369,7 @@ class Store:
             for write in writes:
                 write.state = OVER
         self._writes = [write for write in self._writes if write.state != OVER]
-        turn = Turn()
-        turn.outcomes = [(write, error(write)) for write in writes]
-        self._post(self._tell, turn)
+        self._post(_refuse, [(write, error(write)) for write in writes])
 
     def _doubt(self, taken: list[Write], error: sqlite3.Error) -> None:
         self._fail(
@@ -423,7 +404,7 @@ class Store:
             self._failures += 1
             base_s, cap_s = self._runtime.settings.reconnect_base_s, self._runtime.settings.reconnect_cap_s
             self._not_before = now + full_jitter(self._failures, base_s=base_s, cap_s=cap_s, rng=self._runtime.rng)
-            failed = [write for write in self._writes if write.future is not None and write.opens is None]
+            failed = [write for write in self._writes if write.future is not None and not isinstance(write, Open)]
             self._fail(failed, lambda write: self._unavailable(write, self._why))
             self._file.disconnect()
         if (
@@ -462,35 +443,15 @@ class Store:
                 self._post(taker.listener.cannot, error)
 
 
-_registry: weakref.WeakSet[Store] = weakref.WeakSet()
-_registry_lock = threading.Lock()
-_abandoned: list[sqlite3.Connection | None] = []
+def _answer(writes: Iterable[Write]) -> None:
+    """On the loop: end the futures of writes that were done."""
+    for write in writes:
+        if write.future is not None and not write.future.done():
+            write.future.set_result(write.result)
 
 
-def stores() -> list[Store]:
-    """The stores of this process."""
-    with _registry_lock:
-        return list(_registry)
-
-
-def _before_fork() -> None:
-    # a fork in the middle of a call would leave SQLite's own locks taken for ever in the child
-    global _paused  # noqa: PLW0603
-    _paused = [store for store in stores() if store.in_sqlite.acquire(timeout=1.0)]
-
-
-def _after_fork_in_parent() -> None:
-    for store in _paused:
-        store.in_sqlite.release()
-
-
-def _after_fork_in_child() -> None:
-    global _registry_lock  # noqa: PLW0603
-    _registry_lock = threading.Lock()
-    for store in stores():
-        store.forked()
-
-
-_paused: list[Store] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+def _refuse(refused: Iterable[tuple[Write, LeveretError]]) -> None:
+    """On the loop: end the futures of writes that weren't done."""
+    for write, error in refused:
+        if write.future is not None and not write.future.done():
+            write.future.set_exception(error)

@@ -19,7 +19,7 @@ import pytest
 from leveret.broker import Broker, Subscription
 from leveret.brokers.sqlite import lease, open_admin, open_broker
 from leveret.brokers.sqlite.identity import known_dead, my_identity
-from leveret.brokers.sqlite.write import Write
+from leveret.brokers.sqlite.write import Run
 from leveret.clock import ManualClock
 from leveret.consuming.settlement import Settlement
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, PublishTimeout
@@ -198,7 +198,7 @@ async def test_a_retry_committed_after_its_deadline_is_done_and_not_lost(
     assert rest is not None
     settling = asyncio.create_task(rest)
     store = cast("Any", broker)._store  # what hangs is in the same transaction
-    hanging = asyncio.create_task(store.run(Write("a disk that hangs", call=lambda _: disk.wait(PATIENCE_S))))
+    hanging = asyncio.create_task(store.run(Run("a disk that hangs", lambda _: disk.wait(PATIENCE_S))))
     await until(lambda: clock.sleepers)
     disk.set()
     await hanging
