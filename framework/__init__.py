@@ -20,7 +20,7 @@ from .errors import (
 from .headers import HeaderValue
 from .job import Job, JobMeta, Priority, Queue
 from .layer import Consume, ConsumeLayer, Layer, Publish, PublishLayer
-from .options import Outgoing
+from .options import Outgoing, OutgoingOptions, PublishOptions
 from .outcome import Bury, Done, Expired, Outcome, Retry, Snooze
 from .publishing.publisher import Publisher
 from .settings import Settings
@@ -51,11 +51,13 @@ __all__ = [
     "MessageTooLarge",
     "Outcome",
     "Outgoing",
+    "OutgoingOptions",
     "Priority",
     "Publish",
     "PublishError",
     "PublishLayer",
     "PublishManyError",
+    "PublishOptions",
     "PublishTimeout",
     "Publisher",
     "Queue",

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any, Generic, Protocol, final
+from typing import Any, Generic, Protocol, Unpack, final
 
 from typing_extensions import TypeVar
 
 from .envelope import Envelope, Receipt
-from .headers import HeaderValue
-from .job import Job, Priority
+from .job import Job
+from .options import PublishOptions
 
 _R_co = TypeVar("_R_co", covariant=True, default=object)
 
@@ -22,20 +21,8 @@ logger = logging.getLogger("leveret.job")
 class Publishes(Protocol):
     """What an attempt publishes with: a `Publisher`."""
 
-    async def publish(
-        self,
-        job: Job,
-        *,
-        priority: Priority | None = None,
-        delay_s: float | None = None,
-        at: datetime | None = None,
-        job_id: str | None = None,
-        correlation_id: str | None = None,
-        headers: Mapping[str, HeaderValue] | None = None,
-        expires_s: float | None = None,
-        timeout_s: float = 5.0,
-    ) -> Receipt:
-        """Publish `job`; see `Publisher.publish`."""
+    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+        """As `Publisher.publish`."""
         ...
 
 
@@ -136,31 +123,9 @@ class Attempt(Generic[_R_co]):
         before, self._deadline = self._deadline, deadline
         return before
 
-    async def publish(
-        self,
-        job: Job,
-        *,
-        priority: Priority | None = None,
-        delay_s: float | None = None,
-        at: datetime | None = None,
-        job_id: str | None = None,
-        correlation_id: str | None = None,
-        headers: Mapping[str, HeaderValue] | None = None,
-        expires_s: float | None = None,
-        timeout_s: float = 5.0,
-    ) -> Receipt:
+    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
         """As `Publisher.publish`, on the worker's own connection; correlation and trace are inherited."""
-        return await self._publisher.publish(
-            job,
-            priority=priority,
-            delay_s=delay_s,
-            at=at,
-            job_id=job_id,
-            correlation_id=correlation_id,
-            headers=headers,
-            expires_s=expires_s,
-            timeout_s=timeout_s,
-        )
+        return await self._publisher.publish(job, **options)
 
 
 make_attempt = Attempt._make  # pyright: ignore[reportPrivateUsage] - hidden, so that nobody makes one by hand

@@ -1,12 +1,11 @@
-"""How a job is to be published, and a job together with that."""
+"""How a job is published: the options of every call that publishes, and a job together with its options."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Generic, final
+from typing import Final, Generic, TypedDict, Unpack, final
 
-import msgspec
 from typing_extensions import TypeVar
 
 from .headers import HeaderValue
@@ -14,52 +13,64 @@ from .job import Job, Priority
 
 _J_co = TypeVar("_J_co", bound=Job, covariant=True, default=Job)
 
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How a job is to be published; the keywords of `Publisher.publish`."""
-
-    priority: Priority | None = None
-    delay_s: float | None = None
-    at: datetime | None = None
-    job_id: str | None = None
-    correlation_id: str | None = None
-    headers: Mapping[str, HeaderValue] | None = None
-    expires_s: float | None = None
+TIMEOUT_S: Final = 5.0
+"""The default of `timeout_s`, in seconds."""
 
 
-PLAIN = Options()
+class OutgoingOptions(TypedDict, total=False):
+    """The options of one job. None means the default."""
+
+    priority: Priority | None
+    """The job's priority. Default: the priority of its class."""
+    delay_s: float | None
+    """Seconds before the job may run, at most 48 days. Default: 0. Excludes `at`."""
+    at: datetime | None
+    """The aware datetime before which the job doesn't run. Default: now. Excludes `delay_s`."""
+    job_id: str | None
+    """The job's id, 1 to 200 bytes. Default: a new UUIDv7."""
+    correlation_id: str | None
+    """The id that related jobs share, 1 to 200 bytes. Default: inherited from the job whose handler runs."""
+    headers: Mapping[str, HeaderValue] | None
+    """Plain values; names must not begin with `lv-`. Default: no headers."""
+    expires_s: float | None
+    """Seconds after which the job doesn't run any more. Default: the `expires_s` of its class."""
+
+
+class PublishOptions(OutgoingOptions, total=False):
+    """The keywords of `Publisher.publish`."""
+
+    timeout_s: float
+    """Seconds for the whole publish, connecting included. Default: 5."""
+
+
+OUTGOING_OPTIONS: Final = OutgoingOptions.__optional_keys__
+PUBLISH_OPTIONS: Final = PublishOptions.__optional_keys__
+
+
+def unexpected(call: str, given: Iterable[str], known: frozenset[str]) -> TypeError:
+    """Return the error for the first keyword of `given` that `call` doesn't know."""
+    import difflib
+
+    name = next(name for name in given if name not in known)
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return TypeError(f"{call}() got an unexpected keyword argument {name!r}{hint}")
 
 
 @final
 class Outgoing(Generic[_J_co]):
-    """A job with its publish options, where a job is handed over: `publish_many`, a cron function. Same meaning as `Publisher.publish`."""
+    """A job with its publish options, for `publish_many` and cron functions. The options mean the same as in `Publisher.publish`."""
 
     __slots__ = ("_job", "_options")
 
-    def __init__(
-        self,
-        job: _J_co,
-        *,
-        priority: Priority | None = None,
-        delay_s: float | None = None,
-        at: datetime | None = None,
-        job_id: str | None = None,
-        correlation_id: str | None = None,
-        headers: Mapping[str, HeaderValue] | None = None,
-        expires_s: float | None = None,
-    ) -> None:
+    def __init__(self, job: _J_co, **options: Unpack[OutgoingOptions]) -> None:
+        if not OUTGOING_OPTIONS.issuperset(options):
+            raise unexpected("Outgoing", options, OUTGOING_OPTIONS)
+        headers = options.get("headers")
+        if isinstance(headers, Mapping):  # anything else is refused when it is published
+            options["headers"] = dict(headers)
         self._job = job
-        self._options = Options(
-            priority=priority,
-            delay_s=delay_s,
-            at=at,
-            job_id=job_id,
-            correlation_id=correlation_id,
-            headers=dict(headers)
-            if isinstance(headers, Mapping)
-            else headers,  # what isn't one is refused when it is published
-            expires_s=expires_s,
-        )
+        self._options: OutgoingOptions = options
 
     @property
     def job(self) -> _J_co:
@@ -67,8 +78,8 @@ class Outgoing(Generic[_J_co]):
         return self._job
 
     @property
-    def options(self) -> Options:
-        """Everything else that it was made with."""
+    def options(self) -> OutgoingOptions:
+        """The options that were given."""
         return self._options
 
     def __repr__(self) -> str:

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 
-import msgspec
-
 from ..backoff import full_jitter
 from ..errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, PublishTimeout
-from ..options import Options, Outgoing
+from ..options import Outgoing
 from ..publishing.sender import Sender
 from ..runtime import Runtime
 from ..settings import redact
@@ -155,13 +153,14 @@ class Scheduler:
             return
         if emitted is None:
             return
-        job, given = (emitted.job, emitted.options) if isinstance(emitted, Outgoing) else (emitted, Options())
-        if given.job_id is None:
-            given = msgspec.structs.replace(given, job_id=schedule.slot_id(self._app, slot))
+        outgoing = emitted if isinstance(emitted, Outgoing) else Outgoing(emitted)
+        options = outgoing.options.copy()
+        if options.get("job_id") is None:
+            options["job_id"] = schedule.slot_id(self._app, slot)
         tries, timeout_s = 0, PUBLISH_TIMEOUT_S
         while True:
             try:
-                receipt = await self._sender.publish(job, given, timeout_s)
+                receipt = await self._sender.publish(outgoing.job, options, timeout_s)
             except ConfigurationError:
                 raise
             except PublishError as error:

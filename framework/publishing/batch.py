@@ -14,7 +14,7 @@ from ..broker import Posted
 from ..envelope import Envelope, Receipt
 from ..errors import PublishError, PublishManyError, PublishTimeout
 from ..job import Job
-from ..options import PLAIN, Outgoing
+from ..options import Outgoing, OutgoingOptions
 from .sender import Sender
 
 _WINDOW = 1000
@@ -45,14 +45,14 @@ class Batch:
     async def publish(self, jobs: Iterable[Job | Outgoing]) -> list[Receipt]:
         """Publish `jobs`; receipts in order, or `PublishManyError`."""
         sender, results, deadline = self._sender, self._results, self._deadline
-        post = sender.bare
+        post, plain = sender.bare, OutgoingOptions()
         try:
             for item in jobs:
-                job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, PLAIN)
+                job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, plain)
                 try:
                     if time.monotonic() >= deadline:
                         msg = "it wasn't sent: the time was over, which timeout_s of publish_many gives to all its jobs together"
-                        raise PublishTimeout(msg, job_id=options.job_id, maybe_published=False)
+                        raise PublishTimeout(msg, job_id=options.get("job_id"), maybe_published=False)
                     envelope = sender.envelope(job, options, deadline)
                     sent = sender.post(envelope) if post else None
                     if sent is None and post:

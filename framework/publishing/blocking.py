@@ -6,18 +6,17 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
-from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, final
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, final
 
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, PublishTimeout
-from ..headers import HeaderValue
-from ..job import Job, Priority
+from ..job import Job
+from ..options import TIMEOUT_S, PublishOptions
 
 if TYPE_CHECKING:
     from ..options import Outgoing
@@ -166,34 +165,12 @@ class BlockingPublisher:
             msg = "no answer from the publishing thread within timeout_s; a publish layer may be blocking it"
             raise PublishTimeout(msg, job_id=job_id, maybe_published=True) from None
 
-    def publish(
-        self,
-        job: Job,
-        *,
-        priority: Priority | None = None,
-        delay_s: float | None = None,
-        at: datetime | None = None,
-        job_id: str | None = None,
-        correlation_id: str | None = None,
-        headers: Mapping[str, HeaderValue] | None = None,
-        expires_s: float | None = None,
-        timeout_s: float = 5.0,
-    ) -> Receipt:
+    def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
         """As `Publisher.publish`, blocking."""
         return self._call(
-            lambda publisher: publisher.publish(
-                job,
-                priority=priority,
-                delay_s=delay_s,
-                at=at,
-                job_id=job_id,
-                correlation_id=correlation_id,
-                headers=headers,
-                expires_s=expires_s,
-                timeout_s=timeout_s,
-            ),
-            timeout_s,
-            job_id,
+            lambda publisher: publisher.publish(job, **options),
+            options.get("timeout_s", TIMEOUT_S),
+            options.get("job_id"),
         )
 
     def publish_many(self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0) -> list[Receipt]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
-from datetime import datetime
-from typing import final
+from collections.abc import Iterable
+from typing import Unpack, final
 
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, InvalidJob
-from ..headers import HeaderValue
-from ..job import Job, Priority
-from ..options import Options, Outgoing
+from ..job import Job
+from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, PublishOptions, unexpected
 from .batch import Batch
 from .sender import Sender, seconds_of
 
@@ -46,47 +44,32 @@ class Publisher:
             raise BrokerUnavailable(msg, job_id=job_id)
         return self._sender
 
-    async def publish(
-        self,
-        job: Job,
-        *,
-        priority: Priority | None = None,
-        delay_s: float | None = None,
-        at: datetime | None = None,
-        job_id: str | None = None,
-        correlation_id: str | None = None,
-        headers: Mapping[str, HeaderValue] | None = None,
-        expires_s: float | None = None,
-        timeout_s: float = 5.0,
-    ) -> Receipt:
-        """Return once the broker has confirmed it: from then on it runs at least once.
+    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+        """Publish `job`; return once the broker has confirmed the publish: from then on the job runs at least once.
+
+        Every option is a keyword; `PublishOptions` has their types. None means the default, except for `timeout_s`.
 
         Args:
             job: An instance of a `Job` class that names its job and queue.
-            priority: None: the class's own, NORMAL unless it says otherwise.
-            delay_s: Not before so many seconds, kept in the broker; at most 48 days. Excludes `at`.
-            at: Not before this aware datetime; one in the past means at once.
-            job_id: Up to 200 bytes; None: a new UUIDv7. It identifies, it doesn't deduplicate.
-            correlation_id: None: inherited from the job whose handler runs here, if any.
-            headers: Plain values, kept by every retry and replay; names must not begin with `lv-`.
-            expires_s: Not run later than so many seconds from now; must be above the delay. None: the class's own.
-            timeout_s: Seconds for all of it, connecting included.
+            priority: The job's priority. Default: the priority of its class, which is NORMAL unless the class has another.
+            delay_s: Seconds before the job may run, at most 48 days. The broker holds the job. Default: 0. Excludes `at`.
+            at: The aware datetime before which the job doesn't run; a past one means at once. Default: now. Excludes `delay_s`.
+            job_id: The job's id, 1 to 200 bytes. It identifies the job and doesn't deduplicate. Default: a new UUIDv7.
+            correlation_id: The id that related jobs share, 1 to 200 bytes. Default: inherited from the job whose handler runs.
+            headers: Plain values that every retry and replay keeps; names must not begin with `lv-`. Default: no headers.
+            expires_s: Seconds after which the job doesn't run any more; must be above the delay. Default: the `expires_s` of its class.
+            timeout_s: Seconds for the whole publish, connecting included. Default: 5.
 
         Raises:
+            TypeError: A keyword isn't an option.
             InvalidJob, MessageTooLarge: Refused before anything was sent.
             BrokerUnavailable, Unroutable: Nothing was kept.
             PublishTimeout: See its `maybe_published`; publish again under the same `job_id`.
         """
-        options = Options(
-            priority=priority,
-            delay_s=delay_s,
-            at=at,
-            job_id=job_id,
-            correlation_id=correlation_id,
-            headers=headers,
-            expires_s=expires_s,
-        )
-        return await self._open(job_id).publish(job, options, timeout_s)
+        if options and not PUBLISH_OPTIONS.issuperset(options):
+            raise unexpected("publish", options, PUBLISH_OPTIONS)
+        timeout_s = options.pop("timeout_s", TIMEOUT_S)
+        return await self._open(options.get("job_id")).publish(job, options, timeout_s)
 
     async def publish_many(self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0) -> list[Receipt]:
         """Publish `jobs` pipelined; receipts in order, or `PublishManyError` if any failed; `timeout_s` is for all of them.

@@ -17,7 +17,7 @@ from ..headers import check_headers, header_bytes, pack_headers
 from ..ids import new_job_id
 from ..job import Job, Priority, Queue, spec_of
 from ..layer import AnyLayer
-from ..options import PLAIN, Options, Outgoing
+from ..options import Outgoing, OutgoingOptions
 from ..outcome import MAX_DELAY_S
 from ..runtime import Runtime
 
@@ -86,7 +86,7 @@ class Sender:
         self._decoders: dict[tuple[str, str], codec.Decoder] = {}
         self._send = fold_publish(self._publishing, self._to_broker)
 
-    async def publish(self, job: Job, options: Options, timeout_s: float) -> Receipt:
+    async def publish(self, job: Job, options: OutgoingOptions, timeout_s: float) -> Receipt:
         """Publish one job; raises a `PublishError`."""
         envelope = self.envelope(job, options, time.monotonic() + seconds_of("timeout_s", timeout_s))
         if not self.bare or (sent := self.post(envelope)) is None:
@@ -96,7 +96,7 @@ class Sender:
             raise error
         return Receipt(sent.job_id)
 
-    def envelope(self, job: Job, options: Options, deadline: float) -> Envelope:
+    def envelope(self, job: Job, options: OutgoingOptions, deadline: float) -> Envelope:
         """Return what will be sent for `job`, or raise InvalidJob or MessageTooLarge: nothing wrong leaves the process."""
         if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"a job is published, not {job!r:.80}" + (
@@ -123,16 +123,17 @@ class Sender:
             msg = f"{spec.name} to queue {spec.queue.name}: {error}"
             raise InvalidJob(msg) from error
 
-    def _checked(self, job: Job, contract: _Contract, options: Options, deadline: float) -> Envelope:
+    def _checked(self, job: Job, contract: _Contract, options: OutgoingOptions, deadline: float) -> Envelope:
         spec = contract.spec
         now = self._runtime.clock.now()
-        job_id = options.job_id
+        job_id = options.get("job_id")
         if job_id is None:
             job_id = new_job_id()
         elif not isinstance(job_id, str) or not 0 < len(job_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"job_id is a text of 1 to {MAX_ID_BYTES} bytes, not {job_id!r:.80}"
             raise InvalidJob(msg)
-        priority = spec.priority if options.priority is None else options.priority
+        if (priority := options.get("priority")) is None:
+            priority = spec.priority
         if priority is not spec.priority and priority not in spec.queue.levels:
             if isinstance(priority, Priority):  # pyright: ignore[reportUnnecessaryIsInstance]
                 msg = f"{spec.queue!r} takes no priority but NORMAL"
@@ -140,17 +141,18 @@ class Sender:
                 msg = f"priority is a Priority, not {priority!r}"
             raise InvalidJob(msg, job_id=job_id)
         body = self._encoded(job, contract, job_id)
-        delay_s = 0.0 if options is PLAIN else self._delay_s(options, now)
-        expires_s = spec.expires_s if options.expires_s is None else seconds_of("expires_s", options.expires_s)
+        delay_s = self._delay_s(options, now) if "delay_s" in options or "at" in options else 0.0
+        expires_s = options.get("expires_s")
+        expires_s = spec.expires_s if expires_s is None else seconds_of("expires_s", expires_s)
         if expires_s is not None and expires_s <= delay_s:
             msg = f"it would expire after {expires_s:g} s, before its delay of {delay_s:g} s is over"
             raise InvalidJob(msg, job_id=job_id)
         try:
-            headers: Mapping[str, object] = check_headers(options.headers) if options.headers else {}
+            headers: Mapping[str, object] = check_headers(given) if (given := options.get("headers")) else {}
         except ValueError as error:
             raise InvalidJob(str(error), job_id=job_id) from None
         running = current_attempt.get()
-        correlation_id = options.correlation_id
+        correlation_id = options.get("correlation_id")
         if correlation_id is None:
             correlation_id = None if running is None else running.envelope.correlation_id or running.job_id
         elif not isinstance(correlation_id, str) or not 0 < len(correlation_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -197,16 +199,17 @@ class Sender:
                 raise InvalidJob(str(error), job_id=job_id) from error
         return body
 
-    def _delay_s(self, options: Options, now: float) -> float:
-        delay_s = 0.0 if options.delay_s is None else seconds_of("delay_s", options.delay_s, zero=True)
-        if options.at is not None:
-            if options.delay_s is not None:
+    def _delay_s(self, options: OutgoingOptions, now: float) -> float:
+        given_s, at = options.get("delay_s"), options.get("at")
+        delay_s = 0.0 if given_s is None else seconds_of("delay_s", given_s, zero=True)
+        if at is not None:
+            if given_s is not None:
                 msg = "delay_s and at exclude each other"
                 raise InvalidJob(msg)
-            if not isinstance(options.at, datetime) or options.at.utcoffset() is None:  # pyright: ignore[reportUnnecessaryIsInstance]
-                msg = f"at is an aware datetime (with a time zone), not {options.at!r}"
+            if not isinstance(at, datetime) or at.utcoffset() is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+                msg = f"at is an aware datetime (with a time zone), not {at!r}"
                 raise InvalidJob(msg)
-            delay_s = max(0.0, options.at.timestamp() - now)
+            delay_s = max(0.0, at.timestamp() - now)
         if delay_s > MAX_DELAY_S:
             msg = f"a delay of {delay_s:g} s is above 48 days"
             raise InvalidJob(msg)

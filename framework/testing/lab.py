@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import datetime
-from typing import Any, Protocol, cast, final, overload
+from typing import Any, Protocol, Unpack, cast, final, overload
 
 import msgspec
 from typing_extensions import TypeVar
@@ -29,8 +28,8 @@ from ..consuming.consumer import Consumer, Ended
 from ..consuming.worker import working
 from ..envelope import Envelope, Receipt
 from ..errors import ConfigurationError
-from ..headers import HeaderValue
-from ..job import Job, Priority, Queue
+from ..job import Job, Queue
+from ..options import PublishOptions
 from ..outcome import OUTCOMES, Bury, Done, Outcome
 from ..publishing.publisher import Publisher
 from ..publishing.sender import Sender
@@ -160,31 +159,9 @@ class Lab:
                 await asyncio.wait([changed], timeout=0.01)
                 changed.cancel()
 
-    async def publish(
-        self,
-        job: Job,
-        *,
-        priority: Priority | None = None,
-        delay_s: float | None = None,
-        at: datetime | None = None,
-        job_id: str | None = None,
-        correlation_id: str | None = None,
-        headers: Mapping[str, HeaderValue] | None = None,
-        expires_s: float | None = None,
-        timeout_s: float = 5.0,
-    ) -> Receipt:
+    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
         """As `Publisher.publish`, on the memory broker."""
-        return await cast("Publisher", self._publisher).publish(
-            job,
-            priority=priority,
-            delay_s=delay_s,
-            at=at,
-            job_id=job_id,
-            correlation_id=correlation_id,
-            headers=headers,
-            expires_s=expires_s,
-            timeout_s=timeout_s,
-        )
+        return await cast("Publisher", self._publisher).publish(job, **options)
 
     def _on_published(self, job: Job, envelope: Envelope) -> None:
         self._published.append(Published(job, envelope))

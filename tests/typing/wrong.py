@@ -2,11 +2,11 @@
 
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta, timezone
-from typing import assert_never
+from typing import Unpack, assert_never
 
 import msgspec
 
-from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, Publish, Publisher, Queue, Receipt, Retry, Snooze
+from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, OutgoingOptions, Priority, Publish, PublishOptions, Publisher, Queue, Receipt, Retry, Snooze
 from leveret.middleware import RateLimit, Retries, Rule, Timeout
 from leveret.testing.lab import Lab, running
 from leveret.testing.lab import attempt as make_attempt
@@ -45,11 +45,38 @@ async def publishing(publisher: Publisher, blocking: BlockingPublisher) -> None:
     await publisher.publish(invoice, priority="high")  # wrong: a Priority
     await publisher.publish(invoice, delay_s=timedelta(seconds=60))  # wrong: seconds
     await publisher.publish(invoice, at="2030-01-01T00:00Z")  # wrong: a datetime
-    await publisher.publish(invoice, delay=60)  # wrong: the unit is in the name
     await publisher.publish(invoice, headers={"x-tenant": [1]})  # wrong: a plain value
     await app.publisher().publish(invoice)  # wrong: not entered
     with app.publisher() as _: ...  # wrong: async with
     _ = (await publisher.publish(invoice)).state == "lost"  # wrong: no such state
+
+# -- publish options: the same keywords in every call that publishes
+async def options(publisher: Publisher, blocking: BlockingPublisher, attempt: Attempt, lab: Lab) -> None:
+    await publisher.publish(invoice, delay=60)  # wrong: the unit is in the name
+    await publisher.publish(invoice, job_id=7)  # wrong: a text
+    await publisher.publish(invoice, timeout_s=None)  # wrong: seconds
+    await publisher.publish(invoice, Priority.HIGH)  # wrong: by keyword
+    blocking.publish(invoice, prioriti=Priority.HIGH)  # wrong: no such option
+    blocking.publish(invoice, correlation_id=b"c")  # wrong: a text
+    blocking.publish(invoice, Priority.HIGH)  # wrong: by keyword
+    await attempt.publish(invoice, delay=60)  # wrong: no such option
+    await attempt.publish(invoice, expires_s="60")  # wrong: seconds
+    await attempt.publish(invoice, Priority.HIGH)  # wrong: by keyword
+    await lab.publish(invoice, header={"x-tenant-id": "a"})  # wrong: no such option
+    await lab.publish(invoice, at=60)  # wrong: a datetime
+    await lab.publish(invoice, 60)  # wrong: by keyword
+    Outgoing(invoice, prioriti=Priority.LOW)  # wrong: no such option
+    Outgoing(invoice, priority="low")  # wrong: a Priority
+    Outgoing(invoice, Priority.LOW)  # wrong: by keyword
+    Outgoing(invoice, timeout_s=5)  # wrong: publish_many has one for all its jobs
+    of_a_job: OutgoingOptions = {"priority": Priority.LOW, "timeout_s": 5}  # wrong: it is an option of a publish, not of a job
+    of_a_publish: PublishOptions = {"delay": 60}  # wrong: no such option
+async def enqueue(publisher: Publisher, **options: Unpack[PublishOptions]) -> None:
+    await publisher.publish(invoice, **options)
+    Outgoing(invoice, **options)  # wrong (mypy only): timeout_s may be among them
+async def enqueues(publisher: Publisher) -> None:
+    await enqueue(publisher, delay=60)  # wrong: a wrapper refuses what publish refuses
+    await enqueue(publisher, delay_s="60")  # wrong: a wrapper refuses what publish refuses
 
 # -- handlers
 @app.handler  # wrong: the app yields Shop

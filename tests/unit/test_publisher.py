@@ -5,9 +5,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any
 
+import msgspec
 import pytest
 import pytest_asyncio
-from msgspec import Struct
 
 from leveret import (
     App,
@@ -18,6 +18,7 @@ from leveret import (
     Job,
     MessageTooLarge,
     Outgoing,
+    OutgoingOptions,
     Priority,
     Publish,
     Publisher,
@@ -44,11 +45,11 @@ class Abstract(Job):
     """Names no job."""
 
 
-class Left(Struct):
+class Left(msgspec.Struct):
     """One of two."""
 
 
-class Right(Struct):
+class Right(msgspec.Struct):
     """The other, and nothing tells which."""
 
 
@@ -208,6 +209,88 @@ async def test_an_outgoing_or_a_class_is_no_job(publisher: Publisher) -> None:
     for wrong in (Outgoing(Mail(order_id=7)), Mail, {"order_id": 7}):
         with pytest.raises(InvalidJob, match="a job is published"):
             await publisher.publish(wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (
+            {"prioriti": Priority.HIGH},
+            "publish() got an unexpected keyword argument 'prioriti'; did you mean 'priority'?",
+        ),
+        ({"job_id": "7", "delay": 60}, "publish() got an unexpected keyword argument 'delay'; did you mean 'delay_s'?"),
+        ({"x": 1, "timeout_s": 1}, "publish() got an unexpected keyword argument 'x'"),
+    ],
+)
+async def test_a_misspelt_option_is_refused_by_every_call_that_publishes(
+    publisher: Publisher, options: dict[str, Any], error: str
+) -> None:
+    """An option that is dropped without a word is a delayed job that runs now, or an urgent one that waits."""
+    app, refused = App("misspelt", broker="memory://"), list[str]()
+    blocking = app.blocking_publisher()
+
+    @app.handler
+    async def handle(mail: Mail, attempt: Attempt) -> None:
+        with pytest.raises(TypeError) as inside:
+            await attempt.publish(mail, **options)
+        refused.append(str(inside.value))
+
+    async def in_a_thread(mail: Mail, **options: Any) -> None:
+        await asyncio.to_thread(blocking.publish, mail, **options)
+
+    async with running(app) as lab:
+        await lab.publish(Mail(order_id=7))
+        await lab.drain()
+        for publish in (publisher.publish, lab.publish, in_a_thread):
+            with pytest.raises(TypeError) as outside:
+                await publish(Mail(order_id=7), **options)
+            refused.append(str(outside.value))
+        assert len(lab.published) == 1
+    await asyncio.to_thread(blocking.close)
+
+    assert refused == [error] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (
+            {"prioriti": Priority.LOW},
+            "Outgoing() got an unexpected keyword argument 'prioriti'; did you mean 'priority'?",
+        ),
+        ({"timeout_s": 5}, "Outgoing() got an unexpected keyword argument 'timeout_s'"),
+    ],
+)
+def test_an_outgoing_refuses_an_option_that_one_job_cannot_have(options: dict[str, Any], error: str) -> None:
+    """`timeout_s` of one job would be ignored: `publish_many` has one for all its jobs."""
+    with pytest.raises(TypeError) as refused:
+        Outgoing(Mail(order_id=7), **options)
+
+    assert str(refused.value) == error
+
+
+async def test_an_option_of_none_is_an_option_left_out() -> None:
+    """A wrapper passes None for the options that its caller left out; each must then have its default."""
+    none: OutgoingOptions = {
+        "priority": None,
+        "delay_s": None,
+        "at": None,
+        "job_id": None,
+        "correlation_id": None,
+        "headers": None,
+        "expires_s": None,
+    }
+    app = App("none", broker="memory://")
+
+    @app.handler
+    def handle(mail: Mail) -> None: ...
+
+    async with running(app) as lab:
+        await lab.publish(Mail(order_id=7), **none)
+        await lab.publish(Mail(order_id=7))
+        given, plain = (msgspec.structs.replace(one.envelope, job_id="", deadline=0.0) for one in lab.published)
+
+    assert given == plain
 
 
 async def test_a_body_over_the_limit_is_refused_before_it_is_sent(publisher: Publisher) -> None:
