@@ -1,4 +1,4 @@
-"""`leveret describe` as a command; what it says is tested in tests/unit/test_describe.py."""
+"""`leveret describe` as a command; what it says is tested in tests/unit/cli/test_describe.py."""
 
 from tests.cli.command import Project
 

@@ -11,7 +11,7 @@ from leveret import App, Attempt, Job, Queue
 from leveret.middleware import Retries, Tracing
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import Raw
-from tests.unit.test_tracing import Spans, id_of, links_of, parent_of
+from tests.unit.middleware.test_tracing import Spans, id_of, links_of, parent_of
 
 pytestmark = pytest.mark.rabbit
 

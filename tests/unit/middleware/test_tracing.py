@@ -355,7 +355,7 @@ def test_without_an_sdk_nothing_is_made_and_a_context_passes_on() -> None:
         from opentelemetry import trace
         from leveret.middleware import Tracing
         from tests.unit.runs import attempt, chain
-        from tests.unit.test_tracing import envelope, published, say
+        from tests.unit.middleware.test_tracing import envelope, published, say
 
         layer = Tracing()
         seen = []
@@ -378,7 +378,7 @@ def test_without_an_sdk_nothing_is_made_and_a_context_passes_on() -> None:
         asyncio.run(main())
     """
     subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60, cwd=Path(__file__).parents[3]
     )
 
 
@@ -427,7 +427,7 @@ def test_an_sdk_is_found_wherever_it_comes_from(named: bool) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _TRACED.replace("NAMED", str(named))],
         env=environment,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         check=False,
         timeout=60,
         capture_output=True,

@@ -12,8 +12,8 @@ from leveret import App
 from leveret.middleware import Retries, Tracing
 from leveret.middleware.instrumentor import LeveretInstrumentor
 from leveret.testing.lab import running
+from tests.unit.middleware.test_tracing import Spans
 from tests.unit.runs import Greet
-from tests.unit.test_tracing import Spans
 
 
 @pytest.fixture
