@@ -1,0 +1,81 @@
+"""A handler that publishes, and a publisher without a loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from leveret import App, Attempt, BrokerUnavailable, Retry
+from tests.contract.harness import PATIENCE_S, Harness
+from tests.contract.pipeline.apps import Runs, assert_empty, job_class, make_app, publish
+
+
+async def test_a_job_published_by_a_handler_belongs_to_the_same_line(harness: Harness) -> None:
+    """One correlation id finds all that followed from one request."""
+
+    async def follow(job: Any, attempt: Attempt[Any]) -> None:
+        if job.n < 3:
+            await attempt.publish(type(job)(n=job.n + 1))
+
+    queue, runs = harness.queue(), Runs(follow)
+    work = job_class(queue)
+    app = make_app(harness, work, runs)
+
+    [first] = await publish(app, work(n=1))
+    async with app.worker(queues=[queue.name]):
+        attempts = [await runs.next() for _ in range(3)]
+
+    assert [attempt.envelope.correlation_id for attempt in attempts] == [None, first, first]
+    assert len({attempt.job_id for attempt in attempts}) == 3
+    await assert_empty(harness, queue)
+
+
+async def test_a_blocking_publisher_reaches_a_worker(harness: Harness) -> None:
+    """Django and scripts publish from a thread that has no loop."""
+    queue, runs = harness.queue(), Runs()
+    work = job_class(queue)
+    app = make_app(harness, work, runs)
+    publisher = app.blocking_publisher()
+
+    try:
+        async with app.worker(queues=[queue.name]):
+            receipt = await asyncio.to_thread(publisher.publish, work(n=1), timeout_s=PATIENCE_S)
+            assert (await runs.next()).job_id == receipt.job_id
+    finally:
+        await asyncio.to_thread(publisher.close)
+    await assert_empty(harness, queue)
+
+
+async def test_a_def_handler_publishes_with_the_blocking_publisher_and_never_on_a_loop_of_its_own(
+    harness: Harness,
+) -> None:
+    """The worker's connection, made on a loop that ends, would fail each publish, retry and burial until the restart."""
+    queue, ran, refused = harness.queue(), asyncio.Queue[tuple[int, int]](), list[BaseException]()
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url)
+    publisher, loop = app.blocking_publisher(), asyncio.get_running_loop()
+
+    @app.handler(job=work)
+    def handle(job: Any, attempt: Attempt[Any]) -> Retry | None:
+        loop.call_soon_threadsafe(ran.put_nowait, (job.n, attempt.number))
+        if job.n == 2:
+            return None
+        if attempt.number == 1:
+            try:
+                asyncio.run(attempt.publish(work(n=2)))
+            except BrokerUnavailable as error:
+                refused.append(error)
+            return Retry(0)
+        publisher.publish(work(n=2), timeout_s=PATIENCE_S)
+        return None
+
+    try:
+        await publish(app, work(n=1))
+        async with app.worker(queues=[queue.name]):
+            got = [await asyncio.wait_for(ran.get(), PATIENCE_S) for _ in range(3)]
+    finally:
+        await asyncio.to_thread(publisher.close)
+
+    assert got == [(1, 1), (1, 2), (2, 1)]
+    assert "app.blocking_publisher()" in str(refused[0])
+    await assert_empty(harness, queue)

@@ -1,0 +1,58 @@
+"""Unknown here: the job waits for a worker that knows it; without one the job is buried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from leveret import Job, Settings
+from leveret.consuming.worker import working
+from leveret.failure import failures_of
+from tests.contract.harness import Harness, make_envelope, soon
+from tests.contract.pipeline.apps import Runs, assert_empty, job_class, letters_of, make_app, publish, until
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"job": "contract.misspelt"}, "contract.misspelt"), ({"job": "contract.work", "version": 2}, "version 2")],
+)
+async def test_a_job_that_no_handler_here_knows_waits_and_then_is_buried(
+    harness: Harness, fields: dict[str, Any], reason: str
+) -> None:
+    """A name or version unknown for ever is a mistake that somebody must see; meanwhile the others run."""
+    queue, runs = harness.queue(), Runs()
+    work = job_class(queue)
+    app = make_app(harness, work, runs, Settings(unknown_grace_s=0.5))
+
+    unknown = make_envelope(queue, **fields)
+    await harness.open().publish(queue, unknown, delay_s=0, deadline=soon())
+    [good] = await publish(app, work(n=2))
+    async with app.worker(queues=[queue.name]):
+        assert (await runs.next()).job_id == good
+        [letter] = await letters_of(harness, queue, 1)
+
+    assert (letter.job_id, letter.body, letter.attempt, letter.passes) == (unknown.job_id, unknown.body, 1, 1)
+    assert reason in failures_of(letter)[-1].message
+    await assert_empty(harness, queue)
+
+
+async def test_an_unknown_job_runs_once_a_worker_that_knows_it_is_there(harness: Harness) -> None:
+    """In a rolling deploy the old workers see the new job first."""
+    queue, old_runs, new_runs = harness.queue(), Runs(), Runs()
+    work = job_class(queue)
+    old = make_app(harness, work, old_runs)
+
+    class Novelty(Job, name="contract.new", queue=queue):
+        n: int
+
+    new = make_app(harness, Novelty, new_runs)
+    async with working(old, queues=[queue.name]) as worker:
+        [job_id] = await publish(new, Novelty(n=1))
+        await until(lambda: worker.consumer.counts["unknown"] == 1)
+    async with new.worker(queues=[queue.name]):
+        attempt = await new_runs.next()
+
+    assert (attempt.job_id, attempt.number, attempt.envelope.passes) == (job_id, 1, 1)
+    assert old_runs.count == 0
+    await assert_empty(harness, queue)
