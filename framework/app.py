@@ -21,7 +21,7 @@ from .consuming.handler import Handler, Registration, resolve
 from .envelope import Envelope
 from .errors import ConfigurationError
 from .job import Job
-from .layer import AnyLayer, Layer, check_layers, instrumentation
+from .layer import AnyLayer, Layer, check_layers, facts_of, instrumentation
 from .options import Outgoing
 from .outcome import Outcome
 from .publishing.publisher import Publisher
@@ -260,10 +260,10 @@ class App(Generic[_R]):
 
     def _check_limits(self, handler: Handler) -> None:
         longest_s = self._settings.consumer_timeout_s * 0.75
-        in_place = max((rule.immediate for layer in handler.layers for rule in getattr(layer, "rules", ())), default=0)
-        for layer in handler.layers:
-            limit_s = getattr(layer, "limit_s", None)
-            if isinstance(limit_s, (int, float)) and limit_s * (1 + in_place) > longest_s:
+        facts = [facts_of(layer, f"handler {handler.name}") for layer in handler.layers]
+        in_place = max((one.tries_in_place for one in facts), default=0)
+        for limit_s in (one.limit_s for one in facts if one.limit_s is not None):
+            if limit_s * (1 + in_place) > longest_s:
                 tries = f", with {in_place} tries in place," if in_place else ""
                 msg = (
                     f"handler {handler.name}: a time-out of {limit_s:g} s{tries} is above three quarters of consumer_timeout_s "

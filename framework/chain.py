@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
-from .layer import AnyLayer, Consume, Publish
+from .layer import AnyLayer, Consume, Publish, is_bound, is_consume_layer, is_publish_layer
 from .runtime import Runtime
 
 
@@ -32,18 +32,18 @@ def bind(layers: Iterable[AnyLayer], runtime: Runtime) -> None:
         if id(layer) in bound:
             continue
         bound.add(id(layer))
-        hook = getattr(layer, "bind", None)
-        if hook is not None:
-            hook(runtime)
+        if is_bound(layer):
+            layer.bind(runtime)
 
 
 def fold_consume(layers: Sequence[AnyLayer], inner: Consume) -> Consume:
     """Fold the consuming side of `layers` around `inner`, once, at start-up."""
     step = inner
     for layer in reversed(layers):
-        around = getattr(layer, "consume", None) or (None if hasattr(layer, "publish") else layer)
-        if around is not None:
-            step = _around(cast("Callable[[Any, Any], Awaitable[Any]]", around), step)
+        if is_consume_layer(layer):
+            step = _around(layer.consume, step)
+        elif not is_publish_layer(layer):
+            step = _around(layer, step)
     return step
 
 
@@ -51,9 +51,8 @@ def fold_publish(layers: Sequence[AnyLayer], inner: Publish) -> Publish:
     """Fold the publishing side of `layers` around `inner`, once, at start-up."""
     step = inner
     for layer in reversed(layers):
-        around = getattr(layer, "publish", None)
-        if around is not None:
-            step = _around(around, step)
+        if is_publish_layer(layer):
+            step = _around(layer.publish, step)
     return step
 
 

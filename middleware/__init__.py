@@ -1,4 +1,7 @@
-"""The layers that come with leveret; all times in seconds. First in a list of layers is outermost."""
+"""The middleware that comes with leveret, and what your own may have besides `consume` and `publish`. All times are in seconds."""
+
+from leveret.layer import Bound, Bypass, LayerFacts, Readiness, RetryWaits, Stated
+from leveret.runtime import Runtime
 
 from .logs import Logs
 from .ratelimit import RateLimit
@@ -6,4 +9,19 @@ from .retries import On, Retries, Rule
 from .timeout import Timeout
 from .tracing import Tracing
 
-__all__ = ["Logs", "On", "RateLimit", "Retries", "Rule", "Timeout", "Tracing"]
+__all__ = [
+    "Bound",
+    "Bypass",
+    "LayerFacts",
+    "Logs",
+    "On",
+    "RateLimit",
+    "Readiness",
+    "Retries",
+    "RetryWaits",
+    "Rule",
+    "Runtime",
+    "Stated",
+    "Timeout",
+    "Tracing",
+]

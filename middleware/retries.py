@@ -11,7 +11,7 @@ import msgspec
 
 from leveret.attempt import Attempt
 from leveret.backoff import ceiling_s, full_jitter
-from leveret.layer import Consume
+from leveret.layer import Consume, LayerFacts, RetryWaits
 from leveret.outcome import MAX_DELAY_S, Bury, Outcome, Retry, Snooze
 from leveret.runtime import Runtime
 from leveret.texts import named
@@ -21,6 +21,8 @@ logger = logging.getLogger("leveret.retries")
 On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
 """What a rule applies to: an exception type, a tuple of them, or a predicate."""
 
+_MOST_CEILINGS = 32
+"""At most so many ceilings are stated per rule; by then any cap is reached."""
 _IN_PLACE_BASE_S = 0.005
 _IN_PLACE_CAP_S = 0.05
 
@@ -72,7 +74,7 @@ class Rule:
         self.bury = bury
 
     def __repr__(self) -> str:
-        on = f"({', '.join(map(_name, self.on))})" if isinstance(self.on, tuple) else _name(self.on)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        on = f"({_shown(self.on)})" if isinstance(self.on, tuple) else _name(self.on)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
         given = [("max_attempts", None), ("immediate", 0), ("base_s", None), ("cap_s", None), ("bury", False)]
         said = [f"{name}={getattr(self, name)!r}" for name, default in given if getattr(self, name) != default]
         return f"Rule({', '.join([on, *said])})"
@@ -146,6 +148,13 @@ class Retries:
         """Take clock and chance."""
         self._clock = runtime.clock
         self._rng = runtime.rng
+
+    def facts(self) -> LayerFacts:
+        """Return the waits of each rule, then those where no rule matches."""
+        return LayerFacts(
+            tries_in_place=max((rule.immediate for rule in self.rules), default=0),
+            retries=(*(_waits(plan, _shown(plan.on)) for plan in self._plans), _waits(self._default, None)),
+        )
 
     @property
     def waits_s(self) -> list[float]:
@@ -241,6 +250,17 @@ def _applies(on: On, error: Exception) -> bool:
     except Exception:
         logger.exception("the predicate %s of a Rule failed on %s; that counts as no match", _name(on), named(error))
         return False
+
+
+def _waits(plan: _Plan, on: str | None) -> RetryWaits:
+    attempts = 1 if plan.bury else plan.max_attempts
+    waits = range(1, min(attempts, _MOST_CEILINGS + 1))
+    ceilings_s = tuple(ceiling_s(attempt, base_s=plan.base_s, cap_s=plan.cap_s) for attempt in waits)
+    return RetryWaits(on=on, max_attempts=attempts, immediate=plan.immediate, ceilings_s=ceilings_s)
+
+
+def _shown(on: On) -> str:
+    return ", ".join(map(_name, cast("tuple[object, ...]", on))) if isinstance(on, tuple) else _name(on)
 
 
 def _name(on: object) -> str:

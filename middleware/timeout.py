@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, final
 
 from leveret.attempt import Attempt
 from leveret.deadlines import deadlines
-from leveret.layer import Consume
+from leveret.layer import Consume, LayerFacts
 from leveret.outcome import Outcome
 
 
@@ -36,6 +36,10 @@ class Timeout:
 
     def __repr__(self) -> str:
         return f"Timeout({self.limit_s:g})"
+
+    def facts(self) -> LayerFacts:
+        """Return the limit."""
+        return LayerFacts(limit_s=self.limit_s)
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
         """Run it; TimeoutError once the limit is over, up to 50 ms late. A TimeoutError of the handler's own passes as it is."""

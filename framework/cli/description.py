@@ -5,7 +5,7 @@ It goes through all that a worker does at start before it connects, so that what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, cast
 from zoneinfo import ZoneInfo
@@ -13,7 +13,6 @@ from zoneinfo import ZoneInfo
 import msgspec
 
 from ..app import App
-from ..backoff import ceiling_s
 from ..broker import Features
 from ..chain import bind
 from ..consuming.handler import Handler
@@ -21,12 +20,12 @@ from ..consuming.slots import Limits
 from ..cron.schedule import Schedule
 from ..errors import ConfigurationError
 from ..job import Queue
-from ..layer import AnyLayer, name_of
+from ..layer import AnyLayer, RetryWaits, facts_of, is_consume_layer, is_publish_layer, name_of, starts_per_s_of
 from ..schemes import broker_module
 from ..settings import redact
 
 MOST_WAITS = 32
-"""Waits listed of one rule; by then any cap is reached."""
+"""At most so many waits are listed per entry; by then any cap is reached."""
 SLOTS = 3
 """Next slots listed of a schedule."""
 
@@ -148,15 +147,16 @@ def physical_queues(url: str | None) -> Callable[[Queue], Sequence[str]]:
 
 
 def _sides(layer: AnyLayer) -> LayerRecord:
-    consume, publish = callable(getattr(layer, "consume", None)), callable(getattr(layer, "publish", None))
-    return LayerRecord(name_of(layer), consume or not publish, publish)
+    publish = is_publish_layer(layer)
+    return LayerRecord(name_of(layer), is_consume_layer(layer) or not publish, publish)
 
 
 def _handler(handler: Handler) -> HandlerRecord:
     spec = handler.spec
     limits = Limits()
-    timeouts = _numbers(handler.layers, "limit_s")
-    rates = _numbers(handler.layers, "starts_per_s")
+    where = f"handler {handler.name}"
+    facts = [facts_of(layer, where) for layer in handler.layers]
+    rates = [starts_per_s_of(layer, where) for layer in handler.layers]
     return HandlerRecord(
         handler=handler.name,
         job=spec.name,
@@ -165,41 +165,18 @@ def _handler(handler: Handler) -> HandlerRecord:
         queue=handler.queue.name,
         runs="on the loop" if handler.is_async else "in a thread",
         concurrency=limits.concurrency if handler.is_async else limits.threads,
-        timeout_s=min(timeouts, default=None),
-        starts_per_s=min(rates, default=None),
+        timeout_s=min((one.limit_s for one in facts if one.limit_s is not None), default=None),
+        starts_per_s=min((rate for rate in rates if rate is not None), default=None),
         expires_s=spec.expires_s,
         layers=[_sides(layer) for layer in handler.layers],
-        retries=[waits for layer in handler.layers for waits in _retries(layer)],
+        retries=[_waits(waits) for one in facts for waits in one.retries],
     )
 
 
-def _numbers(layers: Iterable[AnyLayer], attribute: str) -> list[float]:
-    values = [getattr(layer, attribute, None) for layer in layers]
-    return [value for value in values if isinstance(value, (int, float))]
-
-
-def _retries(layer: AnyLayer) -> list[Waits]:
-    """Return the waits of a layer that says them as `Retries` does: in its attributes. Any other says none."""
-    max_attempts, base_s, cap_s = (getattr(layer, name, None) for name in ("max_attempts", "base_s", "cap_s"))
-    if not isinstance(max_attempts, int) or not isinstance(base_s, (int, float)) or not isinstance(cap_s, (int, float)):
-        return []
-
-    def waits(on: str | None, most: int, base: float, cap: float, immediate: int) -> Waits:
-        ceilings = [ceiling_s(attempt, base_s=base, cap_s=cap) for attempt in range(1, min(most, MOST_WAITS + 1))]
-        return Waits(on=on, max_attempts=most, immediate=immediate, ceilings_s=ceilings)
-
-    listed: list[Waits] = []
-    for rule in getattr(layer, "rules", ()):
-        own_most, own_base, own_cap = (getattr(rule, name, None) for name in ("max_attempts", "base_s", "cap_s"))
-        most = 1 if getattr(rule, "bury", False) else own_most or max_attempts
-        listed.append(waits(_on(rule), most, own_base or base_s, own_cap or cap_s, getattr(rule, "immediate", 0)))
-    return [*listed, waits(None, max_attempts, base_s, cap_s, 0)]
-
-
-def _on(rule: Any) -> str:
-    on = getattr(rule, "on", None)
-    kinds: tuple[Any, ...] = on if isinstance(on, tuple) else (on,)  # pyright: ignore[reportUnknownVariableType]
-    return ", ".join(getattr(kind, "__qualname__", None) or repr(kind) for kind in kinds)
+def _waits(waits: RetryWaits) -> Waits:
+    count = min(waits.max_attempts - 1, MOST_WAITS)
+    ceilings = [*waits.ceilings_s, *waits.ceilings_s[-1:] * count][:count]
+    return Waits(on=waits.on, max_attempts=waits.max_attempts, immediate=waits.immediate, ceilings_s=ceilings)
 
 
 def _queue(queue: Queue, physical: Callable[[Queue], Sequence[str]]) -> QueueRecord:

@@ -22,7 +22,7 @@ from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
 from ..envelope import Envelope
 from ..job import Job, Queue
-from ..layer import AnyLayer, name_of
+from ..layer import AnyLayer, name_of, readiness_of
 from ..outcome import OUTCOMES, Bury, CutOff, Ending, NotStarted, Retry, Snooze, Undecodable, Unknown
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
@@ -116,13 +116,14 @@ class Consumer:
         common = [
             layer for layer in handlers[0].layers if all(any(layer is other for other in h.layers) for h in handlers)
         ]
-        gates = [layer for layer in common if callable(getattr(layer, "ready_in_s", None))]
+        where = f"queue {queue.name!r}"
+        gates = [gate for layer in common if (gate := readiness_of(layer, where)) is not None]
         # Of each level as many ready here as may run: with one only, LOW jobs started before HIGH ones while the
         # broker refilled the window (measured on the demo). More would keep long jobs from workers that idle.
         prefetch = 2 * limit
         for gate in gates:
-            if (per_s := getattr(gate, "starts_per_s", None)) is not None:
-                prefetch = min(prefetch, max(1, int(per_s * START_WITHIN_S)))
+            if gate.starts_per_s is not None:
+                prefetch = min(prefetch, max(1, int(gate.starts_per_s * START_WITHIN_S)))
         self._queues[queue.name] = QueueHeld(queue, routes, limit, Gate(gates) if gates else None)
         self._subscriptions.append(Subscription(queue, prefetch))
 

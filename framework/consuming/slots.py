@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -14,7 +14,7 @@ from ..clock import Timer
 from ..codec import Decoder
 from ..errors import ConfigurationError
 from ..job import Priority, Queue
-from ..layer import AnyLayer, Consume
+from ..layer import Consume, Readiness
 from ..texts import named
 from .handler import Handler
 from .settlement import at_debug
@@ -74,15 +74,12 @@ class Gate:
     """What lets a queue start: the readiness of the layers that all its handlers have.
 
     A layer counts a start when the job's task gets there, a turn of the loop later. So once it was asked no more start
-    than it said may (`starts_now`, one without it), and it is asked again when all of those tasks have begun.
+    than it said may (`starts_now`), and it is asked again when all of those tasks have begun.
     """
 
-    def __init__(self, layers: Iterable[AnyLayer]) -> None:
-        self._ready: list[Callable[[], float]] = []
-        self._now: list[Callable[[], int]] = []
-        for layer in layers:
-            self._ready.append(layer.ready_in_s)
-            self._now.append(getattr(layer, "starts_now", lambda: 1))
+    def __init__(self, layers: Sequence[Readiness]) -> None:
+        self._ready = [layer.ready_in_s for layer in layers]
+        self._now = [layer.starts_now for layer in layers]
         self.left = 0
         """Starts that are left of what the layers said."""
         self.coming = 0

@@ -16,7 +16,7 @@ from ..errors import InvalidJob, MessageTooLarge, PublishError
 from ..headers import check_headers, header_bytes, pack_headers
 from ..ids import new_job_id
 from ..job import Job, Priority, Queue, spec_of
-from ..layer import AnyLayer
+from ..layer import AnyLayer, is_bypass, is_publish_layer
 from ..options import Outgoing, OutgoingOptions
 from ..outcome import MAX_DELAY_S
 from ..runtime import Runtime
@@ -37,6 +37,10 @@ def seconds_of(name: str, value: object, *, zero: bool = False) -> float:
         msg = f"{name} must be {'at least' if zero else 'above'} 0 and at most {_MOST_S:g}, not {value}"
         raise InvalidJob(msg)
     return float(value)
+
+
+def _never() -> bool:
+    return False
 
 
 class _Contract:
@@ -73,8 +77,9 @@ class Sender:
         runtime: Runtime,
         observe: Callable[[Job, Envelope], None] | None = None,
     ) -> None:
-        self._publishing = [layer for layer in layers if hasattr(layer, "publish")]
-        bind(self._publishing, runtime)
+        publishing = [layer for layer in layers if is_publish_layer(layer)]
+        bind(publishing, runtime)
+        self._passes = [layer.passes_publish if is_bypass(layer) else _never for layer in publishing]
         self._observe = observe
         self._broker = broker
         self._runtime = runtime
@@ -84,7 +89,7 @@ class Sender:
         self._queues: dict[str, Queue] = {}
         self._contracts: dict[type, _Contract] = {}
         self._decoders: dict[tuple[str, str], codec.Decoder] = {}
-        self._send = fold_publish(self._publishing, self._to_broker)
+        self._send = fold_publish(publishing, self._to_broker)
 
     async def publish(self, job: Job, options: OutgoingOptions, timeout_s: float) -> Receipt:
         """Publish one job; raises a `PublishError`."""
@@ -240,6 +245,4 @@ class Sender:
     @property
     def bare(self) -> bool:
         """Whether nothing stands between an envelope and the broker now, so that `post` may be tried."""
-        return self._observe is None and all(
-            hasattr(layer, "passes_publish") and layer.passes_publish() for layer in self._publishing
-        )
+        return self._observe is None and all(passes() for passes in self._passes)

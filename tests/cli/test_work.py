@@ -95,7 +95,7 @@ def test_no_app_or_no_broker_is_one_line_that_lists_the_choices(project: Project
             "import shop\nshop.app.cron('1 * * * *', shop.Note(), name='n', tz='Europe/Atlantis')",
             "'Europe/Atlantis' is no IANA time zone",
         ),
-        ("from leveret import App\napp = App('a', middleware=[print])", "the layer"),
+        ("from leveret import App\napp = App('a', middleware=[print])", "the middleware"),
         (
             "import shop\napp = shop.app\n@app.handler\nasync def f(job: 'Nothing') -> None: ...",
             "the annotation of 'job' can't be resolved here",

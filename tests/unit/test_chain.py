@@ -128,9 +128,9 @@ _retries = Retries()
         ([lambda attempt, proceed: None], "async def layer"),
         ([Retries], "is a class"),
         ([7], "neither consume nor publish"),
-        (7, "list of layers"),
+        (7, "middleware= takes a list"),
         ([_retries, _retries], "listed twice"),
-        ([Retries(), Retries(max_attempts=2)], "two layers Retries"),
+        ([Retries(), Retries(max_attempts=2)], "two Retries in one list"),
     ],
 )
 def test_a_layer_of_a_wrong_shape_is_refused_when_the_app_is_made(layers: Any, says: str) -> None:
