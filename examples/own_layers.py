@@ -1,4 +1,4 @@
-"""Layers of your own: round a run (`consume`), round a publish (`publish`), both in one class, or a plain function."""
+"""Your own middleware: round a run (`consume`), round a publish (`publish`), both in one class, or a plain function."""
 
 import asyncio
 import time
@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from contextvars import ContextVar
 
 from leveret import App, Attempt, Consume, Envelope, Job, Outcome, Publish, Queue, Receipt, Snooze
-from leveret.middleware import Retries
+from leveret.middleware import LayerFacts, Retries, Stated
 from leveret.testing.lab import running
 
 tenant: ContextVar[str] = ContextVar("tenant", default="-")
@@ -41,6 +41,22 @@ class Seconds:
         return outcome
 
 
+class OnceMore(Stated):
+    """A try in place. Its facts tell the others: a `Timeout` inside it counts twice when start-up checks it.
+
+    Other protocols of `leveret.middleware` do as much: `Readiness` holds a queue back, `Bound` takes the clock.
+    """
+
+    def facts(self) -> LayerFacts:
+        return LayerFacts(tries_in_place=1)
+
+    async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
+        try:
+            return await proceed(attempt)
+        except ConnectionError:
+            return await proceed(attempt)
+
+
 async def cooling_off(attempt: Attempt, proceed: Consume) -> Outcome:
     """A plain function. It may also decide not to go on: an order can be cancelled for a minute, so it waits in the broker."""
     if attempt.envelope.job == "order.ship" and attempt.envelope.passes == 0:
@@ -61,10 +77,12 @@ class Tell(Job, name="customer.tell", queue=Queue("emails")):
 
 
 told: list[str] = []
+tries: list[int] = []
 
 
-@app.handler
+@app.handler(middleware=[OnceMore()])  # innermost, for this handler alone
 async def ship(job: Ship, attempt: Attempt) -> None:
+    tries.append(attempt.number)
     if attempt.number < 3:
         raise ConnectionError("the carrier's service is away")
     await attempt.publish(Tell(f"order {job.order_id} is on its way"))
@@ -81,6 +99,7 @@ async def try_out() -> None:
         await lab.publish(Ship(7))
         tenant.set("someone else")
         await lab.drain()
+    assert tries == [1, 1, 2, 2, 3], tries
     assert told == ["acme: order 7 is on its way"], told  # through two retries and a second job
     assert seconds.runs == {
         ("order.ship", "Snooze"): 1, ("order.ship", "Retry"): 2, ("order.ship", "Done"): 1, ("customer.tell", "Done"): 1,

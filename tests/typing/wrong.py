@@ -7,7 +7,7 @@ from typing import Unpack, assert_never
 import msgspec
 
 from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, OutgoingOptions, Priority, Publish, PublishOptions, Publisher, Queue, Receipt, Retry, Snooze
-from leveret.middleware import RateLimit, Retries, Rule, Timeout
+from leveret.middleware import Bound, Bypass, LayerFacts, RateLimit, Readiness, Retries, RetryWaits, Rule, Runtime, Stated, Timeout
 from leveret.testing.lab import Lab, running
 from leveret.testing.lab import attempt as make_attempt
 from leveret import Pubisher  # wrong: no such name, though one name of leveret is made when it is asked for
@@ -160,6 +160,33 @@ App("a", middleware=Retries())  # wrong: a list
 App("shop", lifespan=shop, middleware=[Other()])  # wrong: the app yields Shop
 App("a", middleware=[Other()])  # wrong: the app has no lifespan
 app.handler(middleware=[Other()])  # wrong: the app yields Shop
+class Unready(Readiness):
+    def ready_ins_s(self) -> float: raise NotImplementedError
+class Awaited(Readiness):
+    async def ready_in_s(self) -> float: raise NotImplementedError  # wrong: a def
+class Counted(Readiness):
+    def ready_in_s(self) -> float: raise NotImplementedError
+    def starts_now(self, most: int) -> int: raise NotImplementedError  # wrong: no argument
+class Paced(Readiness):
+    def ready_in_s(self) -> float: raise NotImplementedError
+    @property
+    def starts_per_s(self) -> str: raise NotImplementedError  # wrong: a number
+class Passes(Bypass):
+    async def passes_publish(self) -> bool: raise NotImplementedError  # wrong: a def
+class Unbound(Bound):
+    def bind(self) -> None: ...  # wrong: the runtime
+class Loose(Stated):
+    def facts(self) -> dict[str, float]: raise NotImplementedError  # wrong: LayerFacts
+class Clocked:
+    def bind(self, runtime: Runtime) -> None: ...
+Unready()  # wrong: ready_in_s is missing
+not_stated: Stated = Clocked()  # wrong: no facts
+LayerFacts(limit_s="soon")  # wrong: seconds
+LayerFacts(30)  # wrong: limit_s=
+LayerFacts(retries=[Rule(ValueError)])  # wrong: RetryWaits, in a tuple
+LayerFacts(limit_s=30).limit_s = 60  # wrong: frozen
+RetryWaits(on=ValueError, max_attempts=1)  # wrong: its name
+RetryWaits()  # wrong: max_attempts is missing
 Retries(ValueError)  # wrong: a Rule
 Retries(max_attempts="5")  # wrong: an int
 Rule("ValueError")  # wrong: the type
@@ -211,7 +238,8 @@ async def tests(lab: Lab) -> None:
 # - `delay_s` with `at`; a naive `at`; a delay, time-out or limit that is negative, NaN or too long           (publish; __init__)
 # - an async publisher's `publish` in a lambda: `on_commit(lambda: publisher.publish(job))`                (nobody: never awaited)
 # - a layer whose second method is misspelt (`publsh`) or of a wrong shape, if the first is right           (App())
-# - a layer with `once` or `ready_in_s` misspelt: they are optional                                        (nobody)
+# - an optional method (`ready_in_s`, `facts` …) misspelt or of a wrong shape, without its protocol as a base class     (App())
+# - a layer with `once` misspelt: it is optional                                                           (nobody)
 # - two layers of a `once` class in one list; a layer listed twice                                          (App())
 # - a queue name in `queues=` that no handler has; a bad queue name, URL, cron expression or time zone     (start-up; __init__)
 # - two handlers for one job, two jobs of one name, two schedules of one name                              (App)
