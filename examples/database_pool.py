@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from leveret import App, Attempt, Job, Queue
-from leveret.testing.lab import running
+from leveret.testing import running
 
 folder = tempfile.TemporaryDirectory()
 DATABASE = Path(folder.name, "shop.db")

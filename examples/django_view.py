@@ -18,7 +18,7 @@ from django.test import Client
 from django.urls import path
 
 from leveret import App, Attempt, Job, Queue
-from leveret.testing.lab import running
+from leveret.testing import running
 
 folder = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, folder)

@@ -12,7 +12,7 @@ from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel
 
 from leveret import App, Job, PublishError, Queue
-from leveret.testing.lab import running
+from leveret.testing import running
 
 emails = Queue("emails")
 

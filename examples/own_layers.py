@@ -7,7 +7,7 @@ from contextvars import ContextVar
 
 from leveret import App, Attempt, Consume, Envelope, Job, Outcome, Publish, Queue, Receipt, Snooze
 from leveret.middleware import LayerFacts, Retries, Stated
-from leveret.testing.lab import running
+from leveret.testing import running
 
 tenant: ContextVar[str] = ContextVar("tenant", default="-")
 

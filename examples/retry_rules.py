@@ -7,7 +7,7 @@ import asyncio
 
 from leveret import App, Attempt, Bury, Job, Queue, Retry, Snooze
 from leveret.middleware import Retries, Rule
-from leveret.testing.lab import running
+from leveret.testing import running
 
 
 class CardDeclinedError(Exception): ...

@@ -21,7 +21,7 @@ from .consuming.handler import Handler, Registration, resolve
 from .envelope import Envelope
 from .errors import ConfigurationError
 from .job import Job
-from .layer import AnyLayer, Layer, check_layers, facts_of, instrumentation
+from .layer import AnyLayer, Layer, check_layers, instrumentation
 from .options import Outgoing
 from .outcome import Outcome
 from .publishing.publisher import Publisher
@@ -234,7 +234,7 @@ class App(Generic[_R]):
         """Return the handlers, resolved, of `queues` (none given: of all); ConfigurationError where one is wrong.
 
         Two handlers for one job, two jobs of one name in a queue, one queue defined twice differently, a queue that
-        has no handler, a time-out that the broker would undercut: each is named.
+        has no handler: each is named.
         """
         layers = self.layers
         found: dict[tuple[str, str], Handler] = {}
@@ -248,7 +248,6 @@ class App(Generic[_R]):
                 if other.queue.name == handler.queue.name and other.queue != handler.queue:
                     msg = f"{other.name} has {other.queue!r}, {handler.name} has {handler.queue!r}: one queue, two definitions; share one Queue"
                     raise ConfigurationError(msg)
-            self._check_limits(handler)
             found[key] = handler
         names = list(dict.fromkeys(handler.queue.name for handler in found.values()))
         for queue in queues:
@@ -257,20 +256,6 @@ class App(Generic[_R]):
                 msg = f"app {self._name!r} has no handler for the queue {queue!r}, only for: {there}; list its module in App(modules=[…])"
                 raise ConfigurationError(msg)
         return [handler for handler in found.values() if not queues or handler.queue.name in queues]
-
-    def _check_limits(self, handler: Handler) -> None:
-        longest_s = self._settings.consumer_timeout_s * 0.75
-        facts = [facts_of(layer, f"handler {handler.name}") for layer in handler.layers]
-        in_place = max((one.tries_in_place for one in facts), default=0)
-        for limit_s in (one.limit_s for one in facts if one.limit_s is not None):
-            if limit_s * (1 + in_place) > longest_s:
-                tries = f", with {in_place} tries in place," if in_place else ""
-                msg = (
-                    f"handler {handler.name}: a time-out of {limit_s:g} s{tries} is above three quarters of consumer_timeout_s "
-                    f"({self._settings.consumer_timeout_s:g} s): the broker would take the job away first. "
-                    "Shorten it, or raise the broker's consumer_timeout and the setting"
-                )
-                raise ConfigurationError(msg)
 
     @overload
     def handler(self, function: Callable[[_J, Attempt[_R]], _Says], /) -> Callable[[_J, Attempt[_R]], _Says]: ...

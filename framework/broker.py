@@ -13,25 +13,45 @@ import msgspec
 from .envelope import Envelope
 from .errors import PublishError
 from .job import Queue
+from .outcome import MAX_DELAY_S
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
-    """What a broker promises, for `describe` and for the conformance suite."""
+    """What a broker promises of a queue: what differs between brokers, and between the queue types of one. The core and the suite read it."""
 
     durable: bool
     """A confirmed job survives the death of every process and of the broker."""
     shared: bool
-    """Several processes may use it at once."""
+    """Several processes may use the broker at once."""
     counts_redelivery: bool
-    """`Delivery.redelivered` is True after a worker died with it."""
+    """`Delivery.redelivered` is True after a worker died with the job."""
+    connected: bool
+    """A connection to the broker can be lost, and then what was delivered on it is no longer `live`."""
+    queue_type: str | None
+    """The type that the queue has here; None where the broker ignores `Queue(type=…)`."""
+    window_per_level: bool
+    """Each level has a prefetch window, so that held jobs of one level keep no other level's job from being delivered."""
+    deletable: bool
+    """Somebody may delete the queue; a publish to it is then `Unroutable`. Otherwise every queue exists."""
+    max_delay_s: float = MAX_DELAY_S
+    """The longest delay of a publish or a retry, seconds."""
+    bounds_headers: bool = False
+    """Headers that take too much room can't be published (`MessageTooLarge`)."""
+    held_at_most_s: float | None = None
+    """The broker takes back a delivery that is unsettled for longer, seconds; None: it doesn't."""
+    physical: tuple[str, ...] = ()
+    """The broker's names of the queues that hold the jobs of this one; none: the broker has no such notion."""
 
 
 class Delivery(Protocol):
-    """An envelope that the broker waits to hear about. The consumer settles it exactly once."""
+    """An envelope that the broker waits to hear about. The consumer settles it exactly once, by one of its four verbs.
+
+    No verb has an effect on a delivery that isn't `live`: the broker delivers the job again.
+    """
 
     @property
     def queue(self) -> Queue:
-        """The queue it came from."""
+        """The queue that delivered the job."""
         ...
 
     @property
@@ -41,20 +61,44 @@ class Delivery(Protocol):
 
     @property
     def redelivered(self) -> bool:
-        """Whether the broker says that it delivered this before."""
+        """Whether the broker says that it delivered the job before."""
         ...
 
     @property
     def problem(self) -> str | None:
-        """Why it can't be run, where that shows before decoding: a header of leveret's that is no number."""
+        """Why the job can't run, where that shows before decoding: a leveret header that isn't a number, for example."""
         ...
 
     @property
     def live(self) -> bool:
-        """Whether it can still be settled; False once its channel or lease is gone: the broker delivers it again.
+        """Whether the delivery can still be settled; False once its channel or lease is gone: the broker delivers the job again.
 
         A settlement that is committed after its caller gave up waiting doesn't end it: the next try of it returns as done.
         """
+        ...
+
+    def done(self) -> None:
+        """Ack the job: batched, flushed once per loop turn."""
+        ...
+
+    async def again(self, envelope: Envelope, /) -> None:
+        """Publish `envelope` to the delivery's queue, due at its `due_ms`, confirmed by its `deadline`, then ack.
+
+        Raises as `Broker.publish` does, and then nothing is acked. Called again after a `PublishTimeout`, it goes on waiting
+        for the first publish where it can: while a broker blocks publishers, each copy that is written would run.
+        """
+        ...
+
+    async def bury(self, envelope: Envelope, /) -> None:
+        """Publish `envelope` to the queue's dead letters, body byte for byte, confirmed by its `deadline`, then ack.
+
+        Raises as `Broker.publish` does, and then nothing is acked. Called again after a `PublishTimeout`, it goes on waiting,
+        as `again` does.
+        """
+        ...
+
+    def give_back(self) -> None:
+        """Let another worker have the job, at once; it wasn't started."""
         ...
 
 
@@ -128,23 +172,22 @@ class Broker(Protocol):
     `CancelledError` but the caller's own.
     """
 
-    @property
-    def features(self) -> Features:
-        """What it promises."""
+    def features(self, queue: Queue | None = None, /) -> Features:
+        """Return what the broker promises of `queue`; None: of a queue with all defaults."""
         ...
 
-    async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
-        """Return once the broker has confirmed it, durable if it is; not deliverable before `delay_s` seconds.
+    async def publish(self, queue: Queue, envelope: Envelope) -> None:
+        """Return once the broker has confirmed the job, durable if the broker is; not deliverable before `due_ms`.
 
-        Safe to call concurrently: a bounded window of unconfirmed ones gives back-pressure. Raises
-        `BrokerUnavailable`, `PublishTimeout` (it may be there), `Unroutable` (no queue took it).
+        Safe to call concurrently: a bounded window of unconfirmed publishes gives back-pressure. Raises, by the envelope's
+        `deadline`, `BrokerUnavailable`, `PublishTimeout` (the job may be there) or `Unroutable` (no queue took it).
         """
         ...
 
-    def post(self, queue: Queue, envelope: Envelope, *, deadline: float) -> Posted | None:
-        """Publish without a task, if it can be sent at once; None: use `publish`, nothing was done.
+    def post(self, queue: Queue, envelope: Envelope) -> Posted | None:
+        """Publish a job that isn't delayed without a task, if it can be sent at once; None: use `publish`, nothing was done.
 
-        For many at a time: what a task and its wake-up cost is more than the publish itself.
+        For many at a time: a task and its wake-up cost more than the publish itself.
         """
         ...
 
@@ -153,29 +196,6 @@ class Broker(Protocol):
 
         Raises `ConfigurationError` (a refused login, a queue that differs) where waiting wouldn't help.
         """
-        ...
-
-    def done(self, delivery: Delivery) -> None:
-        """Ack it: batched, flushed once a loop turn. No effect on a delivery that isn't live."""
-        ...
-
-    async def again(self, delivery: Delivery, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
-        """Publish `envelope` to the delivery's own queue, confirmed, then ack; raises as `publish` does, and then it isn't acked.
-
-        Called again after a `PublishTimeout`, it goes on waiting where it can: while a broker blocks publishers, each copy
-        written would run. No effect on a delivery that isn't live: it comes again.
-        """
-        ...
-
-    async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
-        """Publish it to the queue's dead letters, body byte for byte, confirmed, then ack; raises as `publish` does, and then it isn't acked.
-
-        Called again after a `PublishTimeout`, it goes on waiting, as `again` does. No effect on a delivery that isn't live.
-        """
-        ...
-
-    def give_back(self, delivery: Delivery) -> None:
-        """Let another worker have it, at once; it wasn't started."""
         ...
 
     async def close(self) -> None:

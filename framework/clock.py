@@ -5,9 +5,15 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol
+
+
+def moment_ms(seconds: float) -> int:
+    """Return Unix seconds as whole milliseconds, rounded up: nothing that is due then is due early."""
+    return math.ceil(seconds * 1000 - 1e-3)  # a float of today's Unix time is exact to a quarter of a microsecond
 
 
 class Timer(Protocol):

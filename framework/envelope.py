@@ -64,6 +64,10 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     deadline: float = float("inf")
     """The publish must have ended by then, `time.monotonic()` seconds. Not on the wire."""
 
+    def due_in_s(self, now: float, /) -> float:
+        """Return the seconds from `now` (Unix) until the job is due; 0 where it may run at once."""
+        return 0.0 if self.due_ms is None else max(0.0, self.due_ms / 1000 - now)
+
     def with_headers(self, headers: Mapping[str, HeaderValue], /) -> Envelope:
         """A copy with these headers added; ValueError for a name that starts with `lv-`."""
         return msgspec.structs.replace(self, headers={**self.headers, **check_headers(headers)})

@@ -10,6 +10,7 @@ led to one travels as its `__cause__`.
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import ClassVar, Literal, TypeAlias, final
 
 import msgspec
@@ -18,12 +19,32 @@ MAX_DELAY_S = 48 * 86_400.0
 """How long a broker holds a job back, seconds; a longer wait belongs into a schedule or a table."""
 
 
+class Kind(Enum):
+    """The ways in which a delivery ends; `value` is the word for it in logs, spans and counts."""
+
+    DONE = "done"
+    EXPIRED = "expired"
+    RETRY = "retry"
+    SNOOZE = "snooze"
+    BURY = "bury"
+    UNDECODABLE = "undecodable"
+    UNKNOWN = "unknown"
+    NOT_STARTED = "not started"
+    CUT_OFF = "cut off"
+    LOST = "lost"
+    """Its channel or lease was gone: the broker delivers the job again, however the run ended."""
+
+
 class Done(msgspec.Struct, frozen=True):
     """The job is finished; what a handler's None becomes."""
+
+    kind: ClassVar[Kind] = Kind.DONE
 
 
 class Expired(msgspec.Struct, frozen=True):
     """The job was past its `expires_s` before it ran; it is acked and counted."""
+
+    kind: ClassVar[Kind] = Kind.EXPIRED
 
 
 def _delay(name: str, delay_s: float, *, zero: bool) -> float:
@@ -40,6 +61,7 @@ def _delay(name: str, delay_s: float, *, zero: bool) -> float:
 class Snooze(Exception):
     """Not yet: run again in `delay_s` seconds (above 0, at most 48 days, else ValueError). Costs no attempt. Return it or raise it."""
 
+    kind: ClassVar[Kind] = Kind.SNOOZE
     __match_args__: ClassVar[tuple[Literal["delay_s"]]] = ("delay_s",)
 
     def __init__(self, delay_s: float) -> None:
@@ -70,6 +92,7 @@ class Retry(Exception):
     `delay_s` in seconds, at most 48 days, else ValueError; None: as `Retries` computes, at once without it.
     """
 
+    kind: ClassVar[Kind] = Kind.RETRY
     __match_args__: ClassVar[tuple[Literal["delay_s"]]] = ("delay_s",)
 
     def __init__(self, delay_s: float | None = None) -> None:
@@ -97,6 +120,7 @@ class Retry(Exception):
 class Bury(Exception):
     """Give up; the job goes to the dead-letter queue with `reason`. Return it or raise it."""
 
+    kind: ClassVar[Kind] = Kind.BURY
     __match_args__: ClassVar[tuple[Literal["reason"]]] = ("reason",)
 
     def __init__(self, reason: str) -> None:
@@ -132,21 +156,27 @@ OUTCOMES = (Done, Expired, Retry, Snooze, Bury)
 class Undecodable(msgspec.Struct, frozen=True):
     """It never reached a handler and never will: buried byte for byte, at once."""
 
+    kind: ClassVar[Kind] = Kind.UNDECODABLE
     reason: str
 
 
 class Unknown(msgspec.Struct, frozen=True):
     """No handler here knows this name, or only an older version of it: it waits in the broker, then is buried."""
 
+    kind: ClassVar[Kind] = Kind.UNKNOWN
     reason: str
 
 
 class NotStarted(msgspec.Struct, frozen=True):
     """It was held here and not started: given back."""
 
+    kind: ClassVar[Kind] = Kind.NOT_STARTED
+
 
 class CutOff(msgspec.Struct, frozen=True):
     """It was running when the grace was over: left unsettled, so that the broker delivers it again."""
+
+    kind: ClassVar[Kind] = Kind.CUT_OFF
 
 
 Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raise a ValueError, which names the setting, for what isn't a finite number of seconds above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        msg = f"{name} must be a number of seconds above 0 and finite, not {value!r}"
+        raise ValueError(msg)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,12 +26,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How this app encodes what it publishes; both are always read."""
     unknown_grace_s: float = 300.0
     """How long a job that no handler here knows waits in the broker before it is buried; a deploy may be rolling."""
-    consumer_timeout_s: float = 1800.0
-    """The broker's limit for an unacked delivery (RabbitMQ's `consumer_timeout`); handlers must stay under 3/4 of it."""
     connect_timeout_s: float = 10.0
     """Deadline of one try to connect, handshake included."""
-    heartbeat_s: float = 15.0
-    """Asked of the broker; a dead peer is noticed after about three of them."""
     reconnect_base_s: float = 0.5
     """Ceiling of the first wait before a connection is tried again; it doubles, with full jitter."""
     reconnect_cap_s: float = 5.0
@@ -35,19 +39,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_header_bytes: int = 32 << 10
     """All headers of one job together; more is refused, since a frame that is too large ends the connection."""
 
+    brokers: Sequence[object] = ()
+    """Settings of single brokers, such as `RabbitSettings`; each broker takes its own, and the others ignore them."""
+    heartbeat_s: float | None = None
+    """Deprecated: `brokers=[RabbitSettings(heartbeat_s=…)]`."""
+    consumer_timeout_s: float | None = None
+    """Deprecated: `brokers=[RabbitSettings(consumer_timeout_s=…)]`."""
+
     def __post_init__(self) -> None:
-        for name in (
-            "unknown_grace_s",
-            "consumer_timeout_s",
-            "connect_timeout_s",
-            "heartbeat_s",
-            "reconnect_base_s",
-            "reconnect_cap_s",
-        ):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                msg = f"settings: {name} must be above 0 and finite, not {value}"
-                raise ValueError(msg)
+        for name in ("unknown_grace_s", "connect_timeout_s", "reconnect_base_s", "reconnect_cap_s"):
+            check_seconds(f"settings: {name}", getattr(self, name))
+        for name in ("heartbeat_s", "consumer_timeout_s"):
+            if (given := getattr(self, name)) is not None:
+                check_seconds(f"settings: {name}", given)
+                msg = f"Settings({name}=…) is deprecated and goes with the next version: Settings(brokers=[RabbitSettings({name}={given:g})])"
+                warnings.warn(msg, DeprecationWarning, stacklevel=2)
+        if not isinstance(self.brokers, (list, tuple)):
+            msg = f"settings: brokers is a list, such as [RabbitSettings(…)], not {self.brokers!r:.80}"
+            raise ValueError(msg)  # as for every other setting
         if self.encoding not in ("json", "msgpack"):
             msg = f"settings: encoding must be json or msgpack, not {self.encoding!r}"
             raise ValueError(msg)

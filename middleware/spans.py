@@ -181,7 +181,7 @@ def _extracted(headers: Mapping[str, object]) -> Context:
 
 
 def _conclude(span: Span, outcome: Outcome) -> None:
-    span.set_attribute(OUTCOME, type(outcome).__name__.lower())
+    span.set_attribute(OUTCOME, outcome.kind.value)
     if not isinstance(outcome, BaseException):
         return
     if outcome.__cause__ is not None:

@@ -55,7 +55,7 @@ class _Letters:
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
         with self._contents.lock:
             own = self._check_open(letter)
-            self._contents.check_accepts(envelope, float("inf"))
+            self._contents.check_accepts(envelope)
             self._contents.put(*sent(envelope, own.envelope.queue))
             self._forget(own)
 

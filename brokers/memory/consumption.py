@@ -7,21 +7,22 @@ import heapq
 from collections.abc import Sequence
 from typing import final
 
-from leveret.broker import Delivery, Sink, Subscription
+from leveret.broker import Sink, Subscription
 from leveret.clock import Clock, Timer
 from leveret.envelope import Envelope
 from leveret.job import LEVELS, Queue
 
-from .store import Contents, Stored
+from .store import Contents, Stored, due_at, sent
 
 
 @final
 class MemoryDelivery:
     """A job that a consumption holds."""
 
-    __slots__ = ("consumption", "queue", "redelivered", "stored")
+    __slots__ = ("_contents", "consumption", "queue", "redelivered", "stored")
 
     def __init__(self, consumption: MemoryConsumption, queue: Queue, stored: Stored) -> None:
+        self._contents = consumption.contents
         self.consumption = consumption
         self.queue = queue
         self.stored = stored
@@ -42,13 +43,35 @@ class MemoryDelivery:
         """Whether it is held: neither settled nor lost."""
         return self in self.consumption.held
 
+    def done(self) -> None:
+        """As `Delivery.done`."""
+        with self._contents.lock:
+            self.consumption.settled(self)
 
-def owned(delivery: Delivery) -> MemoryDelivery:
-    """Return `delivery`, or raise TypeError where it is another broker's."""
-    if not isinstance(delivery, MemoryDelivery):
-        msg = f"{delivery!r} isn't a delivery of the memory broker"
-        raise TypeError(msg)
-    return delivery
+    async def again(self, envelope: Envelope, /) -> None:
+        """As `Delivery.again`, in one step with the ack."""
+        await asyncio.sleep(0)
+        with self._contents.lock:
+            if self.live:
+                self._contents.check_accepts(envelope)
+                self._contents.put(*sent(envelope, self.queue.name), due_at(envelope, self.consumption.clock))
+                self.consumption.settled(self)
+
+    async def bury(self, envelope: Envelope, /) -> None:
+        """As `Delivery.bury`, in one step with the ack."""
+        await asyncio.sleep(0)
+        with self._contents.lock:
+            if self.live:
+                self._contents.check_accepts(envelope)
+                buried, _ = sent(envelope, self.queue.name, origin=self.queue.name)
+                self._contents.bury(buried)
+                self.consumption.settled(self)
+
+    def give_back(self) -> None:
+        """As `Delivery.give_back`; the job stands where it stood before."""
+        with self._contents.lock:
+            if self.consumption.settled(self):
+                self._contents.put_back(self.stored)
 
 
 @final
@@ -56,8 +79,8 @@ class MemoryConsumption:
     """One consumer: a window for each level of each of its queues, filled on its own loop."""
 
     def __init__(self, contents: Contents, clock: Clock, subscriptions: Sequence[Subscription], sink: Sink) -> None:
-        self._contents = contents
-        self._clock = clock
+        self.contents = contents
+        self.clock = clock
         self._sink = sink
         self._loop = asyncio.get_running_loop()
         self.names = {each.queue.name for each in subscriptions}
@@ -80,7 +103,7 @@ class MemoryConsumption:
     @property
     def ready(self) -> bool:
         """As `Consumption.ready`."""
-        return self in self._contents.consumers and self._taking and not self._cut
+        return self in self.contents.consumers and self._taking and not self._cut
 
     async def failed(self) -> None:
         """Never returns: nothing about a store in memory can be wrong for good."""
@@ -88,12 +111,12 @@ class MemoryConsumption:
 
     async def stop_taking(self) -> None:
         """As `Consumption.stop_taking`."""
-        with self._contents.lock:
+        with self.contents.lock:
             self._taking = False
 
     async def close(self) -> None:
         """As `Consumption.close`."""
-        with self._contents.lock:
+        with self.contents.lock:
             self._end()
         self._arm(None)
 
@@ -104,14 +127,14 @@ class MemoryConsumption:
 
     def _end(self) -> None:
         self._taking = self._cut = False
-        self._contents.consumers.pop(self, None)
+        self.contents.consumers.pop(self, None)
         self._release_all()
 
     def _release_all(self) -> None:
         held, self.held = self.held, {}
         self._used = dict.fromkeys(self._used, 0)
         for stored in held.values():
-            self._contents.put_back(stored)
+            self.contents.put_back(stored)
 
     def cut_off(self) -> None:
         """Put back all that is held, as a lost connection does. The caller holds the lock."""
@@ -133,7 +156,7 @@ class MemoryConsumption:
 
     def _pump(self) -> None:
         """Deliver until the windows are full or the lines empty, and wake again when the next delayed job is due."""
-        contents = self._contents
+        contents = self.contents
         while True:
             with contents.lock:
                 self._woken = False
@@ -151,16 +174,16 @@ class MemoryConsumption:
     def _take(self) -> MemoryDelivery | None:
         if not self._taking:
             return None
-        self._contents.promote(self._clock.monotonic())
+        self.contents.promote(self.clock.monotonic())
         for queue, level, prefetch in self._windows:
-            line = self._contents.ready[queue.name][level]
+            line = self.contents.ready[queue.name][level]
             if line and self._used[queue.name, level] < prefetch:
                 _, stored = heapq.heappop(line)
                 delivery = MemoryDelivery(self, queue, stored)
                 stored.delivered = True
                 self._used[queue.name, level] += 1
                 self.held[delivery] = stored
-                self._contents.changed()
+                self.contents.changed()
                 return delivery
         return None
 
@@ -169,11 +192,11 @@ class MemoryConsumption:
             if self._timer[0] == due:
                 return
             self._timer[1].cancel()
-        self._timer = None if due is None else (due, self._clock.call_later(due - self._clock.monotonic(), self._due))
+        self._timer = None if due is None else (due, self.clock.call_later(due - self.clock.monotonic(), self._due))
 
     def _due(self) -> None:
         self._timer = None
-        with self._contents.lock:
+        with self.contents.lock:
             self.wake()
 
     def settled(self, delivery: MemoryDelivery) -> bool:
@@ -182,6 +205,6 @@ class MemoryConsumption:
             return False
         del self.held[delivery]
         self._used[delivery.queue.name, delivery.envelope.priority] -= 1
-        self._contents.changed()
+        self.contents.changed()
         self.wake()
         return True

@@ -108,12 +108,12 @@ class Contents:
             with suppress(RuntimeError):  # its loop was closed: nobody waits there
                 loop.call_soon_threadsafe(event.set)
 
-    def check_accepts(self, envelope: Envelope, deadline: float) -> None:
-        """Raise BrokerUnavailable while publishes are refused, and PublishTimeout after `deadline`."""
+    def check_accepts(self, envelope: Envelope) -> None:
+        """Raise BrokerUnavailable while publishes are refused, and PublishTimeout after its deadline."""
         if self.refusal is not None:
             msg = f"job {envelope.job_id} wasn't taken: {self.refusal}"
             raise BrokerUnavailable(msg, job_id=envelope.job_id)
-        if time.monotonic() > deadline:
+        if time.monotonic() > envelope.deadline:
             msg = f"job {envelope.job_id} wasn't published: its deadline had passed before it was sent"
             raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
 
@@ -246,6 +246,13 @@ class MemoryStore:
         finally:
             with self.contents.lock, suppress(ValueError):  # gone from the list once it was called
                 self.contents.watchers.remove(watcher)
+
+
+def due_at(envelope: Envelope, clock: Clock) -> float | None:
+    """Return when `envelope` is due, in the clock's monotonic seconds; None where it may run at once."""
+    due_in_s = envelope.due_in_s(clock.now())
+    # Unix time as a float is exact to a quarter of a microsecond: a test's clock that was moved by just the delay must be there
+    return round(clock.monotonic() + due_in_s, 5) if due_in_s else None
 
 
 def sent(envelope: Envelope, queue: str, origin: str | None = None) -> tuple[Envelope, str | None]:

@@ -11,7 +11,9 @@ import msgspec
 from leveret.errors import ConfigurationError
 from leveret.settings import redact
 
-_KNOWN = ("heartbeat", "cafile", "certfile", "keyfile", "auth_mechanism")
+from .settings import RabbitSettings
+
+_KNOWN = ("heartbeat_s", "heartbeat", "consumer_timeout_s", "cafile", "certfile", "keyfile", "auth_mechanism")
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -24,6 +26,7 @@ class Address(msgspec.Struct, frozen=True):
     password: str
     secure: bool
     heartbeat_s: int
+    consumer_timeout_s: float
     cafile: str | None = None
     certfile: str | None = None
     keyfile: str | None = None
@@ -50,16 +53,20 @@ class Address(msgspec.Struct, frozen=True):
         return context
 
 
-def addresses(text: str, heartbeat_s: float) -> tuple[Address, ...]:
+_DEFAULTS = RabbitSettings()
+
+
+def addresses(text: str, settings: RabbitSettings = _DEFAULTS) -> tuple[Address, ...]:
     """Return the addresses in `text`: one URL, or several with commas between. ConfigurationError for one that can't be.
 
-    amqp(s)://user:password@host:port/vhost?heartbeat=seconds; of TLS also cafile, certfile, keyfile, and
-    auth_mechanism=external, which logs in by the certificate. The vhost may be empty or / (both are /), or percent-encoded.
+    amqp(s)://user:password@host:port/vhost?heartbeat_s=…&consumer_timeout_s=… (seconds; they beat `settings`, and AMQP's usual
+    `heartbeat` is read too); of TLS also cafile, certfile, keyfile, and auth_mechanism=external, which logs in by the
+    certificate. The vhost may be empty or / (both are /), or percent-encoded.
     """
-    return tuple(_address(part.strip(), heartbeat_s) for part in re.split(r",(?=\s*amqps?://)", text))
+    return tuple(_address(part.strip(), settings) for part in re.split(r",(?=\s*amqps?://)", text))
 
 
-def _address(text: str, heartbeat_s: float) -> Address:
+def _address(text: str, settings: RabbitSettings) -> Address:
     shown = redact(text)
     try:
         parts = urlsplit(text)
@@ -82,9 +89,13 @@ def _address(text: str, heartbeat_s: float) -> Address:
         if name not in _KNOWN:
             msg = f"the broker's URL {shown!r}: {name!r} is no parameter; there are {', '.join(_KNOWN)}"
             raise ConfigurationError(msg)
-    heartbeat = query.get("heartbeat") or str(max(1, round(heartbeat_s)))
+    heartbeat = query.get("heartbeat_s") or query.get("heartbeat") or str(max(1, round(settings.heartbeat_s)))
     if not heartbeat.isdecimal() or not 1 <= int(heartbeat) <= 3600:
-        msg = f"the broker's URL {shown!r}: heartbeat is 1 to 3600 whole seconds, not {heartbeat!r}"
+        msg = f"the broker's URL {shown!r}: heartbeat_s is 1 to 3600 whole seconds, not {heartbeat!r}"
+        raise ConfigurationError(msg)
+    held = query.get("consumer_timeout_s", f"{settings.consumer_timeout_s}")
+    if not re.fullmatch(r"\d{1,9}(\.\d*)?", held, re.ASCII) or float(held) <= 0:
+        msg = f"the broker's URL {shown!r}: consumer_timeout_s is a number of seconds above 0, not {held!r}"
         raise ConfigurationError(msg)
     if query.get("auth_mechanism", "plain").lower() not in ("plain", "external"):
         msg = f"the broker's URL {shown!r}: auth_mechanism is plain or external, not {query['auth_mechanism']!r}"
@@ -98,6 +109,7 @@ def _address(text: str, heartbeat_s: float) -> Address:
         password=unquote(parts.password) if parts.password is not None else "guest",
         secure=secure,
         heartbeat_s=int(heartbeat),
+        consumer_timeout_s=float(held),
         cafile=query.get("cafile"),
         certfile=query.get("certfile"),
         keyfile=query.get("keyfile"),

@@ -24,7 +24,7 @@ from .address import Address
 from .channel import Channel
 from .properties import from_dead_queue
 from .publishing import Publishing
-from .routes import Route
+from .route import Route
 from .session import FAULTS, ConnectionLost, connect, kind_of, reason_of, settled
 from .wire import Closed
 

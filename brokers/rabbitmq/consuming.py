@@ -33,6 +33,7 @@ from .channel import Channel
 from .properties import from_job_queue
 from .publishing import Posting
 from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of, settled
+from .settling import Settling
 from .wire import CLOSE_TIMEOUT_S, Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
@@ -67,6 +68,22 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
         """Whether its channel is open."""
         return self.taker.live
 
+    def done(self) -> None:
+        """Ack it, at the end of this loop turn."""
+        self.taker.ack(self)
+
+    async def again(self, envelope: Envelope, /) -> None:
+        """Publish `envelope` to its queue, confirmed, then ack."""
+        await self.taker.settling.again(self, envelope)
+
+    async def bury(self, envelope: Envelope, /) -> None:
+        """Publish `envelope` to the queue's dead letters, confirmed, then ack."""
+        await self.taker.settling.bury(self, envelope)
+
+    def give_back(self) -> None:
+        """Requeue it, at the end of this loop turn."""
+        self.taker.nack(self)
+
 
 class _Taker:
     """The channel of one logical queue: its consumers, and which of its delivery tags aren't settled.
@@ -78,6 +95,7 @@ class _Taker:
 
     def __init__(self, session: _Session, subscription: Subscription, channel: Channel) -> None:
         self.queue = subscription.queue
+        self.settling = session.settling
         self.live = True
         self._wanted = self._prefetch = min(subscription.prefetch, MOST_PREFETCH)
         self._session = session
@@ -274,10 +292,11 @@ class _Taker:
 class _Session:
     """One consuming connection from its start to its loss."""
 
-    def __init__(self, connection: amqp.Connection, runtime: Runtime, sink: Sink) -> None:
+    def __init__(self, connection: amqp.Connection, runtime: Runtime, sink: Sink, settling: Settling) -> None:
         self.connection = connection
         self.runtime = runtime
         self.sink = sink
+        self.settling = settling
         self.taking = True
         self.takers: list[_Taker] = []
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -356,8 +375,14 @@ class RabbitConsumption:
     """A running consumption: connects, declares, consumes; and again, whole, when any of it is lost."""
 
     def __init__(
-        self, where: tuple[Address, ...], runtime: Runtime, subscriptions: Sequence[Subscription], sink: Sink
+        self,
+        where: tuple[Address, ...],
+        runtime: Runtime,
+        subscriptions: Sequence[Subscription],
+        sink: Sink,
+        settling: Settling,
     ) -> None:
+        self._settling = settling
         self._where = where
         self._runtime = runtime
         self._subscriptions = tuple(subscriptions)
@@ -399,7 +424,7 @@ class RabbitConsumption:
         connection = await connect(
             self._where, f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s
         )
-        session = _Session(connection, self._runtime, self._sink)
+        session = _Session(connection, self._runtime, self._sink, self._settling)
         try:
             await session.start(self._subscriptions)
             if session.lost.done():

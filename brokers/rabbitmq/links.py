@@ -19,7 +19,7 @@ from .address import Address
 from .channel import Channel
 from .confirms import MOST_STUCK, Unconfirmed
 from .connection import Connection
-from .routes import Route
+from .route import Route
 from .session import FAULTS, ConnectionLost, connect, reason_of
 from .wire import Closed
 

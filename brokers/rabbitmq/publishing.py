@@ -30,7 +30,7 @@ from .address import Address
 from .confirms import Late, Nacked, Returned
 from .links import Carried, Link, Links
 from .properties import encode
-from .routes import Route
+from .route import Route
 from .session import ConnectionLost, declare, reason_of
 
 

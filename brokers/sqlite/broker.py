@@ -14,7 +14,6 @@ local disk, since SQLite's locks don't hold on network file systems.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import sqlite3
 import time
@@ -22,27 +21,35 @@ from collections.abc import Sequence
 from typing import final
 from urllib.parse import unquote, urlsplit
 
-import msgspec
-
-from leveret.broker import Consumption, Delivery, Features, Sink, Subscription
+from leveret.broker import Consumption, Features, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 from leveret.settings import redact
 
-from .delivery import SqliteDelivery
+from .delivery import SqliteDelivery, Window
 from .rows import packed
 from .schema import MIN_SQLITE
+from .settling import Settling, when_ms
 from .store import Store
 from .taker import Taker
-from .write import Again, Bury, Close, Open, Publish
+from .write import Close, Open, Publish
 
 WINDOW = 1000
 """Most publishes of one broker that aren't confirmed yet; the next ones wait, inside their deadlines."""
 CLOSE_S = 5.0
 """How long closing may take where the file can't be written."""
 _FIRST_TRY_S = 1.0
+_FEATURES = Features(
+    durable=True,
+    shared=True,
+    counts_redelivery=True,
+    connected=False,
+    queue_type=None,
+    window_per_level=True,
+    deletable=False,
+)
 
 
 def path_of(url: str) -> str:
@@ -67,24 +74,20 @@ def path_of(url: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
 
 
-def _own(delivery: Delivery) -> SqliteDelivery:
-    if not isinstance(delivery, SqliteDelivery):
-        msg = f"{delivery!r} isn't a delivery of the SQLite broker"
-        raise TypeError(msg)
-    return delivery
-
-
 @final
 class _Consumption:
     """The loop's side of a `Taker`."""
 
-    def __init__(self, store: Store, subscriptions: Sequence[Subscription], sink: Sink) -> None:
+    def __init__(self, store: Store, settling: Settling, subscriptions: Sequence[Subscription], sink: Sink) -> None:
         self._store = store
         self._sink = sink
         self._error: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._error.add_done_callback(lambda error: error.cancelled() or error.exception())  # nobody need wait for it
         self._closed = False
-        self.taker = Taker(subscriptions, self)
+        windows = (
+            Window(s.queue, level.value, s.prefetch, settling) for s in subscriptions for level in s.queue.levels
+        )
+        self.taker = Taker(windows, self)
 
     async def open(self) -> None:
         """Register; return when it is done or could not be done for now."""
@@ -131,8 +134,8 @@ class _Consumption:
         for delivery in deliveries:
             if self.taker.taking:
                 self._sink.deliver(delivery)
-            elif delivery.unsettled:
-                self._store.give_back(delivery)
+            else:
+                delivery.give_back()
 
     def lost(self) -> None:
         """Tell the sink."""
@@ -152,24 +155,21 @@ class SqliteBroker:
     def __init__(self, path: str, runtime: Runtime) -> None:
         self._clock = runtime.clock
         self._store = Store(path, runtime)
+        self._settling = Settling(self._store, runtime.clock)
         self._window: asyncio.Semaphore | None = None
         self._consumptions: list[_Consumption] = []
 
-    @property
-    def features(self) -> Features:
+    def features(self, _: Queue | None = None, /) -> Features:
         """As `Broker.features`."""
-        return Features(durable=True, shared=True, counts_redelivery=True)
+        return _FEATURES
 
-    def _due_ms(self, delay_s: float) -> int | None:
-        return math.ceil((self._clock.now() + delay_s) * 1000) if delay_s > 0 else None
-
-    def post(self, queue: Queue, envelope: Envelope, *, deadline: float) -> None:
+    def post(self, queue: Queue, envelope: Envelope) -> None:
         """Never at once here: `publish` groups what comes together by itself."""
 
-    async def publish(self, queue: Queue, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
-        """As `Broker.publish`; every queue exists, so that none is unroutable. ConfigurationError where the file can't be used."""
+    async def publish(self, queue: Queue, envelope: Envelope) -> None:
+        """As `Broker.publish`; every queue exists, so that no job is unroutable. ConfigurationError where the file can't be used."""
         about = f"job {envelope.job_id} for queue {queue.name!r}"
-        row = packed(queue.name, envelope, self._due_ms(delay_s))
+        row, deadline = packed(queue.name, envelope, when_ms(envelope, self._clock)), envelope.deadline
         if self._window is None:
             self._window = asyncio.Semaphore(WINDOW)
         try:
@@ -188,39 +188,10 @@ class SqliteBroker:
         if self._store.closed:
             msg = f"the broker on {self._store.path} was closed; open a new one"
             raise ConfigurationError(msg)
-        consumption = _Consumption(self._store, subscriptions, sink)
+        consumption = _Consumption(self._store, self._settling, subscriptions, sink)
         await consumption.open()
         self._consumptions.append(consumption)
         return consumption
-
-    def done(self, delivery: Delivery) -> None:
-        """As `Broker.done`; where the file is locked it is kept, and tried until it succeeds."""
-        own = _own(delivery)
-        if own.unsettled:
-            self._store.done(own)
-
-    async def again(self, delivery: Delivery, envelope: Envelope, *, delay_s: float, deadline: float) -> None:
-        """As `Broker.again`, in one transaction with the ack; no effect on a delivery that isn't live, or that a late commit has settled."""
-        own = _own(delivery)
-        if own.unsettled:
-            row = packed(own.queue.name, envelope, self._due_ms(delay_s))
-            about = f"job {envelope.job_id}, to go again to queue {own.queue.name!r},"
-            await self._store.run(Again(about, own, row, deadline))
-
-    async def bury(self, delivery: Delivery, envelope: Envelope, *, deadline: float) -> None:
-        """As `Broker.bury`, in one transaction with the ack; no effect on a delivery that isn't live, or that a late commit has settled."""
-        own = _own(delivery)
-        if own.unsettled:
-            buried = msgspec.structs.replace(envelope, origin=envelope.origin or own.queue.name)
-            row = packed(own.queue.name, buried, int(self._clock.now() * 1000))
-            about = f"job {envelope.job_id}, to be buried from queue {own.queue.name!r},"
-            await self._store.run(Bury(about, own, row, deadline))
-
-    def give_back(self, delivery: Delivery) -> None:
-        """As `Broker.give_back`; it keeps its place, and doesn't count as redelivered."""
-        own = _own(delivery)
-        if own.unsettled:
-            self._store.give_back(own)
 
     async def close(self) -> None:
         """As `Broker.close`; within about ten seconds."""

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
+from leveret.envelope import Envelope
 from leveret.job import Queue
 
 from .lease import Lease
 from .rows import unpack
 
 
+class Settles(Protocol):
+    """What settles deliveries; see `Delivery`."""
+
+    def done(self, delivery: SqliteDelivery, /) -> None:
+        """As `Delivery.done`."""
+        ...
+
+    async def again(self, delivery: SqliteDelivery, envelope: Envelope, /) -> None:
+        """As `Delivery.again`."""
+        ...
+
+    async def bury(self, delivery: SqliteDelivery, envelope: Envelope, /) -> None:
+        """As `Delivery.bury`."""
+        ...
+
+    def give_back(self, delivery: SqliteDelivery, /) -> None:
+        """As `Delivery.give_back`."""
+        ...
+
+
 @final
 class Window:
     """One level of one queue: how much of it is held, and whether more may wait in the file. The thread's own."""
 
-    __slots__ = ("held", "level", "maybe", "prefetch", "queue")
+    __slots__ = ("held", "level", "maybe", "prefetch", "queue", "settling")
 
-    def __init__(self, queue: Queue, level: str, prefetch: int) -> None:
+    def __init__(self, queue: Queue, level: str, prefetch: int, settling: Settles) -> None:
         self.queue = queue
         self.level = level
         self.prefetch = prefetch
+        self.settling = settling
         self.held = 0
         self.maybe = True
 
@@ -49,3 +71,19 @@ class SqliteDelivery:
     def unsettled(self) -> bool:
         """Whether it can still be settled: its lease holds and nobody settled it."""
         return self.lease.alive and not self.settled
+
+    def done(self) -> None:
+        """As `Delivery.done`; where the file is locked it is kept, and tried until it succeeds."""
+        self.window.settling.done(self)
+
+    async def again(self, envelope: Envelope, /) -> None:
+        """As `Delivery.again`, in one transaction with the ack."""
+        await self.window.settling.again(self, envelope)
+
+    async def bury(self, envelope: Envelope, /) -> None:
+        """As `Delivery.bury`, in one transaction with the ack."""
+        await self.window.settling.bury(self, envelope)
+
+    def give_back(self) -> None:
+        """As `Delivery.give_back`; it keeps its place, and doesn't count as redelivered."""
+        self.window.settling.give_back(self)

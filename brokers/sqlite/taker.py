@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol, final
 
-from leveret.broker import Subscription
 from leveret.errors import ConfigurationError
 
 from .delivery import SqliteDelivery, Window
@@ -34,11 +33,9 @@ class Taker:
 
     __slots__ = ("lease", "listener", "ready", "taking", "windows")
 
-    def __init__(self, subscriptions: Iterable[Subscription], listener: Listener | None) -> None:
+    def __init__(self, windows: Iterable[Window], listener: Listener | None) -> None:
         self.lease = Lease()
         self.listener = listener
-        self.windows = [
-            Window(each.queue, level.value, each.prefetch) for each in subscriptions for level in each.queue.levels
-        ]
+        self.windows = list(windows)
         self.taking = bool(self.windows)
         self.ready = False

@@ -6,9 +6,8 @@ from datetime import datetime, timezone
 
 import click
 
-from ..broker import Features
 from ..process.loading import load_app
-from .description import MOST_WAITS, AppRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
+from .description import MOST_WAITS, AppRecord, BrokerRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
 from .description import describe as describe_app
 from .output import counted, json_option, lines, print_json, seconds
 from .target import app_path, run
@@ -54,7 +53,7 @@ def text_of(record: AppRecord) -> str:
     return "\n".join(parts)
 
 
-def _features(features: Features) -> str:
+def _features(features: BrokerRecord) -> str:
     return ", ".join(
         (
             "durable" if features.durable else "not durable: nothing survives its process",
@@ -65,7 +64,9 @@ def _features(features: Features) -> str:
 
 
 def _queue(queue: QueueRecord) -> list[str]:
-    said = [f"queue {queue.name} ({queue.type}; {', '.join(queue.levels)}; {queue.order})"]
+    said = [
+        f"queue {queue.name} ({queue.type}{', which this broker ignores' if queue.type_ignored else ''}; {', '.join(queue.levels)}; {queue.order})"
+    ]
     if queue.physical:
         said.append(f"  held in {', '.join(queue.physical)}")
     return said

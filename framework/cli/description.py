@@ -5,9 +5,8 @@ It goes through all that a worker does at start before it connects, so that what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -15,19 +14,26 @@ import msgspec
 from ..app import App
 from ..broker import Features
 from ..chain import bind
-from ..consuming.handler import Handler
+from ..consuming.handler import Handler, check_limits
 from ..consuming.slots import Limits
 from ..cron.schedule import Schedule
 from ..errors import ConfigurationError
 from ..job import Queue
 from ..layer import AnyLayer, RetryWaits, facts_of, is_consume_layer, is_publish_layer, name_of, starts_per_s_of
-from ..schemes import broker_module
 from ..settings import redact
 
 MOST_WAITS = 32
 """At most so many waits are listed per entry; by then any cap is reached."""
 SLOTS = 3
 """Next slots listed of a schedule."""
+
+
+class BrokerRecord(msgspec.Struct, frozen=True):
+    """What the broker promises of all queues; see `Features`."""
+
+    durable: bool
+    shared: bool
+    counts_redelivery: bool
 
 
 class LayerRecord(msgspec.Struct, frozen=True):
@@ -79,6 +85,8 @@ class QueueRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     type: str
+    type_ignored: bool
+    """Whether this broker has queue types at all."""
     levels: list[str]
     """Most urgent first."""
     order: str
@@ -104,7 +112,7 @@ class AppRecord(msgspec.Struct, frozen=True, kw_only=True):
     app: str
     broker: str
     """Its URL, without a password."""
-    features: Features
+    features: BrokerRecord
     handlers: list[HandlerRecord]
     queues: list[QueueRecord]
     schedules: list[ScheduleRecord]
@@ -124,26 +132,21 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
     bind(app.layers, runtime)
     broker = app.open_broker(runtime)
     try:
-        features = broker.features
+        features = broker.features()
+        queues = {handler.queue.name: (handler.queue, broker.features(handler.queue)) for handler in handlers}
+        for handler in handlers:
+            check_limits(handler, broker.features(handler.queue))
     finally:
         await broker.close()
-    physical = physical_queues(app.broker_url())
-    queues = {handler.queue.name: handler.queue for handler in handlers}
     return AppRecord(
         app=app.name,
         broker=redact(app.broker_url() or ""),
-        features=features,
+        features=BrokerRecord(features.durable, features.shared, features.counts_redelivery),
         handlers=[_handler(handler) for handler in handlers],
-        queues=[_queue(queue, physical) for queue in queues.values()],
+        queues=[_queue(queue, own) for queue, own in queues.values()],
         schedules=[_schedule(schedule, now) for schedule in app.schedules],
         publish_layers=[name_of(layer) for layer in app.layers if _sides(layer).publish],
     )
-
-
-def physical_queues(url: str | None) -> Callable[[Queue], Sequence[str]]:
-    """Return what names the physical queues of a queue on the broker at `url`: its module's `physical_queues`, which is optional."""
-    found = getattr(broker_module(url), "physical_queues", None)
-    return cast("Callable[[Queue], Sequence[str]]", found) if callable(found) else lambda _: ()
 
 
 def _sides(layer: AnyLayer) -> LayerRecord:
@@ -179,19 +182,20 @@ def _waits(waits: RetryWaits) -> Waits:
     return Waits(on=waits.on, max_attempts=waits.max_attempts, immediate=waits.immediate, ceilings_s=ceilings)
 
 
-def _queue(queue: Queue, physical: Callable[[Queue], Sequence[str]]) -> QueueRecord:
+def _queue(queue: Queue, features: Features) -> QueueRecord:
     if not queue.priorities:
         order = "one level, first in, first out"
-    elif queue.type == "classic":
-        order = "strict on RabbitMQ: the lower levels may starve"
+    elif not features.window_per_level:
+        order = "strict, by the broker: the lower levels may starve"
     else:
         order = "by level, with ageing: no level starves"
     return QueueRecord(
         name=queue.name,
         type=queue.type,
+        type_ignored=features.queue_type is None,
         levels=[level.value for level in queue.levels],
         order=order,
-        physical=list(physical(queue)),
+        physical=list(features.physical),
     )
 
 

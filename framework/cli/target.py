@@ -118,7 +118,7 @@ async def _check_shared(target: Target) -> None:
     """Refuse a broker that lives inside one process: this one, which is about to end."""
     broker = broker_module(target.url).open_broker(target.url, target.runtime)
     try:
-        if not broker.features.shared:
+        if not broker.features().shared:
             msg = f"{redact(target.url)} lives inside the process that opens it, so a command sees nothing of it: use a sqlite:// or amqp:// broker"
             raise ConfigurationError(msg)
     finally:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from ..attempt import make_attempt
-from ..broker import Broker, Consumption, Delivery, Subscription
+from ..broker import Broker, Consumption, Delivery, Features, Subscription
 from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
@@ -23,7 +23,7 @@ from ..context import current_attempt
 from ..envelope import Envelope
 from ..job import Job, Queue
 from ..layer import AnyLayer, name_of, readiness_of
-from ..outcome import OUTCOMES, Bury, CutOff, Ending, NotStarted, Retry, Snooze, Undecodable, Unknown
+from ..outcome import OUTCOMES, Bury, CutOff, Ending, Kind, NotStarted, Retry, Snooze, Undecodable, Unknown
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
 from ..texts import named
@@ -35,6 +35,8 @@ logger = logging.getLogger("leveret.consumer")
 
 START_WITHIN_S = 60.0
 """Prefetch is what can start within this time: the broker's consumer timeout counts waiting too."""
+HOLD_S = 450.0
+"""How long a delivery waits here for a slot before another worker may have it; a quarter of the broker's own limit, where it has one."""
 _UNWIND_S = 1.0
 
 
@@ -50,6 +52,8 @@ class Ended(msgspec.Struct, frozen=True):
 
 class Lost(msgspec.Struct, frozen=True):
     """Counts deliveries whose channel went away here: the broker delivers them again."""
+
+    kind: ClassVar[Kind] = Kind.LOST
 
 
 class Consumer:
@@ -69,7 +73,7 @@ class Consumer:
         observe: Callable[[Ended], None] | None = None,
     ) -> None:
         self._publisher = publisher
-        self._settlement = Settlement(broker, publish_layers, runtime)
+        self._settlement = Settlement(publish_layers, runtime)
         self._resources = resources
         self._runtime = runtime
         self._clock = runtime.clock
@@ -82,20 +86,24 @@ class Consumer:
         self._subscriptions: list[Subscription] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: Timer | None = None
+        self._sweep_s = float("inf")
+        """How often what waits here is looked at."""
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
-        self._counts: defaultdict[type, int] = defaultdict(int)
+        self._counts: defaultdict[type[Ending | Lost], int] = defaultdict(int)
         self._loop = asyncio.get_running_loop()
         self._create_task = self._loop.create_task
         bind((layer for handler in handlers for layer in handler.layers), runtime)
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
-            self._open(queue, [handler for handler in handlers if handler.queue == queue], around_sync)
+            own = [handler for handler in handlers if handler.queue == queue]
+            self._open(queue, own, around_sync, broker.features(queue))
 
     def _open(
         self,
         queue: Queue,
         handlers: Sequence[Handler],
         around_sync: Callable[[], AbstractContextManager[object]] | None,
+        features: Features,
     ) -> None:
         routes: list[Route] = []
         for handler in handlers:
@@ -124,7 +132,9 @@ class Consumer:
         for gate in gates:
             if gate.starts_per_s is not None:
                 prefetch = min(prefetch, max(1, int(gate.starts_per_s * START_WITHIN_S)))
-        self._queues[queue.name] = QueueHeld(queue, routes, limit, Gate(gates) if gates else None)
+        hold_s = HOLD_S if features.held_at_most_s is None else features.held_at_most_s / 4
+        self._sweep_s = min(self._sweep_s, hold_s / 4)
+        self._queues[queue.name] = QueueHeld(queue, routes, limit, Gate(gates) if gates else None, hold_s)
         self._subscriptions.append(Subscription(queue, prefetch))
 
     @property
@@ -153,9 +163,9 @@ class Consumer:
         return self._settlement.unsettled
 
     @property
-    def counts(self) -> Counter[str]:
+    def counts(self) -> Counter[Kind]:
         """Endings so far, by name."""
-        return Counter({kind.__name__.lower(): count for kind, count in self._counts.items()})
+        return Counter({ending.kind: count for ending, count in self._counts.items()})
 
     async def changed(self) -> None:
         """Wait until something started or ended."""
@@ -194,7 +204,7 @@ class Consumer:
         held.since = clock.monotonic()
         queue.add(held)
         if self._sweeper is None:
-            self._sweeper = clock.call_later(self._hold_s / 4, self._sweep)
+            self._sweeper = clock.call_later(self._sweep_s, self._sweep)
         self._pump()
 
     def lost(self) -> None:
@@ -290,19 +300,14 @@ class Consumer:
         if self._watchers:
             self._tell()
 
-    @property
-    def _hold_s(self) -> float:
-        return self._runtime.settings.consumer_timeout_s / 4
-
     def _sweep(self) -> None:
-        """Give back what has waited here too long: the broker closes the channel of a consumer that holds on for ever."""
-        oldest = self._clock.monotonic() - self._hold_s
+        """Give back what has waited here too long: another worker may be idle, and some brokers close a channel that holds on for ever."""
+        now = self._clock.monotonic()
         for queue in self._queues.values():
-            for held in queue.remove(lambda held: held.since < oldest):
+            for held in queue.overdue(now):
                 self._end_without_run(held.delivery, NotStarted())
-        self._sweeper = (
-            self._clock.call_later(self._hold_s / 4, self._sweep) if self.held and not self._stopping else None
-        )
+        waiting = self.held and not self._stopping
+        self._sweeper = self._clock.call_later(self._sweep_s, self._sweep) if waiting else None
 
     async def _work(self, held: Held, queue: QueueHeld) -> None:
         """Run one delivery, free its slot, settle it."""
@@ -403,7 +408,7 @@ class Consumer:
         logger.warning(
             "%s: its channel or lease is gone, so the broker delivers it again; it ended as %s",
             what(delivery.envelope),
-            type(ending).__name__.lower(),
+            ending.kind.value,
         )
 
     async def drain(self, consumption: Consumption, grace_s: float, hurry: asyncio.Event | None = None) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 
 from ..attempt import Attempt
+from ..broker import Features
 from ..clock import Clock
 from ..errors import ConfigurationError
 from ..job import Job, Queue, Spec, spec_of
-from ..layer import AnyLayer, Consume
+from ..layer import AnyLayer, Consume, facts_of
 from ..outcome import OUTCOMES, Bury, Done, Expired, Outcome, Retry, Snooze
 
 _DONE = Done()
@@ -85,6 +86,22 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
     if takes_attempt:
         _check_attempt(function, name, places[1].name)
     return Handler(name, function, job_class, spec, takes_attempt, inspect.iscoroutinefunction(function), tuple(layers))
+
+
+def check_limits(handler: Handler, features: Features) -> None:
+    """Raise ConfigurationError for a time limit so long that the broker would take the job away first."""
+    facts = [facts_of(layer, f"handler {handler.name}") for layer in handler.layers]
+    in_place = max((one.tries_in_place for one in facts), default=0)
+    held_s = float("inf") if features.held_at_most_s is None else features.held_at_most_s
+    for limit_s in (one.limit_s for one in facts if one.limit_s is not None):
+        if limit_s * (1 + in_place) > held_s * 0.75:
+            tries = f", with {in_place} tries in place," if in_place else ""
+            msg = (
+                f"handler {handler.name}: a time-out of {limit_s:g} s{tries} is above three quarters of the {held_s:g} s "
+                "after which the broker takes a job away (RabbitMQ's consumer_timeout). Shorten it, or raise that limit in the "
+                "broker and in its settings (consumer_timeout_s)"
+            )
+            raise ConfigurationError(msg)
 
 
 def _check_attempt(function: Callable[..., Any], name: str, parameter: str) -> None:

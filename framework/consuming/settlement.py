@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 
 from ..backoff import full_jitter
-from ..broker import Broker, Delivery
+from ..broker import Delivery
 from ..chain import fold_publish
+from ..clock import moment_ms
 from ..envelope import Envelope, Receipt
 from ..errors import InvalidJob, MessageTooLarge, PublishError
 from ..failure import Failure, failures_of
@@ -35,10 +36,9 @@ _REFUSED = (InvalidJob, MessageTooLarge)
 
 
 class Settlement:
-    """Settles deliveries of one broker, each by its ending."""
+    """Settles deliveries, each by its ending."""
 
-    def __init__(self, broker: Broker, publish_layers: Sequence[AnyLayer], runtime: Runtime) -> None:
-        self._broker = broker
+    def __init__(self, publish_layers: Sequence[AnyLayer], runtime: Runtime) -> None:
         self._publish_layers = publish_layers
         self._runtime = runtime
         self._clock = runtime.clock
@@ -55,7 +55,7 @@ class Settlement:
         What comes back is to be awaited: a publish, which is False where the delivery's channel or lease was lost meanwhile.
         """
         if isinstance(ending, Done):
-            self._broker.done(delivery)
+            delivery.done()
             return None
         envelope = delivery.envelope
         if not envelope.first_seen_ms:
@@ -63,7 +63,7 @@ class Settlement:
         match ending:
             case Expired():
                 logger.warning("%s expired before it ran; it is dropped", what(envelope))
-                self._broker.done(delivery)
+                delivery.done()
             case Snooze(delay_s):
                 return self._again(delivery, _next(envelope, cause="snooze"), delay_s)
             case Retry(delay_s):
@@ -108,13 +108,13 @@ class Settlement:
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
                 return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
             case NotStarted():
-                self._broker.give_back(delivery)
+                delivery.give_back()
             case CutOff():
                 pass  # left unsettled: when the connection closes, the broker delivers it again
         return None
 
     async def _again(self, delivery: Delivery, envelope: Envelope, delay_s: float) -> bool:
-        due_ms = int((self._clock.now() + delay_s) * 1000) if delay_s else None
+        due_ms = moment_ms(self._clock.now() + delay_s) if delay_s else None
         envelope = msgspec.structs.replace(envelope, due_ms=due_ms)
 
         async def publish() -> None:
@@ -123,7 +123,7 @@ class Settlement:
             async def last(changed: Envelope) -> Receipt:
                 nonlocal reached
                 reached = True
-                await self._broker.again(delivery, changed, delay_s=delay_s, deadline=changed.deadline)
+                await delivery.again(changed)
                 return Receipt(changed.job_id)
 
             await fold_publish(self._publish_layers, last)(_with_deadline(envelope))
@@ -157,8 +157,7 @@ class Settlement:
                 nonlocal reached
                 reached = True
                 # layers may add headers to a burial, nothing else: it is kept as it came
-                kept = msgspec.structs.replace(buried, headers=changed.headers)
-                await self._broker.bury(delivery, kept, deadline=time.monotonic() + SETTLE_TIMEOUT_S)
+                await delivery.bury(_with_deadline(msgspec.structs.replace(buried, headers=changed.headers)))
                 return Receipt(changed.job_id)
 
             try:

@@ -125,12 +125,14 @@ class Gate:
 class QueueHeld:
     """One queue here: its routes, its slots, and what is held of it: a lane a level and kind of handler, first in, first out."""
 
-    def __init__(self, queue: Queue, routes: Iterable[Route], limit: int, gate: Gate | None) -> None:
+    def __init__(self, queue: Queue, routes: Iterable[Route], limit: int, gate: Gate | None, hold_s: float) -> None:
         self.queue = queue
         self.routes = {route.handler.spec.name: route for route in routes}
         self.only = next(iter(self.routes.values())) if len(self.routes) == 1 else None
         """The route of a job without a name, where the queue has one job only."""
         self.limit = limit
+        self.hold_s = hold_s
+        """Seconds after which what waits here is given back."""
         self.running = 0
         self.gate = gate
         self.count = 0
@@ -169,6 +171,10 @@ class QueueHeld:
                 self._lanes[key] = deque(held for held in lane if not unwanted(held))
                 self.count -= len(out)
                 yield from out
+
+    def overdue(self, now: float) -> Iterator[Held]:
+        """Take out, and yield, what has waited here for longer than `hold_s`; `now` in the clock's monotonic seconds."""
+        return self.remove(lambda held: held.since < now - self.hold_s)
 
 
 def in_arrival_order(held: Iterable[Held]) -> list[Held]:

@@ -18,7 +18,7 @@ from ..publishing.sender import Sender
 from ..runtime import Runtime
 from ..settings import redact
 from .consumer import Consumer, Ended
-from .handler import Handler
+from .handler import Handler, check_limits
 from .slots import Limits
 
 logger = logging.getLogger("leveret.worker")
@@ -106,10 +106,12 @@ async def working(
         msg = f"app {app.name!r} has no handler; list the modules that have them in App(modules=[…])"
         raise ConfigurationError(msg)
     runtime = runtime or app.runtime()
-    broker: Broker = app.open_broker(runtime)
-    if runtime.processes > 1 and not broker.features.shared:
+    broker = app.open_broker(runtime)
+    if runtime.processes > 1 and not broker.features().shared:
         msg = f"the broker {redact(app.broker_url() or '')} lives inside one process: it can't serve --processes {runtime.processes}"
         raise ConfigurationError(msg)
+    for handler in handlers:
+        check_limits(handler, broker.features(handler.queue))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
         enter = lifespan or app.lifespan

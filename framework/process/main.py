@@ -22,6 +22,7 @@ import msgspec
 from ..app import App
 from ..consuming.worker import working
 from ..errors import ConfigurationError, LeveretError
+from ..outcome import Kind
 from ..settings import redact
 from ..waits import first_of
 from .loading import load_app
@@ -33,16 +34,15 @@ from .signals import HURRY_S, Stop, exit_now
 logger = logging.getLogger("leveret.worker")
 
 _SAID = {
-    "retry": "retried",
-    "snooze": "snoozed",
-    "bury": "buried",
-    "undecodable": "buried as undecodable",
-    "unknown": "sent back as unknown",
-    "notstarted": "given back",
-    "cutoff": "cut off",
-    "lost": "that the broker delivers again, since their channel or lease was gone",
+    Kind.RETRY: "retried",
+    Kind.SNOOZE: "snoozed",
+    Kind.BURY: "buried",
+    Kind.UNDECODABLE: "buried as undecodable",
+    Kind.UNKNOWN: "sent back as unknown",
+    Kind.NOT_STARTED: "given back",
+    Kind.LOST: "that the broker delivers again, since their channel or lease was gone",
 }
-"""How the last line of a worker names an ending; the others by their own name."""
+"""How the last line of a worker names an ending; the others by their word."""
 
 
 async def run(options: WorkOptions) -> int:
@@ -84,11 +84,14 @@ async def run(options: WorkOptions) -> int:
             raise
         logger.info("stopped while its lifespan was starting")
         return 0
-    counts = (
-        ", ".join(f"{count} {_SAID.get(name, name)}" for name, count in sorted(work.consumer.counts.items()) if count)
+    counts = work.consumer.counts
+    ended = (
+        ", ".join(
+            f"{counts[kind]} {_SAID.get(kind, kind.value)}" for kind in sorted(counts, key=lambda kind: kind.value)
+        )
         or "nothing"
     )
-    logger.info("stopped%s: %s", "" if work.drained else ", cut off", counts)
+    logger.info("stopped%s: %s", "" if work.drained else ", cut off", ended)
     if not work.drained:
         exit_now(1)  # here: the loop's end would wait for threads that were cut off, whose jobs run elsewhere by now
     return 0

@@ -10,6 +10,7 @@ from datetime import datetime
 from .. import codec
 from ..broker import Broker, Posted
 from ..chain import bind, fold_publish
+from ..clock import moment_ms
 from ..context import current_attempt
 from ..envelope import Envelope, Receipt
 from ..errors import InvalidJob, MessageTooLarge, PublishError
@@ -18,7 +19,6 @@ from ..ids import new_job_id
 from ..job import Job, Priority, Queue, spec_of
 from ..layer import AnyLayer, is_bypass, is_publish_layer
 from ..options import Outgoing, OutgoingOptions
-from ..outcome import MAX_DELAY_S
 from ..runtime import Runtime
 
 logger = logging.getLogger("leveret.publisher")
@@ -146,7 +146,7 @@ class Sender:
                 msg = f"priority is a Priority, not {priority!r}"
             raise InvalidJob(msg, job_id=job_id)
         body = self._encoded(job, contract, job_id)
-        delay_s = self._delay_s(options, now) if "delay_s" in options or "at" in options else 0.0
+        delay_s = self._delay_s(options, now, spec.queue) if "delay_s" in options or "at" in options else 0.0
         expires_s = options.get("expires_s")
         expires_s = spec.expires_s if expires_s is None else seconds_of("expires_s", expires_s)
         if expires_s is not None and expires_s <= delay_s:
@@ -175,7 +175,7 @@ class Sender:
             correlation_id=correlation_id,
             headers=headers,
             version=spec.version,
-            due_ms=int((now + delay_s) * 1000) if delay_s else None,
+            due_ms=moment_ms(now + delay_s) if delay_s else None,
             expires_at_ms=None if expires_s is None else int((now + expires_s) * 1000),
             deadline=deadline,
         )
@@ -204,7 +204,7 @@ class Sender:
                 raise InvalidJob(str(error), job_id=job_id) from error
         return body
 
-    def _delay_s(self, options: OutgoingOptions, now: float) -> float:
+    def _delay_s(self, options: OutgoingOptions, now: float, queue: Queue) -> float:
         given_s, at = options.get("delay_s"), options.get("at")
         delay_s = 0.0 if given_s is None else seconds_of("delay_s", given_s, zero=True)
         if at is not None:
@@ -215,8 +215,8 @@ class Sender:
                 msg = f"at is an aware datetime (with a time zone), not {at!r}"
                 raise InvalidJob(msg)
             delay_s = max(0.0, at.timestamp() - now)
-        if delay_s > MAX_DELAY_S:
-            msg = f"a delay of {delay_s:g} s is above 48 days"
+        if delay_s and delay_s > (limit_s := self._broker.features(queue).max_delay_s):
+            msg = f"a delay of {delay_s:g} s is above {limit_s / 86_400:g} days"
             raise InvalidJob(msg)
         return delay_s
 
@@ -229,8 +229,7 @@ class Sender:
         return await self._send(envelope)
 
     async def _to_broker(self, envelope: Envelope) -> Receipt:
-        delay_s = 0.0 if envelope.due_ms is None else max(0.0, envelope.due_ms / 1000 - self._runtime.clock.now())
-        await self._broker.publish(self._queues[envelope.queue], envelope, delay_s=delay_s, deadline=envelope.deadline)
+        await self._broker.publish(self._queues[envelope.queue], envelope)
         if self._observe is not None:
             decoder = self._decoders[envelope.queue, envelope.job]
             self._observe(decoder.decode(envelope.body, envelope.content_type), envelope)
@@ -240,7 +239,7 @@ class Sender:
         """Send an envelope without a task, where nothing has to be waited for and no layer stands in between; None: use `send`."""
         if envelope.due_ms is not None or envelope.headers:
             return None
-        return self._broker.post(self._queues[envelope.queue], envelope, deadline=envelope.deadline)
+        return self._broker.post(self._queues[envelope.queue], envelope)
 
     @property
     def bare(self) -> bool:

@@ -10,17 +10,17 @@ import msgspec
 from leveret.admin import Admin, DeadLetter
 from leveret.broker import Broker
 from leveret.job import Priority, Queue
-from tests.contract.harness import PATIENCE_S, Harness, consume, depth, make_envelope, received, soon
+from tests.contract.harness import PATIENCE_S, Harness, consume, depth, make_envelope, received, soon, timed
 
 
 async def bury(broker: Broker, queue: Queue, *bodies: bytes, priority: Priority = Priority.NORMAL) -> None:
     """Publish and bury one job a body, in order."""
     consumption, sink = await consume(broker, queue)
     for body in bodies:
-        await broker.publish(queue, make_envelope(queue, body, priority=priority), delay_s=0, deadline=soon())
+        await broker.publish(queue, timed(make_envelope(queue, body, priority=priority), soon()))
         delivery = await sink.next()
         buried = msgspec.structs.replace(delivery.envelope, attempt=5, passes=4, origin=queue.name)
-        await broker.bury(delivery, buried, deadline=soon())
+        await delivery.bury(timed(buried, soon()))
     await consumption.close()
 
 
@@ -37,8 +37,8 @@ async def test_depths_count_what_waits_by_level(harness: Harness) -> None:
     """An operator scales by this number."""
     broker, admin, queue = harness.open(), harness.admin(), harness.queue()
     for level in (Priority.NORMAL, Priority.NORMAL, Priority.URGENT):
-        await broker.publish(queue, make_envelope(queue, priority=level), delay_s=0, deadline=soon())
-    await broker.publish(queue, make_envelope(queue), delay_s=60, deadline=soon())
+        await broker.publish(queue, timed(make_envelope(queue, priority=level), soon()))
+    await broker.publish(queue, timed(make_envelope(queue), soon(), delay_s=60))
 
     row = await depth(admin, queue)
 
@@ -47,14 +47,14 @@ async def test_depths_count_what_waits_by_level(harness: Harness) -> None:
     assert row.delayed == 1 if together is None else row.delayed is None and together >= 1
     counted = {name: count for name, count in row.levels.items() if count}
     assert counted in ({"normal": 2, "urgent": 1}, {"all": 3})
-    if not harness.one_window:
+    if harness.features().window_per_level:
         assert counted == {"normal": 2, "urgent": 1}
 
 
 async def test_depths_count_what_workers_hold_and_who_they_are(harness: Harness) -> None:
     """A queue that stands still because its workers hold everything looks empty otherwise."""
     broker, admin, queue = harness.open(), harness.admin(), harness.queue()
-    await broker.publish(queue, make_envelope(queue), delay_s=0, deadline=soon())
+    await broker.publish(queue, timed(make_envelope(queue), soon()))
     _, sink = await consume(broker, queue)
     await sink.next()
 
@@ -68,7 +68,7 @@ async def test_depths_count_what_workers_hold_and_who_they_are(harness: Harness)
 async def test_depths_of_a_queue_that_is_not_there_say_so(harness: Harness) -> None:
     """A misspelt name must not look like an empty queue."""
     broker, admin, there = harness.open(), harness.admin(), harness.queue()
-    await broker.publish(there, make_envelope(there), delay_s=0, deadline=soon())
+    await broker.publish(there, timed(make_envelope(there), soon()))
     missing = harness.queue()
 
     rows = await admin.depths([there, missing, there])
@@ -82,20 +82,20 @@ async def test_purge_deletes_what_waits_and_nothing_else(harness: Harness) -> No
     broker, admin, queue = harness.open(), harness.admin(), harness.queue()
     await bury(broker, queue, b"dead")
     consumption, sink = await consume(broker, queue, prefetch=1)
-    await broker.publish(queue, make_envelope(queue, b"held"), delay_s=0, deadline=soon())
+    await broker.publish(queue, timed(make_envelope(queue, b"held"), soon()))
     held = await sink.next()
     started = time.monotonic()
-    await broker.publish(queue, make_envelope(queue, b"delayed"), delay_s=2, deadline=soon())
+    await broker.publish(queue, timed(make_envelope(queue, b"delayed"), soon(), delay_s=2))
     for number in range(3):
-        await broker.publish(queue, make_envelope(queue, b"%d" % number), delay_s=0, deadline=soon())
+        await broker.publish(queue, timed(make_envelope(queue, b"%d" % number), soon()))
     other = harness.queue()
-    await broker.publish(other, make_envelope(other), delay_s=0, deadline=soon())
+    await broker.publish(other, timed(make_envelope(other), soon()))
 
     assert time.monotonic() - started < 2, "too slow a machine: the delayed job is due already"
     assert await admin.purge(queue) == 3
 
     assert held.live
-    broker.done(held)
+    held.done()
     assert (await sink.next()).envelope.body == b"delayed"
     await consumption.close()
     assert await dead_bodies(admin, queue, 1) == [b"dead"]
@@ -106,7 +106,7 @@ async def test_purge_empties_every_level(harness: Harness) -> None:
     """Siblings of one queue are one queue to its operator."""
     broker, admin, queue = harness.open(), harness.admin(), harness.queue()
     for level in Priority:
-        await broker.publish(queue, make_envelope(queue, priority=level), delay_s=0, deadline=soon())
+        await broker.publish(queue, timed(make_envelope(queue, priority=level), soon()))
 
     assert await admin.purge(queue) == 4
     assert (await depth(admin, queue)).ready == 0
@@ -143,7 +143,7 @@ async def test_dead_letters_can_be_left_half_read(harness: Harness) -> None:
 async def test_dead_letters_of_a_queue_that_has_none(harness: Harness) -> None:
     """No letters is an empty list, not an error: also before the first burial ever."""
     broker, admin, queue = harness.open(), harness.admin(), harness.queue()
-    await broker.publish(queue, make_envelope(queue), delay_s=0, deadline=soon())
+    await broker.publish(queue, timed(make_envelope(queue), soon()))
 
     assert await dead_bodies(admin, queue, 0) == []
 
@@ -223,7 +223,7 @@ async def test_a_job_replayed_and_buried_again_is_not_read_twice_in_one_go(harne
             assert len(read) <= 2
             await letters.replay(letter, msgspec.structs.replace(letter.envelope, attempt=1, origin=None))
             delivery = await sink.next()
-            await broker.bury(delivery, msgspec.structs.replace(delivery.envelope, origin=queue.name), deadline=soon())
+            await delivery.bury(timed(msgspec.structs.replace(delivery.envelope, origin=queue.name), soon()))
     await consumption.close()
 
     assert read == [b"1", b"2"]

@@ -16,13 +16,13 @@ from leveret.envelope import MSGPACK
 from leveret.errors import BrokerUnavailable, PublishError, PublishTimeout, Unroutable
 from leveret.failure import Failure
 from leveret.job import LEVELS, Priority, Queue
-from tests.contract.harness import PATIENCE_S, Harness, Recorder, consume, depth, make_envelope, received, soon
+from tests.contract.harness import PATIENCE_S, Harness, Recorder, consume, depth, make_envelope, received, soon, timed
 
 
 async def publish(broker: Broker, queue: Queue, *bodies: bytes, delay_s: float = 0.0, **fields: object) -> None:
     """Publish one job a body, in order."""
     for body in bodies:
-        await broker.publish(queue, make_envelope(queue, body, **fields), delay_s=delay_s, deadline=soon())
+        await broker.publish(queue, timed(make_envelope(queue, body, **fields), soon(), delay_s=delay_s))
 
 
 async def rest_of(harness: Harness, queue: Queue, expected: int = 0) -> list[Delivery]:
@@ -37,7 +37,7 @@ async def rest_of(harness: Harness, queue: Queue, expected: int = 0) -> list[Del
     while (delivery := await sink.next()).envelope.body != b"marker":
         deliveries.append(delivery)
     for each in (*deliveries, delivery):
-        broker.done(each)
+        each.done()
     await consumption.close()
     return deliveries
 
@@ -72,14 +72,14 @@ async def test_every_field_of_an_envelope_arrives_as_it_was_sent(harness: Harnes
         passes=5,
         version=2,
         first_seen_ms=1_800_000_000_123,
-        due_ms=1_800_000_000_456,
+        due_ms=1_700_000_000_456,
         expires_at_ms=4_000_000_000_000,
         unknown_since_ms=1_800_000_000_789,
         errors=msgspec.json.encode([Failure(attempt=1, at_ms=1, host="h", error="ValueError", message="mé")]).decode(),
     )
 
     _, sink = await consume(broker, queue)
-    await broker.publish(queue, sent, delay_s=0, deadline=soon())
+    await broker.publish(queue, timed(sent, soon()))
     delivery = await sink.next()
 
     assert delivery.envelope == sent
@@ -95,7 +95,7 @@ async def test_what_belongs_to_one_publish_is_not_sent(harness: Harness) -> None
     sent = make_envelope(queue, cause="retry", deadline=soon())
 
     _, sink = await consume(broker, queue)
-    await broker.publish(queue, sent, delay_s=0, deadline=soon())
+    await broker.publish(queue, timed(sent, soon()))
 
     assert (await sink.next()).envelope == received(sent)
 
@@ -178,7 +178,7 @@ async def test_a_thousand_publishes_at_once_all_arrive_once(harness: Harness) ->
     broker, queue = harness.open(), harness.queue()
     sent = [make_envelope(queue, b"%d" % number) for number in range(1000)]
 
-    await asyncio.gather(*(broker.publish(queue, each, delay_s=0, deadline=soon(60)) for each in sent))
+    await asyncio.gather(*(broker.publish(queue, timed(each, soon(60))) for each in sent))
     _, sink = await consume(broker, queue, prefetch=2000)
     got = Counter(delivery.envelope.job_id for delivery in await sink.take(1000))
 
@@ -196,7 +196,7 @@ async def test_prefetch_bounds_what_is_held_and_done_opens_the_window(harness: H
     other = harness.open()
     _, other_sink = await consume(other, queue, prefetch=1)
     third = await other_sink.next()  # it would be the first's if its window weren't full
-    broker.done(held[0])
+    held[0].done()
     fourth = await sink.next()
 
     assert bodies([*held, third, fourth]) == [b"1", b"2", b"3", b"4"]
@@ -204,10 +204,9 @@ async def test_prefetch_bounds_what_is_held_and_done_opens_the_window(harness: H
     await first.close()
 
 
+@pytest.mark.features(window_per_level=True)
 async def test_an_urgent_job_passes_full_windows_of_low_ones(harness: Harness) -> None:
     """Behind prefetched low jobs an urgent one waits for as long as they run."""
-    if harness.one_window:
-        pytest.skip("a classic queue has one window for all its levels: the broker's own strict order, below")
     broker, queue = harness.open(), harness.queue()
     await publish(broker, queue, b"1", b"2", b"3", b"4", priority=Priority.LOW)
 
@@ -218,10 +217,9 @@ async def test_an_urgent_job_passes_full_windows_of_low_ones(harness: Harness) -
     assert (await sink.next()).envelope.body == b"now"
 
 
+@pytest.mark.features(window_per_level=False)
 async def test_the_most_urgent_job_that_waits_comes_first_where_levels_share_a_window(harness: Harness) -> None:
     """There the broker alone can put levels into their order."""
-    if not harness.one_window:
-        pytest.skip("each level has its own window: the consumer picks")
     broker, queue = harness.open(), harness.queue()
     for level in reversed(LEVELS):
         await publish(broker, queue, level.value.encode(), priority=level)
@@ -231,7 +229,7 @@ async def test_the_most_urgent_job_that_waits_comes_first_where_levels_share_a_w
     for _ in LEVELS:
         delivery = await sink.next()
         order.append(delivery.envelope.body)
-        broker.done(delivery)
+        delivery.done()
 
     assert order == [level.value.encode() for level in LEVELS]
 
@@ -249,7 +247,7 @@ async def test_two_consumers_share_a_queue_and_no_job_comes_twice(harness: Harne
             except TimeoutError:
                 continue
             got.append(delivery.envelope.body)
-            broker.done(delivery)
+            delivery.done()
 
     workers = asyncio.gather(work(harness.open()), work(harness.open()))
     await asyncio.gather(*(publish(publisher, queue, b"%d" % number) for number in range(200)))
@@ -265,7 +263,7 @@ async def test_done_is_final(harness: Harness) -> None:
 
     consumption, sink = await consume(broker, queue)
     for delivery in await sink.take(3):
-        broker.done(delivery)
+        delivery.done()
         assert delivery.problem is None
     await consumption.close()  # flushes
 
@@ -279,13 +277,13 @@ async def test_what_was_not_settled_comes_back_in_its_order(harness: Harness) ->
 
     consumption, sink = await consume(broker, queue)
     deliveries = await sink.take(3)
-    broker.done(deliveries[1])
+    deliveries[1].done()
     await consumption.close()
 
     assert not any(delivery.live for delivery in deliveries)
     rest = await rest_of(harness, queue, 2)
     assert bodies(rest) == [b"1", b"3"]
-    if broker.features.counts_redelivery:
+    if broker.features(queue).counts_redelivery:
         assert [delivery.redelivered for delivery in rest] == [True, True]
 
 
@@ -298,9 +296,9 @@ async def test_what_was_settled_just_before_the_close_stays_settled(harness: Har
     deliveries = await sink.take(400)
     await consumption.stop_taking()
     for delivery in deliveries[1::2]:
-        broker.give_back(delivery)
+        delivery.give_back()
     for delivery in deliveries[::2]:
-        broker.done(delivery)
+        delivery.done()
     await consumption.close()
 
     assert Counter(bodies(await rest_of(harness, queue, 200))) == Counter(bodies(deliveries[1::2]))
@@ -321,7 +319,7 @@ async def test_jobs_may_be_settled_in_any_order(harness: Harness) -> None:
                 chance.randrange(1, len(held)) if len(held) > 1 and came < 500 else 0
             )  # the first is a long one
             ended.append(delivery.envelope.body)
-            broker.done(delivery)
+            delivery.done()
     await consumption.close()
 
     assert sink.losses == 0
@@ -349,10 +347,10 @@ async def test_a_settlement_has_no_effect_once_the_delivery_is_not_live(harness:
     consumption, sink = await consume(broker, queue)
     delivery = await sink.next()
     await consumption.close()
-    broker.done(delivery)
-    broker.give_back(delivery)
-    await broker.again(delivery, delivery.envelope, delay_s=0, deadline=soon())
-    await broker.bury(delivery, delivery.envelope, deadline=soon())
+    delivery.done()
+    delivery.give_back()
+    await delivery.again(timed(delivery.envelope, soon()))
+    await delivery.bury(timed(delivery.envelope, soon()))
 
     assert bodies(await rest_of(harness, queue, 1)) == [b"1"]
     assert (await depth(harness.admin(), queue)).dead == 0
@@ -367,7 +365,7 @@ async def test_a_job_given_back_goes_to_another_consumer(harness: Harness) -> No
     delivery = await sink.next()
     await consumption.stop_taking()
     _, other_sink = await consume(other, queue)
-    broker.give_back(delivery)
+    delivery.give_back()
     again = await other_sink.next()
 
     assert again.envelope == delivery.envelope
@@ -383,7 +381,7 @@ async def test_after_stop_taking_nothing_comes_and_what_is_held_can_be_settled(h
     await consumption.stop_taking()
     for delivery in held:
         assert delivery.live
-        broker.done(delivery)
+        delivery.done()
     _, other_sink = await consume(harness.open(), queue)
     others = await other_sink.take(2)
 
@@ -425,16 +423,17 @@ async def test_again_delivers_the_new_envelope_and_the_original_is_gone(harness:
 
     consumption, sink = await consume(broker, queue)
     first = await sink.next()
-    retried = msgspec.structs.replace(first.envelope, attempt=2, passes=1, errors="[]", cause="retry", deadline=soon())
+    changed = msgspec.structs.replace(first.envelope, attempt=2, passes=1, errors="[]", cause="retry")
+    retried = timed(changed, soon(), delay_s=delay_s)
     started = time.monotonic()
-    await broker.again(first, retried, delay_s=delay_s, deadline=soon())
+    await first.again(retried)
     second = await sink.next()
     took_s = time.monotonic() - started
 
     assert second.envelope == received(retried)
     assert second.queue == queue
     assert delay_s <= took_s < delay_s * (1 + 1 / 64) + 1
-    broker.done(second)
+    second.done()
     await consumption.close()
     assert await rest_of(harness, queue) == []
     assert (await depth(harness.admin(), queue)).ready == 0
@@ -490,7 +489,7 @@ async def test_a_buried_job_is_kept_byte_for_byte_with_its_origin(harness: Harne
     buried = msgspec.structs.replace(
         delivery.envelope, attempt=4, passes=3, errors=errors, origin=queue.name, cause="bury", deadline=soon()
     )
-    await broker.bury(delivery, buried, deadline=soon())
+    await delivery.bury(timed(buried, soon()))
     await consumption.close()
 
     async with admin.dead(queue) as letters:
@@ -508,7 +507,7 @@ async def test_a_publish_that_cannot_be_confirmed_is_a_documented_error_by_its_d
     await harness.break_publishing()
     started = time.monotonic()
     with pytest.raises((BrokerUnavailable, PublishTimeout)) as raised:
-        await broker.publish(queue, sent := make_envelope(queue), delay_s=0, deadline=started + 1)
+        await broker.publish(queue, timed(sent := make_envelope(queue), started + 1))
     took_s = time.monotonic() - started
 
     assert took_s < 2
@@ -525,17 +524,14 @@ async def test_a_settlement_that_cannot_be_confirmed_leaves_the_delivery_unsettl
     await publish(broker, queue, b"1", b"other")
     consumption, sink = await consume(broker, queue)
     delivery, other = await sink.take(2)
-    await broker.again(
-        other, other.envelope, delay_s=0, deadline=soon()
-    )  # so that it is connected and everything declared
-    broker.done(await sink.next())
+    await other.again(timed(other.envelope, soon()))  # so that it is connected and everything declared
+    (await sink.next()).done()
     envelope = msgspec.structs.replace(delivery.envelope, passes=1, origin=queue.name if verb == "bury" else None)
 
+    envelope = timed(envelope, soon(), delay_s=0.25 if verb == "again later" else 0)
+
     async def settle(deadline: float) -> None:
-        if verb == "bury":
-            await broker.bury(delivery, envelope, deadline=deadline)
-        else:
-            await broker.again(delivery, envelope, delay_s=0.25 if verb == "again later" else 0, deadline=deadline)
+        await (delivery.bury if verb == "bury" else delivery.again)(timed(envelope, deadline))
 
     await harness.break_publishing()
     started = time.monotonic()
@@ -561,7 +557,7 @@ async def test_a_cancelled_publish_ends_and_the_broker_goes_on(harness: Harness)
     await publish(broker, queue, b"before")
 
     await harness.break_publishing()
-    task = asyncio.create_task(broker.publish(queue, make_envelope(queue), delay_s=0, deadline=soon()))
+    task = asyncio.create_task(broker.publish(queue, timed(make_envelope(queue), soon())))
     await asyncio.sleep(0)  # it has begun
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -572,6 +568,7 @@ async def test_a_cancelled_publish_ends_and_the_broker_goes_on(harness: Harness)
     assert {b"before", b"after"} <= set(bodies(await rest_of(harness, queue, 2)))
 
 
+@pytest.mark.features(deletable=True)
 async def test_a_publish_to_a_queue_that_was_deleted_is_unroutable(harness: Harness) -> None:
     """Without this the job goes nowhere, confirmed."""
     broker, queue = harness.open(), harness.queue()
@@ -584,10 +581,9 @@ async def test_a_publish_to_a_queue_that_was_deleted_is_unroutable(harness: Harn
     assert raised.value.queue == queue.name
 
 
+@pytest.mark.features(connected=True)
 async def test_what_a_lost_connection_held_is_not_live_and_comes_again(harness: Harness) -> None:
     """The broker gives it to another worker: who settles it here nevertheless must not touch the other's."""
-    if not harness.connected:
-        pytest.skip("it has no connection that could be lost")
     broker, queue = harness.open(), harness.queue()
     await publish(broker, queue, b"1")
 
@@ -599,10 +595,10 @@ async def test_what_a_lost_connection_held_is_not_live_and_comes_again(harness: 
 
     assert not held.live
     assert (again.envelope, again.live) == (held.envelope, True)
-    if broker.features.counts_redelivery:
+    if broker.features(queue).counts_redelivery:
         assert again.redelivered
-    broker.done(held)  # no effect
-    broker.done(again)
+    held.done()  # no effect
+    again.done()
     await consumption.close()
     assert await rest_of(harness, queue) == []
 
@@ -684,9 +680,9 @@ async def test_foreign_headers_of_any_type_survive_a_retry_and_a_burial(harness:
     await harness.put(queue, b"1", job_id="foreign-1", headers=headers)
     first = await sink.next()
     assert first.envelope.headers == headers
-    await broker.again(first, msgspec.structs.replace(first.envelope, attempt=2), delay_s=0, deadline=soon())
+    await first.again(timed(msgspec.structs.replace(first.envelope, attempt=2), soon()))
     second = await sink.next()
-    await broker.bury(second, msgspec.structs.replace(second.envelope, origin=queue.name), deadline=soon())
+    await second.bury(timed(msgspec.structs.replace(second.envelope, origin=queue.name), soon()))
 
     assert second.envelope.headers == headers
     async with admin.dead(queue) as letters:

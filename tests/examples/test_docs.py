@@ -18,6 +18,7 @@ import pytest
 
 import leveret
 from leveret import Settings
+from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.cli.main import cli, main
 from leveret.settings import Environment
 from tests.conftest import StartNode
@@ -230,11 +231,13 @@ def test_every_setting_stands_in_the_readme_with_its_default() -> None:
         values = [value.strip().strip('`"') for value in default.split(",")]
         rows |= dict(zip(re.findall(r"`(\w+)`", names), values, strict=False))
     units = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20}
-    for field in msgspec.structs.fields(Settings):
+    words = {"True": True, "none": ()}
+    settings = [field for field in msgspec.structs.fields(Settings) if field.default is not None]  # None: deprecated
+    for field in (*settings, *msgspec.structs.fields(RabbitSettings)):
         value, _, unit = rows[field.name].partition(" ")
-        assert field.default == (
-            float(value) * units[unit] if value[0].isdigit() else {"True": True}.get(value, value)
-        ), field.name
+        assert field.default == (float(value) * units[unit] if value[0].isdigit() else words.get(value, value)), (
+            field.name
+        )
 
 
 def test_every_variable_of_the_environment_stands_in_the_readme() -> None:

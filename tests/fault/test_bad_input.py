@@ -20,7 +20,7 @@ from leveret.brokers.rabbitmq.confirms import Unconfirmed
 from leveret.failure import failures_of
 from leveret.runtime import Runtime
 from tests.conftest import StartNode
-from tests.contract.harness import SqliteHarness
+from tests.contract.harness.sqlite import SqliteHarness
 from tests.fault.bench import Bench
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import Found, Raw
@@ -194,7 +194,7 @@ async def test_properties_that_are_not_utf_8_are_buried_with_their_body(
     """A producer in Latin-1 must not be able to end the consumer that reads its texts."""
     one = bench(rabbit.url)
     worker = await one.working()
-    connection = await amqp.connect(addresses(rabbit.url, 15)[0], "test", 10)
+    connection = await amqp.connect(addresses(rabbit.url)[0], "test", 10)
     channel = await connection.channel(10)
     wrong = {
         b"type": frames.TYPE.to_bytes(2, "big") + b"\x04n\xf6te",
@@ -237,7 +237,7 @@ async def test_tables_in_tables_are_buried_at_the_latest_where_they_could_not_be
         + b"\x04deep"
         + b"\x04note"
     )
-    connection = await amqp.connect(addresses(rabbit.url, 15)[0], "test", 10)
+    connection = await amqp.connect(addresses(rabbit.url)[0], "test", 10)
     channel = await connection.channel(10)
     channel.window.publish("", properties, b"not JSON", Unconfirmed("", one.queue.name, time.monotonic() + 10))
     await channel.close()

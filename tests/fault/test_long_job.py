@@ -64,7 +64,7 @@ async def test_short_jobs_leave_no_memory_behind_while_a_long_one_runs(
         tracemalloc.start()
         for count in (10_000, 39_000):
             for _ in range(count):
-                broker.done(await sink.next())
+                (await sink.next()).done()
             kept.append(tracemalloc.get_traced_memory()[0])
         assert long.live
     finally:

@@ -20,7 +20,7 @@ from leveret.ids import new_job_id
 from leveret.job import Queue
 from leveret.runtime import Runtime
 from tests.conftest import StartNode
-from tests.contract.harness import consume, make_envelope, soon
+from tests.contract.harness import consume, make_envelope, soon, timed
 from tests.fault.bench import Bench, eventually, link_to
 from tests.rabbit.node import Node, Rabbit, free_ports
 from tests.rabbit.proxy import FaultProxy
@@ -321,15 +321,15 @@ async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often
     broker, queue = open_broker(node.url, Runtime(app="blocked")), Queue("blocked")
     _, sink = await consume(broker, queue)
     for number in range(20):
-        await broker.publish(queue, make_envelope(queue, b"%d" % number), delay_s=0, deadline=soon())
+        await broker.publish(queue, timed(make_envelope(queue, b"%d" % number), soon()))
     deliveries = await sink.take(20)
 
     async def settled(delivery: Delivery, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         if ending == "again":
-            await broker.again(delivery, delivery.envelope, delay_s=0.25, deadline=deadline)
+            await delivery.again(timed(delivery.envelope, deadline, delay_s=0.25))
         else:
-            await broker.bury(delivery, delivery.envelope, deadline=deadline)
+            await delivery.bury(timed(delivery.envelope, deadline))
 
     await settled(deliveries[0], 20)  # declares what it needs
     await node.ctl("set_vm_memory_high_watermark", "0.0000001")
@@ -341,7 +341,7 @@ async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often
     if ending == "again":
         came = [delivery.envelope.body for delivery in await sink.take(20)]
         # behind any second copy: it waits as long, and was published later
-        await broker.publish(queue, make_envelope(queue, b"last"), delay_s=0.25, deadline=soon())
+        await broker.publish(queue, timed(make_envelope(queue, b"last"), soon(), delay_s=0.25))
         assert (await sink.next()).envelope.body == b"last"
     else:
         async with open_admin(node.url, Runtime(app="blocked")).dead(queue) as letters:
@@ -358,14 +358,14 @@ async def test_a_channel_that_is_lost_costs_no_other_queue_its_last_acks(rabbit:
     broker = open_broker(rabbit.url, Runtime(app="neighbours"))
     queue, other = Queue(f"acks-{new_job_id()}"), Queue(f"lost-{new_job_id()}")
     for number in range(400):
-        await broker.publish(queue, make_envelope(queue, b"%d" % number), delay_s=0, deadline=soon())
-    await broker.publish(other, make_envelope(other), delay_s=0, deadline=soon())
+        await broker.publish(queue, timed(make_envelope(queue, b"%d" % number), soon()))
+    await broker.publish(other, timed(make_envelope(other), soon()))
     _, sink = await consume(broker, queue, other, prefetch=500)
     deliveries = await sink.take(401)
     unsettled = [delivery for delivery in deliveries if delivery.queue is queue][::2]
     for delivery in deliveries:
         if delivery.queue is queue and delivery not in unsettled:
-            broker.done(delivery)
+            delivery.done()
     [lost] = [delivery for delivery in deliveries if delivery.queue is other]
     assert isinstance(lost, RabbitDelivery)
     broken = partial(lost.taker._channel.ack, 1000, multiple=False)  # pyright: ignore[reportPrivateUsage]  # no such tag: it costs the channel

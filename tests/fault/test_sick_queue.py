@@ -162,7 +162,7 @@ async def test_retries_go_on_while_handlers_publish_to_a_queue_that_confirms_not
         async with shop.suspended(rabbit):
             await publisher.publish(shop.Well(0))
             await flooding.wait()
-            links = cast("RabbitBroker", worker.consumer._settlement._broker)._publishing._links
+            links = cast("RabbitBroker", cast("Any", worker.consumer._publisher)._sender._broker)._publishing._links
             await eventually(lambda: links.current is not None and len(links.current.window._unconfirmed) >= 900)
             began = time.monotonic()
             await publisher.publish_many([shop.Well(n) for n in range(1, 201)])

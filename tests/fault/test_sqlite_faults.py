@@ -23,7 +23,7 @@ from leveret.brokers.sqlite import open_admin, open_broker
 from leveret.errors import BrokerUnavailable
 from leveret.job import Queue
 from leveret.runtime import Runtime
-from tests.contract.harness import consume, make_envelope, soon
+from tests.contract.harness import consume, make_envelope, soon, timed
 from tests.fault.apps import diary
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(240)]
@@ -35,6 +35,7 @@ RUNTIME = Runtime(app="fault")
 # Each line of a log is one of a diary. Times are the machine's monotonic clock.
 _COMMON = """
 import asyncio, os, sys, time
+import msgspec
 from leveret.broker import Subscription
 from leveret.brokers.sqlite import lease, open_broker
 from leveret.envelope import Envelope
@@ -60,10 +61,10 @@ async def main():
     async def publish():
         while True:
             job_id = new_job_id()
-            delay_s = 0.1 if job_id[-1] in "01" else 0
+            due_ms = int((time.time() + 0.1) * 1000) if job_id[-1] in "01" else None
             try:
-                await broker.publish(QUEUE, Envelope(job_id=job_id, job="a", queue="jobs", body=os.urandom(200)), delay_s=delay_s,
-                                     deadline=time.monotonic() + 5)
+                await broker.publish(QUEUE, Envelope(job_id=job_id, job="a", queue="jobs", body=os.urandom(200), due_ms=due_ms,
+                                                     deadline=time.monotonic() + 5))
             except PublishError as error:
                 print(error, file=sys.stderr)
             else:
@@ -93,12 +94,13 @@ async def run(delivery):
     say("start", os.getpid(), job_id, time.monotonic(), int(delivery.redelivered))
     await asyncio.sleep(float(delivery.envelope.headers.get("takes_s", 0.01)))
     if delivery.envelope.attempt == 1 and job_id[-1] in "23":
-        again = delivery.envelope.__class__(**{**{f: getattr(delivery.envelope, f) for f in delivery.envelope.__struct_fields__}, "attempt": 2})
+        again = msgspec.structs.replace(delivery.envelope, attempt=2, due_ms=int((time.time() + 0.05) * 1000),
+                                        deadline=time.monotonic() + 30)
         say("again", os.getpid(), job_id, time.monotonic())
-        await broker.again(delivery, again, delay_s=0.05, deadline=time.monotonic() + 30)
+        await delivery.again(again)
         return
     say("done" if delivery.live else "dead", os.getpid(), job_id, time.monotonic())
-    broker.done(delivery)
+    delivery.done()
 
 async def main():
     global broker
@@ -214,7 +216,7 @@ async def test_what_a_killed_worker_held_comes_back_at_once_and_in_order(tmp_pat
     broker = open_broker(f"sqlite:///{path}", RUNTIME)
     sent = [b"%d" % number for number in range(5)]
     for body in sent:
-        await broker.publish(QUEUE, make_envelope(QUEUE, body, headers={"takes_s": 600}), delay_s=0, deadline=soon())
+        await broker.publish(QUEUE, timed(make_envelope(QUEUE, body, headers={"takes_s": 600}), soon()))
     with programs() as running:
         running.append(Program(_WORKER, path, log, "0"))
         while len([words for words in diary.read(log) if words[0] == "start"]) < 5:
@@ -236,9 +238,7 @@ async def test_a_worker_that_was_stopped_for_longer_than_its_lease_settles_nothi
     """A paused container wakes up with jobs that another has done since: its acks must not touch them, and it must know."""
     path, log = tmp_path / "jobs.db", tmp_path / "worked"
     broker = open_broker(f"sqlite:///{path}", RUNTIME)
-    await broker.publish(
-        QUEUE, make_envelope(QUEUE, job_id="job-9", headers={"takes_s": 6}), delay_s=0, deadline=soon()
-    )
+    await broker.publish(QUEUE, timed(make_envelope(QUEUE, job_id="job-9", headers={"takes_s": 6}), soon()))
     with programs() as running:
         running.append(Program(_WORKER, path, log, "1.5"))
         await line(log, "start")
@@ -285,19 +285,14 @@ async def test_a_full_disk_refuses_publishes_and_loses_nothing_that_was_confirme
     async def fill_up() -> None:
         for number in range(1000):
             job_id = f"job-{number}"
-            await broker.publish(
-                QUEUE, make_envelope(QUEUE, os.urandom(20_000), job_id=job_id), delay_s=0, deadline=soon()
-            )
+            await broker.publish(QUEUE, timed(make_envelope(QUEUE, os.urandom(20_000), job_id=job_id), soon()))
             confirmed.append(job_id)
 
     with pytest.raises(BrokerUnavailable, match="full") as raised:
         await fill_up()
     refused = raised.value.job_id
     results = await asyncio.gather(
-        *(
-            broker.publish(QUEUE, make_envelope(QUEUE, os.urandom(20_000)), delay_s=0, deadline=soon())
-            for _ in range(20)
-        ),
+        *(broker.publish(QUEUE, timed(make_envelope(QUEUE, os.urandom(20_000)), soon())) for _ in range(20)),
         return_exceptions=True,
     )
 
@@ -307,8 +302,8 @@ async def test_a_full_disk_refuses_publishes_and_loses_nothing_that_was_confirme
     _, sink = await consume(broker, QUEUE, prefetch=1000)
     deliveries = await sink.take(len(confirmed))
     for delivery in deliveries:
-        broker.done(delivery)
-    await broker.publish(QUEUE, make_envelope(QUEUE, job_id="after"), delay_s=0, deadline=soon())
+        delivery.done()
+    await broker.publish(QUEUE, timed(make_envelope(QUEUE, job_id="after"), soon()))
 
     assert [delivery.envelope.job_id for delivery in deliveries] == confirmed
     assert (await sink.next()).envelope.job_id == "after"
@@ -322,16 +317,16 @@ async def test_settlements_survive_a_full_disk(small_disk: Path, caplog: pytest.
     path = small_disk / "jobs.db"
     broker = open_broker(f"sqlite:///{path}", RUNTIME)
     for _ in range(20):
-        await broker.publish(QUEUE, make_envelope(QUEUE), delay_s=0, deadline=soon())
+        await broker.publish(QUEUE, timed(make_envelope(QUEUE), soon()))
     consumption, sink = await consume(broker, QUEUE)
     deliveries = await sink.take(20)
     ballast = small_disk / "ballast"
     fill(ballast)
 
     for delivery in deliveries[:10]:
-        broker.done(delivery)
+        delivery.done()
     with pytest.raises(BrokerUnavailable):
-        await broker.bury(deliveries[10], deliveries[10].envelope, deadline=soon())
+        await deliveries[10].bury(timed(deliveries[10].envelope, soon()))
     assert deliveries[10].live
     async with asyncio.timeout(30):
         while consumption.ready:
@@ -340,7 +335,7 @@ async def test_settlements_survive_a_full_disk(small_disk: Path, caplog: pytest.
     async with asyncio.timeout(60):
         while not consumption.ready:
             await asyncio.sleep(0.05)
-    await broker.bury(deliveries[10], deliveries[10].envelope, deadline=soon())
+    await deliveries[10].bury(timed(deliveries[10].envelope, soon()))
     row = await depth_of(path)
 
     assert (row.unsettled, row.dead) == (9, 1)

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from pamqp import commands
 
+from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.brokers.rabbitmq import connection as amqp
 from leveret.brokers.rabbitmq.address import addresses
 from leveret.brokers.rabbitmq.channel import Channel
@@ -34,7 +35,7 @@ RAW_PROPERTIES = commands.Basic.Properties(message_id="id-1", delivery_mode=2).m
 
 async def connect(url: str, timeout_s: float = 10) -> Connection:
     """Open a connection."""
-    [address] = addresses(url, 60)
+    [address] = addresses(url, RabbitSettings(heartbeat_s=60))
     return await amqp.connect(address, "test", timeout_s)
 
 
@@ -127,7 +128,7 @@ async def test_a_refused_login_is_one_error_that_names_the_cause(
         await connect(url)
     assert closed.value.code == code
     with pytest.raises(ConfigurationError, match=says) as refused:
-        await connect_session(addresses(url, 60), "test", 10)
+        await connect_session(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
     assert "wr0ng" not in str(refused.value)
 
 
@@ -135,7 +136,7 @@ async def test_a_mechanism_that_the_broker_doesnt_offer_is_named(rabbit: Rabbit)
     """A broker without the plugin: the operator has to read what it does offer."""
     url = f"amqp://127.0.0.1:{port_of(rabbit)}/?auth_mechanism=external"
     with pytest.raises(ConfigurationError, match=r"offers no EXTERNAL login, only .*PLAIN"):
-        await connect_session(addresses(url, 60), "test", 10)
+        await connect_session(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
 
 
 @pytest.mark.fault

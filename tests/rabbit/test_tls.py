@@ -16,6 +16,7 @@ import pytest_asyncio
 import trustme
 from pamqp import commands
 
+from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.brokers.rabbitmq.address import addresses
 from leveret.brokers.rabbitmq.session import connect
 from leveret.errors import ConfigurationError
@@ -118,7 +119,7 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
 
 async def works(url: str) -> None:
     """Connect and have a call answered."""
-    connection = await connect(addresses(url, 60), "test", 10)
+    connection = await connect(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
     try:
         channel = await connection.channel(10)
         await channel.call(commands.Queue.Declare(queue="tls", exclusive=True), 10)
@@ -130,7 +131,7 @@ async def works(url: str) -> None:
 async def refusal(url: str) -> str:
     """Return what the one error says: it must be a ConfigurationError of one line, without a password."""
     with pytest.raises(ConfigurationError) as refused:
-        await connect(addresses(url, 60), "test", 10)
+        await connect(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
     text = str(refused.value)
     assert "\n" not in text
     assert PASSWORD not in text
@@ -193,6 +194,8 @@ def test_a_key_that_isnt_the_certificates_is_an_error_of_tls(tmp_path: Path) -> 
     one, two = authority.issue_cert("a.example"), authority.issue_cert("b.example")
     one.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     two.private_key_pem.write_to_path(tmp_path / "key.pem")
-    [address] = addresses(f"amqps://localhost/?certfile={tmp_path}/cert.pem&keyfile={tmp_path}/key.pem", 60)
+    [address] = addresses(
+        f"amqps://localhost/?certfile={tmp_path}/cert.pem&keyfile={tmp_path}/key.pem", RabbitSettings(heartbeat_s=60)
+    )
     with pytest.raises(ssl.SSLError, match="KEY_VALUES_MISMATCH"):
         address.tls()

@@ -8,8 +8,8 @@ import msgspec
 
 from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, OutgoingOptions, Priority, Publish, PublishOptions, Publisher, Queue, Receipt, Retry, Snooze
 from leveret.middleware import Bound, Bypass, LayerFacts, RateLimit, Readiness, Retries, RetryWaits, Rule, Runtime, Stated, Timeout
-from leveret.testing.lab import Lab, running
-from leveret.testing.lab import attempt as make_attempt
+from leveret.testing import Lab, running
+from leveret.testing import attempt as make_attempt
 from leveret import Pubisher  # wrong: no such name, though one name of leveret is made when it is asked for
 from .programs import Pool, RenderPdf, SendDigest, SendInvoice, Shop, close_old_connections, emails, send_invoice, shop
 

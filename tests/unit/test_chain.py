@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from leveret import App, Attempt, ConfigurationError, Consume, Envelope, Job, Outcome, Publish, Queue, Receipt, Settings
+from leveret import App, Attempt, ConfigurationError, Consume, Envelope, Job, Outcome, Publish, Queue, Receipt
 from leveret.chain import layers_of
 from leveret.middleware import Retries, Timeout
-from leveret.testing.lab import running
+from leveret.testing import running
 
 work = Queue("chain")
 Unchecked: Any = App
@@ -142,15 +142,16 @@ def test_a_layer_of_a_wrong_shape_is_refused_when_the_app_is_made(layers: Any, s
         app.handler(middleware=layers)(one_parameter)
 
 
-def test_a_time_out_that_the_broker_would_undercut_is_refused_at_start() -> None:
+async def test_a_time_out_that_the_broker_would_undercut_is_refused_at_start() -> None:
     """The broker would close the channel under the job and deliver it again, for ever."""
-    app = App("slow", middleware=[Timeout(100)], settings=Settings(consumer_timeout_s=120))
+    app = App("slow", broker="amqp://127.0.0.1:1/?consumer_timeout_s=120", middleware=[Timeout(100)])
 
     @app.handler
     async def run(job: Work) -> None: ...
 
     with pytest.raises(ConfigurationError, match=r"run: a time-out of 100 s is above three quarters"):
-        app.handlers()
+        async with app.worker(queues=[]):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from leveret import App, Attempt, ConfigurationError, Consume, Job, Outcome, Queue, Settings
+from leveret import App, Attempt, ConfigurationError, Consume, Job, Outcome, Queue
 from leveret.cli.description import AppRecord, describe
 from leveret.layer import readiness_of
 from leveret.middleware import LayerFacts, RateLimit, Readiness, Retries, RetryWaits, Rule, Timeout
 from leveret.runtime import Runtime
-from leveret.testing.lab import running
+from leveret.testing import running
 
 Unchecked: Any = LayerFacts
 """What the type checkers would refuse."""
@@ -21,6 +21,10 @@ class Work(Job, name="layer.work", queue=Queue("layer")):
     """A job."""
 
 
+_IMPATIENT = "amqp://127.0.0.1:1/?consumer_timeout_s=120"
+"""A broker that takes a job away after two minutes; nothing here connects to it."""
+
+
 class Own:
     """Middleware of a user's."""
 
@@ -28,8 +32,8 @@ class Own:
         return await proceed(attempt)
 
 
-def make_app(*layers: Any, consumer_timeout_s: float = 1800) -> App[None]:
-    app = App("own", broker="memory://", middleware=layers, settings=Settings(consumer_timeout_s=consumer_timeout_s))
+def make_app(*layers: Any, broker: str = "memory://") -> App[None]:
+    app = App("own", broker=broker, middleware=layers)
 
     @app.handler
     async def run(job: Work) -> None: ...
@@ -173,18 +177,18 @@ async def test_facts_are_read_whatever_the_class() -> None:
     assert (waits.on, waits.max_attempts, waits.immediate) == ("HTTPError", 6, 1)
     assert waits.ceilings_s == [1, 5, 30, 30, 30]
     with pytest.raises(ConfigurationError, match="a time-out of 50 s, with 1 tries in place, is above three quarters"):
-        make_app(Patient(), consumer_timeout_s=120).handlers()
+        await described(make_app(Patient(), broker=_IMPATIENT))
 
 
-def test_tries_in_place_of_one_count_for_the_limit_of_another() -> None:
+async def test_tries_in_place_of_one_count_for_the_limit_of_another() -> None:
     """`Retries` runs a `Timeout` inside it again: three times 40 s hold a delivery longer than 100 s."""
-    app = make_app(Retries(Rule(OSError, immediate=2)), Timeout(40), consumer_timeout_s=120)
+    app = make_app(Retries(Rule(OSError, immediate=2)), Timeout(40), broker=_IMPATIENT)
 
     with pytest.raises(ConfigurationError, match="a time-out of 40 s, with 2 tries in place, is above three quarters"):
-        app.handlers()
+        await described(app)
 
 
-def test_facts_that_change_their_type_later_are_refused_too() -> None:
+async def test_facts_that_change_their_type_later_are_refused_too() -> None:
     """They are read again when a worker starts: there, too, one clear error must come."""
     answers: list[object] = [LayerFacts(), None]
 
@@ -194,7 +198,7 @@ def test_facts_that_change_their_type_later_are_refused_too() -> None:
     app = make_app(own(facts=fickle))
 
     with pytest.raises(ConfigurationError, match=r"^handler \S+run: the middleware Named: facts\(\) returns NoneType"):
-        app.handlers()
+        await described(app)
 
 
 class OnlyReady(Own):

@@ -34,7 +34,7 @@ async def test_what_is_cut_off_after_the_grace_is_delivered_again(harness: Harne
 
     assert not worker.drained
     assert (again.job_id, again.number) == (job_id, 1)
-    if harness.open().features.counts_redelivery:
+    if harness.open().features(queue).counts_redelivery:
         assert again.redelivered
     await assert_empty(harness, queue)
 

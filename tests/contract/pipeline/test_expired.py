@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tests.contract.harness import Harness, depth, make_envelope, soon
+from tests.contract.harness import Harness, depth, make_envelope, soon, timed
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, make_app, publish
 
 
@@ -14,7 +14,7 @@ async def test_an_expired_job_does_not_run_and_is_not_buried(harness: Harness) -
     work = job_class(queue)
     app = make_app(harness, work, runs)
     stale = make_envelope(queue, b'{"n": 1}', job="contract.work", expires_at_ms=int((time.time() - 1) * 1000))
-    await harness.open().publish(queue, stale, delay_s=0, deadline=soon())
+    await harness.open().publish(queue, timed(stale, soon()))
 
     [good] = await publish(app, work(n=2), expires_s=60)
     async with app.worker(queues=[queue.name]):

@@ -9,6 +9,7 @@ from leveret import App, Attempt
 from leveret.consuming.slots import Limits
 from leveret.consuming.worker import Working, working
 from leveret.middleware import RateLimit
+from leveret.outcome import Kind
 from tests.contract.harness import Harness, depth
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, make_app, publish, until
 
@@ -61,5 +62,5 @@ async def test_without_any_grace_what_waits_is_given_back_all_the_same(harness: 
         await until(lambda: worker.consumer.held == 1 and not worker.consumer.busy)
 
     assert worker.drained
-    assert (worker.consumer.counts["notstarted"], worker.consumer.counts["cutoff"]) == (1, 0)
+    assert (worker.consumer.counts[Kind.NOT_STARTED], worker.consumer.counts[Kind.CUT_OFF]) == (1, 0)
     assert (await depth(harness.admin(), queue)).ready == 3

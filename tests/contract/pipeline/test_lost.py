@@ -12,10 +12,9 @@ from tests.contract.harness import Harness
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, make_app, publish
 
 
+@pytest.mark.features(connected=True)
 async def test_a_lost_connection_neither_cancels_a_handler_nor_loses_its_job(harness: Harness) -> None:
     """What runs may have charged a card already: it finishes, and the broker delivers the job again."""
-    if not harness.connected:
-        pytest.skip("it has no connection that could be lost")
     gate = asyncio.Event()
     finished: list[int] = []
 

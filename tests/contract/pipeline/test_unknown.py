@@ -9,7 +9,8 @@ import pytest
 from leveret import Job, Settings
 from leveret.consuming.worker import working
 from leveret.failure import failures_of
-from tests.contract.harness import Harness, make_envelope, soon
+from leveret.outcome import Kind
+from tests.contract.harness import Harness, make_envelope, soon, timed
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, letters_of, make_app, publish, until
 
 
@@ -26,7 +27,7 @@ async def test_a_job_that_no_handler_here_knows_waits_and_then_is_buried(
     app = make_app(harness, work, runs, Settings(unknown_grace_s=0.5))
 
     unknown = make_envelope(queue, **fields)
-    await harness.open().publish(queue, unknown, delay_s=0, deadline=soon())
+    await harness.open().publish(queue, timed(unknown, soon()))
     [good] = await publish(app, work(n=2))
     async with app.worker(queues=[queue.name]):
         assert (await runs.next()).job_id == good
@@ -49,7 +50,7 @@ async def test_an_unknown_job_runs_once_a_worker_that_knows_it_is_there(harness:
     new = make_app(harness, Novelty, new_runs)
     async with working(old, queues=[queue.name]) as worker:
         [job_id] = await publish(new, Novelty(n=1))
-        await until(lambda: worker.consumer.counts["unknown"] == 1)
+        await until(lambda: worker.consumer.counts[Kind.UNKNOWN] == 1)
     async with new.worker(queues=[queue.name]):
         attempt = await new_runs.next()
 

@@ -154,12 +154,23 @@ async def test_without_retries_it_says_that_a_failure_buries() -> None:
 
 async def test_queues_say_how_their_levels_are_served() -> None:
     """That a classic queue may starve its low level must be known before it does."""
-    orders = {queue.name: (queue.type, queue.levels, queue.order) for queue in (await described()).queues}
+    record = await described(broker="amqp://shop:hunter2@rabbit.example/")
+    orders = {queue.name: (queue.type, queue.levels, queue.order) for queue in record.queues}
 
     levels = ["urgent", "high", "normal", "low"]
     assert orders["emails"] == ("quorum", levels, "by level, with ageing: no level starves")
-    assert orders["reports"] == ("classic", levels, "strict on RabbitMQ: the lower levels may starve")
+    assert orders["reports"] == ("classic", levels, "strict, by the broker: the lower levels may starve")
     assert orders["plain"] == ("quorum", ["normal"], "one level, first in, first out")
+
+
+async def test_a_queue_type_that_a_broker_does_not_know_is_shown_as_ignored() -> None:
+    """An app with classic queues runs on SQLite and in tests; somebody who expects RabbitMQ's order there must be told."""
+    record = await described()
+    [reports] = [queue for queue in record.queues if queue.name == "reports"]
+
+    assert (reports.type, reports.type_ignored) == ("classic", True)
+    assert reports.order == "by level, with ageing: no level starves"
+    assert "queue reports (classic, which this broker ignores; " in text_of(record)
 
 
 async def test_on_rabbitmq_the_physical_queues_are_named() -> None:
@@ -217,8 +228,12 @@ async def test_what_a_worker_would_refuse_is_refused_here() -> None:
 
     with pytest.raises(ConfigurationError, match="two handlers for job 'mail'"):
         await describe(twice, NOW)
-    with pytest.raises(ConfigurationError, match="three quarters of consumer_timeout_s"):
-        await described(middleware=[Timeout(1799)])
+    with pytest.raises(
+        ConfigurationError, match="three quarters of the 1800 s after which the broker takes a job away"
+    ):
+        await described(broker="amqp://127.0.0.1:1/", middleware=[Timeout(1799)])
+    unlimited = await described(broker="sqlite:///jobs.db", middleware=[Timeout(1799)])
+    assert 1799 in {handler.timeout_s for handler in unlimited.handlers}
     with pytest.raises(ConfigurationError, match="has no known scheme"):
         await described(broker="rabbit://host/")
 

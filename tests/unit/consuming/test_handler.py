@@ -11,8 +11,8 @@ import pytest
 
 from leveret import App, Attempt, Bury, ConfigurationError, Done, Job, Queue, Retry, Snooze
 from leveret.middleware import Timeout
-from leveret.testing.lab import attempt as make_attempt
-from leveret.testing.lab import running
+from leveret.testing import attempt as make_attempt
+from leveret.testing import running
 
 if TYPE_CHECKING:
     from nowhere import Missing  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]

@@ -11,7 +11,7 @@ import pytest
 from leveret import App
 from leveret.middleware import Retries, Tracing
 from leveret.middleware.instrumentor import LeveretInstrumentor
-from leveret.testing.lab import running
+from leveret.testing import running
 from tests.unit.middleware.test_tracing import Spans
 from tests.unit.runs import Greet
 

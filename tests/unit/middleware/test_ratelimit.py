@@ -14,7 +14,7 @@ from leveret.brokers.rabbitmq.topology import UNIT_MS, delay_units
 from leveret.clock import ManualClock
 from leveret.middleware import RateLimit, Retries
 from leveret.runtime import Runtime
-from leveret.testing.lab import running
+from leveret.testing import running
 from tests.unit.runs import QUEUE, Greet, attempt, chain, runtime
 
 

@@ -13,7 +13,7 @@ import pytest
 from leveret import App, Attempt, Bury, Done, Expired, Outcome, Retry, Snooze
 from leveret.clock import ManualClock
 from leveret.middleware import RateLimit, Retries, Rule
-from leveret.testing.lab import running
+from leveret.testing import running
 from tests.unit.runs import Greet, attempt, chain, runtime
 
 

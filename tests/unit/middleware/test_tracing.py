@@ -20,7 +20,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from leveret import App, Attempt, Bury, Envelope, Job, Outcome, Queue, Receipt, Retry, Snooze
 from leveret.middleware import Retries, Tracing
-from leveret.testing.lab import running
+from leveret.testing import running
 from tests.unit.runs import Greet, attempt, chain
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

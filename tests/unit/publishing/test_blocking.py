@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from leveret import App, InvalidJob, Job, Outgoing, Queue
-from leveret.testing.lab import running
+from leveret.testing import running
 
 notes = Queue("notes")
 

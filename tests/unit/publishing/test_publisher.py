@@ -29,7 +29,7 @@ from leveret import (
     Settings,
 )
 from leveret.headers import HeaderValue
-from leveret.testing.lab import Lab, running
+from leveret.testing import Lab, running
 
 mails = Queue("mails")
 

@@ -14,20 +14,20 @@ from leveret.broker import Subscription
 from leveret.brokers.memory import MemoryBroker, MemoryStore, open_admin, open_broker
 from leveret.brokers.memory.admin import MemoryAdmin
 from leveret.brokers.memory.store import memory_store
-from leveret.clock import ManualClock, SystemClock
+from leveret.clock import Clock, ManualClock, SystemClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
-from tests.contract.harness import Recorder, consume, make_envelope, soon
+from tests.contract.harness import Recorder, consume, make_envelope, soon, timed
 
 QUEUE = Queue("jobs")
 RUNTIME = Runtime(app="contract")
 
 
-async def publish(broker: MemoryBroker, *bodies: bytes, delay_s: float = 0.0) -> None:
+async def publish(broker: MemoryBroker, *bodies: bytes, delay_s: float = 0.0, clock: Clock | None = None) -> None:
     """Publish one job a body, in order."""
     for body in bodies:
-        await broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=delay_s, deadline=soon())
+        await broker.publish(QUEUE, timed(make_envelope(QUEUE, body), soon(), delay_s=delay_s, clock=clock))
 
 
 async def test_a_url_names_one_store_of_the_process() -> None:
@@ -70,7 +70,7 @@ async def test_a_delayed_job_comes_when_the_clock_says_so() -> None:
     broker = MemoryBroker(store, Runtime(app="contract", clock=clock))
     _, sink = await consume(broker, QUEUE)
 
-    await publish(broker, b"later", delay_s=3600)
+    await publish(broker, b"later", delay_s=3600, clock=clock)
     clock.advance(3599.9)
     await publish(broker, b"now")
     assert (await sink.next()).envelope.body == b"now"
@@ -88,10 +88,10 @@ async def test_a_job_put_off_twice_is_woken_at_the_earlier_time_again() -> None:
     broker = MemoryBroker(MemoryStore(), Runtime(app="contract", clock=clock))
     _, sink = await consume(broker, QUEUE)
 
-    await publish(broker, b"late", delay_s=100)
-    await publish(broker, b"early", delay_s=10)
+    await publish(broker, b"late", delay_s=100, clock=clock)
+    await publish(broker, b"early", delay_s=10, clock=clock)
     await publish(broker, b"now")
-    broker.done(await sink.next())  # so that the timer is armed
+    (await sink.next()).done()  # so that the timer is armed
     clock.advance(10)
     assert (await sink.next()).envelope.body == b"early"
     clock.advance(90)
@@ -106,15 +106,15 @@ async def test_refuse_stops_every_publish_and_accept_ends_it() -> None:
     _, sink = await consume(broker, QUEUE)
     await publish(broker, b"1", b"2")
     first, second = await sink.take(2)
-    await broker.bury(first, first.envelope, deadline=soon())
+    await first.bury(timed(first.envelope, soon()))
 
     store.refuse("down for a test")
     with pytest.raises(BrokerUnavailable, match="down for a test"):
         await publish(broker, b"3")
     with pytest.raises(BrokerUnavailable):
-        await broker.again(second, second.envelope, delay_s=1, deadline=soon())
+        await second.again(timed(second.envelope, soon(), delay_s=1))
     with pytest.raises(BrokerUnavailable):
-        await broker.bury(second, second.envelope, deadline=soon())
+        await second.bury(timed(second.envelope, soon()))
     async with admin.dead(QUEUE) as letters:
         [letter] = [letter async for letter in letters]
         with pytest.raises(BrokerUnavailable):
@@ -146,12 +146,12 @@ async def test_disconnect_returns_what_is_held_and_says_so_first() -> None:
 
     consumption, sink = await consume(broker, QUEUE, sink=Order())
     first, second = await sink.take(2)
-    broker.done(first)
+    first.done()
     store.disconnect()
 
     assert not second.live
     assert not consumption.ready
-    await broker.bury(second, second.envelope, deadline=soon())  # too late: no effect
+    await second.bury(timed(second.envelope, soon()))  # too late: no effect
     again = await sink.next()
     assert (again.envelope.body, again.redelivered, again.live) == (b"2", True, True)
     assert heard == [(b"1", False), (b"2", False), "lost", (b"2", True)]
@@ -200,7 +200,7 @@ async def test_a_job_given_back_stands_where_it_stood() -> None:
     await publish(broker, b"1", b"2", b"3")
     consumption, sink = await consume(broker, QUEUE, prefetch=2)
     for delivery in await sink.take(2):
-        broker.give_back(delivery) if delivery.envelope.body == b"1" else broker.done(delivery)
+        delivery.give_back() if delivery.envelope.body == b"1" else delivery.done()
     await consumption.close()
 
     _, sink = await consume(broker, QUEUE)
@@ -230,9 +230,7 @@ async def test_a_deadline_that_passed_before_the_publish_is_a_timeout_that_publi
     store = MemoryStore()
 
     with pytest.raises(PublishTimeout) as raised:
-        await MemoryBroker(store, RUNTIME).publish(
-            QUEUE, make_envelope(QUEUE), delay_s=0, deadline=time.monotonic() - 1
-        )
+        await MemoryBroker(store, RUNTIME).publish(QUEUE, timed(make_envelope(QUEUE), time.monotonic() - 1))
 
     assert not raised.value.maybe_published
     assert store.state(SystemClock()).ready == 0
@@ -255,9 +253,7 @@ async def test_an_envelope_is_a_copy() -> None:
     headers: dict[str, object] = {"x-tenant-id": "a", "x-death": "the broker's own isn't passed on"}
     _, sink = await consume(broker, QUEUE)
 
-    await broker.publish(
-        QUEUE, msgspec.structs.replace(make_envelope(QUEUE), headers=headers), delay_s=0, deadline=soon()
-    )
+    await broker.publish(QUEUE, timed(msgspec.structs.replace(make_envelope(QUEUE), headers=headers), soon()))
     headers["x-tenant-id"] = "b"
 
     assert (await sink.next()).envelope.headers == {"x-tenant-id": "a"}

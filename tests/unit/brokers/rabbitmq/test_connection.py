@@ -18,6 +18,7 @@ from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
 from leveret import App, Job, PublishTimeout, Queue
+from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.brokers.rabbitmq import connection as amqp
 from leveret.brokers.rabbitmq.address import Address, addresses
 from leveret.brokers.rabbitmq.channel import Channel
@@ -96,7 +97,9 @@ async def listening(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter]
 
     server = await asyncio.start_server(served, "127.0.0.1", 0)
     try:
-        [address] = addresses(f"amqp://u:p@127.0.0.1:{server.sockets[0].getsockname()[1]}/", 60)
+        [address] = addresses(
+            f"amqp://u:p@127.0.0.1:{server.sockets[0].getsockname()[1]}/", RabbitSettings(heartbeat_s=60)
+        )
         yield address
     finally:
         server.close()

@@ -20,13 +20,13 @@ from leveret.broker import Broker, Subscription
 from leveret.brokers.sqlite import lease, open_admin, open_broker
 from leveret.brokers.sqlite.identity import known_dead, my_identity
 from leveret.brokers.sqlite.write import Run
-from leveret.clock import ManualClock
+from leveret.clock import Clock, ManualClock
 from leveret.consuming.settlement import Settlement
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, PublishTimeout
 from leveret.job import Queue
 from leveret.outcome import Retry
 from leveret.runtime import Runtime
-from tests.contract.harness import PATIENCE_S, Recorder, consume, make_envelope, soon
+from tests.contract.harness import PATIENCE_S, Recorder, consume, make_envelope, soon, timed
 
 QUEUE = Queue("jobs")
 RUNTIME = Runtime(app="unit")
@@ -51,10 +51,10 @@ async def opened(path: Path) -> AsyncGenerator[Callable[..., Broker]]:
         await broker.close()
 
 
-async def publish(broker: Broker, *bodies: bytes, delay_s: float = 0.0) -> None:
+async def publish(broker: Broker, *bodies: bytes, delay_s: float = 0.0, clock: Clock | None = None) -> None:
     """Publish one job a body, in order."""
     for body in bodies:
-        await broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=delay_s, deadline=soon())
+        await broker.publish(QUEUE, timed(make_envelope(QUEUE, body), soon(), delay_s=delay_s, clock=clock))
 
 
 async def ready_count(path: Path) -> int:
@@ -90,7 +90,7 @@ async def test_a_publish_whose_deadline_passed_under_a_lock_is_never_written(
     with locked(path):
         started = time.monotonic()
         with pytest.raises(PublishTimeout, match="locked by another process") as raised:
-            await broker.publish(QUEUE, make_envelope(QUEUE, job_id="late"), delay_s=0, deadline=started + 0.3)
+            await broker.publish(QUEUE, timed(make_envelope(QUEUE, job_id="late"), started + 0.3))
         took = time.monotonic() - started
     await publish(broker, b"after")
 
@@ -106,11 +106,11 @@ async def test_a_short_deadline_is_not_held_up_by_a_long_one(path: Path, opened:
     await publish(broker, b"before")
 
     with locked(path):
-        long = asyncio.create_task(broker.publish(QUEUE, make_envelope(QUEUE), delay_s=0, deadline=soon()))
+        long = asyncio.create_task(broker.publish(QUEUE, timed(make_envelope(QUEUE), soon())))
         await asyncio.sleep(0.05)
         started = time.monotonic()
         with pytest.raises(PublishTimeout):
-            await broker.publish(QUEUE, make_envelope(QUEUE), delay_s=0, deadline=started + 0.1)
+            await broker.publish(QUEUE, timed(make_envelope(QUEUE), started + 0.1))
         took = time.monotonic() - started
         assert not long.done()
     await long
@@ -124,7 +124,7 @@ async def test_opening_is_inside_the_deadline(path: Path, opened: Callable[..., 
     await publish(opened(), b"before")
 
     with locked(path), pytest.raises(PublishTimeout) as raised:
-        await opened().publish(QUEUE, make_envelope(QUEUE), delay_s=0, deadline=time.monotonic() + 0.2)
+        await opened().publish(QUEUE, timed(make_envelope(QUEUE), time.monotonic() + 0.2))
 
     assert not raised.value.maybe_published
 
@@ -135,7 +135,7 @@ async def test_a_cancelled_publish_is_not_written_later(path: Path, opened: Call
     await publish(broker, b"before")
 
     with locked(path):
-        cancelled = asyncio.create_task(broker.publish(QUEUE, make_envelope(QUEUE), delay_s=0, deadline=soon()))
+        cancelled = asyncio.create_task(broker.publish(QUEUE, timed(make_envelope(QUEUE), soon())))
         await asyncio.sleep(0.05)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -154,7 +154,7 @@ async def test_done_under_a_lock_is_kept_until_it_can_be_written(path: Path, ope
 
     with locked(path):
         for delivery in deliveries:
-            broker.done(delivery)
+            delivery.done()
         await asyncio.sleep(0.2)
     await consumption.close()
 
@@ -173,10 +173,10 @@ async def test_a_settlement_that_timed_out_leaves_the_job_claimed_and_can_be_tri
     with locked(path):
         for _ in range(3):
             with pytest.raises(PublishTimeout):
-                await broker.again(delivery, delivery.envelope, delay_s=60, deadline=time.monotonic() + 0.1)
+                await delivery.again(timed(delivery.envelope, time.monotonic() + 0.1, delay_s=60))
         assert delivery.live
-    await broker.again(delivery, delivery.envelope, delay_s=60, deadline=soon())
-    await broker.again(delivery, delivery.envelope, delay_s=60, deadline=soon())  # a repeat has no effect
+    await delivery.again(timed(delivery.envelope, soon(), delay_s=60))
+    await delivery.again(timed(delivery.envelope, soon(), delay_s=60))  # a repeat has no effect
     await consumption.close()
 
     with closing(sqlite3.connect(path)) as file:
@@ -194,7 +194,7 @@ async def test_a_retry_committed_after_its_deadline_is_done_and_not_lost(
     delivery = await sink.next()
     await consumption.stop_taking()
 
-    rest = Settlement(broker, [], Runtime(app="unit", clock=clock)).settle(delivery, Retry(0), None, None)
+    rest = Settlement([], Runtime(app="unit", clock=clock)).settle(delivery, Retry(0), None, None)
     assert rest is not None
     settling = asyncio.create_task(rest)
     store = cast("Any", broker)._store  # what hangs is in the same transaction
@@ -241,7 +241,7 @@ async def test_closing_under_a_lock_ends(
     delivery = await sink.next()
 
     with locked(path):
-        broker.done(delivery)
+        delivery.done()
         async with asyncio.timeout(5):
             await broker.close()
         with pytest.raises(BrokerUnavailable, match="closed"):
@@ -257,8 +257,8 @@ async def test_a_job_given_back_keeps_its_place_and_was_not_started(opened: Call
     first, second = await sink.take(2)
     await consumption.stop_taking()
 
-    broker.give_back(second)
-    broker.give_back(first)
+    second.give_back()
+    first.give_back()
     await consumption.close()
     _, sink = await consume(opened(), QUEUE)
 
@@ -274,19 +274,19 @@ async def test_a_job_that_falls_due_joins_the_tail(opened: Callable[..., Broker]
     clock = ManualClock()
     broker = opened(Runtime(app="unit", clock=clock))
     for delay_s, body in ((20.0, b"late"), (10.0, b"early"), (0.0, b"now")):
-        await publish(broker, body, delay_s=delay_s)
+        await publish(broker, body, delay_s=delay_s, clock=clock)
     consumption, sink = await consume(broker, QUEUE, prefetch=1)
     now = await sink.next()
     clock.advance(30)
     await asyncio.sleep(0.2)  # the poll sees that the time has come
     await publish(broker, b"after")
-    broker.done(now)
+    now.done()
 
     order = [now.envelope.body]
     for _ in range(3):
         delivery = await sink.next()
         order.append(delivery.envelope.body)
-        broker.done(delivery)
+        delivery.done()
     await consumption.close()
 
     assert order == [b"now", b"early", b"late", b"after"]
@@ -308,7 +308,7 @@ async def test_many_jobs_due_at_once_keep_their_order(opened: Callable[..., Brok
     sent = [b"%d" % number for number in range(2500)]
     await asyncio.gather(
         *(
-            broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=1 + n / 1000, deadline=soon())
+            broker.publish(QUEUE, timed(make_envelope(QUEUE, body), soon(), delay_s=1 + n / 1000, clock=clock))
             for n, body in enumerate(sent)
         )
     )
@@ -326,9 +326,7 @@ async def test_a_job_that_cannot_be_stored_fails_alone(path: Path, opened: Calla
     jobs[7] = msgspec.structs.replace(jobs[7], correlation_id="\ud800")
     jobs[12] = msgspec.structs.replace(jobs[12], created_s=1 << 70)
 
-    results = await asyncio.gather(
-        *(broker.publish(QUEUE, job, delay_s=0, deadline=soon()) for job in jobs), return_exceptions=True
-    )
+    results = await asyncio.gather(*(broker.publish(QUEUE, timed(job, soon())) for job in jobs), return_exceptions=True)
 
     assert [number for number, result in enumerate(results) if result is not None] == [7, 12]
     assert all(isinstance(results[number], PublishError) for number in (7, 12))
@@ -338,7 +336,7 @@ async def test_a_job_that_cannot_be_stored_fails_alone(path: Path, opened: Calla
 async def test_a_header_that_cannot_be_stored_is_refused(opened: Callable[..., Broker]) -> None:
     """Headers of other brokers' making may hold anything."""
     with pytest.raises(PublishError, match="header"):
-        await opened().publish(QUEUE, make_envelope(QUEUE, headers={"x": object()}), delay_s=0, deadline=soon())
+        await opened().publish(QUEUE, timed(make_envelope(QUEUE, headers={"x": object()}), soon()))
 
 
 async def test_large_bodies_are_committed_some_at_a_time(path: Path, opened: Callable[..., Broker]) -> None:
@@ -346,9 +344,7 @@ async def test_large_bodies_are_committed_some_at_a_time(path: Path, opened: Cal
     broker = opened()
     body = os.urandom(9 << 20)
 
-    await asyncio.gather(
-        *(broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=0, deadline=soon(60)) for _ in range(8))
-    )
+    await asyncio.gather(*(broker.publish(QUEUE, timed(make_envelope(QUEUE, body), soon(60))) for _ in range(8)))
 
     assert await ready_count(path) == 8
 
@@ -398,7 +394,7 @@ async def test_a_row_that_is_not_utf_8_stops_nobody_and_can_be_buried(
         await sink.next()
 
     bad, good = await sink.take(2)
-    await broker.bury(bad, bad.envelope, deadline=soon())
+    await bad.bury(timed(bad.envelope, soon()))
 
     assert good.envelope.body == b"2"
     assert bad.envelope.body == b"bad"
@@ -420,7 +416,7 @@ async def test_a_letter_that_is_not_utf_8_is_read_replayed_and_dropped(
     await publish(broker, b"1")
     consumption, sink = await consume(broker, QUEUE)
     delivery = await sink.next()
-    await broker.bury(delivery, delivery.envelope, deadline=soon())
+    await delivery.bury(timed(delivery.envelope, soon()))
     await consumption.close()
     poison(path, column, "dead", "to be replayed")
     poison(path, column, "dead", "to be dropped")
@@ -453,7 +449,7 @@ async def test_a_worker_that_shows_no_life_loses_what_it_holds_and_hears_of_it(
         file.execute("DELETE FROM workers")
 
     await asyncio.wait_for(sink.lost_once.wait(), PATIENCE_S)
-    broker.done(held)
+    held.done()
     again = await sink.next()
 
     assert not held.live
@@ -605,13 +601,11 @@ async def test_space_is_given_back(path: Path, opened: Callable[..., Broker], mo
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     broker = opened()
     bodies = [os.urandom(64 << 10)] * 200
-    await asyncio.gather(
-        *(broker.publish(QUEUE, make_envelope(QUEUE, body), delay_s=0, deadline=soon()) for body in bodies)
-    )
+    await asyncio.gather(*(broker.publish(QUEUE, timed(make_envelope(QUEUE, body), soon())) for body in bodies))
     _, sink = await consume(broker, QUEUE, prefetch=200)
 
     for delivery in await sink.take(200):
-        broker.done(delivery)
+        delivery.done()
 
     with closing(sqlite3.connect(path)) as file:
         await until(lambda: file.execute("PRAGMA page_count").fetchone()[0] < 1500)

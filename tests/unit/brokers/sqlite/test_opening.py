@@ -19,14 +19,14 @@ from leveret.brokers.sqlite.broker import path_of
 from leveret.errors import ConfigurationError
 from leveret.job import Queue
 from leveret.runtime import Runtime
-from tests.contract.harness import Recorder, make_envelope, soon
+from tests.contract.harness import Recorder, make_envelope, soon, timed
 
 QUEUE = Queue("jobs")
 RUNTIME = Runtime(app="unit")
 
 
 async def publish(broker: Broker) -> None:
-    await broker.publish(QUEUE, make_envelope(QUEUE), delay_s=0, deadline=soon())
+    await broker.publish(QUEUE, timed(make_envelope(QUEUE), soon()))
 
 
 def exists(path: Path) -> bool:
@@ -163,7 +163,7 @@ async def test_a_damaged_file_is_said_and_not_retried(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
     broker = open_broker(f"sqlite:///{path}", RUNTIME)
     for _ in range(50):
-        await broker.publish(QUEUE, make_envelope(QUEUE, b"x" * 4000), delay_s=0, deadline=soon())
+        await broker.publish(QUEUE, timed(make_envelope(QUEUE, b"x" * 4000), soon()))
     await broker.close()
     content = bytearray(path.read_bytes())
     content[4096:] = os.urandom(len(content) - 4096)
@@ -187,7 +187,7 @@ if os.geteuid() == 0:  # root may write anything
 async def main():
     broker = open_broker(sys.argv[1], Runtime(app="unit"))
     try:
-        await broker.publish(Queue("jobs"), Envelope(job_id="1", job="a", queue="jobs"), delay_s=0, deadline=asyncio.get_running_loop().time() + 5)
+        await broker.publish(Queue("jobs"), Envelope(job_id="1", job="a", queue="jobs", deadline=asyncio.get_running_loop().time() + 5))
     except ConfigurationError as error:
         print(error)
     await broker.close()

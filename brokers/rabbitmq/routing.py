@@ -1,0 +1,54 @@
+"""Where a job goes: its level now, or the delay ladder until it is due."""
+
+from __future__ import annotations
+
+from leveret.clock import Clock
+from leveret.envelope import Envelope
+from leveret.errors import InvalidJob
+from leveret.job import Priority, Queue
+
+from . import topology
+from .properties import priority_property
+from .publishing import Publishing, encoded
+from .route import Route
+
+
+class Routing:
+    """The routes of one broker; those without a delay are made once."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._known: dict[tuple[str, Priority], Route] = {}
+
+    def level(self, queue: Queue, level: Priority) -> Route:
+        """Return the route to a level of `queue`."""
+        known = self._known.get((queue.name, level))
+        if known is None or (known.queue is not queue and known.queue != queue):
+            exchange, key = topology.route(queue, level, 0)
+            priority = priority_property(queue, level)
+            known = self._known[queue.name, level] = Route(exchange, key, priority, queue, None, kept=True)
+        return known
+
+    def dead(self, queue: Queue) -> Route:
+        """Return the route to the dead letters of `queue`."""
+        return Route(topology.DEAD, queue.name, None, queue, None, topology.dead_queue(queue.name))
+
+    async def ready(self, queue: Queue, envelope: Envelope, publishing: Publishing) -> Route:
+        """Return the route of `envelope`; of a delay, of what is left once all that the ladder needs is declared on `publishing`."""
+        route = self._route(queue, envelope)
+        if route.ladder is not None and not publishing.ready(route):
+            encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
+            await publishing.prepare(route, envelope, envelope.deadline)
+            route = self._route(queue, envelope)  # connecting and declaring took a part of the delay
+        return route
+
+    def _route(self, queue: Queue, envelope: Envelope) -> Route:
+        delay_s = 0.0 if envelope.due_ms is None else envelope.due_in_s(self._clock.now())
+        if not delay_s:
+            return self.level(queue, envelope.priority)
+        try:
+            exchange, key = topology.route(queue, envelope.priority, delay_s)
+        except ValueError as error:
+            msg = f"{envelope.job} to queue {queue.name}: {error}"
+            raise InvalidJob(msg, job_id=envelope.job_id) from None
+        return Route(exchange, key, priority_property(queue, envelope.priority), queue, queue.type)

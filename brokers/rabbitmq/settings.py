@@ -1,0 +1,32 @@
+"""What an operator may set of RabbitMQ: in code, by `Settings(brokers=[RabbitSettings(…)])`, or in the URL, which wins."""
+
+from __future__ import annotations
+
+import msgspec
+
+from leveret.settings import Settings, check_seconds
+
+
+class RabbitSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the RabbitMQ broker; ValueError for what can't be."""
+
+    heartbeat_s: float = 15.0
+    """Asked of the broker; a dead peer is noticed after about three of them. Whole seconds from 1 to 3600."""
+    consumer_timeout_s: float = 1800.0
+    """The broker's limit for an unacked delivery (RabbitMQ's `consumer_timeout`); a `Timeout` must stay under 3/4 of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_s", "consumer_timeout_s"):
+            check_seconds(f"RabbitSettings: {name}", getattr(self, name))
+        if not 1 <= self.heartbeat_s <= 3600:
+            msg = f"RabbitSettings: heartbeat_s must be 1 to 3600, not {self.heartbeat_s}"
+            raise ValueError(msg)
+
+
+def rabbit_settings(settings: Settings) -> RabbitSettings:
+    """Return the `RabbitSettings` among an app's settings; the defaults, and deprecated keywords, where there are none."""
+    for found in settings.brokers:
+        if isinstance(found, RabbitSettings):
+            return found
+    given = {"heartbeat_s": settings.heartbeat_s, "consumer_timeout_s": settings.consumer_timeout_s}
+    return RabbitSettings(**{name: value for name, value in given.items() if value is not None})

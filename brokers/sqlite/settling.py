@@ -1,0 +1,56 @@
+"""What becomes of a delivery: each verb is one transaction, shared with whatever else is written in that turn."""
+
+from __future__ import annotations
+
+from typing import final
+
+import msgspec
+
+from leveret.clock import Clock
+from leveret.envelope import Envelope
+
+from .delivery import SqliteDelivery
+from .rows import packed
+from .store import Store
+from .write import Again, Bury
+
+
+@final
+class Settling:
+    """Settles the deliveries of one broker; see `leveret.broker.Delivery`."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    def done(self, delivery: SqliteDelivery) -> None:
+        """Delete the row; where the file is locked, that is tried until it succeeds."""
+        if delivery.unsettled:
+            self._store.done(delivery)
+
+    async def again(self, delivery: SqliteDelivery, envelope: Envelope) -> None:
+        """Put `envelope` into the queue in one transaction with the ack; no effect where a late commit settled the delivery."""
+        if delivery.unsettled:
+            name = delivery.queue.name
+            row = packed(name, envelope, when_ms(envelope, self._clock))
+            about = f"job {envelope.job_id}, to go again to queue {name!r},"
+            await self._store.run(Again(about, delivery, row, envelope.deadline))
+
+    async def bury(self, delivery: SqliteDelivery, envelope: Envelope) -> None:
+        """Put `envelope` among the dead letters in one transaction with the ack; no effect where a late commit settled the delivery."""
+        if delivery.unsettled:
+            name = delivery.queue.name
+            buried = msgspec.structs.replace(envelope, origin=envelope.origin or name)
+            row = packed(name, buried, int(self._clock.now() * 1000))
+            about = f"job {envelope.job_id}, to be buried from queue {name!r},"
+            await self._store.run(Bury(about, delivery, row, envelope.deadline))
+
+    def give_back(self, delivery: SqliteDelivery) -> None:
+        """Free the row; it keeps its place, and doesn't count as redelivered."""
+        if delivery.unsettled:
+            self._store.give_back(delivery)
+
+
+def when_ms(envelope: Envelope, clock: Clock) -> int | None:
+    """Return the moment before which a job isn't claimed, Unix ms; None where it may run at once."""
+    return envelope.due_ms if envelope.due_in_s(clock.now()) else None

@@ -1,0 +1,19 @@
+"""What the conformance suite needs of a broker beyond the contract; a file per broker.
+
+A lever is a fault of the real thing, no mock: the memory broker's own switch, another connection's exclusive lock on the SQLite file,
+a link to RabbitMQ on which nothing moves any more.
+"""
+
+from tests.contract.harness.base import (
+    PATIENCE_S,
+    Harness,
+    Recorder,
+    consume,
+    depth,
+    make_envelope,
+    received,
+    soon,
+    timed,
+)
+
+__all__ = ["PATIENCE_S", "Harness", "Recorder", "consume", "depth", "make_envelope", "received", "soon", "timed"]

@@ -1,0 +1,57 @@
+"""The memory broker under test; broken by its own switch."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from leveret.brokers.memory import MemoryStore
+from leveret.brokers.memory.store import memory_store
+from leveret.envelope import JSON
+from leveret.job import Queue
+from tests.contract.harness.base import Harness
+
+
+class MemoryHarness(Harness):
+    """The memory broker, on a store under a name that nobody else has."""
+
+    example = "memory://"
+
+    def __init__(self) -> None:
+        super().__init__(f"{self.example}{uuid.uuid4().hex}")
+        self.store = self.open_store(self.url)
+
+    def open_store(self, url: str) -> MemoryStore:
+        """The store behind `url`."""
+        return memory_store(url)
+
+    async def put(
+        self,
+        queue: Queue,
+        body: bytes,
+        *,
+        job: str = "",
+        job_id: str | None = None,
+        content_type: str = JSON,
+        content_encoding: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.store.inject(
+            queue.name,
+            body,
+            job=job,
+            job_id=job_id,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            headers=headers,
+        )
+
+    async def break_publishing(self) -> None:
+        self.store.refuse()
+
+    async def heal(self) -> None:
+        self.store.accept()
+
+    def cut(self) -> None:
+        self.store.disconnect()

@@ -1,0 +1,99 @@
+"""A RabbitMQ under test, reached through a link that can stand still."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+from pamqp.commands import Basic
+
+from leveret.envelope import JSON
+from leveret.job import Priority, Queue
+from tests.contract.harness.base import Harness
+from tests.rabbit.proxy import FaultProxy
+from tests.rabbit.raw import connect
+
+_NOT_HERE = "the RabbitMQ isn't on this machine, so that its link can't be spoilt"
+
+
+class RabbitHarness(Harness):
+    """A RabbitMQ node, reached through a link that can stand still."""
+
+    example = "amqp://localhost/"
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.direct_url = url
+        self._link: FaultProxy | None = None
+
+    async def start(self) -> None:
+        """Build the link, where the node is on this machine; brokers made after this go through it."""
+        parts = urlsplit(self.direct_url)
+        if parts.scheme == "amqp" and parts.hostname in {"127.0.0.1", "localhost"}:
+            self._link = await FaultProxy(parts.port or 5672).__aenter__()
+            credentials = parts.netloc.rpartition("@")[0]
+            self.url = urlunsplit(parts._replace(netloc=f"{credentials}@127.0.0.1:{self._link.port}"))
+
+    async def put(
+        self,
+        queue: Queue,
+        body: bytes,
+        *,
+        job: str = "",
+        job_id: str | None = None,
+        content_type: str = JSON,
+        content_encoding: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+    ) -> None:
+        properties = Basic.Properties(
+            headers=dict(headers) if headers else None,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            message_id=job_id,
+            message_type=job or None,
+        )
+        async with connect(self.direct_url) as raw:
+            await raw.publish(queue.name, body, properties=properties)
+
+    async def break_publishing(self) -> None:
+        if self._link is None:
+            pytest.skip(_NOT_HERE)
+        self._link.freeze()
+
+    async def heal(self) -> None:
+        if self._link is not None:
+            self._link.thaw()
+
+    def cut(self) -> None:
+        if self._link is None:
+            pytest.skip(_NOT_HERE)
+        self._link.reset()
+
+    def _names(self, queue: Queue) -> list[str]:
+        if queue.type == "classic":
+            return [queue.name]
+        return [queue.name if level is Priority.NORMAL else f"{queue.name}.{level.value}" for level in queue.levels]
+
+    async def _delete(self, names: list[str]) -> None:
+        async with connect(self.direct_url) as raw:
+            for name in names:
+                await raw.delete(name)
+
+    async def delete(self, queue: Queue) -> None:
+        await self._delete(self._names(queue))
+
+    async def close(self) -> None:
+        try:
+            await super().close()
+        finally:
+            if self._link is not None:
+                await self._link.__aexit__(None, None, None)
+            await self._delete([name for queue in self.queues for name in (*self._names(queue), f"{queue.name}.dead")])
+
+
+class ClassicHarness(RabbitHarness):
+    """The same with classic queues."""
+
+    queue_type: ClassVar[Literal["quorum", "classic"]] = "classic"

@@ -1,0 +1,64 @@
+"""A SQLite file under test; broken by another connection that holds the exclusive lock."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from leveret.envelope import JSON
+from leveret.ids import new_job_id
+from leveret.job import Queue
+from tests.contract.harness.base import PATIENCE_S, Harness
+
+
+class SqliteHarness(Harness):
+    """A SQLite file; broken by another connection that holds the exclusive lock."""
+
+    example = "sqlite:///jobs.db"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"sqlite:///{path}")
+        self.path = path
+        self._blocker: sqlite3.Connection | None = None
+
+    async def put(
+        self,
+        queue: Queue,
+        body: bytes,
+        *,
+        job: str = "",
+        job_id: str | None = None,
+        content_type: str = JSON,
+        content_encoding: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+    ) -> None:
+        from leveret.brokers.sqlite.rows import headers_text
+
+        with closing(sqlite3.connect(self.path, timeout=PATIENCE_S)) as connection, connection:
+            connection.execute(
+                "INSERT INTO jobs (queue, level, job_id, job, content_type, content_encoding, body, created_s, headers)"
+                " VALUES (?, 'normal', ?, ?, ?, ?, ?, 0, ?)",
+                (
+                    queue.name,
+                    job_id or new_job_id(),
+                    job,
+                    content_type,
+                    content_encoding,
+                    body,
+                    headers_text(headers or {}),
+                ),
+            )
+
+    async def break_publishing(self) -> None:
+        blocker = sqlite3.connect(self.path, timeout=PATIENCE_S, isolation_level=None)
+        blocker.execute("BEGIN EXCLUSIVE")
+        self._blocker = blocker
+
+    async def heal(self) -> None:
+        if self._blocker is not None:
+            self._blocker.execute("ROLLBACK")
+            self._blocker.close()
+            self._blocker = None
