@@ -13,7 +13,7 @@ import pytest
 from leveret import App, BrokerUnavailable, Job, Outgoing, PublishError, PublishManyError, PublishTimeout, Receipt
 from leveret.broker import Delivery
 from leveret.brokers.rabbitmq import open_admin, open_broker
-from leveret.brokers.rabbitmq.consuming import RabbitDelivery
+from leveret.brokers.rabbitmq.taker import RabbitDelivery
 from leveret.cron import scheduler
 from leveret.cron.scheduler import Scheduler
 from leveret.ids import new_job_id
