@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from functools import partial
-from typing import Any, ClassVar
-
-import msgspec
 
 from ..attempt import make_attempt
 from ..broker import Broker, Consumption, Delivery, Features, Subscription
@@ -20,7 +16,6 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
-from ..envelope import Envelope
 from ..job import Job, Queue
 from ..layer import AnyLayer, name_of, readiness_of
 from ..outcome import OUTCOMES, Bury, CutOff, Ending, Kind, NotStarted, Retry, Snooze, Undecodable, Unknown
@@ -28,8 +23,8 @@ from ..publishing.publisher import Publisher
 from ..runtime import Runtime
 from ..texts import named
 from .handler import Handler, innermost
-from .settlement import Settlement, what
-from .slots import Gate, Held, Limits, QueueHeld, Route, in_arrival_order
+from .settlement import Ended, Lost, Settlement
+from .slots import Gate, Held, Limits, QueueHeld, Route, Slots, in_arrival_order
 
 logger = logging.getLogger("leveret.consumer")
 
@@ -38,22 +33,6 @@ START_WITHIN_S = 60.0
 HOLD_S = 450.0
 """How long a delivery waits here for a slot before another worker may have it; a quarter of the broker's own limit, where it has one."""
 _UNWIND_S = 1.0
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """One delivery that ended here; for whoever watches a consumer (`leveret.testing`)."""
-
-    envelope: Envelope
-    job: Job | None
-    """None where it wasn't decoded."""
-    ending: Ending
-    error: BaseException | None
-
-
-class Lost(msgspec.Struct, frozen=True):
-    """Counts deliveries whose channel went away here: the broker delivers them again."""
-
-    kind: ClassVar[Kind] = Kind.LOST
 
 
 class Consumer:
@@ -73,16 +52,12 @@ class Consumer:
         observe: Callable[[Ended], None] | None = None,
     ) -> None:
         self._publisher = publisher
-        self._settlement = Settlement(publish_layers, runtime)
+        self._settlement = Settlement(publish_layers, runtime, observe)
         self._resources = resources
         self._runtime = runtime
         self._clock = runtime.clock
-        self._observe = observe
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="leveret-job")
-        self._limits = limits
-        self._running = 0
-        self._in_threads = 0
-        self._queues: dict[str, QueueHeld] = {}
+        self._slots = Slots(limits, runtime.clock, self._start)
         self._subscriptions: list[Subscription] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: Timer | None = None
@@ -90,9 +65,7 @@ class Consumer:
         """How often what waits here is looked at."""
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
-        self._counts: defaultdict[type[Ending | Lost], int] = defaultdict(int)
-        self._loop = asyncio.get_running_loop()
-        self._create_task = self._loop.create_task
+        self._create_task = asyncio.get_running_loop().create_task
         bind((layer for handler in handlers for layer in handler.layers), runtime)
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
             own = [handler for handler in handlers if handler.queue == queue]
@@ -117,9 +90,7 @@ class Consumer:
                     not handler.is_async,
                 )
             )
-        limit = min(self._limits.queues.get(queue.name, self._limits.concurrency), self._limits.concurrency)
-        if all(route.in_thread for route in routes):
-            limit = min(limit, self._limits.threads)
+        limit = self._slots.limits.of(queue.name, in_threads=all(route.in_thread for route in routes))
         # a layer holds a whole queue back only where every handler of it has that very instance
         common = [
             layer for layer in handlers[0].layers if all(any(layer is other for other in h.layers) for h in handlers)
@@ -134,7 +105,7 @@ class Consumer:
                 prefetch = min(prefetch, max(1, int(gate.starts_per_s * START_WITHIN_S)))
         hold_s = HOLD_S if features.held_at_most_s is None else features.held_at_most_s / 4
         self._sweep_s = min(self._sweep_s, hold_s / 4)
-        self._queues[queue.name] = QueueHeld(queue, routes, limit, Gate(gates) if gates else None, hold_s)
+        self._slots.add_queue(QueueHeld(queue, routes, limit, Gate(gates) if gates else None, hold_s))
         self._subscriptions.append(Subscription(queue, prefetch))
 
     @property
@@ -145,7 +116,7 @@ class Consumer:
     @property
     def running(self) -> int:
         """Handlers that run now."""
-        return self._running
+        return self._slots.running
 
     @property
     def busy(self) -> int:
@@ -155,7 +126,7 @@ class Consumer:
     @property
     def held(self) -> int:
         """Deliveries that wait here for a slot."""
-        return sum(queue.count for queue in self._queues.values())
+        return self._slots.held
 
     @property
     def unsettled(self) -> int:
@@ -165,7 +136,7 @@ class Consumer:
     @property
     def counts(self) -> Counter[Kind]:
         """Endings so far, by name."""
-        return Counter({ending.kind: count for ending, count in self._counts.items()})
+        return Counter({ending.kind: count for ending, count in self._settlement.counts.items()})
 
     async def changed(self) -> None:
         """Wait until something started or ended."""
@@ -181,7 +152,7 @@ class Consumer:
 
     def deliver(self, delivery: Delivery, /) -> None:
         """Take a delivery in; it starts when there is a slot."""
-        envelope, queue = delivery.envelope, self._queues[delivery.queue.name]
+        envelope, queue = delivery.envelope, self._slots.queues[delivery.queue.name]
         route = queue.routes.get(envelope.job)
         if self._stopping or route is None or delivery.problem is not None or envelope.version > route.version:
             ending = self._unroutable(delivery, queue)
@@ -190,27 +161,12 @@ class Consumer:
                 return
             route = queue.only
             assert route is not None
-        clock = self._clock
-        held = Held(delivery, route, clock.now())
-        if (
-            not queue.count
-            and self._running < self._limits.concurrency
-            and queue.running < queue.limit
-            and not (route.in_thread and self._in_threads >= self._limits.threads)
-            and self._may_start(queue)
-        ):
-            self._start(held, queue)  # the way of nearly all: nothing waits before it
-            return
-        held.since = clock.monotonic()
-        queue.add(held)
-        if self._sweeper is None:
-            self._sweeper = clock.call_later(self._sweep_s, self._sweep)
-        self._pump()
+        if not self._slots.take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
+            self._sweeper = self._clock.call_later(self._sweep_s, self._sweep)
 
     def lost(self) -> None:
         """Forget what hasn't started and can't be settled any more; the broker delivers it again."""
-        for queue in self._queues.values():
-            self._counts[Lost] += sum(1 for _ in queue.remove(lambda held: not held.delivery.live))
+        self._settlement.counts[Lost] += sum(1 for _ in self._slots.remove(lambda held: not held.delivery.live))
         self._tell()
 
     def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | None:
@@ -231,51 +187,7 @@ class Consumer:
             return Unknown(f"no handler here knows the job {envelope.job!r:.200}")
         return Unknown(f"{envelope.job} came in version {envelope.version}, the handler here knows {route.version}")
 
-    def _pump(self) -> None:
-        """Start what may start: of all queues, whatever ranks first."""
-        while self._running < self._limits.concurrency and not self._stopping:
-            best: tuple[float, QueueHeld, deque[Held]] | None = None
-            threads_full = self._in_threads >= self._limits.threads
-            for queue in self._queues.values():
-                if not queue.count or queue.running >= queue.limit or not self._may_start(queue):
-                    continue
-                first = queue.first(threads_full)
-                if first is not None and (best is None or first[0] < best[0]):
-                    best = (first[0], queue, first[1])
-            if best is None:
-                break
-            _, queue, lane = best
-            held = queue.take(lane)
-            if held.delivery.live:
-                self._start(held, queue)
-        for queue in self._queues.values():
-            if queue.gate is not None:
-                queue.gate.forget()  # it was asked, and another queue went first
-
-    def _may_start(self, queue: QueueHeld) -> bool:
-        """Whether the readiness of its layers lets `queue` start one now; if not, it is asked again when that may have changed."""
-        gate = queue.gate
-        if gate is None or gate.left:
-            return True
-        if gate.coming or gate.timer is not None:
-            return False
-        wait_s = gate.wait_s()
-        if wait_s > 0:
-            gate.timer = self._clock.call_later(wait_s, partial(self._ask_again, gate))
-            return False
-        return True
-
-    def _ask_again(self, gate: Gate) -> None:
-        gate.timer = None
-        self._pump()
-
     def _start(self, held: Held, queue: QueueHeld) -> None:
-        self._running += 1
-        queue.running += 1
-        if held.route.in_thread:
-            self._in_threads += 1
-        if queue.gate is not None:
-            queue.gate.start()
         held.task = task = self._create_task(self._work(held, queue))
         if not task.done():  # an eager task factory may have run it to its end
             self._tasks.add(task)
@@ -286,7 +198,7 @@ class Consumer:
         """Settle a delivery that doesn't run here: once the broker, which may be delivering it just now, has had its turn."""
 
         async def settle() -> None:
-            if (rest := self._end(delivery, None, ending, None)) is not None:
+            if (rest := self._settlement.end(delivery, None, ending, None)) is not None:
                 await rest
 
         task = self._create_task(settle())
@@ -302,10 +214,8 @@ class Consumer:
 
     def _sweep(self) -> None:
         """Give back what has waited here too long: another worker may be idle, and some brokers close a channel that holds on for ever."""
-        now = self._clock.monotonic()
-        for queue in self._queues.values():
-            for held in queue.overdue(now):
-                self._end_without_run(held.delivery, NotStarted())
+        for held in self._slots.overdue(self._clock.monotonic()):
+            self._end_without_run(held.delivery, NotStarted())
         waiting = self.held and not self._stopping
         self._sweeper = self._clock.call_later(self._sweep_s, self._sweep) if waiting else None
 
@@ -315,10 +225,8 @@ class Consumer:
         envelope = delivery.envelope
         job: Job | None = None
         ending: Ending
-        if queue.gate is not None and queue.gate.begin() and queue.count:
-            self._loop.call_soon(
-                self._pump
-            )  # once the layers have counted those that have begun, they can be asked anew
+        if queue.gate is not None:
+            self._slots.begun(queue)
         try:
             job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
             attempt = make_attempt(job, envelope, delivery.redelivered, held.arrived, self._resources, self._publisher)
@@ -342,13 +250,8 @@ class Consumer:
         except Exception as failed:  # noqa: BLE001 - what leaves the chain becomes a burial
             ending = _refused(failed)
         finally:
-            self._running -= 1
-            queue.running -= 1
-            if route.in_thread:
-                self._in_threads -= 1
-        if queue.count or (len(self._queues) > 1 and self.held):
-            self._pump()
-        rest = self._end(delivery, job, ending, held.arrived)
+            self._slots.free(route, queue)
+        rest = self._settlement.end(delivery, job, ending, held.arrived)
         try:
             if rest is not None:
                 if not self._settlement.cut:
@@ -358,58 +261,6 @@ class Consumer:
             task, held.task = held.task, None
             if task is not None:
                 self._forget(task)
-
-    def _end(
-        self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None
-    ) -> Coroutine[Any, Any, None] | None:
-        """Count an ending and settle its delivery; what comes back is the rest of it, to be awaited."""
-        if self._settlement.cut:
-            ending = CutOff()
-        error = ending.__cause__ if isinstance(ending, BaseException) else None
-        try:
-            if not isinstance(ending, CutOff):  # those are counted where they are cut off: a thread may never get here
-                self._counts[type(ending)] += 1
-                if not delivery.live:
-                    self._lost(delivery, ending)
-                elif (republishing := self._settlement.settle(delivery, ending, error, arrived)) is not None:
-                    return self._republished(republishing, delivery, job, ending, error)
-            if self._observe is not None:
-                self._observe(Ended(delivery.envelope, job, ending, error))
-        except Exception as bug:  # noqa: BLE001 - see there
-            self._stuck(delivery, bug)
-        return None
-
-    async def _republished(
-        self,
-        republishing: Coroutine[Any, Any, bool],
-        delivery: Delivery,
-        job: Job | None,
-        ending: Ending,
-        error: BaseException | None,
-    ) -> None:
-        try:
-            if not await republishing:
-                self._lost(delivery, ending)
-            if self._observe is not None:
-                self._observe(Ended(delivery.envelope, job, ending, error))
-        except asyncio.CancelledError as cancelled:
-            if not self._settlement.cut:
-                self._stuck(delivery, cancelled)
-            raise
-        except Exception as bug:  # noqa: BLE001 - see there
-            self._stuck(delivery, bug)
-
-    def _stuck(self, delivery: Delivery, bug: BaseException) -> None:
-        """Say that our own code failed, or was cancelled by a user's: its delivery stays unacked, so nothing is lost, but it must be seen."""
-        logger.critical("%s couldn't be settled, it stays unacked: %r", what(delivery.envelope), bug, exc_info=bug)
-
-    def _lost(self, delivery: Delivery, ending: Ending) -> None:
-        self._counts[Lost] += 1
-        logger.warning(
-            "%s: its channel or lease is gone, so the broker delivers it again; it ended as %s",
-            what(delivery.envelope),
-            ending.kind.value,
-        )
 
     async def drain(self, consumption: Consumption, grace_s: float, hurry: asyncio.Event | None = None) -> bool:
         """Stop taking → give back what hasn't started → finish within the grace → cut off the rest.
@@ -422,12 +273,9 @@ class Consumer:
         hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
         try:
             await consumption.stop_taking()
-            for held in in_arrival_order(
-                held for queue in self._queues.values() for held in queue.remove(lambda _: True)
-            ):
-                self._end(
-                    held.delivery, None, NotStarted(), None
-                )  # here and now: with no grace at all it is still given back
+            for held in in_arrival_order(self._slots.remove(lambda _: True)):
+                # here and now: with no grace at all it is still given back
+                self._settlement.end(held.delivery, None, NotStarted(), None)
             while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
                 wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
                 await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
@@ -441,20 +289,18 @@ class Consumer:
 
     def _stop_starting(self) -> None:
         self._stopping = True
-        for timer in (self._sweeper, *(queue.gate.timer for queue in self._queues.values() if queue.gate is not None)):
-            if timer is not None:
-                timer.cancel()
+        self._slots.stop()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
 
     async def cut_off(self, why: str) -> None:
         """Cancel what still runs, without settling it, so that the broker delivers it again; once only."""
         self._stop_starting()
         if self._tasks and not self._settlement.cut:
-            names = (
-                ", ".join(sorted({queue.queue.name for queue in self._queues.values() if queue.running})) or "settling"
-            )
+            names = ", ".join(sorted(self._slots.busy_queues)) or "settling"
             logger.error("%s: cut off, to be delivered again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
-            self._counts[CutOff] += len(self._tasks)
+            self._settlement.counts[CutOff] += len(self._tasks)
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)

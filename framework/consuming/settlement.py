@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -19,8 +21,9 @@ from ..envelope import Envelope, Receipt
 from ..errors import InvalidJob, MessageTooLarge, PublishError
 from ..failure import Failure, failures_of
 from ..headers import MOST
+from ..job import Job
 from ..layer import AnyLayer
-from ..outcome import Bury, CutOff, Done, Ending, Expired, NotStarted, Retry, Snooze, Undecodable, Unknown
+from ..outcome import Bury, CutOff, Done, Ending, Expired, Kind, NotStarted, Retry, Snooze, Undecodable, Unknown
 from ..runtime import Runtime
 from ..texts import below_ours, named, one_line, said_by
 
@@ -35,10 +38,37 @@ _REFUSED = (InvalidJob, MessageTooLarge)
 """What no other try would change."""
 
 
-class Settlement:
-    """Settles deliveries, each by its ending."""
+class Ended(msgspec.Struct, frozen=True):
+    """One delivery that ended here; for whoever watches a consumer (`leveret.testing`)."""
 
-    def __init__(self, publish_layers: Sequence[AnyLayer], runtime: Runtime) -> None:
+    envelope: Envelope
+    job: Job | None
+    """None where it wasn't decoded."""
+    ending: Ending
+    error: BaseException | None
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """Counts deliveries whose channel went away here: the broker delivers them again."""
+
+    kind: ClassVar[Kind] = Kind.LOST
+
+
+class Settlement:
+    """Counts endings, and settles the delivery of each.
+
+    Args:
+        publish_layers: The middleware round every publish, first is outermost.
+        runtime: Clock, chance and settings.
+        observe: Called with each ending once its delivery is settled.
+    """
+
+    def __init__(
+        self, publish_layers: Sequence[AnyLayer], runtime: Runtime, observe: Callable[[Ended], None] | None = None
+    ) -> None:
+        self._observe = observe
+        self.counts: defaultdict[type[Ending | Lost], int] = defaultdict(int)
+        """Endings so far, by their class."""
         self._publish_layers = publish_layers
         self._runtime = runtime
         self._clock = runtime.clock
@@ -46,6 +76,58 @@ class Settlement:
         """Retries and burials that can't be published now; their deliveries stay unacked."""
         self.cut = False
         """Whether a stop's grace is over: nothing is tried again."""
+
+    def end(
+        self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None
+    ) -> Coroutine[Any, Any, None] | None:
+        """Count an ending and settle its delivery; what comes back is the rest of it, to be awaited."""
+        if self.cut:
+            ending = CutOff()
+        error = ending.__cause__ if isinstance(ending, BaseException) else None
+        try:
+            if not isinstance(ending, CutOff):  # those are counted where they are cut off: a thread may never get here
+                self.counts[type(ending)] += 1
+                if not delivery.live:
+                    self._lost(delivery, ending)
+                elif (republishing := self.settle(delivery, ending, error, arrived)) is not None:
+                    return self._republished(republishing, delivery, job, ending, error)
+            if self._observe is not None:
+                self._observe(Ended(delivery.envelope, job, ending, error))
+        except Exception as bug:  # noqa: BLE001 - see there
+            self._stuck(delivery, bug)
+        return None
+
+    async def _republished(
+        self,
+        republishing: Coroutine[Any, Any, bool],
+        delivery: Delivery,
+        job: Job | None,
+        ending: Ending,
+        error: BaseException | None,
+    ) -> None:
+        try:
+            if not await republishing:
+                self._lost(delivery, ending)
+            if self._observe is not None:
+                self._observe(Ended(delivery.envelope, job, ending, error))
+        except asyncio.CancelledError as cancelled:
+            if not self.cut:
+                self._stuck(delivery, cancelled)
+            raise
+        except Exception as bug:  # noqa: BLE001 - see there
+            self._stuck(delivery, bug)
+
+    def _stuck(self, delivery: Delivery, bug: BaseException) -> None:
+        """Say that our own code failed, or was cancelled by a user's: its delivery stays unacked, so nothing is lost, but it must be seen."""
+        logger.critical("%s couldn't be settled, it stays unacked: %r", what(delivery.envelope), bug, exc_info=bug)
+
+    def _lost(self, delivery: Delivery, ending: Ending) -> None:
+        self.counts[Lost] += 1
+        logger.warning(
+            "%s: its channel or lease is gone, so the broker delivers it again; it ended as %s",
+            what(delivery.envelope),
+            ending.kind.value,
+        )
 
     def settle(
         self, delivery: Delivery, ending: Ending, error: BaseException | None, arrived: float | None

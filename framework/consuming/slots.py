@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
 from ..broker import Delivery
-from ..clock import Timer
+from ..clock import Clock, Timer
 from ..codec import Decoder
 from ..errors import ConfigurationError
 from ..job import Priority, Queue
@@ -43,6 +44,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             if value < 1:
                 msg = f"concurrency of {name!r} must be at least 1, not {value}"
                 raise ConfigurationError(msg)
+
+    def of(self, queue: str, *, in_threads: bool) -> int:
+        """Return how many handlers of `queue` may run at once; `in_threads` where all of them are a `def`."""
+        limit = min(self.queues.get(queue, self.concurrency), self.concurrency)
+        return min(limit, self.threads) if in_threads else limit
 
 
 class Route(msgspec.Struct, frozen=True, eq=False):
@@ -175,6 +181,137 @@ class QueueHeld:
     def overdue(self, now: float) -> Iterator[Held]:
         """Take out, and yield, what has waited here for longer than `hold_s`; `now` in the clock's monotonic seconds."""
         return self.remove(lambda held: held.since < now - self.hold_s)
+
+
+class Slots:
+    """Which delivery starts next: what is held of all queues, and how many run, within the limits and the readiness of the layers.
+
+    Args:
+        limits: How many may run at once.
+        clock: For the time that was waited, and for asking a gate again.
+        start: Called for each delivery that gets a slot; `free` gives the slot back.
+    """
+
+    def __init__(self, limits: Limits, clock: Clock, start: Callable[[Held, QueueHeld], None]) -> None:
+        self.limits = limits
+        self.queues: dict[str, QueueHeld] = {}
+        self.running = 0
+        """Handlers that run now."""
+        self._in_threads = 0
+        self._concurrency, self._threads = limits.concurrency, limits.threads
+        self._clock = clock
+        self._start = start
+        self._stopping = False
+
+    def add_queue(self, queue: QueueHeld) -> None:
+        """Hold deliveries of `queue` too."""
+        self.queues[queue.queue.name] = queue
+
+    @property
+    def held(self) -> int:
+        """Deliveries that wait for a slot."""
+        return sum(queue.count for queue in self.queues.values())
+
+    @property
+    def busy_queues(self) -> set[str]:
+        """The names of the queues of which something runs."""
+        return {name for name, queue in self.queues.items() if queue.running}
+
+    def take(self, held: Held, queue: QueueHeld) -> bool:
+        """Start `held` now, if there is a slot and nothing waits before it; else hold it. Return whether it was started."""
+        if (
+            not queue.count
+            and self.running < self._concurrency
+            and queue.running < queue.limit
+            and not (held.route.in_thread and self._in_threads >= self._threads)
+            and (queue.gate is None or self._may_start(queue.gate))
+        ):
+            self._give_slot(held, queue)  # the way of nearly all
+            return True
+        held.since = self._clock.monotonic()
+        queue.add(held)
+        self._pump()
+        return False
+
+    def _give_slot(self, held: Held, queue: QueueHeld) -> None:
+        self.running += 1
+        queue.running += 1
+        if held.route.in_thread:
+            self._in_threads += 1
+        if queue.gate is not None:
+            queue.gate.start()
+        self._start(held, queue)
+
+    def begun(self, queue: QueueHeld) -> None:
+        """Note that a task that was started has begun; only for a queue with a gate."""
+        if queue.gate is not None and queue.gate.begin() and queue.count:
+            # once the layers have counted those that have begun, they can be asked again
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def free(self, route: Route, queue: QueueHeld) -> None:
+        """Take a slot back, and start what may start then."""
+        self.running -= 1
+        queue.running -= 1
+        if route.in_thread:
+            self._in_threads -= 1
+        if queue.count or (len(self.queues) > 1 and self.held):
+            self._pump()
+
+    def _pump(self) -> None:
+        """Start what may start: of all queues, whatever ranks first."""
+        while self.running < self._concurrency and not self._stopping:
+            best: tuple[float, QueueHeld, deque[Held]] | None = None
+            threads_full = self._in_threads >= self._threads
+            for queue in self.queues.values():
+                if not queue.count or queue.running >= queue.limit:
+                    continue
+                if queue.gate is not None and not self._may_start(queue.gate):
+                    continue
+                first = queue.first(threads_full)
+                if first is not None and (best is None or first[0] < best[0]):
+                    best = (first[0], queue, first[1])
+            if best is None:
+                break
+            _, queue, lane = best
+            held = queue.take(lane)
+            if held.delivery.live:
+                self._give_slot(held, queue)
+        for queue in self.queues.values():
+            if queue.gate is not None:
+                queue.gate.forget()  # it was asked, and another queue went first
+
+    def _may_start(self, gate: Gate) -> bool:
+        """Whether the readiness of its layers lets a queue start one now; if not, it is asked again when that may have changed."""
+        if gate.left:
+            return True
+        if gate.coming or gate.timer is not None:
+            return False
+        wait_s = gate.wait_s()
+        if wait_s > 0:
+            gate.timer = self._clock.call_later(wait_s, partial(self._ask_again, gate))
+            return False
+        return True
+
+    def _ask_again(self, gate: Gate) -> None:
+        gate.timer = None
+        self._pump()
+
+    def remove(self, unwanted: Callable[[Held], bool]) -> Iterator[Held]:
+        """Take out, and yield, whatever is held and `unwanted`."""
+        for queue in self.queues.values():
+            yield from queue.remove(unwanted)
+
+    def overdue(self, now: float) -> Iterator[Held]:
+        """Take out, and yield, what has waited for longer than its queue's `hold_s`; `now` in the clock's monotonic seconds."""
+        for queue in self.queues.values():
+            yield from queue.overdue(now)
+
+    def stop(self) -> None:
+        """Start nothing more."""
+        self._stopping = True
+        for queue in self.queues.values():
+            if queue.gate is not None and queue.gate.timer is not None:
+                queue.gate.timer.cancel()
 
 
 def in_arrival_order(held: Iterable[Held]) -> list[Held]:

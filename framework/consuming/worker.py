@@ -17,8 +17,9 @@ from ..publishing.publisher import Publisher
 from ..publishing.sender import Sender
 from ..runtime import Runtime
 from ..settings import redact
-from .consumer import Consumer, Ended
+from .consumer import Consumer
 from .handler import Handler, check_limits
+from .settlement import Ended
 from .slots import Limits
 
 logger = logging.getLogger("leveret.worker")

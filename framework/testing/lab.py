@@ -24,7 +24,8 @@ from ..app import App, Capture
 from ..attempt import Attempt, make_attempt
 from ..broker import Broker
 from ..clock import ManualClock
-from ..consuming.consumer import Consumer, Ended
+from ..consuming.consumer import Consumer
+from ..consuming.settlement import Ended
 from ..consuming.worker import working
 from ..envelope import Envelope, Receipt
 from ..errors import ConfigurationError
