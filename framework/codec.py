@@ -60,11 +60,11 @@ class Decoder:
         try:
             return decode(body)
         except msgspec.MsgspecError as error:
-            msg = f"the body is no {self.job_class.__name__}: {error}"
+            msg = f"the body can't be decoded as {self.job_class.__name__}: {error}"
             raise UndecodableError(msg) from error
         except RecursionError as error:
-            msg = f"the body is no {self.job_class.__name__}: it is nested too deeply"
+            msg = f"the body can't be decoded as {self.job_class.__name__}: it is nested too deeply"
             raise UndecodableError(msg) from error
         except Exception as error:
-            msg = f"the body is no {self.job_class.__name__}: {type(error).__name__}: {error}"
+            msg = f"the body can't be decoded as {self.job_class.__name__}: {type(error).__name__}: {error}"
             raise UndecodableError(msg) from error

@@ -13,20 +13,22 @@ from .output import log_level_option
 from .target import app_path, find_target
 
 
-@click.command(short_help="Publish an app's recurring jobs at their times.")
+@click.command(short_help="Publish an app's recurring jobs when they are due.")
 @click.argument("app", required=False, metavar="[APP]")
 @log_level_option
 def cron(app: str | None, log_level: str | None) -> None:
-    """Publish the recurring jobs of APP (module:attribute, else LEVERET_APP) at their times. Run one of it.
+    """Publish the recurring jobs of APP (module:attribute, default LEVERET_APP) when they are due.
 
-    A slot's job has an id made of app, schedule and time, so a restart can't publish another one for it. What fell due while no cron ran
-    is skipped. SIGTERM or ^C stops it after the publish that is under way: exit 0.
+    Run exactly one instance; two would publish every slot twice.
+
+    The id of a slot's job consists of app, schedule and time, so a restart can't publish a slot under a second id. Slots that fall
+    due while no cron process runs are skipped. SIGTERM or ^C stops the process after the publish in progress. The exit code is then 0.
 
     \b
     Example:
       leveret cron shop:app
     """  # noqa: D301
-    from ..process.cron import main  # with croniter, which no other command needs
+    from ..process.cron import main  # imports croniter, which no other command needs
 
     path = app_path(app)
     set_up_logs(log_level or environment(os.environ).log_level)

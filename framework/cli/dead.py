@@ -1,4 +1,4 @@
-"""`leveret dead`: look at what was buried, run it again, or throw it away."""
+"""`leveret dead`: list, show, replay or drop dead letters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHOWN = 100
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """Which letters a command is for."""
+    """Which dead letters a command is for."""
 
     job: str | None
     error: str | None
@@ -35,7 +35,7 @@ class Wanted(msgspec.Struct, frozen=True):
     limit: int | None
 
     def __contains__(self, envelope: Envelope) -> bool:
-        """Whether it is for this one."""
+        """Whether the command is for this letter."""
         if self.job is not None and envelope.job != self.job:
             return False
         if self.ids and envelope.job_id not in self.ids:
@@ -52,16 +52,16 @@ def _has_error(failures: list[Failure], text: str) -> bool:
 
 
 def wanted_options(command: Callable[..., _T]) -> Callable[..., _T]:
-    """Give a command the filters; it gets them as `wanted`."""
+    """Give a command the filter options; the command receives them as `wanted`."""
 
-    @click.option("--job", metavar="NAME", help="Only jobs of this name, such as invoice.send.")
+    @click.option("--job", metavar="NAME", help="Only jobs with this name, such as invoice.send.")
     @click.option(
         "--error",
         metavar="CLASS-OR-TEXT",
-        help="Only what failed at last with this class of error, or with this text in its message.",
+        help="Only jobs whose last error has this class, or this text in its message.",
     )
-    @click.option("--id", "ids", metavar="ID", multiple=True, help="Only this job; may be repeated.")
-    @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="At most so many, oldest first.")
+    @click.option("--id", "ids", metavar="ID", multiple=True, help="Only this job. Repeatable.")
+    @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="At most N dead letters, oldest first.")
     @functools.wraps(command)
     def with_wanted(
         *args: Any, job: str | None, error: str | None, ids: tuple[str, ...], limit: int | None, **options: Any
@@ -72,7 +72,7 @@ def wanted_options(command: Callable[..., _T]) -> Callable[..., _T]:
 
 
 class _Reading:
-    """The dead letters of a queue, those that are wanted, with progress."""
+    """Iterates over the wanted dead letters of a queue and shows progress."""
 
     def __init__(self, letters: DeadLetters, wanted: Wanted, step: Callable[[], None]) -> None:
         self.letters = letters
@@ -99,12 +99,12 @@ async def _reading(target: Target, name: str, wanted: Wanted, what: str) -> Asyn
                 yield _Reading(letters, wanted, step)
 
 
-@click.group(short_help="Look at what was buried, run it again, or throw it away.")
+@click.group(short_help="List, show, replay or drop dead letters.")
 def dead() -> None:
-    """Look at what was buried, run it again, or throw it away.
+    """List, show, replay or drop dead letters.
 
-    A job is buried in its queue's dead letters when its tries are used up, its handler says so, or it can't be read. It stays there,
-    byte for byte, until it is replayed or dropped.
+    A job becomes a dead letter of its queue when its last attempt fails, when its handler buries it, or when it can't be decoded.
+    The job stays, byte for byte, until it is replayed or dropped.
 
     \b
     Example:
@@ -118,14 +118,14 @@ def dead() -> None:
 @target_options
 @json_option
 def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> None:
-    """List the dead letters of QUEUE, oldest first; 100 of them unless --limit says more. Nothing changes.
+    """List the dead letters of QUEUE, oldest first (default: at most 100). The command changes nothing.
 
     \b
     Example:
       leveret dead list emails --error TimeoutError --app shop:app
     """  # noqa: D301
     limit = wanted.limit or _SHOWN
-    # one more than is shown tells whether there are more
+    # one more than is shown, to know whether there are more
     asked = msgspec.structs.replace(wanted, limit=limit + 1)
 
     async def read() -> list[Summary]:
@@ -141,16 +141,16 @@ def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> N
         [[one.id, one.job, one.priority, one.attempt, moment(one.buried_at_ms), one.reason] for one in found[:limit]],
     )
     if len(found) > limit:
-        click.echo(f"… and more; --limit N shows more than {limit}", err=True)
+        click.echo(f"… and more; use --limit N to show more than {limit}", err=True)
 
 
-@dead.command(short_help="Show all of one dead letter.")
+@dead.command(short_help="Show one dead letter in full.")
 @click.argument("queue")
 @click.argument("job_id", metavar="ID")
 @target_options
 @json_option
 def show(queue: str, job_id: str, target: Target, as_json: bool) -> None:
-    """Show all of one dead letter of QUEUE: its headers, every failed run with its traceback, its body.
+    """Show one dead letter of QUEUE in full: headers, every failed run with its traceback, body.
 
     \b
     Example:
@@ -171,24 +171,24 @@ def show(queue: str, job_id: str, target: Target, as_json: bool) -> None:
 
 
 def _nothing(queue: str, job_id: str) -> str:
-    return f"queue {queue!r} has no dead letter of the id {job_id!r}; `leveret dead list {queue}` shows those it has"
+    return f"queue {queue!r} has no dead letter with id {job_id!r}; `leveret dead list {queue}` lists its dead letters"
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of the letters that a command was for."""
+    """What a command did with the dead letters that it was for."""
 
     queue: str
     done: int
-    """Replayed or dropped; would be, where `dry_run`."""
+    """How many were replayed or dropped; with `dry_run`, how many would be."""
     failed: list[dict[str, str]]
-    """Id and error of each that is still there."""
+    """Id and error of each letter that stays."""
     dry_run: bool
 
 
 def replayed(envelope: Envelope) -> Envelope:
-    """Return a dead letter as it is published again: same id, body, headers and level, run 1, one pass more.
+    """Return the envelope of a replay: same id, body, headers, level and errors; attempt 1, one pass more.
 
-    Its errors stay, as history. When it was to run and to expire is over: it runs now, whatever it said.
+    The delay and the expiry are dropped, so the job runs now.
     """
     return msgspec.structs.replace(
         envelope,
@@ -206,15 +206,15 @@ def replayed(envelope: Envelope) -> Envelope:
 @dead.command(short_help="Put dead letters back into their queue.")
 @click.argument("queue")
 @wanted_options
-@click.option("--dry-run", is_flag=True, help="Only say which.")
+@click.option("--dry-run", is_flag=True, help="Only count the dead letters; change nothing.")
 @target_options
 @json_option
 def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: bool) -> int:
-    """Put dead letters of QUEUE back into the queue that they came from, at their own level: all, or those that the options pick.
+    """Put dead letters of QUEUE back into their original queue, at their level: all, or those that match the options.
 
-    Each keeps its id, headers and the history of its errors, and starts with its first run again; it runs now, even where it was
-    delayed or would have expired. It leaves the dead letters once the broker has confirmed it, so that none is lost: a crash in between
-    leaves it in both places. One that fails stays and doesn't stop the rest; then the exit code is 1.
+    Each job keeps its id, its headers and its errors, and starts again at attempt 1. The job runs now, even if it was delayed or
+    would have expired. The dead letter is removed when the broker has confirmed the job, so no job is lost; a crash in between
+    leaves the job in both places. A job that fails to be replayed stays, and the command goes on with the rest. The exit code is then 1.
 
     \b
     Example:
@@ -231,12 +231,12 @@ def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: b
 @dead.command(short_help="Delete dead letters for good.")
 @click.argument("queue")
 @wanted_options
-@click.option("--dry-run", is_flag=True, help="Only say which.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option("--dry-run", is_flag=True, help="Only count the dead letters; change nothing.")
+@click.option("--yes", is_flag=True, help="Don't ask for confirmation.")
 @target_options
 @json_option
 def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, as_json: bool) -> int:
-    """Delete dead letters of QUEUE for good: all, or those that the options pick.
+    """Delete dead letters of QUEUE for good: all, or those that match the options.
 
     \b
     Example:
@@ -251,7 +251,7 @@ def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, a
         if not picked.done:
             return _tell(msgspec.structs.replace(picked, dry_run=False), "dropped", as_json=as_json)
         ask(f"Delete {counted(picked.done, 'dead letter')} of queue {queue} on {redact(target.url)} for good?", yes=yes)
-        # those that were counted, and none that was buried while the question stood
+        # only the letters that were counted, not letters buried while the question was open
         wanted = msgspec.structs.replace(wanted, limit=picked.done)
     result = run(_each(target, queue, wanted, None if dry_run else act, "dropping"))
     return _tell(result, "dropped", as_json=as_json)
@@ -260,7 +260,7 @@ def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, a
 async def _each(
     target: Target, queue: str, wanted: Wanted, act: Callable[[DeadLetters, DeadLetter], Any] | None, what: str
 ) -> Result:
-    """Do `act` to each letter that is wanted (None: only count); an error of one doesn't stop the rest."""
+    """Call `act` with each wanted letter (None: only count). An error with one letter doesn't stop the rest."""
     done, failed = 0, list[dict[str, str]]()
     async with _reading(target, queue, wanted, what) as reading:
         async for letter in reading:

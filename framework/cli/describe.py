@@ -1,4 +1,4 @@
-"""`leveret describe`: what an app is made of, for people and as JSON."""
+"""`leveret describe`: show an app's parts, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import click
 from ..process.loading import load_app
 from .description import MOST_WAITS, AppRecord, BrokerRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
 from .description import describe as describe_app
-from .output import counted, json_option, lines, print_json, seconds
+from .output import json_option, lines, print_json, seconds
 from .target import app_path, run
 
 _RUNS = {"on the loop": "an async def, on the event loop", "in a thread": "a def, in a thread"}
 
 
-@click.command(short_help="Show an app's handlers with their layers, queues, schedules.")
+@click.command(short_help="Show an app's handlers, middleware, queues and schedules.")
 @click.argument("app", required=False, metavar="[APP]")
 @json_option
 def describe(app: str | None, as_json: bool) -> None:
-    """Show what APP (module:attribute, else LEVERET_APP) is made of: handlers with their chain of layers, limits and retry waits;
-    queues and what holds them on its broker; schedules and their next slots.
+    """Show the parts of APP (module:attribute, default LEVERET_APP).
 
-    It checks all that a worker checks before it connects: a wrong annotation, layer, expression or URL is one line and exit 2. It doesn't
-    connect, so it can't tell whether the broker is there.
+    The parts are: handlers with their middleware, limits and retry waits; queues with their physical queues on the broker;
+    schedules with their next slots.
+
+    The command makes every check that a worker makes before it connects. A wrong annotation, middleware, expression or URL prints
+    one line, and the exit code is 2. The command doesn't connect, so it doesn't check whether the broker is up.
 
     \b
     Example:
@@ -56,47 +58,47 @@ def text_of(record: AppRecord) -> str:
 def _features(features: BrokerRecord) -> str:
     return ", ".join(
         (
-            "durable" if features.durable else "not durable: nothing survives its process",
-            "shared by processes" if features.shared else "inside one process",
-            "says which jobs come again" if features.counts_redelivery else "doesn't say which jobs come again",
+            "durable" if features.durable else "not durable: jobs are lost when the process ends",
+            "shared by processes" if features.shared else "one process only",
+            "marks redelivered jobs" if features.counts_redelivery else "doesn't mark redelivered jobs",
         )
     )
 
 
 def _queue(queue: QueueRecord) -> list[str]:
-    said = [
-        f"queue {queue.name} ({queue.type}{', which this broker ignores' if queue.type_ignored else ''}; {', '.join(queue.levels)}; {queue.order})"
-    ]
+    kind = f"type {queue.type}, ignored by this broker" if queue.type_ignored else queue.type
+    text = [f"queue {queue.name} ({kind}; {', '.join(queue.levels)}; {queue.order})"]
     if queue.physical:
-        said.append(f"  held in {', '.join(queue.physical)}")
-    return said
+        text.append(f"  physical queues: {', '.join(queue.physical)}")
+    return text
 
 
 def _handler(handler: HandlerRecord) -> list[str]:
     version = f" version {handler.version}" if handler.version > 1 else ""
     chain = [layer.name for layer in handler.layers if layer.consume]
-    limits = [f"{handler.concurrency} at once in a process"]
+    limits = [f"{handler.concurrency} at once per process"]
     if handler.timeout_s is not None:
-        limits.append(f"ended after {seconds(handler.timeout_s)}")
+        limits.append(f"time limit {seconds(handler.timeout_s)}")
     if handler.starts_per_s is not None:
-        limits.append(f"{handler.starts_per_s:g} starts a second")
+        limits.append(f"{handler.starts_per_s:g} starts per second")
     if handler.expires_s is not None:
-        limits.append(f"expires {seconds(handler.expires_s)} after its publish")
-    said = [
+        limits.append(f"expires {seconds(handler.expires_s)} after the publish")
+    text = [
         f"  job {handler.job}{version} ({handler.job_class}), {_RUNS[handler.runs]}",
         f"    chain    {' → '.join([*chain, handler.handler])}",
         f"    limits   {'; '.join(limits)}",
     ]
     if not handler.retries:
-        said.append("    retries  none: a failure buries it at once")
+        text.append("    retries  none: a failure buries the job at once")
     for number, waits in enumerate(handler.retries):
-        said.append(f"    {'retries ' if number == 0 else '        '} {_waits(waits, alone=len(handler.retries) == 1)}")
-    return said
+        text.append(f"    {'retries ' if number == 0 else '        '} {_waits(waits, alone=len(handler.retries) == 1)}")
+    return text
 
 
 def _waits(waits: Waits, *, alone: bool) -> str:
     what = "" if alone else f"{waits.on or 'any other failure'}: "
-    first = f"{counted(waits.immediate, 'more time')} in place, then " if waits.immediate else ""
+    tries = "try" if waits.immediate == 1 else "tries"
+    first = f"{waits.immediate} more {tries} in place, then " if waits.immediate else ""
     if waits.max_attempts == 1:
         return f"{what}{first}buried at once"
     ceilings = waits.ceilings_s
@@ -114,5 +116,5 @@ def _waits(waits: Waits, *, alone: bool) -> str:
 
 def _schedule(schedule: ScheduleRecord) -> list[str]:
     state = "" if schedule.enabled else " (off)"
-    slots = ", ".join(schedule.next) or "none: it never comes again"
+    slots = ", ".join(schedule.next) or "none: the schedule has no further slot"
     return [f"  {schedule.name}{state}: {schedule.expression} in {schedule.tz}", f"    next     {slots}"]

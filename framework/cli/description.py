@@ -1,6 +1,7 @@
-"""What an app is, as records: handlers with their folded chains, queues, schedules, broker. Pure but for importing the app's modules.
+"""An app's parts as records: handlers with their folded chains, queues, schedules, broker.
 
-It goes through all that a worker does at start before it connects, so that what a worker would refuse is refused here.
+The description makes every check that a worker makes before it connects, so a configuration that a worker would refuse is
+refused here. It imports the app's modules and has no other effect.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from ..layer import AnyLayer, RetryWaits, facts_of, is_consume_layer, is_publish
 from ..settings import redact
 
 MOST_WAITS = 32
-"""At most so many waits are listed per entry; by then any cap is reached."""
+"""At most this many waits are listed per entry; by then any cap is reached."""
 SLOTS = 3
-"""Next slots listed of a schedule."""
+"""How many of the next slots are listed per schedule."""
 
 
 class BrokerRecord(msgspec.Struct, frozen=True):
-    """What the broker promises of all queues; see `Features`."""
+    """What the broker promises for every queue; see `Features`."""
 
     durable: bool
     shared: bool
@@ -37,7 +38,7 @@ class BrokerRecord(msgspec.Struct, frozen=True):
 
 
 class LayerRecord(msgspec.Struct, frozen=True):
-    """A layer of a chain, and on which sides it stands."""
+    """One middleware of a chain, and which sides it wraps."""
 
     name: str
     consume: bool
@@ -45,19 +46,20 @@ class LayerRecord(msgspec.Struct, frozen=True):
 
 
 class Waits(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes of a failure; `on` None: of one that no rule matches."""
+    """How a failure is retried."""
 
     on: str | None
+    """The failures that this entry is for; None: those that no other entry matches."""
     max_attempts: int
-    """Runs in all; then it is buried."""
+    """Runs in total; then the job is buried."""
     immediate: int
-    """More tries in place, within one attempt."""
+    """Further tries in place, within one attempt."""
     ceilings_s: list[float]
-    """The longest wait after each attempt, seconds; the first `MOST_WAITS` of them."""
+    """The longest wait after each attempt, seconds; at most the first `MOST_WAITS`."""
 
 
 class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A handler and what stands round it."""
+    """A handler with its middleware and limits."""
 
     handler: str
     """module.function"""
@@ -69,30 +71,30 @@ class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
     runs: str
     """"on the loop" (async def) or "in a thread" (def)."""
     concurrency: int
-    """At most so many at once in a process, unless `leveret work` is told otherwise."""
+    """Jobs at once per process, without options of `leveret work`."""
     timeout_s: float | None
     starts_per_s: float | None
-    """The lowest of its rate limits, for one `leveret work`."""
+    """The lowest rate limit of the handler's middleware, for one `leveret work`."""
     expires_s: float | None
     layers: list[LayerRecord]
-    """First is outermost."""
+    """Outermost first."""
     retries: list[Waits]
-    """First that matches wins; none: any failure buries it at once."""
+    """The first entry that matches applies; empty: any failure buries the job at once."""
 
 
 class QueueRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A queue that the app has handlers for."""
+    """A queue for which the app has handlers."""
 
     name: str
     type: str
     type_ignored: bool
-    """Whether this broker has queue types at all."""
+    """Whether this broker ignores the queue type."""
     levels: list[str]
     """Most urgent first."""
     order: str
-    """How its levels are served."""
+    """How the queue's levels are served."""
     physical: list[str]
-    """What holds it on this broker; none: the broker has no such notion."""
+    """The physical queues on this broker; empty if the broker has none."""
 
 
 class ScheduleRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,29 +105,32 @@ class ScheduleRecord(msgspec.Struct, frozen=True, kw_only=True):
     tz: str
     enabled: bool
     next: list[str]
-    """Its next slots, ISO 8601, in its zone."""
+    """The next slots, ISO 8601, in the schedule's time zone."""
 
 
 class AppRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """All of an app."""
+    """An app's parts."""
 
     app: str
     broker: str
-    """Its URL, without a password."""
+    """The broker's URL, without its password."""
     features: BrokerRecord
     handlers: list[HandlerRecord]
     queues: list[QueueRecord]
     schedules: list[ScheduleRecord]
     publish_layers: list[str]
-    """Round every publish, first is outermost."""
+    """The middleware around every publish, outermost first."""
 
 
 async def describe(app: App[Any], now: datetime) -> AppRecord:
-    """Return what `app` is, its schedules as seen from `now` (aware); ConfigurationError for what a worker would refuse. Connects to nothing."""
+    """Return the parts of `app`, its schedules as seen from `now` (aware), without connecting to the broker.
+
+    Raises ConfigurationError for everything that a worker would refuse.
+    """
     app.import_modules()
     handlers = app.handlers()
     if not handlers and not app.schedules:
-        msg = f"app {app.name!r} has neither a handler nor a schedule; list the modules that have them in App(modules=[…])"
+        msg = f"app {app.name!r} has no handler and no schedule; list their modules in App(modules=[…])"
         raise ConfigurationError(msg)
     runtime = app.runtime()
     bind((layer for handler in handlers for layer in handler.layers), runtime)
@@ -186,7 +191,7 @@ def _queue(queue: Queue, features: Features) -> QueueRecord:
     if not queue.priorities:
         order = "one level, first in, first out"
     elif not features.window_per_level:
-        order = "strict, by the broker: the lower levels may starve"
+        order = "strict priority: lower levels can starve"
     else:
         order = "by level, with ageing: no level starves"
     return QueueRecord(

@@ -1,4 +1,4 @@
-"""A dead letter as commands show it: one line of a list, or all of it."""
+"""How commands show a dead letter: as one line of a list, or in full."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     job: str
     queue: str
-    """Where it came from."""
+    """The original queue."""
     priority: str
     attempt: int
-    """The run that was its last."""
+    """The number of the last run."""
     passes: int
     buried_at_ms: int | None
-    """Unix ms; None where the broker itself dead-lettered it."""
+    """Unix ms; None if the broker itself dead-lettered the job."""
     error: str
-    """The class of its last error; "" where it was buried without one."""
+    """The class of the last error; "" if the job was buried without an error."""
     reason: str
     bytes: int
 
 
 class LetterRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a letter."""
+    """A dead letter in full."""
 
     id: str
     job: str
@@ -55,13 +55,13 @@ class LetterRecord(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, object]
     failures: list[Failure]
     body: object
-    """Decoded where it is JSON or MessagePack; else null, and `body_base64` has it."""
+    """The decoded body if it is JSON or MessagePack; otherwise null, and `body_base64` holds the bytes."""
     body_base64: str | None
     bytes: int
 
     @classmethod
     def of(cls, envelope: Envelope) -> LetterRecord:
-        """Return the record of `envelope`; a URL's password is hidden in headers and failures. The body is as it came."""
+        """Return the record of `envelope`. Passwords of URLs are hidden in headers and failures; the body is unchanged."""
         body, readable = _decoded(envelope)
         return cls(
             id=envelope.job_id,
@@ -88,7 +88,7 @@ class LetterRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summary_of(envelope: Envelope) -> Summary:
-    """Return one line of a list."""
+    """Return the list entry of `envelope`."""
     last = next(reversed(failures_of(envelope)), None)
     return Summary(
         id=envelope.job_id,
@@ -105,7 +105,7 @@ def summary_of(envelope: Envelope) -> Summary:
 
 
 def show_letter(record: LetterRecord) -> str:
-    """Return all of a letter as text for people."""
+    """Return a dead letter in full, as text."""
     facts: list[tuple[str, object]] = [
         ("id", record.id),
         ("job", f"{record.job or '(none)'}{f' version {record.version}' if record.version > 1 else ''}"),
@@ -113,24 +113,24 @@ def show_letter(record: LetterRecord) -> str:
         ("published", _joined(moment(record.created_s * 1000), record.app and f"by {record.app}")),
         ("first seen", moment(record.first_seen_ms)),
         ("expires", moment(record.expires_at_ms)),
-        ("runs", f"{record.attempt}, published anew {counted(record.passes, 'time')}"),
+        ("runs", f"{record.attempt}, republished {counted(record.passes, 'time')}"),
         ("correlation", record.correlation_id),
         ("reply to", record.reply_to),
     ]
-    said = [f"{name:<12} {one_line(str(value))}" for name, value in facts if value]
-    said += [f"header       {one_line(f'{name}: {value}')}" for name, value in record.headers.items()]
+    text = [f"{name:<12} {one_line(str(value))}" for name, value in facts if value]
+    text += [f"header       {one_line(f'{name}: {value}')}" for name, value in record.headers.items()]
     before = ""
     for failure in record.failures:
-        said += [
+        text += [
             "",
             f"run {failure.attempt}  {one_line(_joined(moment(failure.at_ms), failure.host and f'on {failure.host}', _reason(failure)))}",
         ]
-        shown = "the same traceback" if failure.traceback and failure.traceback == before else failure.traceback
-        said += [f"  {line}" for line in lines(shown).rstrip().splitlines()]
+        shown = "same traceback as above" if failure.traceback and failure.traceback == before else failure.traceback
+        text += [f"  {line}" for line in lines(shown).rstrip().splitlines()]
         before = failure.traceback
     encoding = f", content encoding {record.content_encoding}" if record.content_encoding else ""
-    said += ["", f"body         {record.bytes} bytes, {one_line(record.content_type + encoding)}"]
-    return "\n".join([*said, *_body_lines(record)])
+    text += ["", f"body         {record.bytes} bytes, {one_line(record.content_type + encoding)}"]
+    return "\n".join([*text, *_body_lines(record)])
 
 
 def _body_lines(record: LetterRecord) -> list[str]:
@@ -141,7 +141,7 @@ def _body_lines(record: LetterRecord) -> list[str]:
     raw = base64.b64decode(record.body_base64)
     rows = [(offset, raw[offset : offset + 16]) for offset in range(0, min(len(raw), _HEAD_BYTES), 16)]
     shown = [f"  {offset:06x}  {row.hex(' '):<47}  {_ascii(row)}" for offset, row in rows]
-    return [*shown, f"  … --json has all {len(raw)} bytes, in base64"] if len(raw) > _HEAD_BYTES else shown
+    return [*shown, f"  … --json prints all {len(raw)} bytes in base64"] if len(raw) > _HEAD_BYTES else shown
 
 
 def _ascii(raw: bytes) -> str:
@@ -149,7 +149,7 @@ def _ascii(raw: bytes) -> str:
 
 
 def _decoded(envelope: Envelope) -> tuple[object, bool]:
-    """Return what the body says, and whether that can be printed as JSON."""
+    """Return the decoded body, and whether it can be printed as JSON."""
     if envelope.content_encoding:
         return None, False
     kind = envelope.content_type.partition(";")[0].strip().lower()
@@ -162,7 +162,7 @@ def _decoded(envelope: Envelope) -> tuple[object, bool]:
 
 
 def _plain(value: object) -> object:
-    """Return a header's value as JSON can say it; headers may hold anything that AMQP can."""
+    """Return a header's value in a form that JSON can hold; a header can have any AMQP type."""
     if isinstance(value, str):
         return redact(value)
     try:
@@ -179,7 +179,7 @@ def _redacted(failure: Failure) -> Failure:
 
 
 def _reason(failure: Failure) -> str:
-    """Return the error, and why it was given up where that says more."""
+    """Return the error, followed by the reason for the burial if that adds something."""
     error = ": ".join(part for part in (failure.error, failure.message) if part)
     if not failure.reason or failure.reason in error:
         return error

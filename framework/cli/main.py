@@ -1,6 +1,6 @@
 """The command line: `leveret work`, `cron`, `publish`, `describe`, `queues`, `dead`; a file per command.
 
-Only the command line imports click and rich: `work` hands over to `python -m leveret.process.main`, which has neither.
+Only the command line imports click and rich. `work` hands over to `python -m leveret.process.main`, which imports neither.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from .work import work
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="leveret %(version)s")
 def cli() -> None:
-    """Typed jobs through RabbitMQ (or a local SQLite file): run workers and cron, publish, look and repair.
+    """Run typed jobs through RabbitMQ or a local SQLite file: run workers and cron, publish jobs, inspect and repair queues.
 
     \b
-    Where things come from, unless an option says it:
+    Environment, unless an option overrides it:
       LEVERET_APP     the app, as module:attribute, such as shop:app
       LEVERET_BROKER  the broker's URL: amqp://user:password@host/vhost or sqlite:///jobs.db
-      LEVERET_LOG     debug, info, warning or error; debug also shows tracebacks
+      LEVERET_LOG     debug, info, warning or error; debug adds tracebacks
 
     \b
     Exit codes:
       0    done
-      1    something failed: no broker, a job that couldn't be published or replayed, a worker cut off
-      2    wrong usage or configuration: mend it and start again
+      1    failed: no broker, a job wasn't published or replayed, a worker cut jobs off
+      2    wrong usage or configuration: correct it and start again
       130  interrupted by ^C
 
     \b
     Example:
       leveret work shop:app --queue emails=50 --processes 4
-    """  # noqa: D301 - \b is click's mark of a paragraph that isn't to be filled
+    """  # noqa: D301 - \b keeps click from rewrapping a paragraph
 
 
 for command in (work, cron, publish, describe, queues, dead):
@@ -52,21 +52,24 @@ for command in (work, cron, publish, describe, queues, dead):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line (`sys.argv` unless given); return the exit code, and never a traceback for what a user can mend."""
+    """Run the command line with `arguments` (default: `sys.argv`) and return the exit code.
+
+    A fault that a user can correct prints one line, never a traceback.
+    """
     try:
         level = environment(os.environ).log_level.lower()
-        # a worker and a cron are told of at info; the others answer on standard output, and warn
+        # workers and cron log at info; the other commands answer on standard output and log warnings only
         if level == "debug" or not {"work", "cron"}.intersection(sys.argv[1:2] if arguments is None else arguments[:1]):
             set_up_logs("warning" if level == "info" else level)
         answer = cli.main(arguments, prog_name="leveret", standalone_mode=False)
         sys.stdout.flush()
         return answer if isinstance(answer, int) else 0
     except click.UsageError as error:
-        if error.ctx is None or error.ctx.get_help() == error.message:  # no command given: its help is the answer
+        if error.ctx is None or error.ctx.get_help() == error.message:  # no command given: print the help
             print(error.message, file=sys.stderr)
         else:
-            said = redact(one_line(error.format_message())).rstrip(".")
-            print(f"leveret: {said} (see {error.ctx.command_path} --help)", file=sys.stderr)
+            message = redact(one_line(error.format_message())).rstrip(".")
+            print(f"leveret: {message} (see {error.ctx.command_path} --help)", file=sys.stderr)
         return 2
     except (click.Abort, KeyboardInterrupt):
         print("leveret: interrupted", file=sys.stderr)
@@ -74,6 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LeveretError as error:
         return report_error(error)
     except BrokenPipeError:
-        # whoever read our output has seen enough; what is still buffered has nowhere to go
+        # the reader of our output has closed the pipe: discard what is still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

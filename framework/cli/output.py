@@ -14,13 +14,13 @@ from ..errors import ConfigurationError
 from ..process.logs import LEVELS, one_line
 
 _WIDE = 1000
-"""Columns where nobody looks: a pipe or a file gets whole lines, for grep and cut."""
+"""Columns when the output isn't a terminal: a pipe or a file gets whole lines, for grep and cut."""
 
 log_level_option = click.option(
-    "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Else LEVERET_LOG.  [default: info]"
+    "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Log level.  [default: LEVERET_LOG, else info]"
 )
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else, to standard output."
+    "--json", "as_json", is_flag=True, help="Print one JSON document to standard output, and nothing else."
 )
 
 
@@ -30,7 +30,7 @@ def print_json(document: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns whose name begins with > are numbers, right-aligned."""
+    """Print a table. A column whose name begins with > holds numbers and is right-aligned."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -45,18 +45,18 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
             header_style="bold",
         )
     for row in rows:
-        # Text, not str: a job's error may hold what rich takes for markup
+        # Text, not str: a job's error may contain what rich reads as markup
         table.add_row(*(Text(one_line("-" if cell is None else str(cell))) for cell in row))
     console.print(table)
 
 
 def lines(text: str) -> str:
-    """Return `text` without control characters but its line breaks and tabs."""
+    """Return `text` with control characters replaced, except line breaks and tabs."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def moment(at_ms: float | None) -> str:
-    """Return Unix milliseconds as a UTC time for people; "" for none, or for what is no time."""
+    """Return Unix milliseconds as a readable UTC time; "" for None, 0 or a value outside the calendar."""
     if not at_ms:
         return ""
     try:
@@ -66,21 +66,21 @@ def moment(at_ms: float | None) -> str:
 
 
 def seconds(value: float) -> str:
-    """Return a time for people, such as 90 s or 1.5 s."""
+    """Return a readable duration, such as 90 s or 1.5 s."""
     return f"{value:g} s"
 
 
 def counted(count: int, what: str) -> str:
-    """Return a count with its noun: 1 job, 2 jobs."""
+    """Return a count and its noun: 1 job, 2 jobs."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def ask(question: str, *, yes: bool) -> None:
-    """Go on only after a yes; where nobody can answer, --yes must say it."""
+    """Return after a yes. Without a terminal, require --yes."""
     if yes:
         return
     if not sys.stdin.isatty():
-        msg = f"{question} Nobody can answer here: say --yes"
+        msg = f"{question} stdin is not a terminal; confirm with --yes"
         raise ConfigurationError(msg)
     if not click.confirm(question, err=True):
         click.echo("nothing was changed", err=True)
@@ -89,7 +89,7 @@ def ask(question: str, *, yes: bool) -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Generator[Callable[[], None], None, None]:
-    """Show how far it is, on a terminal's standard error; call what it yields once for each step."""
+    """Show a progress bar on standard error if that is a terminal. Call the yielded function once per step."""
     if total < 2 or not sys.stderr.isatty():
         yield lambda: None
         return
@@ -103,7 +103,7 @@ def progress(what: str, total: int) -> Generator[Callable[[], None], None, None]
 
 
 def number_of_seconds(*, zero: bool) -> Callable[[click.Context, click.Parameter, str | None], float | None]:
-    """Return a callback for an option that is a number of seconds: finite, and above 0, or at least 0 with `zero`."""
+    """Return a callback for an option in seconds: finite and above 0, or at least 0 with `zero`."""
 
     def convert(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
         if value is None:
@@ -113,7 +113,7 @@ def number_of_seconds(*, zero: bool) -> Callable[[click.Context, click.Parameter
         except ValueError:
             number = float("nan")
         if not (number >= 0 if zero else number > 0) or number == float("inf"):
-            msg = f"it is a number of seconds, {'0 or more' if zero else 'above 0'}, not {value!r}"
+            msg = f"expected a number of seconds {'of at least 0' if zero else 'above 0'}, not {value!r}"
             raise click.BadParameter(msg, param=parameter)
         return number
 

@@ -1,4 +1,4 @@
-"""`leveret publish`: one job from JSON."""
+"""`leveret publish`: publish one job from JSON."""
 
 from __future__ import annotations
 
@@ -27,28 +27,36 @@ _PUBLISH_TIMEOUT_S = 10.0
 @click.command(short_help="Publish one job from JSON; print its id.")
 @click.argument("job", metavar="MODULE:CLASS")
 @click.argument("payload", metavar="JSON")
-@click.option("--priority", type=click.Choice([level.value for level in Priority]), help="Else the job's own.")
+@click.option(
+    "--priority", type=click.Choice([level.value for level in Priority]), help="Priority.  [default: the job class's]"
+)
 @click.option(
     "--delay",
     "delay_s",
     metavar="SECONDS",
     callback=number_of_seconds(zero=True),
-    help="Not before so many seconds from now.",
+    help="Run the job at the earliest after this many seconds.",
 )
-@click.option("--at", metavar="TIME", help="Not before this ISO time with its offset, such as 2026-07-01T09:00+02:00.")
-@click.option("--id", "job_id", metavar="ID", help="The job's id; else a new UUIDv7.")
+@click.option(
+    "--at",
+    metavar="TIME",
+    help="Run the job at the earliest at this ISO time with UTC offset, such as 2026-07-01T09:00+02:00.",
+)
+@click.option("--id", "job_id", metavar="ID", help="The job's id.  [default: a new UUIDv7]")
 @click.option(
     "--expires",
     "expires_s",
     metavar="SECONDS",
     callback=number_of_seconds(zero=False),
-    help="Not run later than so many seconds from now.",
+    help="Drop the job if it hasn't started within this many seconds.",
 )
 @click.option(
-    "--header", "-H", "headers", multiple=True, metavar="NAME=VALUE", help="A header, as text; may be repeated."
+    "--header", "-H", "headers", multiple=True, metavar="NAME=VALUE", help="A header with a text value. Repeatable."
 )
-@click.option("--app", metavar="MODULE:APP", help="Publish as this app: its broker and its layers; else LEVERET_APP.")
-@click.option("--broker", metavar="URL", help="The broker, where no app is at hand; else LEVERET_BROKER.")
+@click.option(
+    "--app", metavar="MODULE:APP", help="Publish with this app's broker and middleware.  [default: LEVERET_APP]"
+)
+@click.option("--broker", metavar="URL", help="The broker's URL, if there is no app.  [default: LEVERET_BROKER]")
 def publish(
     job: str,
     payload: str,
@@ -61,10 +69,10 @@ def publish(
     app: str | None,
     broker: str | None,
 ) -> None:
-    """Publish one job of MODULE:CLASS from JSON (- for standard input); print its id once the broker has confirmed it.
+    """Publish one job of MODULE:CLASS from JSON (- reads standard input). Print the job's id when the broker has confirmed it.
 
-    The JSON is read as that class, so a wrong type or a missing field is refused
-    here, before anything is sent; a field that the class doesn't have is ignored, as in a rolling deploy.
+    The JSON is decoded as that class, so a wrong type or a missing field is refused before anything is sent. An unknown field is
+    ignored, as in a rolling deploy.
 
     \b
     Examples:
@@ -76,10 +84,10 @@ def publish(
     try:
         made = Decoder(job_class).decode(body, JSON)
     except UndecodableError as error:
-        raise ConfigurationError(str(error).replace("the body is", "the JSON is", 1)) from None
+        raise ConfigurationError(str(error).replace("the body", "the JSON", 1)) from None
     when = _moment(at)
     if delay_s is not None and when is not None:
-        msg = "--delay and --at exclude each other"
+        msg = "--delay and --at can't be combined"
         raise click.UsageError(msg)
     target = find_target(app, broker, modules=False)
     sending: App[Any] = target.app or App("leveret", broker=target.url)
@@ -103,13 +111,12 @@ def publish(
     except InvalidJob as error:
         raise ConfigurationError(str(error)) from None
     except PublishError as error:
-        if isinstance(
-            error.__cause__, ConfigurationError
-        ):  # a login, a vhost, a queue of another type: trying again won't help
+        # a wrong login, vhost or queue type: trying again won't help
+        if isinstance(error.__cause__, ConfigurationError):
             raise error.__cause__ from None
         again = ""
         if isinstance(error, PublishTimeout) and error.maybe_published:
-            again = f"; it may have arrived: to be safe publish it again with --id {error.job_id}"
+            again = f"; the job may have been published: publish it again with --id {error.job_id}"
         error.args = (f"{error} (broker {redact(target.url)}){again}",)
         raise
 
@@ -125,9 +132,9 @@ def _job_class(path: str) -> type[Job]:
         if isinstance(value, type) and issubclass(value, Job) and spec_of(value)
     ]
     if isinstance(found, type) and issubclass(found, Job):
-        msg = f"{path!r} is abstract: it names no job and no queue, so it can't be published{near(path.partition(':')[2], jobs)}"
+        msg = f"{path!r} is an abstract job class, without a name and a queue, so it can't be published{near(path.partition(':')[2], jobs)}"
     else:
-        msg = f"{path!r} is no Job class{near(path.partition(':')[2], jobs)}"
+        msg = f"{path!r} isn't a Job class{near(path.partition(':')[2], jobs)}"
     raise ConfigurationError(msg)
 
 
@@ -139,10 +146,12 @@ def _moment(text: str | None) -> datetime | None:
     except ValueError:
         when = None
     if when is None or when.tzinfo is None:
-        msg = f"--at {text!r}: it is an ISO time with its offset from UTC, such as 2026-07-01T09:00+02:00 or 2026-07-01T07:00Z"
+        msg = (
+            f"--at {text!r}: expected an ISO time with UTC offset, such as 2026-07-01T09:00+02:00 or 2026-07-01T07:00Z"
+        )
         raise click.UsageError(msg)
     if (when - datetime.now(timezone.utc)).total_seconds() > MAX_DELAY_S:
-        msg = f"--at {text!r} is more than 48 days from now; use a schedule for what is so far off"
+        msg = f"--at {text!r} is more than 48 days from now; use a schedule for a later time"
         raise click.UsageError(msg)
     return when
 
@@ -152,7 +161,7 @@ def _headers(given: Sequence[str]) -> dict[str, str] | None:
     for text in given:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            msg = f"--header {text!r}: it is NAME=VALUE"
+            msg = f"--header {text!r}: expected NAME=VALUE"
             raise click.UsageError(msg)
         headers[name] = value
     return headers or None

@@ -1,4 +1,4 @@
-"""`leveret queues`: how much waits where, and emptying a queue."""
+"""`leveret queues`: show the depths of queues, and purge a queue."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .target import Target, run, target_options
 
 
 class _Names(click.Group):
-    """A group whose first argument may be a queue's name as well as a subcommand's: `leveret queues emails`."""
+    """A group whose first argument may be a queue's name instead of a subcommand: `leveret queues emails`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the subcommand `show` before what isn't one."""
+        """Insert the subcommand `show` if the first argument isn't a subcommand."""
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
             args = ["show", *args]
         return super().parse_args(ctx, args)
@@ -29,7 +29,7 @@ class _Names(click.Group):
     short_help="Show how many jobs wait in each queue; purge one.",
 )
 def queues() -> None:
-    """Show how many jobs wait in each queue, by level; or `purge` one.
+    """Show how many jobs wait in each queue, by level, or `purge` a queue.
 
     \b
     Examples:
@@ -46,18 +46,18 @@ def queues() -> None:
 @target_options
 @json_option
 def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
-    """Show the depths of the queues NAME…, or of all that the app has handlers for; `show` may be left out.
+    """Show the depths of the queues NAME…, or of all queues for which the app has handlers. The word `show` is optional.
 
-    `ready` waits to be delivered, `unsettled` is with a worker, `delayed` waits for its time (a retry does), `dead` was buried;
-    `consumers` are the worker processes that take from it. A dash: the broker can't tell; RabbitMQ counts
-    the delayed jobs of all queues together, below the table.
+    `ready` jobs wait for a worker. `unsettled` jobs are with a worker. `delayed` jobs wait for their time, retries included.
+    `dead` jobs were buried. `consumers` counts the worker processes of the queue. A dash means that the broker can't count it.
+    RabbitMQ counts the delayed jobs of all queues together, below the table.
 
     \b
     Example:
       leveret queues emails --app shop:app
     """  # noqa: D301
     if not names and not target.queues:
-        msg = "which queues? Name them, or the app that has them (--app module:app)"
+        msg = "name the queues, or the app with --app module:app"
         raise click.UsageError(msg)
 
     async def read() -> tuple[list[Depth], int | None]:
@@ -80,26 +80,26 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
                 depth.delayed,
                 depth.dead,
                 depth.consumers,
-                "" if depth.exists else "not made yet",
+                "" if depth.exists else "not declared yet",
             ]
             for depth in depths
         ],
     )
     if delayed is not None:
-        click.echo(f"delayed, of all queues of this broker: {delayed}")
+        click.echo(f"delayed jobs of all queues on this broker: {delayed}")
 
 
 def _levels(depth: Depth) -> str:
     return " ".join(f"{level}={count}" for level, count in depth.levels.items() if count)
 
 
-@queues.command(short_help="Delete every job that waits in a queue.")
+@queues.command(short_help="Delete all waiting jobs of a queue.")
 @click.argument("name")
 @target_options
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option("--yes", is_flag=True, help="Don't ask for confirmation.")
 @json_option
 def purge(name: str, target: Target, yes: bool, as_json: bool) -> None:
-    """Delete every job that waits in queue NAME, on all levels. Jobs that run, wait for their time or are dead stay.
+    """Delete all waiting jobs of queue NAME, on all levels. Running, delayed and dead jobs stay.
 
     \b
     Example:
@@ -116,7 +116,7 @@ def purge(name: str, target: Target, yes: bool, as_json: bool) -> None:
 
     depth = run(count())
     if not depth.exists:
-        msg = f"queue {name!r} isn't made yet on {redact(target.url)}: nothing waits there"
+        msg = f"queue {name!r} isn't declared on {redact(target.url)}, so no job waits there"
         raise ConfigurationError(msg)
     ask(f"Delete {counted(depth.ready, 'waiting job')} of queue {name} on {redact(target.url)} for good?", yes=yes)
     purged = run(delete())

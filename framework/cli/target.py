@@ -1,4 +1,4 @@
-"""What a command works on: a broker, by the app that uses it or by its URL; and the queues there."""
+"""The target of a command: a broker, given by an app or by a URL, and its queues."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _CLOSE_S = 5.0
 
 
 class Target(msgspec.Struct, frozen=True):
-    """A broker, and the app that was named, if one was."""
+    """A broker, and the app if the command was given one."""
 
     url: str
     runtime: Runtime
     app: App[Any] | None
     queues: dict[str, Queue]
-    """The app's own, by name."""
+    """The app's queues by name."""
 
     def queue(self, name: str) -> Queue:
-        """Return the queue `name`: the app's where it has one of that name; ConfigurationError for what can't be a queue's name."""
+        """Return the app's queue `name`, or a plain `Queue` if the app has none; ConfigurationError for an invalid name."""
         if name in self.queues:
             return self.queues[name]
         try:
@@ -55,7 +55,7 @@ class Target(msgspec.Struct, frozen=True):
 
     @asynccontextmanager
     async def admin(self) -> AsyncGenerator[Admin, None]:
-        """Open the broker's admin."""
+        """Open the broker's admin, and close it at the end of the block."""
         admin = broker_module(self.url).open_admin(self.url, self.runtime)
         try:
             yield admin
@@ -64,27 +64,27 @@ class Target(msgspec.Struct, frozen=True):
                 await asyncio.wait_for(admin.close(), _CLOSE_S)
 
     async def depth_of(self, admin: Admin, name: str) -> Depth:
-        """Return the depths of queue `name`; ConfigurationError, with the names that are near, where there is no such queue."""
+        """Return the depths of queue `name`; ConfigurationError, with similar names, if the queue doesn't exist."""
         [depth] = await admin.depths([self.queue(name)])
         if depth.exists or depth.dead or name in self.queues:
             return depth
-        msg = f"there is no queue {name!r} on {redact(self.url)}{near(name, self.queues)}"
+        msg = f"no queue {name!r} on {redact(self.url)}{near(name, self.queues)}"
         raise ConfigurationError(msg)
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean …?" with what is near, or what there is; "" where there is nothing."""
+    """Return "; did you mean …?" with similar names, else the list of known names; "" without any."""
     names = list(known)
     if close := difflib.get_close_matches(name, names, 3, cutoff=0.6):
         return f"; did you mean {' or '.join(close)}?"
-    return f"; there is: {', '.join(names)}" if 0 < len(names) <= 20 else ""
+    return f"; known: {', '.join(names)}" if 0 < len(names) <= 20 else ""
 
 
 def target_options(command: Callable[..., _T]) -> Callable[..., _T]:
-    """Give a command --app and --broker; it gets what they name as `target`, with the app's modules imported."""
+    """Give a command --app and --broker. The command receives them as `target`, with the app's modules imported."""
 
-    @click.option("--app", metavar="MODULE:APP", help="The app whose broker and queues are meant; else LEVERET_APP.")
-    @click.option("--broker", metavar="URL", help="The broker, where no app is at hand; else LEVERET_BROKER.")
+    @click.option("--app", metavar="MODULE:APP", help="The app whose broker and queues to use.  [default: LEVERET_APP]")
+    @click.option("--broker", metavar="URL", help="The broker's URL, if there is no app.  [default: LEVERET_BROKER]")
     @functools.wraps(command)
     def with_target(*args: Any, app: str | None, broker: str | None, **options: Any) -> _T:
         return command(*args, target=find_target(app, broker), **options)
@@ -93,9 +93,9 @@ def target_options(command: Callable[..., _T]) -> Callable[..., _T]:
 
 
 def find_target(app_path: str | None, url: str | None, *, modules: bool = True) -> Target:
-    """Return what a command is to work on: what it was told, else what the environment says; ConfigurationError where it can't be."""
+    """Return the target that the options give, or else the environment; ConfigurationError if there is none or it can't be used."""
     if app_path is not None and url is not None:
-        msg = "--app and --broker exclude each other: an app has a broker"
+        msg = "--app and --broker can't be combined: an app has its broker"
         raise click.UsageError(msg)
     known = environment(os.environ)
     if url is None and (app_path := app_path or known.app) is not None:
@@ -107,7 +107,7 @@ def find_target(app_path: str | None, url: str | None, *, modules: bool = True) 
         app, queues, runtime = None, {}, Runtime(app="leveret")
         url = url or known.broker
     if not url:
-        msg = f"{NO_BROKER}; or name an app (--app module:app, or LEVERET_APP)"
+        msg = f"{NO_BROKER}; or give an app with --app module:app or LEVERET_APP"
         raise ConfigurationError(msg)
     target = Target(url, runtime, app, queues)
     run(_check_shared(target))
@@ -115,25 +115,25 @@ def find_target(app_path: str | None, url: str | None, *, modules: bool = True) 
 
 
 async def _check_shared(target: Target) -> None:
-    """Refuse a broker that lives inside one process: this one, which is about to end."""
+    """Refuse a broker that exists only inside one process: here, the process of the command."""
     broker = broker_module(target.url).open_broker(target.url, target.runtime)
     try:
         if not broker.features().shared:
-            msg = f"{redact(target.url)} lives inside the process that opens it, so a command sees nothing of it: use a sqlite:// or amqp:// broker"
+            msg = f"{redact(target.url)} exists only inside the process that opens it, so a command can't reach its queues; use a sqlite:// or amqp:// broker"
             raise ConfigurationError(msg)
     finally:
         await broker.close()
 
 
 def app_path(given: str | None) -> str:
-    """Return the app that a command was given, or LEVERET_APP; a usage error without either."""
+    """Return the app's path that the command was given, or else LEVERET_APP; a usage error without either."""
     path = given or environment(os.environ).app
     if path is None:
-        msg = "which app? Give module:app, such as `shop:app`, or set LEVERET_APP"
+        msg = "no app given; pass module:app, such as `shop:app`, or set LEVERET_APP"
         raise click.UsageError(msg)
     return path
 
 
 def run(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run `work` on a loop of its own."""
+    """Run `work` on a new event loop."""
     return asyncio.run(work)

@@ -23,14 +23,14 @@ from .target import app_path
     "queue_limits",
     multiple=True,
     metavar="NAME[=CONCURRENCY]",
-    help="Take from this queue alone, with at most so many jobs of it at once in a process; may be repeated. None given: every queue of the app.",
+    help="Take jobs from this queue only, at most CONCURRENCY at once per process. Repeatable.  [default: every queue of the app]",
 )
 @click.option(
     "--concurrency",
     "-c",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Jobs at once in a process, over all its queues.  [default: 100, of which 8 in threads]",
+    help="Jobs at once per process, over all its queues.  [default: 100, of which 8 in threads]",
 )
 @click.option(
     "--processes",
@@ -39,7 +39,7 @@ from .target import app_path
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Worker processes; one that dies is restarted.",
+    help="Number of worker processes. A process that dies is restarted.",
 )
 @click.option(
     "--grace",
@@ -48,12 +48,12 @@ from .target import app_path
     default="30",
     show_default=True,
     callback=number_of_seconds(zero=True),
-    help="How long a stopping worker lets its jobs finish.",
+    help="Time for running jobs to finish when the worker stops.",
 )
 @click.option(
     "--reload",
     is_flag=True,
-    help="For development: restart when a Python file below this folder changes. Needs leveret[reload].",
+    help="For development: restart when a Python file in this folder or below changes. Needs leveret[reload].",
 )
 @log_level_option
 def work(
@@ -65,10 +65,11 @@ def work(
     reload: bool,
     log_level: str | None,
 ) -> None:
-    """Run a worker of APP (module:attribute, else LEVERET_APP): take jobs from its queues and run their handlers.
+    """Run a worker of APP (module:attribute, default LEVERET_APP): take jobs from its queues and run their handlers.
 
-    It waits for a broker that is away. SIGTERM or ^C stops it: it takes nothing more, lets its jobs finish within the grace, and
-    exits with 0; a second one, or the end of the grace, cuts them off: exit 1, and the broker delivers those again.
+    The worker waits for a broker that is down. SIGTERM or ^C stops the worker: it takes no more jobs, lets running jobs finish
+    within the grace, and exits with 0. A second signal, or the end of the grace, cuts the jobs off. The exit code is then 1,
+    and the broker delivers those jobs again.
 
     \b
     Example:
@@ -83,10 +84,10 @@ def work(
         log_level=(log_level or environment(os.environ).log_level).lower(),
         reload=reload,
     )
-    # a new interpreter in this process: neither click nor rich stays in a worker's memory, and signals reach the worker itself
+    # exec a new interpreter: click and rich don't stay in a worker's memory, and signals reach the worker directly
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "leveret.process.main", msgspec.json.encode(options).decode()])  # noqa: S606 - no shell is meant
+    os.execv(sys.executable, [sys.executable, "-m", "leveret.process.main", msgspec.json.encode(options).decode()])  # noqa: S606 - no shell needed
 
 
 def _queue_limits(given: Sequence[str]) -> dict[str, int | None]:
@@ -94,7 +95,7 @@ def _queue_limits(given: Sequence[str]) -> dict[str, int | None]:
     for text in given:
         name, equals, limit = text.partition("=")
         if not name or (equals and not (limit.isascii() and limit.isdecimal() and int(limit) > 0)):
-            msg = f"--queue {text!r}: it is NAME or NAME=CONCURRENCY, CONCURRENCY a whole number from 1, such as emails=50"
+            msg = f"--queue {text!r}: expected NAME or NAME=CONCURRENCY with a whole number of at least 1, such as emails=50"
             raise click.UsageError(msg)
         if name in limits:
             msg = f"--queue {name!r} is given twice"

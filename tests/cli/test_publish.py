@@ -65,24 +65,24 @@ def test_publish_carries_headers_delay_and_expiry(project: Project) -> None:
     [
         (
             ("shop:SendInvoice", '{"order_id": "seven"}'),
-            "the JSON is no SendInvoice: Expected `int`, got `str` - at `$.order_id`",
+            "the JSON can't be decoded as SendInvoice: Expected `int`, got `str` - at `$.order_id`",
         ),
         (("shop:SendInvoice", "{}"), "Object missing required field `order_id`"),
-        (("shop:SendInvoice", "{"), "the JSON is no SendInvoice"),
-        (("shop:SendInvoice", "[" * 100_000), "the JSON is no SendInvoice"),
+        (("shop:SendInvoice", "{"), "the JSON can't be decoded as SendInvoice"),
+        (("shop:SendInvoice", "[" * 100_000), "the JSON can't be decoded as SendInvoice"),
         (("shop:SendInvoce", "{}"), "module shop has no 'SendInvoce'; did you mean 'SendInvoice'?"),
-        (("shop:Abstract", '{"n": 1}'), "is abstract: it names no job and no queue"),
-        (("shop:app", "{}"), "'shop:app' is no Job class"),
+        (("shop:Abstract", '{"n": 1}'), "is an abstract job class, without a name and a queue"),
+        (("shop:app", "{}"), "'shop:app' isn't a Job class"),
         (("shop:Note", "{}", "--priority", "high"), "takes no priority but NORMAL"),
         (("shop:Note", "{}", "--priority", "soon"), "'soon' is not one of"),
-        (("shop:Note", "{}", "--delay", "x"), "it is a number of seconds, 0 or more, not 'x'"),
+        (("shop:Note", "{}", "--delay", "x"), "expected a number of seconds of at least 0, not 'x'"),
         (("shop:Note", "{}", "--delay", "9999999"), "is above 48 days"),
-        (("shop:Note", "{}", "--at", "tomorrow"), "it is an ISO time with its offset from UTC"),
-        (("shop:Note", "{}", "--at", "2026-01-01T09:00"), "it is an ISO time with its offset from UTC"),
+        (("shop:Note", "{}", "--at", "tomorrow"), "expected an ISO time with UTC offset"),
+        (("shop:Note", "{}", "--at", "2026-01-01T09:00"), "expected an ISO time with UTC offset"),
         (("shop:Note", "{}", "--at", "2126-01-01T09:00Z"), "more than 48 days from now"),
-        (("shop:Note", "{}", "--delay", "1", "--at", "2026-01-01T09:00Z"), "exclude each other"),
+        (("shop:Note", "{}", "--delay", "1", "--at", "2026-01-01T09:00Z"), "--delay and --at can't be combined"),
         (("shop:Note", "{}", "--delay", "10", "--expires", "5"), "it would expire after 5 s, before its delay of 10 s"),
-        (("shop:Note", "{}", "--header", "x"), "--header 'x': it is NAME=VALUE"),
+        (("shop:Note", "{}", "--header", "x"), "--header 'x': expected NAME=VALUE"),
         (("shop:Note", "{}", "--header", "lv-pass=1"), "header 'lv-pass'"),
         (("shop:Note", "{}", "--id", "x" * 201), "job_id is a text of 1 to 200 bytes"),
     ],
@@ -104,7 +104,7 @@ def test_publish_to_a_broker_inside_one_process_is_refused(project: Project) -> 
     ran = project.run("publish", "shop:Note", "{}", "--broker", "memory://")
 
     assert ran.code == 2
-    assert "memory:// lives inside the process that opens it" in ran.line
+    assert "memory:// exists only inside the process that opens it" in ran.line
 
 
 @pytest.mark.rabbit
@@ -128,6 +128,6 @@ def test_publish_and_queues_on_rabbitmq(project: Project, rabbit: Rabbit) -> Non
     purged = project.run("queues", "purge", name, "--broker", rabbit.url, "--yes", "--json")
 
     assert {level: count for level, count in depth["levels"].items() if count} == {"low": 1, "normal": 1, "urgent": 2}
-    assert re.search(r"^delayed, of all queues of this broker: \d+$", table, re.MULTILINE), table
+    assert re.search(r"^delayed jobs of all queues on this broker: \d+$", table, re.MULTILINE), table
     assert purged.json == {"queue": name, "purged": 4}
     assert project.run("queues", name, "--broker", rabbit.url, "--json").json[0]["ready"] == 0

@@ -16,8 +16,8 @@ from tests.rabbit.node import Rabbit
     ("arguments", "said"),
     [
         (("bogus",), "No such command 'bogus'"),
-        (("work", "-q", "emails=0"), "--queue 'emails=0': it is NAME or NAME=CONCURRENCY"),
-        (("work", "-q", "emails=many"), "--queue 'emails=many': it is NAME or NAME=CONCURRENCY"),
+        (("work", "-q", "emails=0"), "--queue 'emails=0': expected NAME or NAME=CONCURRENCY"),
+        (("work", "-q", "emails=many"), "--queue 'emails=many': expected NAME or NAME=CONCURRENCY"),
         (("work", "-q", "emails", "-q", "emails=3"), "--queue 'emails' is given twice"),
         (
             ("work", "-q", "emials"),
@@ -25,8 +25,8 @@ from tests.rabbit.node import Rabbit
         ),
         (("work", "--processes", "0"), "'--processes' / '-p': 0 is not in the range"),
         (("work", "--concurrency", "0"), "'--concurrency' / '-c': 0 is not in the range"),
-        (("work", "--grace=-1"), "'--grace': it is a number of seconds, 0 or more, not '-1'"),
-        (("work", "--grace", "nan"), "'--grace': it is a number of seconds, 0 or more, not 'nan'"),
+        (("work", "--grace=-1"), "'--grace': expected a number of seconds of at least 0, not '-1'"),
+        (("work", "--grace", "nan"), "'--grace': expected a number of seconds of at least 0, not 'nan'"),
         (("work", "--log-level", "loud"), "'--log-level': 'loud' is not one of"),
         (("work", "shop"), "'shop' isn't module:app"),
         (("work", "shpo:app"), "there is no module 'shpo'"),
@@ -36,12 +36,12 @@ from tests.rabbit.node import Rabbit
             ("cron",),
             "app 'shop' has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])",
         ),
-        (("queues", "emails", "--app", "shop:app", "--broker", "memory://"), "--app and --broker exclude each other"),
+        (("queues", "emails", "--app", "shop:app", "--broker", "memory://"), "--app and --broker can't be combined"),
         (
             ("queues", "emails", "--broker", "rabbit://guest:hunter2@host"),
             "'rabbit://guest:***@host' has no known scheme",
         ),
-        (("queues", "emails", "--broker", "memory://"), "memory:// lives inside the process that opens it"),
+        (("queues", "emails", "--broker", "memory://"), "memory:// exists only inside the process that opens it"),
         (
             ("queues", "emails.dead", "--broker", "sqlite:///shop.db"),
             "`leveret dead list emails` shows the dead letters of emails",
@@ -51,7 +51,7 @@ from tests.rabbit.node import Rabbit
             "a queue's name has 1 to 150 of [A-Za-z0-9_.-], not 'a b'",
         ),
         (("queues", "shop:app", "--broker", "sqlite:///shop.db"), "not 'shop:app'; did you mean --app shop:app?"),
-        (("dead", "list", "emials"), "there is no queue 'emials' on sqlite:///shop.db; did you mean emails?"),
+        (("dead", "list", "emials"), "no queue 'emials' on sqlite:///shop.db; did you mean emails?"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_2(project: Project, arguments: tuple[str, ...], said: str) -> None:

@@ -30,13 +30,13 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 NESTED = b"[" * 100_000
 # body, what the log and the letter must say, job name, further properties
 BAD: dict[str, tuple[bytes, str, str, dict[str, Any]]] = {
-    "random-bytes": (bytes(range(255, -1, -1)), "the body is no Note", "note", {}),
+    "random-bytes": (bytes(range(255, -1, -1)), "the body can't be decoded as Note", "note", {}),
     "wrong-shape": (b'{"seconds": "long"}', "Expected `float`, got `str`", "note", {}),
     "another-shape": (b'["a list"]', "Expected `object`, got `array`", "note", {}),
-    "NaN": (b'{"seconds": NaN}', "the body is no Note", "note", {}),
+    "NaN": (b'{"seconds": NaN}', "the body can't be decoded as Note", "note", {}),
     "unknown-name": (b'{"who": "knows"}', "no handler here knows the job 'order.unknown'", "order.unknown", {}),
     "no-name": (b'{"no": "name"}', "no job name", "", {}),
-    "empty": (b"", "the body is no Note", "note", {}),
+    "empty": (b"", "the body can't be decoded as Note", "note", {}),
     "content-type": (b"<note/>", "content type 'text/xml'", "note", {"content_type": "text/xml"}),
     "content-encoding": (
         gzip.compress(b"{}", mtime=0),
@@ -66,7 +66,7 @@ BAD: dict[str, tuple[bytes, str, str, dict[str, Any]]] = {
         {"headers": {"x": {"y": {"z": [1, {"a": "b"}, [[]]]}}, "x-death": "none"}},
     ),
     "100-000-brackets": (NESTED, "Expected `object`, got `array`", "note", {}),
-    "100-000-brackets-in-a-field": (b'{"seconds": ' + NESTED, "the body is no Note", "note", {}),
+    "100-000-brackets-in-a-field": (b'{"seconds": ' + NESTED, "the body can't be decoded as Note", "note", {}),
     "100-000-brackets-in-a-field-that-nobody-reads": (
         b'{"x": ' + NESTED + b"]" * 100_000 + b"}",
         "nested too deeply",
