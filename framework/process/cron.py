@@ -1,4 +1,4 @@
-"""One cron process: `leveret cron`."""
+"""The process of `leveret cron`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ logger = logging.getLogger("leveret.cron")
 async def run(app: App[Any]) -> int:
     """Run the app's schedules until SIGTERM or SIGINT; return the exit code.
 
-    0: what was being published at the signal is through. 1: it wasn't within `FINISH_S`, or a second signal cut it off.
+    0: every publish in progress at the signal has ended. 1: a publish didn't end within `FINISH_S`, or a second signal cut it off.
     """
     app.import_modules()
     enabled = [schedule for schedule in app.schedules if schedule.enabled]
     if not enabled:
-        msg = f"app {app.name!r} has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])"
+        msg = f"app {app.name!r} has no enabled schedule; add one with @app.cron(…) and list its module in App(modules=[…])"
         raise ConfigurationError(msg)
     runtime = app.runtime()
     broker = app.open_broker(runtime)
@@ -34,14 +34,14 @@ async def run(app: App[Any]) -> int:
     stop = Stop(scheduler.stop)
     for schedule in enabled:
         first = schedule.next(datetime.now(timezone.utc))
-        logger.info("schedule %s (%s %s): next at %s", schedule.name, schedule.expression, schedule.tz, first)
+        logger.info("schedule %s (%s %s): next slot at %s", schedule.name, schedule.expression, schedule.tz, first)
     try:
         await first_of(asyncio.shield(running), stop.asked.wait())
         await first_of(asyncio.shield(running), stop.hurried.wait(), timeout_s=FINISH_S)
         if running.done():
             logger.info("stopped")
             return 0
-        logger.error("stopped, %d slots cut off: they may be published or not", scheduler.emitting)
+        logger.error("stopped, %d slots cut off: their jobs may or may not have been published", scheduler.emitting)
         return 1
     finally:
         running.cancel()
@@ -50,8 +50,8 @@ async def run(app: App[Any]) -> int:
 
 
 def main(app: App[Any]) -> int:
-    """Run the app's schedules on a loop of their own; return the exit code."""
+    """Run the app's schedules on a new event loop; return the exit code."""
     code = run_loop(run(app))
     if code:
-        exit_now(code)  # a cron function that doesn't return would keep the interpreter from ending
+        exit_now(code)  # the interpreter's own exit would wait for a cron function that doesn't return
     return code

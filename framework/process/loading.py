@@ -1,4 +1,4 @@
-"""module:attribute → the app."""
+"""Loading the app that module:attribute names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from ..texts import is_ours
 
 
 def load(path: str, what: str) -> Any:
-    """Import `path`, module:attribute, from the working directory or the installed packages; ConfigurationError names what is missing."""
+    """Import `path`, module:attribute, from the working directory or the installed packages.
+
+    Raises ConfigurationError, which names the missing module or attribute.
+    """
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
-        msg = f"{path!r} isn't module:{what}, such as shop:{what}"
+        msg = f"expected module:{what}, such as shop:{what}, not {path!r}"
         raise ConfigurationError(msg)
     here = os.getcwd()  # noqa: PTH109 - a worker needs no pathlib
     if here not in sys.path:
@@ -38,7 +41,7 @@ def load(path: str, what: str) -> Any:
 
 
 def _import(module_name: str, path: str) -> ModuleType:
-    """Import a user's module; whatever it raises becomes one line that says where."""
+    """Import a user's module; any error it raises becomes one line that names the source line."""
     try:
         return importlib.import_module(module_name)
     except LeveretError:
@@ -46,18 +49,18 @@ def _import(module_name: str, path: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
-            msg = f"there is no module {missing!r} here ({os.getcwd()}) or among the installed packages, for {path!r}"  # noqa: PTH109
+            msg = f"{path!r}: no module {missing!r} in {os.getcwd()} or among the installed packages"  # noqa: PTH109
         else:
-            msg = f"{path!r}: importing {module_name} fails: {error}{_where(error)}"
+            msg = f"{path!r}: importing {module_name} failed: {error}{_where(error)}"
         raise ConfigurationError(msg) from error
     except Exception as error:
-        msg = f"{path!r}: importing {module_name} fails: {type(error).__name__}: {error}{_where(error)}"
+        msg = f"{path!r}: importing {module_name} failed: {type(error).__name__}: {error}{_where(error)}"
         raise ConfigurationError(msg) from error
 
 
 def _where(error: Exception) -> str:
-    """Return the line of the user's that raised; leveret's own frames and the import machinery's aren't it."""
-    if isinstance(error, SyntaxError):  # its text says where
+    """Return the user's line that raised, past the frames of leveret and of the import machinery."""
+    if isinstance(error, SyntaxError):  # the message already names the line
         return ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     own = [frame for frame in frames if not is_ours(frame.filename)]
@@ -65,7 +68,7 @@ def _where(error: Exception) -> str:
 
 
 def load_app(path: str, *, modules: bool = True) -> App[Any]:
-    """Return the app at `path`, module:attribute; with `modules`, what its `modules=` names is imported too."""
+    """Return the app at `path`, module:attribute; with `modules`, also import the modules in the app's `modules=`."""
     app = load(path, "app")
     if not isinstance(app, App):
         msg = f"{path!r} is {type(app).__name__}, not an App"
@@ -76,6 +79,6 @@ def load_app(path: str, *, modules: bool = True) -> App[Any]:
         except LeveretError:
             raise
         except Exception as error:
-            msg = f"{path!r}: importing its modules fails: {type(error).__name__}: {error}{_where(error)}"
+            msg = f"{path!r}: importing the app's modules failed: {type(error).__name__}: {error}{_where(error)}"
             raise ConfigurationError(msg) from error
     return app  # pyright: ignore[reportUnknownVariableType]

@@ -1,4 +1,4 @@
-"""How leveret's own processes print their logs: a line each, to standard error."""
+"""How leveret's own processes print their logs: one line per record, to standard error."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from ..settings import redact
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s %(message)s"
 _USERS = "leveret.job"
-"""The logger behind `Attempt.log`: what a handler says there is its own affair."""
+"""The logger behind `Attempt.log`. A handler's records are printed unchanged, except passwords in URLs."""
 _REPORT_BYTES = 512
-"""Most of one report: a write of up to so many bytes isn't torn by another process's (POSIX's PIPE_BUF)."""
+"""Largest report, bytes: POSIX keeps a pipe write of up to PIPE_BUF, which is at least 512, in one piece."""
 
 
 def one_line(text: str) -> str:
-    """Return `text` on one line, without control characters: what came over a wire must not move the cursor, nor forge a line."""
+    """Return `text` on one line, without control characters: received text must not move the cursor or forge a log line."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
 
 
 class _OneLine(logging.Formatter):
-    """Passwords in URLs hidden; a record of leveret's own on one line, its traceback at debug level only, or where it is a bug."""
+    """Hides passwords in URLs, and prints leveret's own records on one line.
+
+    The traceback of such a record is printed at debug level, or if the record is critical.
+    """
 
     def __init__(self, *, tracebacks: bool) -> None:
         super().__init__(_FORMAT)
@@ -40,9 +43,9 @@ class _OneLine(logging.Formatter):
 
 
 def set_up_logs(level: str) -> None:
-    """Print records of `level` and above, whatever was said here before; leaves a program's own logging set-up alone."""
+    """Print records of `level` and above; a second call replaces the level. A program's own logging set-up stays."""
     if level.lower() not in LEVELS:
-        msg = f"the log level (LEVERET_LOG, --log-level) is one of {', '.join(LEVELS)}, not {level!r}"
+        msg = f"the log level (LEVERET_LOG, --log-level) must be one of {', '.join(LEVELS)}, not {level!r}"
         raise ConfigurationError(msg)
     root = logging.getLogger()
     if any(not isinstance(handler.formatter, _OneLine) for handler in root.handlers):
@@ -54,16 +57,21 @@ def set_up_logs(level: str) -> None:
     root.addHandler(handler)
     root.setLevel(level.upper())
     if not debug:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it says again, in tracebacks, what we say in a line
+        logging.getLogger("asyncio").setLevel(
+            logging.CRITICAL
+        )  # it repeats with tracebacks what leveret logs in one line
 
 
 def report_error(error: LeveretError, report: int | None = None) -> int:
-    """Print an error as one line (its traceback at debug level), a configuration's to `report` if given; return the exit code."""
+    """Print an error as one line, its traceback at debug level; return the exit code.
+
+    A configuration error goes to the file descriptor `report`, if given, instead of standard error.
+    """
     line = f"leveret: {redact(' '.join(str(error).split()))}"
     wrong = isinstance(error, ConfigurationError)
     if wrong and report is not None:
         os.write(report, line.encode(errors="replace")[: _REPORT_BYTES - 1] + b"\n")
     else:
-        print(line, file=sys.stderr)  # noqa: T201 - a terminal's line
-    logging.getLogger("leveret").debug("where it comes from", exc_info=error)
+        print(line, file=sys.stderr)  # noqa: T201 - output of a command
+    logging.getLogger("leveret").debug("traceback of the error", exc_info=error)
     return 2 if wrong else 1

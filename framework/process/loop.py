@@ -10,7 +10,7 @@ _T = TypeVar("_T")
 
 
 def run_loop(main: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine on uvloop where it is installed (twice the throughput), else on asyncio's own loop."""
+    """Run a coroutine on uvloop if it is installed (twice the throughput), otherwise on asyncio's own loop."""
     try:
         import uvloop
     except ImportError:

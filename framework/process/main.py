@@ -1,7 +1,8 @@
-"""One worker process: `leveret work` hands over to `python -m leveret.process.main`.
+"""The process of one worker: `leveret work` hands over to `python -m leveret.process.main`.
 
-Stopping, in order: stop taking → give back what hasn't started → finish within the grace → flush what was settled →
-close. Exit 0: drained. 1: the grace was over, what was cut off is delivered again. 2: something is configured wrong.
+The steps of a stop: take no more jobs → give back jobs that haven't started → finish running jobs within the grace → flush the
+settlements → close. Exit code 0: drained. 1: the grace ended, and the broker delivers the jobs that were cut off again. 2: the
+configuration is wrong.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ _SAID = {
     Kind.UNDECODABLE: "buried as undecodable",
     Kind.UNKNOWN: "sent back as unknown",
     Kind.NOT_STARTED: "given back",
-    Kind.LOST: "that the broker delivers again, since their channel or lease was gone",
+    Kind.LOST: "that the broker delivers again, since their channel or lease was lost",
 }
-"""How the last line of a worker names an ending; the others by their word."""
+"""How a worker's last log line names an ending; the other endings use `Kind.value`."""
 
 
 async def run(options: WorkOptions) -> int:
-    """Run a worker process until a signal, its supervisor's end or a fault that waiting can't mend; return its exit code."""
+    """Run a worker until a signal, the end of its supervisor or a fault that waiting can't cure; return the exit code."""
     app = load_app(options.app)
-    # a lifespan's end, or a connection's, that doesn't come isn't waited for
+    # after a second signal, don't wait for a lifespan or a connection that doesn't close
     stop = Stop(hurry=lambda: asyncio.get_running_loop().call_later(HURRY_S, _cut_off))
     if options.lifeline is not None:
         stop.ask_at_end_of(options.lifeline)
@@ -63,7 +64,7 @@ async def run(options: WorkOptions) -> int:
             lifespan=partial(_lifespan, app, stop),
         ) as work:
             names = ", ".join(f"{s.queue.name} (prefetch {s.prefetch})" for s in work.consumer.subscriptions)
-            takes = "takes" if work.consumption.ready else "will take, once the broker is there,"
+            takes = "takes jobs" if work.consumption.ready else "waits for the broker, then takes jobs"
             logger.info(
                 "worker %s of app %s %s from %s on %s",
                 os.getpid(),
@@ -74,7 +75,7 @@ async def run(options: WorkOptions) -> int:
             )
             await first_of(stop.asked.wait(), work.consumption.failed())
             logger.info(
-                "stopping: %d running, %d held; up to %g s, a second signal cuts off",
+                "stopping: %d running, %d held; running jobs have %g s to finish, a second signal cuts them off",
                 work.consumer.running,
                 work.consumer.held,
                 options.grace_s,
@@ -82,7 +83,7 @@ async def run(options: WorkOptions) -> int:
     except asyncio.CancelledError:
         if not stop.interrupted:
             raise
-        logger.info("stopped while its lifespan was starting")
+        logger.info("stopped while the app's lifespan was starting")
         return 0
     counts = work.consumer.counts
     ended = (
@@ -93,35 +94,39 @@ async def run(options: WorkOptions) -> int:
     )
     logger.info("stopped%s: %s", "" if work.drained else ", cut off", ended)
     if not work.drained:
-        exit_now(1)  # here: the loop's end would wait for threads that were cut off, whose jobs run elsewhere by now
+        exit_now(
+            1
+        )  # now: closing the loop would wait for threads that were cut off, whose jobs other workers run by now
     return 0
 
 
 @asynccontextmanager
 async def _lifespan(app: App[Any], stop: Stop) -> AsyncGenerator[Any, None]:
-    """Enter the app's own, unless a stop comes first."""
+    """Enter the app's lifespan, unless a stop comes first."""
     async with AsyncExitStack() as stack:
         resources = None
         if app.lifespan is not None:
             with stop.interrupts():
                 resources = await stack.enter_async_context(app.lifespan())
-        # The collector needn't look through what was imported and opened, again and again: it stays.
+        # what was imported and opened stays: exempt it from every later garbage collection
         gc.collect()
         gc.freeze()
         yield resources
 
 
 def _cut_off() -> None:
-    logger.error("it still hasn't ended, so it is cut off; the broker delivers again what wasn't settled")
+    logger.error(
+        "the worker didn't end after the second signal and exits now; the broker delivers unsettled jobs again"
+    )
     exit_now(1)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `python -m leveret.process.main OPTIONS`, OPTIONS being `WorkOptions` as JSON; return the exit code."""
+    """Run `python -m leveret.process.main OPTIONS`, where OPTIONS is `WorkOptions` as JSON; return the exit code."""
     try:
         options = msgspec.json.decode(argv[0], type=WorkOptions)
     except (IndexError, msgspec.MsgspecError):
-        return report_error(ConfigurationError("python -m leveret.process.main is started by `leveret work`; use that"))
+        return report_error(ConfigurationError("python -m leveret.process.main is internal; run `leveret work`"))
     try:
         set_up_logs(options.log_level)
         if options.lifeline is None and (options.processes > 1 or options.reload):
@@ -131,9 +136,9 @@ def main(argv: Sequence[str]) -> int:
         code = run_loop(run(options))
     except LeveretError as error:
         code = report_error(error, options.report)
-    except KeyboardInterrupt:  # before the loop took the signal over: nothing was started
+    except KeyboardInterrupt:  # the signal came before the loop handled signals: nothing has started
         code = 130
-    except Exception:  # a lifespan's, for one: a user's code, whose traceback they need  # noqa: BLE001
+    except Exception:  # the user's code, such as a lifespan: the user needs its traceback  # noqa: BLE001
         print(redact(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201 - as Python itself does
         code = 1
     if code:

@@ -1,4 +1,4 @@
-"""What `leveret work` was told; it travels to the worker processes as JSON."""
+"""The options of `leveret work`, which go to the worker processes as JSON."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from ..consuming.worker import GRACE_S
 
 
 class WorkOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `leveret work`, and what its supervisor adds."""
+    """The options of `leveret work`, and those that the supervisor adds."""
 
     app: str
     """module:attribute"""
     queues: dict[str, int | None] = {}
-    """Queue and its own concurrency; none: every queue that the app has a handler for."""
+    """Queues, each with its concurrency or None; empty: every queue for which the app has a handler."""
     concurrency: int | None = None
-    """Handlers at once in a process; None: 100 async and 8 threads, else so many of both."""
+    """Jobs at once per process, async and in threads each; None: 100 async and 8 in threads."""
     processes: int = 1
     grace_s: float = GRACE_S
     log_level: str = "info"
     reload: bool = False
     lifeline: int | None = None
-    """A file descriptor that reads end-of-file once the supervisor is gone."""
+    """A file descriptor that reads end-of-file when the supervisor has ended."""
     report: int | None = None
-    """A file descriptor for the line that says what is configured wrong; the supervisor prints it, once for all workers."""
+    """A file descriptor for the line of a configuration error; the supervisor prints the line once for all workers."""
     index: int = 0
-    """Which of the processes this is."""
+    """The number of this process, from 0."""
 
     @property
     def limits(self) -> Limits:

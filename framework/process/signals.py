@@ -1,4 +1,4 @@
-"""How a process is told to stop, and how it ends at once where it must: the same for workers, their supervisor and cron."""
+"""How a process is asked to stop, and how it ends at once: shared by workers, their supervisor and cron."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 HURRY_S = 5.0
-"""How long after a second signal the process is ended, whatever it is at."""
+"""Time from a second signal until the process ends unconditionally."""
 
 
 class Stop:
-    """SIGTERM and SIGINT as two events: the first signal asks the process to stop, a second one to hurry.
+    """SIGTERM and SIGINT as two events: the first signal asks the process to stop, a second signal to hurry.
 
     Args:
-        stop: Called when the process is asked to stop.
-        hurry: Called each time it is asked again.
+        stop: Called at the first request to stop.
+        hurry: Called at each further request.
     """
 
     def __init__(self, stop: Callable[[], object] | None = None, *, hurry: Callable[[], object] | None = None) -> None:
@@ -34,7 +34,7 @@ class Stop:
             self._loop.add_signal_handler(number, self.ask)
 
     def ask(self) -> None:
-        """Ask the process to stop; asked again, to hurry."""
+        """Ask the process to stop; from the second call on, to hurry."""
         event, then = (self.hurried, self._hurry) if self.asked.is_set() else (self.asked, self._stop)
         event.set()
         if self._starting is not None:
@@ -43,7 +43,7 @@ class Stop:
             then()
 
     def ask_at_end_of(self, lifeline: int) -> None:
-        """Ask once a file descriptor reads end-of-file: whoever held its other end is gone."""
+        """Ask when the file descriptor reads end-of-file: the process at the other end is gone."""
 
         def ended() -> None:
             self._loop.remove_reader(lifeline)
@@ -54,19 +54,19 @@ class Stop:
 
     @property
     def interrupted(self) -> bool:
-        """Whether a stop came while something was starting."""
+        """Whether a stop came inside a block of `interrupts`."""
         return self._starting is not None and self.asked.is_set()
 
     @contextmanager
     def interrupts(self) -> Generator[None, None, None]:
-        """Cancel the current task if a stop comes inside this block: until it is left there is nothing to drain."""
+        """Cancel the current task if a stop comes inside this block, where there is nothing to drain yet."""
         self._starting = asyncio.current_task()
         yield
-        self._starting = None  # not in a `finally`: `interrupted` is asked afterwards
+        self._starting = None  # not in a `finally`: `interrupted` is read afterwards
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process now: a thread that was cut off would keep the interpreter from ending."""
+    """End this process now: the interpreter's own exit would wait for threads that were cut off."""
     logging.shutdown()
     with suppress(OSError):
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`leveret work --processes N` or `--reload`: a parent that starts the workers and restarts one that dies, with back-off."""
+"""The parent process of `leveret work --processes N` or `--reload`: starts the workers and restarts one that dies, with back-off."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .signals import HURRY_S, Stop
 logger = logging.getLogger("leveret.supervisor")
 
 STEADY_S = 60.0
-"""A worker that ran so long before it died is restarted as if for the first time."""
+"""After a worker has run longer than this, its back-off starts from the beginning."""
 REFUSED = 2
-"""Exit code of a worker whose configuration is wrong; restarting it wouldn't help."""
+"""Exit code of a worker with a wrong configuration; a restart wouldn't help."""
 _KILL_AFTER_S = 10.0
 
 
 async def supervise(options: WorkOptions) -> int:
-    """Run `options.processes` workers until a signal; return the worst exit code of the last ones.
+    """Run `options.processes` workers until a signal; return the highest of their last exit codes.
 
-    A worker that exits with 2 (something is configured wrong) ends all, and its reason is told once; with `--reload` it
-    waits for a file to change. The workers hold one end of a pipe, and drain when the other goes with this process,
-    however it died. A second signal cuts off what still runs.
+    A worker that exits with 2 (wrong configuration) ends all workers, and its reason is printed once. With `--reload`, the
+    supervisor waits for a file to change instead. The workers hold one end of a pipe and drain when the other end closes, which
+    it does however this process ends. A second signal cuts off the jobs that still run.
     """
     workers = _Workers(options)
     watching = _watch(workers) if options.reload else None
@@ -47,7 +47,7 @@ async def supervise(options: WorkOptions) -> int:
 
 
 class _Workers:
-    """The worker processes, and how they are to end."""
+    """Starts the worker processes, restarts them and ends them."""
 
     def __init__(self, options: WorkOptions) -> None:
         self._options = options
@@ -62,19 +62,19 @@ class _Workers:
 
     @property
     def stop(self) -> asyncio.Event:
-        """Set once they are to end."""
+        """Set when the workers are asked to stop."""
         return self._stop.asked
 
     def reload(self) -> None:
-        """Let all workers drain, and start them anew."""
+        """Let all workers drain, and start them again."""
         self._refused = False
         self._reloading.update(child.pid for child in self._running)
         self._terminate()
         self._changed.set()
-        self._changed.clear()  # wakes who waits now
+        self._changed.clear()  # wakes only those who wait now
 
     def close(self) -> None:
-        """Let go of the pipes: workers that are left drain."""
+        """Close the pipes: workers that still run then drain."""
         for end in (self._lifeline, self._ours, self._reasons, self._reason):
             os.close(end)
 
@@ -84,20 +84,20 @@ class _Workers:
                 child.terminate()
 
     async def keep(self, index: int) -> int:
-        """Keep one worker running until the end; return its last exit code."""
+        """Keep one worker running until the stop; return its last exit code."""
         deaths = 0
         while True:
             began = time.monotonic()
             try:
                 child = await self._start(index)
             except OSError as error:
-                what = f"worker number {index} can't be started: {error}"
+                what = f"worker number {index} couldn't be started: {error}"
             else:
                 code = await self._ended(child)
                 reloaded = child.pid in self._reloading
                 self._reloading.discard(child.pid)
                 if self._stop.asked.is_set():
-                    # a SIGTERM that came before its handler was there ended a worker that hadn't begun
+                    # SIGTERM ends a worker that hasn't installed its handler yet, and so has no job
                     return {0: 0, -signal.SIGTERM: 0, REFUSED: REFUSED}.get(code, 1)
                 if code == REFUSED:
                     self._tell_reason(index)
@@ -115,7 +115,7 @@ class _Workers:
                 what = f"worker {child.pid} (number {index}) died with {_death(code)}"
             deaths = 1 if time.monotonic() - began > STEADY_S else deaths + 1
             wait_s = full_jitter(deaths, base_s=0.5, cap_s=30.0, rng=random.Random())
-            logger.error("%s; it is restarted in %.1f s", what, wait_s)
+            logger.error("%s; restarting it in %.1f s", what, wait_s)
             await first_of(self._stop.asked.wait(), self._changed.wait(), timeout_s=wait_s)
             if self._stop.asked.is_set():
                 return 1
@@ -131,7 +131,7 @@ class _Workers:
             msgspec.json.encode(options).decode(),
             pass_fds=[self._lifeline, self._reason],
             stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # a ^C in the terminal reaches this process, which passes it on once
+            start_new_session=True,  # ^C in the terminal reaches only this process, which passes it on once
         )
         self._running.add(child)
         if self._stop.asked.is_set():
@@ -139,7 +139,7 @@ class _Workers:
         return child
 
     async def _ended(self, child: asyncio.subprocess.Process) -> int:
-        """Wait until `child` has ended, and see to it that it does; return its exit code."""
+        """Wait for `child`, and kill it if it doesn't end in time; return its exit code."""
         waiting = asyncio.ensure_future(child.wait())
         await first_of(asyncio.shield(waiting), self._stop.asked.wait())
         if not waiting.done():
@@ -149,7 +149,7 @@ class _Workers:
         if not waiting.done() and self._stop.hurried.is_set():
             await first_of(asyncio.shield(waiting), timeout_s=HURRY_S)
         if not waiting.done():
-            logger.error("worker %d doesn't end; it is killed", child.pid)
+            logger.error("worker %d didn't end in time; killing it", child.pid)
             with suppress(ProcessLookupError):
                 child.kill()
         code = await waiting
@@ -157,20 +157,20 @@ class _Workers:
         return code
 
     def _tell_reason(self, index: int) -> None:
-        """Say once why a worker refused: the others most likely say the same."""
+        """Print once why a worker refused to start: the others most likely have the same reason."""
         try:
             reason = os.read(self._reasons, 1 << 16).decode(errors="replace").rstrip("\n").rpartition("\n")[2]
         except BlockingIOError:
-            reason = f"leveret: worker number {index} ended with exit code {REFUSED} and didn't say why"
+            reason = f"leveret: worker number {index} ended with exit code {REFUSED} and gave no reason"
         if not self._refused:
-            print(reason, file=sys.stderr, flush=True)  # noqa: T201 - a terminal's line
+            print(reason, file=sys.stderr, flush=True)  # noqa: T201 - output of a command
         self._refused = True
 
 
 def _watch(workers: _Workers) -> asyncio.Task[None]:
-    """Reload the workers whenever a Python file below the working directory changes."""
+    """Reload the workers when a Python file in the working directory or below changes."""
     try:
-        from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVariableType] - it lists trio's types, if installed
+        from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVariableType] - its annotations need trio, which may be missing
     except ImportError:
         msg = "--reload needs watchfiles: pip install 'leveret[reload]'"
         raise ConfigurationError(msg) from None
@@ -180,12 +180,12 @@ def _watch(workers: _Workers) -> asyncio.Task[None]:
             logger.info("%s changed, reloading", ", ".join(sorted(path for _, path in changes)[:3]))
             workers.reload()
 
-    def say(ended: asyncio.Task[None]) -> None:
+    def report(ended: asyncio.Task[None]) -> None:
         if not ended.cancelled() and (error := ended.exception()) is not None:
-            logger.error("files aren't watched any more: %s; restart to get --reload back", error)
+            logger.error("--reload stopped watching files: %s; restart `leveret work`", error)
 
     task = asyncio.get_running_loop().create_task(watch())
-    task.add_done_callback(say)
+    task.add_done_callback(report)
     return task
 
 

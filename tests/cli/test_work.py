@@ -28,13 +28,13 @@ from tests.rabbit.node import Rabbit
         (("work", "--grace=-1"), "'--grace': expected a number of seconds of at least 0, not '-1'"),
         (("work", "--grace", "nan"), "'--grace': expected a number of seconds of at least 0, not 'nan'"),
         (("work", "--log-level", "loud"), "'--log-level': 'loud' is not one of"),
-        (("work", "shop"), "'shop' isn't module:app"),
-        (("work", "shpo:app"), "there is no module 'shpo'"),
+        (("work", "shop"), "expected module:app, such as shop:app, not 'shop'"),
+        (("work", "shpo:app"), "'shpo:app': no module 'shpo' in "),
         (("work", "shop:ap"), "module shop has no 'ap'; did you mean 'app'?"),
         (("work", "shop:emails"), "'shop:emails' is Queue, not an App"),
         (
             ("cron",),
-            "app 'shop' has no enabled schedule; make one with @app.cron(…), and list its module in App(modules=[…])",
+            "app 'shop' has no enabled schedule; add one with @app.cron(…) and list its module in App(modules=[…])",
         ),
         (("queues", "emails", "--app", "shop:app", "--broker", "memory://"), "--app and --broker can't be combined"),
         (
@@ -84,8 +84,8 @@ def test_no_app_or_no_broker_is_one_line_that_lists_the_choices(project: Project
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("import nothing_of_the_kind", "importing broken fails: No module named 'nothing_of_the_kind'"),
-        ("x = {}['DATABASE_URL']", "importing broken fails: KeyError: 'DATABASE_URL' ("),
+        ("import nothing_of_the_kind", "importing broken failed: No module named 'nothing_of_the_kind'"),
+        ("x = {}['DATABASE_URL']", "importing broken failed: KeyError: 'DATABASE_URL' ("),
         ("def f(:", "SyntaxError"),
         (
             "import shop\nshop.app.cron('61 * * * *', shop.Note(), name='n')",
@@ -143,7 +143,7 @@ def test_work_runs_jobs_and_sigterm_ends_it_with_0(project: Project) -> None:
     project.publish("SendInvoice", {"order_id": 7})
 
     with project.start("work", "--queue", "emails=5", "--grace", "10") as worker:
-        worker.wait_for(r"takes from emails \(prefetch \d+\) on")
+        worker.wait_for(r"takes jobs from emails \(prefetch \d+\) on")
         project.publish("SendInvoice", {"order_id": 8})
         until(lambda: sum(line.startswith("end") for line in project.said) == 2, lambda: worker.log)
         worker.stop()
@@ -187,7 +187,7 @@ def test_a_worker_has_neither_click_nor_rich(project: Project) -> None:
 
     with project.start("work", "spy:app") as worker:
         assert worker.wait_for(r"loaded (.*)") == ["[]"]
-        worker.wait_for("takes from")
+        worker.wait_for("takes jobs from")
         worker.stop()
 
 

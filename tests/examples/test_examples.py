@@ -127,7 +127,7 @@ def test_the_demo_is_an_app_for_the_command_line_too(checkout: Path, folder: Pat
     worker = subprocess.Popen([LEVERET, "work", APP], cwd=checkout, stderr=subprocess.PIPE, text=True)
     try:
         assert worker.stderr is not None
-        assert "takes from demo.files" in worker.stderr.readline()
+        assert "takes jobs from demo.files" in worker.stderr.readline()
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(30) == 0
     finally:

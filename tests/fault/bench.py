@@ -135,7 +135,7 @@ class Bench:
     async def working(self, *arguments: str) -> Worker:
         """Start a worker; return it once it takes jobs."""
         worker = self.start(*arguments)
-        await worker.says("takes from")
+        await worker.says("takes jobs from")
         return worker
 
     async def publish(self, *jobs: Job | Outgoing, timeout_s: float = 60) -> list[str]:

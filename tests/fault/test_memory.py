@@ -56,7 +56,7 @@ async def test_two_hundred_thousand_jobs_with_failures_and_reconnects_leave_no_m
 
     async with link_to(rabbit) as link:
         worker = served.start(url=link.url)
-        await worker.says("takes from")
+        await worker.says("takes jobs from")
         resident: list[int] = []
         for stage in range(STAGE, JOBS + 1, STAGE):
             await publish_to(stage + STAGE)

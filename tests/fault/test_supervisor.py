@@ -48,7 +48,7 @@ def test_a_killed_worker_is_restarted_and_its_job_runs_again(project: Project) -
 
         os.kill(victim, signal.SIGKILL)
 
-        assert running.wait_for(r"worker (\d+) \(number \d\) died with SIGKILL; it is restarted in 0\.\d s") == [
+        assert running.wait_for(r"worker (\d+) \(number \d\) died with SIGKILL; restarting it in 0\.\d s") == [
             str(victim)
         ]
         assert len(set(workers(running, 3))) == 3
@@ -65,7 +65,7 @@ def test_a_worker_that_always_dies_is_restarted_ever_more_rarely(project: Projec
     )
 
     with project.start("work", "dying:app", "--processes", "2") as running:
-        running.wait_for(r"died with exit code 3; it is restarted", count=8)
+        running.wait_for(r"died with exit code 3; restarting it", count=8)
         waits = [float(text) for text in re.findall(r"number 0\) died.* in ([\d.]+) s", running.log)]
 
         assert all(wait <= 0.5 * 2**n + 0.1 for n, wait in enumerate(waits)), waits
@@ -168,7 +168,7 @@ def test_a_stop_while_the_lifespan_starts_ends_it(project: Project, processes: s
         running.send(signal.SIGTERM)
 
         assert running.end(15) == 0, running.log
-    assert "stopped while its lifespan was starting" in running.log
+    assert "stopped while the app's lifespan was starting" in running.log
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -204,7 +204,7 @@ def test_a_handler_that_blocks_the_loop_is_killed_after_a_second_signal(project:
         running.send(signal.SIGTERM)
 
         assert running.end(20) == 1, running.log
-    assert "doesn't end; it is killed" in running.log
+    assert "didn't end in time; killing it" in running.log
 
 
 def test_a_lifespan_that_fails_is_shown_without_its_password_and_tried_again(project: Project) -> None:
@@ -216,7 +216,7 @@ def test_a_lifespan_that_fails_is_shown_without_its_password_and_tried_again(pro
         "app = App('shop', default_broker='sqlite:///shop.db', lifespan=database)\napp.handler(note)\n",
     )
     with project.start("work", "failing:app", "--processes", "2") as running:
-        running.wait_for(r"died with exit code 1; it is restarted", count=3)
+        running.wait_for(r"died with exit code 1; restarting it", count=3)
         running.send(signal.SIGTERM)
         running.end()
 
