@@ -1,4 +1,4 @@
-"""leveret: typed jobs through real queues, a chain of middleware, dead letters and cron."""
+"""leveret: typed jobs through message queues, with middleware, dead letters and cron."""
 
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,10 +70,10 @@ __all__ = [
     "__version__",
 ]
 
-if not TYPE_CHECKING:  # a checker would take any misspelt name for one that is made here
+if not TYPE_CHECKING:  # with this function in sight, a type checker would accept any misspelt name
 
     def __getattr__(name: str) -> Any:
-        if name == "BlockingPublisher":  # a worker, and a service on asyncio, never use it
+        if name == "BlockingPublisher":  # imported on demand: workers and asyncio services don't need this module
             from .publishing.blocking import BlockingPublisher
 
             return BlockingPublisher

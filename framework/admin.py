@@ -1,4 +1,4 @@
-"""Looking into queues and repairing them: the contract of a broker's second face, for the command line."""
+"""The contract of a broker's admin, with which the command line inspects and repairs queues."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ from .job import Queue
 
 
 class Depth(msgspec.Struct, frozen=True, kw_only=True):
-    """How many jobs a queue holds; None where the broker can't tell."""
+    """How many jobs a queue holds; None where the broker can't count them."""
 
     queue: str
     ready: int
-    """Waiting to be delivered, all levels."""
+    """Jobs that wait for a worker, on all levels."""
     levels: dict[str, int]
-    """The same by level; one entry "all" where the broker keeps them in one."""
+    """The same count by level; a single entry "all" if the broker keeps all levels in one queue."""
     unsettled: int | None
-    """Held by workers."""
+    """Jobs that workers hold."""
     delayed: int | None
-    """Waiting for their time."""
+    """Jobs that wait for their time."""
     dead: int
     consumers: int | None
     exists: bool
 
 
 class DeadLetter(Protocol):
-    """One buried job. `envelope.queue` is its origin, `envelope.priority` its level there."""
+    """One buried job: `envelope.queue` is its original queue, `envelope.priority` its level there."""
 
     @property
     def envelope(self) -> Envelope:
-        """As it was buried: attempts, errors, body."""
+        """The job as it was buried: attempts, errors, body."""
         ...
 
 
 class DeadLetters(Protocol):
-    """The dead letters of one queue, oldest first. What is neither replayed nor dropped goes back as it was."""
+    """The dead letters of one queue, oldest first. Letters that are neither replayed nor dropped go back unchanged."""
 
     def __aiter__(self) -> AsyncIterator[DeadLetter]: ...
 
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """Publish `envelope` to its origin at its own level, confirmed; then ack the letter."""
+        """Publish `envelope` to its original queue at its level; once confirmed, ack the letter."""
         ...
 
     async def drop(self, letter: DeadLetter) -> None:
-        """Forget it for good."""
+        """Delete the letter for good."""
         ...
 
 
 class Admin(Protocol):
-    """Looking into queues and repairing; for the command line, apart from the pipeline."""
+    """Inspects and repairs queues for the command line, apart from the pipeline."""
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
-        """One row a queue, in order; a queue that isn't there says so."""
+        """Return one row per queue, in the order given; a missing queue has `exists` False."""
         ...
 
     async def delayed(self) -> int | None:
-        """Count what waits for its time, of all queues together; None where `depths` tells it by queue."""
+        """Count the delayed jobs of all queues together; None if `depths` counts them per queue."""
         ...
 
     async def purge(self, queue: Queue) -> int:
-        """Delete what waits in `queue`, all levels; return how many. Delayed, unsettled and dead jobs stay."""
+        """Delete the waiting jobs of `queue`, on all levels, and return how many. Delayed, unsettled and dead jobs stay."""
         ...
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
-        """Open the dead letters of `queue`; while open, nobody else sees those already read."""
+        """Open the dead letters of `queue`; until closed, the letters read so far are hidden from everyone else."""
         ...
 
     async def close(self) -> None:
-        """End its connection."""
+        """Close the admin's connection."""
         ...

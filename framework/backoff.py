@@ -1,4 +1,4 @@
-"""Waits between tries, as pure functions."""
+"""The waits between attempts, as pure functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 
 def ceiling_s(attempt: int, *, base_s: float, cap_s: float) -> float:
-    """Return the longest wait before the attempt after `attempt`: base_s × 2^(attempt − 1), at most cap_s; seconds."""
+    """Return the longest wait after attempt number `attempt`, in seconds: base_s × 2^(attempt − 1), at most cap_s."""
     if attempt < 1 or not 0 < base_s <= cap_s:
         msg = f"back-off needs attempt >= 1 and 0 < base_s <= cap_s, not {attempt}, {base_s}, {cap_s}"
         raise ValueError(msg)
@@ -15,16 +15,15 @@ def ceiling_s(attempt: int, *, base_s: float, cap_s: float) -> float:
 
 
 def full_jitter(attempt: int, *, base_s: float, cap_s: float, rng: random.Random) -> float:
-    """Return how long to wait before the attempt after `attempt`, in seconds.
+    """Return a random wait after attempt number `attempt`, in seconds.
 
-    The wait is uniform in [0, min(cap_s, base_s × 2^(attempt − 1))], so that jobs which failed together don't come
-    back together.
+    The wait is uniform in [0, min(cap_s, base_s × 2^(attempt − 1))], so jobs that failed together don't return together.
 
     Args:
         attempt: The attempt that just failed; 1 is the first.
         base_s: Ceiling of the first wait, seconds, > 0.
-        cap_s: Ceiling of any wait, seconds, >= base_s.
-        rng: Source of randomness; a seeded one makes the wait repeatable.
+        cap_s: Ceiling of every wait, seconds, >= base_s.
+        rng: Source of randomness; a seeded source makes the waits repeatable.
 
     Raises:
         ValueError: `attempt` < 1, or not 0 < base_s <= cap_s.

@@ -1,4 +1,4 @@
-"""Time, passed in: the system's clock, and one that a test moves by hand."""
+"""Time as a dependency: the system's clock, and a clock that a test moves by hand."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Protocol
 
 
 def moment_ms(seconds: float) -> int:
-    """Return Unix seconds as whole milliseconds, rounded up: nothing that is due then is due early."""
-    return math.ceil(seconds * 1000 - 1e-3)  # a float of today's Unix time is exact to a quarter of a microsecond
+    """Return Unix seconds as whole milliseconds, rounded up so that no job is due early."""
+    return math.ceil(seconds * 1000 - 1e-3)  # today's Unix time as a float is exact to a quarter of a microsecond
 
 
 class Timer(Protocol):
-    """What `Clock.call_later` gives back."""
+    """A pending call, as `Clock.call_later` returns it."""
 
     def cancel(self) -> None:
-        """Don't call; no effect once called."""
+        """Cancel the call; without effect after the call."""
         ...
 
 
 class Clock(Protocol):
-    """Two times and a way to wait; all in seconds."""
+    """Two times and two ways to wait, all in seconds."""
 
     def now(self) -> float:
-        """Unix time, UTC: for stamps that others read. It may jump."""
+        """Return the Unix time, UTC, for timestamps that others read. This time may jump."""
         ...
 
     def monotonic(self) -> float:
-        """A time that never goes back: for waits and deadlines."""
+        """Return a time that never goes back, for waits and deadlines."""
         ...
 
     def call_later(self, delay_s: float, function: Callable[[], object], /) -> Timer:
@@ -69,9 +69,9 @@ class _ManualTimer:
 
 
 class ManualClock:
-    """A clock that stands still until `advance`; for tests.
+    """A clock for tests that stands still until `advance`.
 
-    Timers fire, in the order of their time, inside `advance`; what they wake runs when the loop next turns.
+    Timers fire inside `advance`, in the order of their times. Tasks that a timer wakes run in the next turn of the loop.
     """
 
     def __init__(self, now: float = 1_800_000_000.0) -> None:
@@ -83,21 +83,21 @@ class ManualClock:
         """How many coroutines are in `sleep` now."""
 
     def now(self) -> float:
-        """Unix time: where the clock was started, and what it was advanced by."""
+        """Return the Unix time: the start of the clock plus all advances."""
         return self._start + self._elapsed
 
     def monotonic(self) -> float:
-        """Seconds that it was advanced by."""
+        """Return the sum of all advances."""
         return self._elapsed
 
     def call_later(self, delay_s: float, function: Callable[[], object], /) -> Timer:
-        """Call `function` once the clock was advanced by `delay_s`."""
+        """Call `function` when the clock has advanced by `delay_s`."""
         timer = _ManualTimer(self._elapsed + max(0.0, delay_s), function)
         heapq.heappush(self._timers, (timer.due, next(self._order), timer))
         return timer
 
     async def sleep(self, delay_s: float, /) -> None:
-        """Return once the clock was advanced by `delay_s`."""
+        """Return when the clock has advanced by `delay_s`."""
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def wake() -> None:
@@ -113,13 +113,13 @@ class ManualClock:
             timer.cancel()
 
     def next_due_in_s(self) -> float | None:
-        """Seconds until the next timer; None when there is none."""
+        """Return the seconds until the next timer; None without a timer."""
         while self._timers and self._timers[0][2].function is None:
             heapq.heappop(self._timers)
         return self._timers[0][0] - self._elapsed if self._timers else None
 
     def advance(self, seconds: float, /) -> None:
-        """Move the clock on; fire what falls due on the way."""
+        """Move the clock forward, and fire the timers that fall due on the way."""
         if not seconds >= 0:
             msg = f"a clock can't be advanced by {seconds} s"
             raise ValueError(msg)

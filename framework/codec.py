@@ -1,4 +1,4 @@
-"""Job ↔ bytes. No pickle anywhere; what can't be read is an `UndecodableError` with its reason, never a crash."""
+"""Encodes jobs to bytes and decodes them, without pickle. A body that can't be decoded raises `UndecodableError`, never anything else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _msgpack = msgspec.msgpack.Encoder()
 
 
 class UndecodableError(Exception):
-    """The body isn't a job of that class; the text says why."""
+    """The body isn't a job of the expected class; the text is the reason."""
 
 
 def content_type(encoding: Literal["json", "msgpack"]) -> str:
@@ -24,15 +24,15 @@ def content_type(encoding: Literal["json", "msgpack"]) -> str:
 
 
 def encoder(encoding: Literal["json", "msgpack"]) -> Callable[[Job], bytes]:
-    """Return what makes the payload of a job; it raises TypeError and the like for what msgspec can't encode.
+    """Return the function that encodes a job. The function raises TypeError and similar for values that msgspec can't encode.
 
-    NaN and wrong types pass: decode it again.
+    NaN and fields of a wrong type pass unnoticed; only decoding the result again finds them.
     """
     return (_json if encoding == "json" else _msgpack).encode
 
 
 class Decoder:
-    """Decodes one job class; made once, since building msgspec's own costs more than a decode."""
+    """Decodes one job class. Made once per class, since building msgspec's decoder costs more than a decode."""
 
     __slots__ = ("_by_type", "job_class")
 
@@ -46,12 +46,11 @@ class Decoder:
     def decode(self, body: bytes, content_type: str, content_encoding: str | None = None) -> Job:
         """Return the job in `body`, or raise `UndecodableError`.
 
-        Parameters of the content type (`; charset=utf-8`) are allowed; anything but JSON and MessagePack, and any
-        content encoding, can't be decoded. A `__post_init__` may raise anything and deep nesting is a
-        RecursionError: both are reasons, not crashes.
+        The content type must be JSON or MessagePack; parameters such as `; charset=utf-8` are allowed. A content encoding
+        can't be decoded. Whatever a `__post_init__` raises, and the RecursionError of deep nesting, become `UndecodableError`.
         """
         if content_encoding:
-            msg = f"content encoding {content_encoding!r:.80} is not supported"
+            msg = f"content encoding {content_encoding!r:.80} isn't supported"
             raise UndecodableError(msg)
         decode = self._by_type.get(content_type) or self._by_type.get(content_type.partition(";")[0].strip().lower())
         if decode is None:
@@ -63,7 +62,7 @@ class Decoder:
             msg = f"the body can't be decoded as {self.job_class.__name__}: {error}"
             raise UndecodableError(msg) from error
         except RecursionError as error:
-            msg = f"the body can't be decoded as {self.job_class.__name__}: it is nested too deeply"
+            msg = f"the body can't be decoded as {self.job_class.__name__}: the value is nested too deeply"
             raise UndecodableError(msg) from error
         except Exception as error:
             msg = f"the body can't be decoded as {self.job_class.__name__}: {type(error).__name__}: {error}"

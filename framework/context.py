@@ -1,4 +1,4 @@
-"""Which attempt runs here."""
+"""The attempt that runs in the current task or thread."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from typing import Any
 from .attempt import Attempt
 
 current_attempt: ContextVar[Attempt[Any] | None] = ContextVar("leveret_attempt", default=None)
-"""The attempt whose handler runs here, in its task or thread: a publish inherits correlation from it."""
+"""The attempt whose handler runs in this task or thread; a publish inherits the correlation id from this attempt."""

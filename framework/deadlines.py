@@ -1,7 +1,7 @@
-"""Deadlines of many runs at once, on one timer of the loop.
+"""The deadlines of many runs on one timer of the loop.
 
-`asyncio.timeout` costs about 4 µs a use, most of it a timer of the loop that is nearly always cancelled (measured). Here a
-deadline costs an entry in a set and its removal; the timer is set for the earliest, and what it finds by then is all there is.
+`asyncio.timeout` costs about 4 µs per use (measured), most of it for a loop timer that is nearly always cancelled. A deadline
+here costs adding an entry to a set and removing it. One timer, set for the earliest deadline, looks at all entries.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import time
 import msgspec
 
 TICK_S = 0.05
-"""A run may go on for so much longer than its deadline: those that end within one tick share a look."""
+"""How far a run may exceed its deadline: deadlines within one tick share one look."""
 
 
 class Deadline(msgspec.Struct, eq=False, gc=False):
-    """One deadline of one task: `expired` says whether it was this that cancelled it."""
+    """One deadline of one task."""
 
     task: asyncio.Task[object]
     cancelling: int
-    """The task's pending cancellations before this one."""
+    """How many cancellations of the task were pending when the deadline was set."""
     at: float
+    """`time.monotonic()` seconds."""
     expired: bool = False
+    """Whether the deadline has cancelled the task."""
     taken_back: bool = False
-    """Whether its cancellation was taken back, so that the task goes on."""
+    """Whether the deadline's cancellation was taken back, so that the task goes on."""
 
 
 class Deadlines:
@@ -37,7 +39,7 @@ class Deadlines:
         self._look_at = float("inf")
 
     def set(self, deadline: float) -> Deadline:
-        """Cancel the current task at `deadline` (`time.monotonic`), up to 50 ms late, unless `clear` comes before."""
+        """Cancel the current task at `deadline` (`time.monotonic`), at most 50 ms late, unless `clear` is called before."""
         task = asyncio.current_task(self._loop)
         assert task is not None
         entry = Deadline(task, task.cancelling(), deadline)
@@ -47,21 +49,21 @@ class Deadlines:
         return entry
 
     def clear(self, entry: Deadline) -> None:
-        """Forget it. What it cancelled and went on all the same is no longer being cancelled."""
+        """Remove the deadline. If the deadline cancelled its task and the task ran on, take the cancellation back."""
         if not entry.expired:
             self._entries.discard(entry)
         elif not entry.taken_back:
             entry.task.uncancel()
 
     def was_it(self, entry: Deadline) -> bool:
-        """Whether a CancelledError that arrived is this deadline's alone; then the task is no longer being cancelled."""
+        """Return whether a CancelledError that arrived came from this deadline alone, and take its cancellation back."""
         if not entry.expired:
             return False
         entry.taken_back = True
         return entry.task.uncancel() <= entry.cancelling
 
     def _look(self, deadline: float) -> None:
-        """Look at all of them at the end of the tick that `deadline` is in."""
+        """Look at all deadlines at the end of the tick in which `deadline` lies."""
         if self._timer is not None:
             self._timer.cancel()
         self._look_at = (int(deadline / TICK_S) + 1) * TICK_S
@@ -81,8 +83,8 @@ _of_loop: tuple[asyncio.AbstractEventLoop, Deadlines] | None = None
 
 
 def deadlines() -> Deadlines:
-    """Return those of the running loop: a process that works has one loop; another one (a test's) gets its own."""
-    global _of_loop  # noqa: PLW0603 - looked up for each run, so one comparison is all that it may cost
+    """Return the deadlines of the running loop. Only the latest loop is kept: a worker process has just one."""
+    global _of_loop  # noqa: PLW0603 - called for each run, so the look-up must cost no more than one comparison
     loop = asyncio.get_running_loop()
     known = _of_loop
     if known is None or known[0] is not loop:

@@ -1,4 +1,4 @@
-"""One job on its way, and the table of headers that carries what AMQP has no property for."""
+"""The envelope: one job as it travels, with its payload, headers and history."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MSGPACK = "application/msgpack"
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One job on its way; `job` is the registered name. Headers may hold anything that AMQP can, since others publish too."""
+    """One job as it travels. Headers may hold any AMQP value, since foreign producers publish too."""
 
     job_id: str
-    """UUIDv7, or what the publisher chose; kept by every retry and replay."""
+    """A UUIDv7, or the id that the publisher gave; the same in every retry and replay."""
     job: str
-    """The registered name; "" where a foreign producer sent none."""
+    """The registered name; "" if a foreign producer sent none."""
     queue: str
     """The logical queue."""
     priority: Priority = Priority.NORMAL
@@ -28,54 +28,54 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The payload alone, still encoded."""
     content_type: str = JSON
     content_encoding: str | None = None
-    """Never set by leveret; a body that has one can't be decoded."""
+    """Never set by leveret; a body with a content encoding can't be decoded."""
     created_s: int = 0
-    """Published at, Unix seconds, publisher's clock; 0 where a foreign producer didn't say."""
+    """When the job was published, Unix seconds, publisher's clock; 0 if a foreign producer sent no time."""
     app: str | None = None
     """Name of the publishing app."""
     correlation_id: str | None = None
-    """Id of the first job of the line; a job published inside a handler inherits it."""
+    """Id of the first job in a line of jobs; a job published inside a handler inherits the id."""
     reply_to: str | None = None
-    """A foreign producer's; kept."""
+    """Set only by foreign producers, and kept."""
     headers: Mapping[str, object] = {}
-    """Users' headers and the trace context; none of the broker's own, none of leveret's."""
+    """Users' headers and the trace context, without the broker's and leveret's own headers."""
 
     attempt: int = 1
-    """Runs that count, the coming one included."""
+    """Number of the coming run; only runs that count as attempts are counted."""
     passes: int = 0
-    """How often leveret published it anew: retry, snooze, replay."""
+    """How often leveret published the job again: retries, snoozes and replays."""
     version: int = 1
-    """Version of the contract that encoded it."""
+    """Version of the contract that encoded the job."""
     first_seen_ms: int | None = None
-    """First delivered at, Unix ms; None until it was."""
+    """When the job was first delivered, Unix ms; None before that."""
     due_ms: int | None = None
-    """Not before, Unix ms; kept after the delay, so that lateness can be seen."""
+    """The job runs at the earliest then, Unix ms; kept after the delay, so that lateness shows."""
     expires_at_ms: int | None = None
-    """Not after, Unix ms."""
+    """The job must have started by then, Unix ms."""
     unknown_since_ms: int | None = None
-    """Waiting since then for a handler that knows it, Unix ms."""
+    """Since when the job has waited for a handler that knows its name and version, Unix ms."""
     errors: str = ""
-    """What went wrong so far: a JSON list of `Failure`, the newest kept."""
+    """The failures so far: a JSON list of `Failure`, of which the newest are kept."""
     origin: str | None = None
-    """In a dead-letter queue: the queue that it was buried from."""
+    """In a dead-letter queue: the queue from which the job was buried."""
 
     cause: Literal["retry", "snooze", "bury"] | None = None
-    """Why leveret publishes it anew; None on a publisher's own publish. Not on the wire."""
+    """Why leveret publishes the job again; None for a publisher's publish. Not sent."""
     deadline: float = float("inf")
-    """The publish must have ended by then, `time.monotonic()` seconds. Not on the wire."""
+    """When the publish must have ended, `time.monotonic()` seconds. Not sent."""
 
     def due_in_s(self, now: float, /) -> float:
-        """Return the seconds from `now` (Unix) until the job is due; 0 where it may run at once."""
+        """Return the seconds from `now` (Unix) until the job is due; 0 if the job may run at once."""
         return 0.0 if self.due_ms is None else max(0.0, self.due_ms / 1000 - now)
 
     def with_headers(self, headers: Mapping[str, HeaderValue], /) -> Envelope:
-        """A copy with these headers added; ValueError for a name that starts with `lv-`."""
+        """Return a copy with these headers added; ValueError for a name that starts with `lv-`."""
         return msgspec.structs.replace(self, headers={**self.headers, **check_headers(headers)})
 
 
 @final
 class Receipt(msgspec.Struct, frozen=True, gc=False):
-    """What a publish gives back: the job's id, and that the broker has confirmed it."""
+    """The result of a publish: the job's id; the broker has confirmed the job."""
 
     job_id: str
     state: Literal["confirmed"] = "confirmed"

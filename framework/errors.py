@@ -1,17 +1,17 @@
-"""Every error of leveret's own, named for what the caller can do.
+"""Every error that leveret raises, named by what the caller can do.
 
     LeveretError
-    ├── ConfigurationError          the program or its settings are wrong: mend it and start again
-    │   └── UnsupportedTopology     what the broker has, or can do, differs from what was asked for
-    ├── PublishError                one publish that isn't confirmed
-    │   ├── BrokerUnavailable       nothing was kept: try later
-    │   ├── PublishTimeout          no confirm in time; publish again under the same id
-    │   ├── Unroutable              no queue took it: declare the queue, or start its worker first
+    ├── ConfigurationError          the program or its settings are wrong: correct them and start again
+    │   └── UnsupportedTopology     the broker has, or supports, something else than the program asks for
+    ├── PublishError                a publish wasn't confirmed
+    │   ├── BrokerUnavailable       the job wasn't published: try later
+    │   ├── PublishTimeout          no confirm in time: publish again under the same id
+    │   ├── Unroutable              no queue took the job: declare the queue, or start its worker first
     │   ├── MessageTooLarge         refused before a byte was sent
     │   └── InvalidJob              the job can't be decoded as its own class, or its options are wrong
-    └── PublishManyError            at least one of `publish_many` failed; `results` says which
+    └── PublishManyError            at least one job of `publish_many` failed; `results` says which
 
-What a client library raises is mapped into this tree at the broker's edge; it never comes out as it is.
+A broker maps the errors of its client library into this tree; they never reach the caller unmapped.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class LeveretError(Exception):
-    """Every error of leveret's own."""
+    """Base class of every error that leveret raises."""
 
 
 class ConfigurationError(LeveretError):
-    """Something in the program or its settings is wrong; mend it and start again."""
+    """The program or its settings are wrong; correct them and start again."""
 
 
 class UnsupportedTopology(ConfigurationError):
-    """What the broker has, or can do, differs from what was asked for; `queue` says where."""
+    """The broker has, or supports, something else than the program asks for; `queue` is the queue concerned."""
 
     def __init__(self, message: str, *, queue: str) -> None:
         super().__init__(message)
@@ -39,12 +39,12 @@ class UnsupportedTopology(ConfigurationError):
 
     @property
     def queue(self) -> str:
-        """The queue, by its name in the program."""
+        """The queue's name in the program."""
         return self._queue
 
 
 class PublishError(LeveretError):
-    """A publish that isn't confirmed; `job_id` is the id to publish it again under."""
+    """A publish wasn't confirmed; publish the job again under `job_id`."""
 
     def __init__(self, message: str, *, job_id: str | None = None) -> None:
         super().__init__(message)
@@ -52,18 +52,18 @@ class PublishError(LeveretError):
 
     @property
     def job_id(self) -> str | None:
-        """The job's id; None where it was refused before it had one."""
+        """The job's id; None if the job was refused before it had an id."""
         return self._job_id
 
 
 @final
 class BrokerUnavailable(PublishError):
-    """No broker within the deadline, or it refused the job; nothing was kept: try later."""
+    """No broker answered within the deadline, or the broker refused the job. The job wasn't published: try later."""
 
 
 @final
 class PublishTimeout(PublishError):
-    """No confirm within `timeout_s`; where `maybe_published`, publish again under the same id."""
+    """No confirm arrived within `timeout_s`; if `maybe_published`, publish again under the same id."""
 
     def __init__(self, message: str, *, job_id: str | None = None, maybe_published: bool) -> None:
         super().__init__(message, job_id=job_id)
@@ -71,13 +71,13 @@ class PublishTimeout(PublishError):
 
     @property
     def maybe_published(self) -> bool:
-        """True once a byte of it may have been sent."""
+        """Whether a byte of the job may have been sent."""
         return self._maybe_published
 
 
 @final
 class Unroutable(PublishError):
-    """No queue took it: somebody deleted the queue or its binding. Nothing was kept; the next publish declares it anew."""
+    """No queue took the job, because the queue or its binding was deleted. The next publish declares the queue again."""
 
     def __init__(self, message: str, *, job_id: str | None = None, queue: str) -> None:
         super().__init__(message, job_id=job_id)
@@ -85,13 +85,13 @@ class Unroutable(PublishError):
 
     @property
     def queue(self) -> str:
-        """The queue that the job was meant for."""
+        """The name of the job's queue."""
         return self._queue
 
 
 @final
 class MessageTooLarge(PublishError):
-    """Refused before a byte was sent; sizes in bytes."""
+    """The body or the headers are too large; the job was refused before a byte was sent."""
 
     def __init__(self, message: str, *, job_id: str | None = None, size_bytes: int, limit_bytes: int) -> None:
         super().__init__(message, job_id=job_id)
@@ -100,34 +100,34 @@ class MessageTooLarge(PublishError):
 
     @property
     def size_bytes(self) -> int:
-        """Size of the body, or of all headers."""
+        """Size of the body, or of all headers, in bytes."""
         return self._size_bytes
 
     @property
     def limit_bytes(self) -> int:
-        """The limit that it passes."""
+        """The limit that the size exceeds, in bytes."""
         return self._limit_bytes
 
 
 @final
 class InvalidJob(PublishError):
-    """What was encoded can't be decoded as its own class; or the class is abstract, or an option is wrong."""
+    """The encoded job can't be decoded as its own class, the class is abstract, or an option is wrong."""
 
 
 @final
 class PublishManyError(LeveretError):
-    """At least one of `publish_many` failed; `results` in the order given."""
+    """At least one job of `publish_many` failed; `results` has one entry per job."""
 
     def __init__(self, results: list[Receipt | PublishError]) -> None:
         failed = [result for result in results if isinstance(result, PublishError)]
         maybe = sum(isinstance(result, PublishTimeout) and result.maybe_published for result in failed)
-        there = f", {maybe} of them may be there" if maybe else ""
+        unknown = f", {maybe} of them may have been published" if maybe else ""
         super().__init__(
-            f"{len(failed)} of {len(results)} jobs weren't confirmed{there} (results tells of each); the first: {failed[0]}"
+            f"{len(failed)} of {len(results)} jobs weren't confirmed{unknown} (see results); the first: {failed[0]}"
         )
         self._results = results
 
     @property
     def results(self) -> list[Receipt | PublishError]:
-        """One entry a job given, in its order."""
+        """One entry per job, in the order given."""
         return self._results

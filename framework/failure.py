@@ -1,4 +1,4 @@
-"""What went wrong with a job so far: the entries of `Envelope.errors`."""
+"""The failures of a job so far: the entries of `Envelope.errors`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     at_ms: int
     host: str
     error: str
-    """The exception's class; for a burial without one "Bury"."""
+    """The exception's class; "Bury" for a burial without an exception."""
     message: str
     reason: str = ""
-    """Why it was given up, where that says more than the error."""
+    """Why the job was buried, if that says more than the error."""
     traceback: str = ""
 
 
 def failures_of(envelope: Envelope) -> list[Failure]:
-    """Return what went wrong with `envelope` so far, oldest first; an unreadable list is an empty one."""
+    """Return the failures of `envelope` so far, oldest first; an unreadable list counts as empty."""
     if not envelope.errors:
         return []
     try:
@@ -32,7 +32,7 @@ def failures_of(envelope: Envelope) -> list[Failure]:
 
 
 def shortened(envelope: Envelope) -> Envelope:
-    """Return a copy whose errors are the newest alone, at most 1.5 KB or so of it."""
+    """Return a copy that keeps only the newest error, shortened to about 1.5 KB at most."""
     newest = [
         msgspec.structs.replace(failure, message=failure.message[:100], reason=failure.reason[:100], traceback="")
         for failure in failures_of(envelope)[-1:]

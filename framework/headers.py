@@ -1,4 +1,4 @@
-"""The table of headers that carries what AMQP has no property for, and what users may put beside it."""
+"""The headers table: leveret's fields for which AMQP has no property, and users' headers."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ if TYPE_CHECKING:
     from .envelope import Envelope
 
 HeaderValue: TypeAlias = str | int | float | bool
-"""What a publisher may put into a header; integers are 64-bit."""
+"""The types of a header's value; an integer has at most 64 bits."""
 _BROKERS_OWN = frozenset({"x-death", "x-delivery-count", "x-acquired-count", "CC", "BCC"})
 _BROKERS_PREFIXES = ("x-first-death-", "x-last-death-", "x-stream-")
 _INT64 = 1 << 63
 MOST = _INT64 - 1
-"""No count goes above it: one that AMQP can't carry would never be published."""
+"""The largest count: AMQP can't carry a larger one."""
 
 
 def is_brokers_own(name: str) -> bool:
-    """Whether header `name` belongs to RabbitMQ: a copied `x-death` makes it drop the job on the second pass (before 4.0)."""
+    """Whether header `name` belongs to RabbitMQ. Before 4.0, a copied `x-death` makes RabbitMQ drop the job on its second pass."""
     return name in _BROKERS_OWN or name.startswith(_BROKERS_PREFIXES)
 
 
 def check_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
-    """Return a copy of `headers`, which its owner may change as soon as it is published; ValueError for the first that can't be sent."""
+    """Return a copy of `headers`, since the caller may change them after the publish; ValueError for a header that can't be sent."""
     if not isinstance(headers, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        msg = f"headers are a mapping of names to values, not {headers!r:.80}"
+        msg = f"headers must be a mapping of names to values, not {headers!r:.80}"
         raise ValueError(msg)
     copy = dict(headers)
     for name, value in copy.items():
         if not isinstance(name, str) or not 0 < len(name.encode()) <= 128:  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"header {name!r}: a name is a text of 1 to 128 bytes"
+            msg = f"header {name!r}: the name must be a str of 1 to 128 bytes"
             raise ValueError(msg)
         if name.startswith("lv-") or is_brokers_own(name):
-            msg = f"header {name!r}: names that start with lv- are leveret's own, x-death and its kin are the broker's"
+            msg = f"header {name!r}: names that start with lv- belong to leveret; x-death and similar names belong to the broker"
             raise ValueError(msg)
         if not isinstance(value, (str, int, float, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"header {name!r}: a value is a str, int, float or bool, not {value!r}"
+            msg = f"header {name!r}: the value must be a str, int, float or bool, not {value!r}"
             raise ValueError(msg)
         if isinstance(value, int) and not -_INT64 <= value < _INT64:
-            msg = f"header {name!r}: an integer has 64 bits, {value} has more"
+            msg = f"header {name!r}: an integer must fit into 64 bits, {value} doesn't"
             raise ValueError(msg)
         if isinstance(value, float) and not math.isfinite(value):
-            msg = f"header {name!r}: a number is finite, not {value}; RabbitMQ closes the connection that sends another"
+            msg = f"header {name!r}: a number must be finite, not {value}; RabbitMQ closes a connection that sends such a number"
             raise ValueError(msg)
         if isinstance(value, str):
-            value.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+            value.encode()  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
     return copy
 
 
-# What travels as a header: field, name on the wire, type.
+# The fields that are sent as headers: field, header, type.
 _FIELDS: tuple[tuple[str, str, type], ...] = (
     ("attempt", "lv-attempt", int),
     ("passes", "lv-pass", int),
@@ -79,12 +79,12 @@ PRIORITY_HEADER = "lv-priority"
 
 
 def pack_headers(envelope: Envelope) -> dict[str, object]:
-    """Return the headers table of `envelope`: users' headers, and each of leveret's that isn't at its default.
+    """Return the headers table of `envelope`: users' headers, and leveret's fields that differ from their defaults.
 
-    `lv-priority` is there in a dead-letter queue only, where the level can't be told from the queue.
+    Only a dead letter has `lv-priority`, because the dead-letter queue doesn't show the level.
     """
     table = dict(envelope.headers)
-    # written out, since each publish comes here: a loop over `_FIELDS` takes ten times as long
+    # written out, since every publish calls this: a loop over `_FIELDS` takes ten times as long
     if envelope.attempt != 1:
         table["lv-attempt"] = envelope.attempt
     if envelope.passes:
@@ -108,7 +108,7 @@ def pack_headers(envelope: Envelope) -> dict[str, object]:
 
 
 def unpack_headers(table: Mapping[str, object] | None) -> tuple[dict[str, Any], str | None]:
-    """Return `Envelope`'s fields out of a headers table, and what is wrong with it, if anything.
+    """Return `Envelope`'s fields from a headers table, and what is wrong with the table, or None.
 
     A field of the wrong type keeps its default, so that the job can still be shown and buried.
     """
@@ -128,7 +128,7 @@ def unpack_headers(table: Mapping[str, object] | None) -> tuple[dict[str, Any], 
         else:
             problem = (
                 problem
-                or f"header {name} is {value!r:.80}, not {'a text' if kind is str else 'a moment' if name in _MOMENTS else 'a count'}"
+                or f"header {name} is {value!r:.80}, not {'a string' if kind is str else 'a time' if name in _MOMENTS else 'a count'}"
             )
     level = table.get(PRIORITY_HEADER)
     if level is not None:
@@ -140,7 +140,7 @@ def unpack_headers(table: Mapping[str, object] | None) -> tuple[dict[str, Any], 
 
 
 def header_bytes(table: Mapping[str, object]) -> int:
-    """Return about how many bytes a headers table takes on the wire."""
+    """Return the approximate size of a headers table on the wire, in bytes."""
     return sum(
         len(name.encode()) + (len(value.encode()) + 5 if isinstance(value, str) else 9) + 1
         for name, value in table.items()

@@ -1,4 +1,4 @@
-"""Job ids: UUIDv7, so that they sort by the millisecond in which they were made."""
+"""Job ids: UUIDv7, so that ids sort by the millisecond in which they were made."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import time
 
 _IDS = 400
-# Ready-made ends of ids: one call of the system for many. A list's pop is whole, so threads never get the same.
+# Prepared ends of ids: one system call for many. list.pop is atomic, so two threads never get the same end.
 _ends: list[str] = []
 _stamp = (0, "")
-"""A millisecond, and how its ids begin."""
+"""A millisecond, and the first part of its ids."""
 
 
 def _forget_ends() -> None:
@@ -17,12 +17,12 @@ def _forget_ends() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_ends)  # else parent and child would make the same ids
+    os.register_at_fork(after_in_child=_forget_ends)  # otherwise parent and child would make the same ids
 
 
 def new_job_id() -> str:
     """Return a new UUIDv7 as text. Source: RFC 9562, section 5.7."""
-    global _stamp  # noqa: PLW0603 - one value, so that no thread sees a half of it
+    global _stamp  # noqa: PLW0603 - one tuple, so that no thread sees half of an update
     now_ms = time.time_ns() // 1_000_000
     known_ms, begin = _stamp
     if known_ms != now_ms:
@@ -33,12 +33,12 @@ def new_job_id() -> str:
         return begin + _ends.pop()
     except IndexError:
         chance = os.urandom(10 * _IDS).hex()
-        # version 7 (above) and variant 10 in front of 12 and 62 bits of chance
+        # version 7 (above) before 12 random bits, variant 10 before 62 random bits
         fresh = [
             f"{chance[at : at + 3]}-{_VARIANT[chance[at + 3]]}{chance[at + 4 : at + 7]}-{chance[at + 7 : at + 19]}"
             for at in range(0, 20 * _IDS, 20)
         ]
-        end = fresh.pop()  # before the others see them: another thread might take them all
+        end = fresh.pop()  # taken before the list grows: other threads might take all of the new ends
         _ends.extend(fresh)
         return begin + end
 

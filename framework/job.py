@@ -1,4 +1,4 @@
-"""A job's contract: its class, its queue, its defaults. Shared by publishers and consumers; needs no app."""
+"""A job's contract: its class, queue and defaults, shared by publishers and consumers without an app."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing_extensions import dataclass_transform
 
 @final
 class Priority(enum.Enum):
-    """Four levels; a job is NORMAL unless its class or its publisher says otherwise."""
+    """Four levels; the default is NORMAL, unless the job class or the publish sets another level."""
 
     LOW = "low"
     NORMAL = "normal"
     HIGH = "high"
     URGENT = "urgent"
 
-    __hash__ = (
-        object.__hash__
-    )  # in C: Enum's own is a Python function, and each publish looks up its route by the level
+    # Enum's own hash is a Python function; every publish looks up its route by level, and this hash is in C
+    __hash__ = object.__hash__
 
 
 LEVELS = (Priority.URGENT, Priority.HIGH, Priority.NORMAL, Priority.LOW)
@@ -35,21 +34,28 @@ MAX_NAME_BYTES = 150
 
 def _check_name(kind: str, name: object) -> str:
     if not isinstance(name, str):
-        msg = f"a {kind}'s name is a text, not {name!r}"
+        msg = f"a {kind}'s name must be a str, not {name!r}"
         raise TypeError(msg)
     if not _NAME.match(name) or len(name) > MAX_NAME_BYTES:
-        msg = f"a {kind}'s name has 1 to {MAX_NAME_BYTES} of [A-Za-z0-9_.-], not {name!r}"
+        msg = f"a {kind}'s name must have 1 to {MAX_NAME_BYTES} characters of [A-Za-z0-9_.-], not {name!r}"
         raise ValueError(msg)
     return name
 
 
 @final
 class Queue:
-    """A logical queue; name: up to 150 bytes of [A-Za-z0-9_.-], else ValueError. `priorities=False` refuses any level but NORMAL.
+    """A logical queue.
 
-    `type="quorum"` (the default) is replicated where the broker is a cluster, and has a window of its own for each
-    level; `"classic"` is the broker's one queue in strict order of priority, which may starve the lowest. Names that
-    end in `.low`, `.normal`, `.high`, `.urgent`, `.dead` or `.suspects`, or begin with `lv.`, are leveret's own.
+    Args:
+        name: 1 to 150 characters of [A-Za-z0-9_.-]. Names that end in `.low`, `.normal`, `.high`, `.urgent`, `.dead` or
+            `.suspects`, or begin with `lv.`, are reserved.
+        type: "quorum" (default): replicated on a cluster of brokers, with a prefetch window per level. "classic": one broker
+            queue with strict priorities, which can starve the lower levels.
+        priorities: Whether the queue takes other levels than NORMAL.
+
+    Raises:
+        ValueError: The name is invalid or reserved, or the type is unknown.
+        TypeError: The name isn't a str.
     """
 
     __slots__ = ("_name", "_priorities", "_type")
@@ -57,10 +63,10 @@ class Queue:
     def __init__(self, name: str, *, type: Literal["quorum", "classic"] = "quorum", priorities: bool = True) -> None:
         _check_name("queue", name)
         if _RESERVED.search(name):
-            msg = f"the queue name {name!r} is reserved: no .low, .normal, .high, .urgent, .dead, .suspects at the end, no lv. at the start"
+            msg = f"the queue name {name!r} is reserved: a name can't end in .low, .normal, .high, .urgent, .dead or .suspects, or begin with lv."
             raise ValueError(msg)
         if type not in ("quorum", "classic"):
-            msg = f"queue {name!r}: type is quorum or classic, not {type!r}"
+            msg = f"queue {name!r}: type must be quorum or classic, not {type!r}"
             raise ValueError(msg)
         self._name = name
         self._type: Literal["quorum", "classic"] = type
@@ -68,22 +74,22 @@ class Queue:
 
     @property
     def name(self) -> str:
-        """Its name in the program, in commands and in logs."""
+        """The queue's name in the program, in commands and in logs."""
         return self._name
 
     @property
     def type(self) -> Literal["quorum", "classic"]:
-        """How RabbitMQ keeps it; other brokers don't look."""
+        """RabbitMQ's queue type; other brokers ignore it."""
         return self._type
 
     @property
     def priorities(self) -> bool:
-        """Whether it takes other levels than NORMAL."""
+        """Whether the queue takes other levels than NORMAL."""
         return self._priorities
 
     @property
     def levels(self) -> tuple[Priority, ...]:
-        """The levels that it takes, most urgent first."""
+        """The queue's levels, most urgent first."""
         return LEVELS if self._priorities else (Priority.NORMAL,)
 
     def __eq__(self, other: object) -> bool:
@@ -102,7 +108,7 @@ class Queue:
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """What a concrete job class says about itself."""
+    """The specification of a concrete job class."""
 
     name: str
     queue: Queue
@@ -117,9 +123,9 @@ _specs: dict[type, Spec] = {}
 
 @dataclass_transform(field_specifiers=(msgspec.field,))
 class JobMeta(msgspec.StructMeta):
-    """The metaclass of `Job`: takes its four keywords, hands msgspec its own."""
+    """The metaclass of `Job`: takes leveret's four class keywords, and passes the others to msgspec."""
 
-    def __new__(  # noqa: D102 - the class says it
+    def __new__(  # noqa: D102 - the class has the docstring
         mcls: type[_M],
         class_name: str,
         bases: tuple[type, ...],
@@ -166,12 +172,12 @@ class JobMeta(msgspec.StructMeta):
             "dict": (dict, False),
             "cache_hash": (cache_hash, False),
         }
-        # only what differs from the default: an explicit False would switch off what the parent class set
+        # only the keywords that differ from the default: an explicit False would override the parent class
         options: Any = {key: value for key, (value, default) in given.items() if value is not default}
         cls = super().__new__(mcls, class_name, bases, namespace, **options)
         if name is None and queue is None:
             if priority is not Priority.NORMAL or expires_s is not None:
-                msg = f"job class {class_name}: priority and expires_s need a name and a queue beside them"
+                msg = f"job class {class_name}: priority and expires_s need a name and a queue; add name= and queue="
                 raise TypeError(msg)
             return cls
         _specs[cls] = _spec(class_name, name, queue, priority, expires_s)
@@ -186,16 +192,16 @@ def _spec(class_name: str, name: object, queue: object, priority: object, expire
         raise type(error)(msg) from None
     if not isinstance(queue, Queue):
         named = queue if isinstance(queue, str) else "…"
-        msg = f'job class {class_name}: queue is a Queue, not {queue!r}; give queue=Queue("{named}")'
+        msg = f'job class {class_name}: queue must be a Queue, not {queue!r}; give queue=Queue("{named}")'
         raise TypeError(msg)
     if not isinstance(priority, Priority):
-        msg = f"job class {class_name}: priority is a Priority, not {priority!r}"
+        msg = f"job class {class_name}: priority must be a Priority, not {priority!r}"
         raise TypeError(msg)
     if priority not in queue.levels:
-        msg = f"job class {class_name}: {queue!r} takes no priority but NORMAL"
+        msg = f"job class {class_name}: {queue!r} takes only priority NORMAL"
         raise ValueError(msg)
     if expires_s is not None and (isinstance(expires_s, bool) or not isinstance(expires_s, (int, float))):
-        msg = f"job class {class_name}: expires_s is a number of seconds, not {expires_s!r}"
+        msg = f"job class {class_name}: expires_s must be a number of seconds, not {expires_s!r}"
         raise TypeError(msg)
     if expires_s is not None and not 0 < expires_s < float("inf"):
         msg = f"job class {class_name}: expires_s must be above 0 and finite, not {expires_s}"
@@ -204,12 +210,13 @@ def _spec(class_name: str, name: object, queue: object, priority: object, expire
 
 
 class Job(msgspec.Struct, metaclass=JobMeta):
-    """A contract: fields, and as class keywords name, queue, priority (NORMAL), expires_s (seconds from the publish; None: never).
+    """A job's contract: its fields, and the class keywords `name`, `queue`, `priority` and `expires_s`.
 
-    A subclass that names none is abstract: what it says isn't inherited as a specification, and publishing it is an error.
+    `priority` defaults to NORMAL. `expires_s` counts in seconds from the publish, and defaults to None: never. A subclass
+    inherits fields but no specification. A subclass without `name` and `queue` is abstract and can't be published.
     """
 
 
 def spec_of(job_class: type) -> Spec | None:
-    """Return what `job_class` itself says; None for an abstract one, since a specification isn't inherited."""
+    """Return the specification of `job_class` itself; None for an abstract class, since a specification isn't inherited."""
     return _specs.get(job_class)

@@ -1,11 +1,11 @@
-"""How a run may end. A chain returns an `Outcome`; `settlement.py` alone acts on it.
+"""The outcomes of a run. A chain returns an `Outcome`, and only `settlement.py` acts on it.
 
     Done     acked                       Retry    published again, attempt + 1, then acked
     Expired  acked and counted           Snooze   published again, same attempt, then acked
                                          Bury     published to the dead-letter queue, then acked
 
-`Retry`, `Snooze` and `Bury` are exceptions so that they can be returned or raised, from any depth. The error that
-led to one travels as its `__cause__`.
+`Retry`, `Snooze` and `Bury` are exceptions, so that a handler can return them or raise them from any depth. The error that
+led to such an outcome is its `__cause__`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import ClassVar, Literal, TypeAlias, final
 import msgspec
 
 MAX_DELAY_S = 48 * 86_400.0
-"""How long a broker holds a job back, seconds; a longer wait belongs into a schedule or a table."""
+"""The longest delay that a broker holds a job back, seconds; for a longer wait use a schedule or a table."""
 
 
 class Kind(Enum):
-    """The ways in which a delivery ends; `value` is the word for it in logs, spans and counts."""
+    """The ways in which a delivery ends; `value` is the word in logs, spans and counts."""
 
     DONE = "done"
     EXPIRED = "expired"
@@ -32,24 +32,24 @@ class Kind(Enum):
     NOT_STARTED = "not started"
     CUT_OFF = "cut off"
     LOST = "lost"
-    """Its channel or lease was gone: the broker delivers the job again, however the run ended."""
+    """The delivery's channel or lease was lost: the broker delivers the job again, however the run ended."""
 
 
 class Done(msgspec.Struct, frozen=True):
-    """The job is finished; what a handler's None becomes."""
+    """The job is finished; a handler that returns None ends its job like this."""
 
     kind: ClassVar[Kind] = Kind.DONE
 
 
 class Expired(msgspec.Struct, frozen=True):
-    """The job was past its `expires_s` before it ran; it is acked and counted."""
+    """The job had expired before it ran; the job is acked and counted."""
 
     kind: ClassVar[Kind] = Kind.EXPIRED
 
 
 def _delay(name: str, delay_s: float, *, zero: bool) -> float:
     if isinstance(delay_s, bool) or not isinstance(delay_s, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        msg = f"{name}: delay_s is a number of seconds, not {delay_s!r}"
+        msg = f"{name}: delay_s must be a number of seconds, not {delay_s!r}"
         raise TypeError(msg)
     if not (0 <= delay_s if zero else 0 < delay_s) or delay_s > MAX_DELAY_S:
         msg = f"{name}: delay_s must be {'at least' if zero else 'above'} 0 and at most 48 days ({MAX_DELAY_S:.0f} s), not {delay_s}"
@@ -59,7 +59,10 @@ def _delay(name: str, delay_s: float, *, zero: bool) -> float:
 
 @final
 class Snooze(Exception):
-    """Not yet: run again in `delay_s` seconds (above 0, at most 48 days, else ValueError). Costs no attempt. Return it or raise it."""
+    """Run the job again in `delay_s` seconds, without counting an attempt. Return it or raise it.
+
+    `delay_s` must be above 0 and at most 48 days; otherwise ValueError.
+    """
 
     kind: ClassVar[Kind] = Kind.SNOOZE
     __match_args__: ClassVar[tuple[Literal["delay_s"]]] = ("delay_s",)
@@ -87,9 +90,10 @@ class Snooze(Exception):
 
 @final
 class Retry(Exception):
-    """Try again; counts as an attempt. Return it or raise it.
+    """Run the job again, counting an attempt. Return it or raise it.
 
-    `delay_s` in seconds, at most 48 days, else ValueError; None: as `Retries` computes, at once without it.
+    `delay_s` is in seconds, at most 48 days; otherwise ValueError. With None, `Retries` computes the wait; without `Retries`,
+    the job runs again at once.
     """
 
     kind: ClassVar[Kind] = Kind.RETRY
@@ -101,7 +105,7 @@ class Retry(Exception):
 
     @property
     def delay_s(self) -> float | None:
-        """Seconds to wait, in the broker; None leaves it to `Retries`."""
+        """Seconds to wait, in the broker; None leaves the wait to `Retries`."""
         return self._delay_s
 
     def __eq__(self, other: object) -> bool:
@@ -118,21 +122,21 @@ class Retry(Exception):
 
 @final
 class Bury(Exception):
-    """Give up; the job goes to the dead-letter queue with `reason`. Return it or raise it."""
+    """Give up: the job goes to the dead-letter queue with `reason`. Return it or raise it."""
 
     kind: ClassVar[Kind] = Kind.BURY
     __match_args__: ClassVar[tuple[Literal["reason"]]] = ("reason",)
 
     def __init__(self, reason: str) -> None:
         if not isinstance(reason, str) or not reason:  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"Bury: reason is a text that isn't empty, not {reason!r}"
+            msg = f"Bury: reason must be a str that isn't empty, not {reason!r}"
             raise TypeError(msg)
         super().__init__(reason)
         self._reason = reason
 
     @property
     def reason(self) -> str:
-        """Why; shown by `leveret dead list`."""
+        """Why the job is buried; shown by `leveret dead list`."""
         return self._reason
 
     def __eq__(self, other: object) -> bool:
@@ -148,36 +152,36 @@ class Bury(Exception):
 
 
 Outcome: TypeAlias = Done | Expired | Retry | Snooze | Bury
-"""What a chain returns: a closed set, so that `match` over it can be exhaustive."""
+"""The result of a chain: a closed set, so that a `match` can be exhaustive."""
 
 OUTCOMES = (Done, Expired, Retry, Snooze, Bury)
 
 
 class Undecodable(msgspec.Struct, frozen=True):
-    """It never reached a handler and never will: buried byte for byte, at once."""
+    """The job can't be decoded, so no handler can run it: buried at once, byte for byte."""
 
     kind: ClassVar[Kind] = Kind.UNDECODABLE
     reason: str
 
 
 class Unknown(msgspec.Struct, frozen=True):
-    """No handler here knows this name, or only an older version of it: it waits in the broker, then is buried."""
+    """No handler of this worker knows the job's name, or only an older version: the job waits in the broker, then is buried."""
 
     kind: ClassVar[Kind] = Kind.UNKNOWN
     reason: str
 
 
 class NotStarted(msgspec.Struct, frozen=True):
-    """It was held here and not started: given back."""
+    """The worker held the job but didn't start it: given back."""
 
     kind: ClassVar[Kind] = Kind.NOT_STARTED
 
 
 class CutOff(msgspec.Struct, frozen=True):
-    """It was running when the grace was over: left unsettled, so that the broker delivers it again."""
+    """The job was still running at the end of the grace: left unsettled, so that the broker delivers it again."""
 
     kind: ClassVar[Kind] = Kind.CUT_OFF
 
 
 Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff
-"""Every way in which a delivery may end here; `Settlement.settle` acts on each."""
+"""Every way in which a delivery can end in a worker; `Settlement.settle` acts on each."""

@@ -1,4 +1,4 @@
-"""URL → the module that serves its scheme: the one table of brokers."""
+"""The table of brokers: which module serves which URL scheme."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .settings import redact
 
 
 class BrokerModule(Protocol):
-    """What a module that serves a URL scheme has."""
+    """The functions of a module that serves a URL scheme."""
 
     def open_broker(self, url: str, runtime: Runtime) -> Broker:
-        """Make a broker; ConfigurationError for a URL that can't be. Connects to nothing."""
+        """Return a broker, without connecting; ConfigurationError for a wrong URL."""
         ...
 
     def open_admin(self, url: str, runtime: Runtime) -> Admin:
-        """Make an admin; ConfigurationError for a URL that can't be. Connects to nothing."""
+        """Return an admin, without connecting; ConfigurationError for a wrong URL."""
         ...
 
 
-# Strings, so that a broker is imported when used; an entry point only for other schemes, since reading them costs 15 ms.
+# Strings, so that a broker is imported only when used. Other schemes come from entry points, which take 15 ms to read.
 _SCHEMES = {
     "amqp": "leveret.brokers.rabbitmq",
     "amqps": "leveret.brokers.rabbitmq",
@@ -38,13 +38,13 @@ ENTRY_POINTS = "leveret.brokers"
 
 
 def broker_module(url: str | None) -> BrokerModule:
-    """Return the module that serves `url`'s scheme; ConfigurationError with the choices where none does."""
+    """Return the module that serves the scheme of `url`; ConfigurationError, with the known schemes, if no module does."""
     if not url:
         raise ConfigurationError(NO_BROKER)
     try:
         scheme = urlsplit(url).scheme
-    except ValueError:  # its text would show the password
-        msg = f"the broker's URL {redact(url)!r} can't be read: is a character of it to be percent-encoded?"
+    except ValueError:  # its message would show the password
+        msg = f"the broker's URL {redact(url)!r} can't be parsed; percent-encode the special characters in it"
         raise ConfigurationError(msg) from None
     name = _SCHEMES.get(scheme)
     if name is None:
@@ -53,13 +53,13 @@ def broker_module(url: str | None) -> BrokerModule:
         for point in entry_points(group=ENTRY_POINTS, name=scheme):
             name = point.module
     if name is None:
-        msg = f"the broker's URL {redact(url)!r} has no known scheme; it begins with one of {', '.join(f'{known}://' for known in _SCHEMES)}"
+        msg = f"the broker's URL {redact(url)!r} has no known scheme; a URL begins with one of {', '.join(f'{known}://' for known in _SCHEMES)}"
         raise ConfigurationError(msg)
     return cast("BrokerModule", importlib.import_module(name))
 
 
 NO_BROKER = (
-    "no broker is set. Set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
+    "no broker is set; set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
     "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), sqlite:///jobs.db (a local file, nothing to install), "
     "memory:// (inside one process, for tests)"
 )

@@ -1,4 +1,4 @@
-"""What an operator may set, the environment read in one function, and the one redactor of URLs."""
+"""Settings, environment variables, and the function that hides passwords in URLs."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import msgspec
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Raise a ValueError, which names the setting, for what isn't a finite number of seconds above 0."""
+    """Raise a ValueError that names the setting, unless `value` is a finite number of seconds above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
         msg = f"{name} must be a number of seconds above 0 and finite, not {value!r}"
         raise ValueError(msg)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator may set; relations are checked when it is made (ValueError)."""
+    """The settings of an app; ValueError for a value out of range or values that contradict each other."""
 
     validate: bool = True
-    """Decode what was encoded before it is sent, so that a job of wrong types is refused at its publisher."""
+    """Decode each encoded job before it is sent, so that a job with fields of a wrong type is refused at its publisher."""
     encoding: Literal["json", "msgpack"] = "json"
-    """How this app encodes what it publishes; both are always read."""
+    """How this app encodes the jobs that it publishes. Workers decode both encodings."""
     unknown_grace_s: float = 300.0
-    """How long a job that no handler here knows waits in the broker before it is buried; a deploy may be rolling."""
+    """How long a job that no handler knows waits in the broker before it is buried, in case of a rolling deploy."""
     connect_timeout_s: float = 10.0
-    """Deadline of one try to connect, handshake included."""
+    """Time limit of one attempt to connect, handshake included."""
     reconnect_base_s: float = 0.5
-    """Ceiling of the first wait before a connection is tried again; it doubles, with full jitter."""
+    """Ceiling of the first wait before connecting again. The ceiling doubles with each attempt; the waits have full jitter."""
     reconnect_cap_s: float = 5.0
-    """Ceiling of any such wait."""
+    """Ceiling of every wait before connecting again."""
     warn_body_bytes: int = 1 << 20
     """A larger body is published with a warning."""
     max_body_bytes: int = 15 << 20
-    """A larger body is refused before a byte is sent: brokers of 4.x close the channel at 16 MiB."""
+    """A larger body is refused before a byte is sent, because RabbitMQ 4 closes the channel at 16 MiB."""
     max_header_bytes: int = 32 << 10
-    """All headers of one job together; more is refused, since a frame that is too large ends the connection."""
+    """Largest total size of a job's headers. Larger headers are refused, since a frame that is too large ends the connection."""
 
     brokers: Sequence[object] = ()
-    """Settings of single brokers, such as `RabbitSettings`; each broker takes its own, and the others ignore them."""
+    """Settings of single brokers, such as `RabbitSettings`; a broker takes its own settings and ignores the others."""
     heartbeat_s: float | None = None
-    """Deprecated: `brokers=[RabbitSettings(heartbeat_s=…)]`."""
+    """Deprecated; use `brokers=[RabbitSettings(heartbeat_s=…)]`."""
     consumer_timeout_s: float | None = None
-    """Deprecated: `brokers=[RabbitSettings(consumer_timeout_s=…)]`."""
+    """Deprecated; use `brokers=[RabbitSettings(consumer_timeout_s=…)]`."""
 
     def __post_init__(self) -> None:
         for name in ("unknown_grace_s", "connect_timeout_s", "reconnect_base_s", "reconnect_cap_s"):
@@ -52,11 +52,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("heartbeat_s", "consumer_timeout_s"):
             if (given := getattr(self, name)) is not None:
                 check_seconds(f"settings: {name}", given)
-                msg = f"Settings({name}=…) is deprecated and goes with the next version: Settings(brokers=[RabbitSettings({name}={given:g})])"
+                msg = f"Settings({name}=…) is deprecated and will be removed in the next version; use Settings(brokers=[RabbitSettings({name}={given:g})])"
                 warnings.warn(msg, DeprecationWarning, stacklevel=2)
         if not isinstance(self.brokers, (list, tuple)):
-            msg = f"settings: brokers is a list, such as [RabbitSettings(…)], not {self.brokers!r:.80}"
-            raise ValueError(msg)  # as for every other setting
+            msg = f"settings: brokers must be a list, such as [RabbitSettings(…)], not {self.brokers!r:.80}"
+            raise ValueError(msg)  # not a TypeError, as for every other setting
         if self.encoding not in ("json", "msgpack"):
             msg = f"settings: encoding must be json or msgpack, not {self.encoding!r}"
             raise ValueError(msg)
@@ -72,18 +72,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """What leveret reads from the environment; nothing else does."""
+    """leveret's environment variables; no other code reads them."""
 
     broker: str | None
-    """LEVERET_BROKER: the broker's URL; "" where it is set and empty, which is a setting that was lost."""
+    """LEVERET_BROKER: the broker's URL; "" if the variable is set but empty, which is most likely a lost setting."""
     app: str | None
-    """LEVERET_APP: module:attribute of the app, for commands that aren't given one."""
+    """LEVERET_APP: module:attribute of the app, for commands without APP or --app."""
     log_level: str
     """LEVERET_LOG: debug, info (the default), warning or error."""
 
 
 def environment(mapping: Mapping[str, str]) -> Environment:
-    """Read leveret's variables."""
+    """Read leveret's environment variables from `mapping`."""
     return Environment(
         broker=mapping.get("LEVERET_BROKER"),
         app=mapping.get("LEVERET_APP") or None,
@@ -91,10 +91,10 @@ def environment(mapping: Mapping[str, str]) -> Environment:
     )
 
 
-_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S*)@")  # up to the last @: a password may hold one that wasn't escaped
+_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S*)@")  # up to the last @: a password may contain an unescaped @
 _IN_QUERY = re.compile(r"([?&][^=&\s'\"]*(?:pass|secret|token)[^=&\s'\"]*=)[^&\s'\"]*", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
-    """Return `text` with the passwords of every URL in it replaced, in a query too; whatever prints a URL goes through here."""
+    """Return `text` with `***` for the password of every URL, in queries too. All text that may contain a URL passes here."""
     return _IN_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))

@@ -1,4 +1,4 @@
-"""Waiting for several things at once."""
+"""Waiting for the first of several events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 
 async def first_of(*waits: Coroutine[Any, Any, Any] | asyncio.Future[Any], timeout_s: float | None = None) -> None:
-    """Return once one of `waits` is over, or after `timeout_s` (None: never); the others are cancelled. Raises what the first raised."""
+    """Return when one of `waits` has ended, or after `timeout_s` (None: no time limit), and cancel the others.
+
+    Raises the error of the wait that ended.
+    """
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

@@ -48,7 +48,7 @@ from tests.rabbit.node import Rabbit
         ),
         (
             ("queues", "a b", "--broker", "sqlite:///shop.db"),
-            "a queue's name has 1 to 150 of [A-Za-z0-9_.-], not 'a b'",
+            "a queue's name must have 1 to 150 characters of [A-Za-z0-9_.-], not 'a b'",
         ),
         (("queues", "shop:app", "--broker", "sqlite:///shop.db"), "not 'shop:app'; did you mean --app shop:app?"),
         (("dead", "list", "emials"), "no queue 'emials' on sqlite:///shop.db; did you mean emails?"),

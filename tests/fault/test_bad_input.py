@@ -54,7 +54,7 @@ BAD: dict[str, tuple[bytes, str, str, dict[str, Any]]] = {
     "attempt-is-negative": (b'{"seconds": 0.003}', "lv-attempt is -7", "note", {"headers": {"lv-attempt": -7}}),
     "first-seen-in-no-year": (
         b'{"seconds": 0.005}',
-        "lv-first-seen is 999999999999999, not a moment",
+        "lv-first-seen is 999999999999999, not a time",
         "note",
         {"headers": {"lv-first-seen": 10**15 - 1}},
     ),

@@ -70,15 +70,18 @@ def test_a_job_class_takes_msgspecs_own_keywords() -> None:
 @pytest.mark.parametrize(
     ("keywords", "says"),
     [
-        ({"name": "x"}, 'queue is a Queue, not None; give queue=Queue\\("…"\\)'),
-        ({"queue": emails}, "name is a text"),
+        ({"name": "x"}, 'queue must be a Queue, not None; give queue=Queue\\("…"\\)'),
+        ({"queue": emails}, "name must be a str, not None"),
         ({"name": "x", "queue": "emails"}, "not 'emails'; give queue=Queue"),
-        ({"name": "a b", "queue": emails}, "has 1 to"),
-        ({"name": "x", "queue": emails, "priority": 3}, "priority is a Priority"),
-        ({"name": "x", "queue": emails, "expires_s": "60"}, "expires_s is a number"),
+        ({"name": "a b", "queue": emails}, "must have 1 to"),
+        ({"name": "x", "queue": emails, "priority": 3}, "priority must be a Priority"),
+        ({"name": "x", "queue": emails, "expires_s": "60"}, "expires_s must be a number of seconds"),
         ({"name": "x", "queue": emails, "expires_s": 0}, "above 0"),
         ({"priority": Priority.LOW}, "need a name and a queue"),
-        ({"name": "x", "queue": Queue("flat", priorities=False), "priority": Priority.LOW}, "no priority but NORMAL"),
+        (
+            {"name": "x", "queue": Queue("flat", priorities=False), "priority": Priority.LOW},
+            "takes only priority NORMAL",
+        ),
     ],
 )
 def test_a_wrong_contract_is_refused_when_it_is_written(keywords: dict[str, object], says: str) -> None:

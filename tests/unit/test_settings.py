@@ -90,7 +90,7 @@ def test_the_keywords_of_the_version_before_still_work_and_warn(name: str) -> No
 @pytest.mark.parametrize("brokers", [RabbitSettings(), "amqp", {"heartbeat_s": 3}])
 def test_settings_of_brokers_are_a_list(brokers: object) -> None:
     """`brokers=RabbitSettings(…)` would otherwise be ignored, and the broker's defaults used."""
-    with pytest.raises(ValueError, match=r"settings: brokers is a list, such as \[RabbitSettings\(…\)\]"):
+    with pytest.raises(ValueError, match=r"settings: brokers must be a list, such as \[RabbitSettings\(…\)\]"):
         Settings(brokers=brokers)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 

@@ -301,7 +301,7 @@ async def test_a_message_that_cannot_be_shown_does_not_stop_the_burial() -> None
 
     outcome = await chain(Retries(max_attempts=1), handler=failing(Mute()))(attempt())
     assert isinstance(outcome, Bury)
-    assert "its text can't be shown" in outcome.reason
+    assert "the message can't be shown" in outcome.reason
 
 
 async def test_through_an_app_a_job_fails_comes_back_and_is_buried() -> None:

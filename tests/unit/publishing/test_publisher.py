@@ -135,9 +135,9 @@ WRONG: list[tuple[Job, dict[str, Any], str]] = [
     (Mail(order_id=7), {"job_id": ""}, "job_id is a text"),
     (Mail(order_id=7), {"job_id": "x" * 201}, "job_id is a text"),
     (Mail(order_id=7), {"correlation_id": 7}, "correlation_id is a text"),
-    (Mail(order_id=7), {"headers": {"lv-attempt": 3}}, "leveret's own"),
-    (Mail(order_id=7), {"headers": {"x-death": "x"}}, "the broker's"),
-    (Mail(order_id=7), {"headers": {"x": [1]}}, "a value is a str"),
+    (Mail(order_id=7), {"headers": {"lv-attempt": 3}}, "belong to leveret"),
+    (Mail(order_id=7), {"headers": {"x-death": "x"}}, "belong to the broker"),
+    (Mail(order_id=7), {"headers": {"x": [1]}}, "the value must be a str"),
     (Mail(order_id=7), {"headers": {"x": 1 << 63}}, "64 bits"),
     (Mail(order_id=7), {"timeout_s": 0}, "timeout_s must be above 0"),
     (Mail(order_id=7), {"timeout_s": 10**400}, "timeout_s must be above 0"),
@@ -148,10 +148,10 @@ WRONG: list[tuple[Job, dict[str, Any], str]] = [
     (Mail(order_id=7), {"correlation_id": "\ud800"}, "surrogates not allowed"),
     (Mail(order_id=7), {"headers": {"\ud800": "x"}}, "surrogates not allowed"),
     (Mail(order_id=7), {"headers": {"x": "\ud800"}}, "surrogates not allowed"),
-    (Mail(order_id=7), {"headers": {"x": float("nan")}}, "a number is finite"),
-    (Mail(order_id=7), {"headers": {"x": float("inf")}}, "a number is finite"),
-    (Mail(order_id=7), {"headers": ["x"]}, "headers are a mapping"),
-    (Mail(order_id=7), {"headers": "x"}, "headers are a mapping"),
+    (Mail(order_id=7), {"headers": {"x": float("nan")}}, "a number must be finite"),
+    (Mail(order_id=7), {"headers": {"x": float("inf")}}, "a number must be finite"),
+    (Mail(order_id=7), {"headers": ["x"]}, "headers must be a mapping"),
+    (Mail(order_id=7), {"headers": "x"}, "headers must be a mapping"),
 ]
 
 
