@@ -1,4 +1,4 @@
-"""The app: handlers, schedules and layers of one service, and the doors into it."""
+"""The app: the handlers, schedules and middleware of one service, and its publishers and workers."""
 
 from __future__ import annotations
 
@@ -63,29 +63,30 @@ class _Schedule(Protocol):
 
 
 class Capture(msgspec.Struct, frozen=True):
-    """Where an app's jobs go while a test runs it."""
+    """Where an app's jobs go while a test runs the app."""
 
     open_broker: Callable[[], Broker]
     runtime: Runtime
     published: Callable[[Job, Envelope], None]
-    """Told of every job that a publisher sent."""
+    """Called with every job that a publisher sent."""
 
 
 class App(Generic[_R]):
-    """Handlers, schedules and layers of one service, generic in what `lifespan` yields; without one in None.
+    """The handlers, schedules and middleware of one service; generic in the type that `lifespan` yields, or None.
 
     Args:
-        name: The service; AMQP's `app_id`, and the beginning of cron job ids. Up to 64 characters.
-        broker: URL; beats LEVERET_BROKER.
-        default_broker: URL where neither is set: a program's own embedded default. Without any, start-up is an error.
-        middleware: Layers round every run and every publish; first is outermost.
-        lifespan: A function that returns an async context manager, entered once a worker process, and only there.
-        modules: Imported by `work`, `cron` and `describe`, not by publishers: where the handlers are.
-        around_sync: A function that returns a context manager, entered in the thread round each `def` handler.
-        settings: What an operator may set.
+        name: The service's name, 1 to 64 characters; AMQP's `app_id`, and the beginning of cron job ids.
+        broker: The broker's URL. Takes precedence over LEVERET_BROKER.
+        default_broker: The broker's URL if neither `broker` nor LEVERET_BROKER is set. Without any of the three, start-up
+            raises ConfigurationError.
+        middleware: Middleware around every run and every publish, outermost first.
+        lifespan: A function that returns an async context manager, entered once per worker process and nowhere else.
+        modules: Names of the modules with the handlers and schedules. `work`, `cron` and `describe` import them; publishers don't.
+        around_sync: A function that returns a context manager, entered around each `def` handler, in the handler's thread.
+        settings: The app's settings.
 
     Raises:
-        ConfigurationError: Something of it is of a wrong shape; the text names it.
+        ConfigurationError: An argument is wrong; the text names the argument.
     """
 
     @overload
@@ -127,22 +128,22 @@ class App(Generic[_R]):
         settings: Settings | None = None,
     ) -> None:
         if not isinstance(name, str) or not 0 < len(name) <= 64:  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"an app's name is a text of 1 to 64 characters, not {name!r:.80}"
+            msg = f"an app's name must be a str of 1 to 64 characters, not {name!r:.80}"
             raise ConfigurationError(msg)
         where = f"app {name!r}"
         for keyword, url in (("broker", broker), ("default_broker", default_broker)):
             if url is not None and not isinstance(url, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-                msg = f"{where}: {keyword} is a URL, not {url!r:.80}"
+                msg = f"{where}: {keyword} must be a URL, not {url!r:.80}"
                 raise ConfigurationError(msg)
         for keyword, function in (("lifespan", lifespan), ("around_sync", around_sync)):
             if function is not None and not callable(function):
-                msg = f"{where}: {keyword} is a function that returns a context manager, not {function!r:.80}; pass it without calling it"
+                msg = f"{where}: {keyword} must be a function that returns a context manager, not {function!r:.80}; pass the function without calling it"
                 raise ConfigurationError(msg)
         if isinstance(modules, str) or not all(isinstance(module, str) for module in modules):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"{where}: modules is a list of module names, not {modules!r:.80}"
+            msg = f"{where}: modules must be a list of module names, not {modules!r:.80}"
             raise ConfigurationError(msg)
         if settings is not None and not isinstance(settings, Settings):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"{where}: settings is a Settings, not {settings!r:.80}"
+            msg = f"{where}: settings must be a Settings, not {settings!r:.80}"
             raise ConfigurationError(msg)
         self._name = name
         self._broker = broker
@@ -164,22 +165,22 @@ class App(Generic[_R]):
 
     @property
     def settings(self) -> Settings:
-        """What an operator may set."""
+        """The app's settings."""
         return self._settings
 
     @property
     def lifespan(self) -> Callable[[], AbstractAsyncContextManager[_R]] | None:
-        """What is entered once a worker process."""
+        """The function whose context manager is entered once per worker process."""
         return self._lifespan
 
     @property
     def around_sync(self) -> Callable[[], AbstractContextManager[object]] | None:
-        """What is entered round each `def` handler."""
+        """The function whose context manager is entered around each `def` handler."""
         return self._around_sync
 
     @property
     def layers(self) -> tuple[AnyLayer, ...]:
-        """The layers round everything, auto-instrumentation's included; first is outermost."""
+        """The middleware around every run and publish, auto-instrumentation's included, outermost first."""
         layers = self._layers
         for change in instrumentation:
             layers = change(layers)
@@ -187,42 +188,42 @@ class App(Generic[_R]):
 
     @property
     def schedules(self) -> Sequence[Schedule]:
-        """Every schedule, in the order in which they were made."""
+        """Every schedule, in order of registration."""
         return tuple(self._schedules.values())
 
     def broker_url(self) -> str | None:
-        """Return the broker's URL: `broker` beats LEVERET_BROKER beats `default_broker`; None without any.
+        """Return the broker's URL: the first of `broker`, LEVERET_BROKER and `default_broker` that is set; None without any.
 
-        ConfigurationError where LEVERET_BROKER is set and empty: a service that lost its setting must not publish into
+        Raises ConfigurationError if LEVERET_BROKER is needed and empty: a service that lost its setting must not publish into
         a local file.
         """
         if self._broker:
             return self._broker
         set_to = environment(os.environ).broker
         if set_to is not None and not set_to.strip():
-            msg = f"LEVERET_BROKER is set, but empty; unset it to use {redact(self._default_broker or 'App(broker=…)')}, or give it a URL"
+            msg = f"LEVERET_BROKER is empty; set it to a URL, or unset it to use {redact(self._default_broker or 'App(broker=…)')}"
             raise ConfigurationError(msg)
         return set_to or self._default_broker
 
     def runtime(self, processes: int = 1) -> Runtime:
-        """Return what a process of this app hands to its broker and layers."""
+        """Return the runtime that a process of this app hands to its broker and middleware."""
         if self._capture is not None:
             return self._capture.runtime
         return Runtime(app=self._name, settings=self._settings, processes=processes)
 
     def open_broker(self, runtime: Runtime) -> Broker:
-        """Make the app's broker; ConfigurationError for a missing or wrong URL. Connects to nothing."""
+        """Return the app's broker, without connecting; ConfigurationError for a missing or wrong URL."""
         if self._capture is not None:
             return self._capture.open_broker()
         url = self.broker_url()
         return broker_module(url).open_broker(cast("str", url), runtime)
 
     def sender(self, broker: Broker, runtime: Runtime) -> Sender:
-        """Make what sends this app's jobs to `broker`."""
+        """Return the sender of this app's jobs to `broker`."""
         return Sender(broker, self.layers, runtime, None if self._capture is None else self._capture.published)
 
     def import_modules(self) -> None:
-        """Import `modules`, so that their handlers and schedules register; ConfigurationError names the one that fails."""
+        """Import `modules`, so that their handlers and schedules register; ConfigurationError names a module that is missing."""
         for module in self._modules:
             try:
                 importlib.import_module(module)
@@ -231,10 +232,10 @@ class App(Generic[_R]):
                 raise ConfigurationError(msg) from error
 
     def handlers(self, queues: Sequence[str] = ()) -> list[Handler]:
-        """Return the handlers, resolved, of `queues` (none given: of all); ConfigurationError where one is wrong.
+        """Return the resolved handlers of `queues` (default: of all queues).
 
-        Two handlers for one job, two jobs of one name in a queue, one queue defined twice differently, a queue that
-        has no handler: each is named.
+        Raises ConfigurationError for a wrong handler, two handlers for one job, two jobs with one name in a queue, a queue
+        with two definitions, or a queue without a handler.
         """
         layers = self.layers
         found: dict[tuple[str, str], Handler] = {}
@@ -242,18 +243,18 @@ class App(Generic[_R]):
             handler = resolve(registration, layers_of(layers, registration.layers))
             key = (handler.queue.name, handler.spec.name)
             if (twin := found.get(key)) is not None:
-                msg = f"two handlers for job {handler.spec.name!r} of queue {handler.queue.name!r}: {twin.name} and {handler.name}"
+                msg = f"two handlers for job {handler.spec.name!r} of queue {handler.queue.name!r}: {twin.name} and {handler.name}; remove one"
                 raise ConfigurationError(msg)
             for other in found.values():
                 if other.queue.name == handler.queue.name and other.queue != handler.queue:
-                    msg = f"{other.name} has {other.queue!r}, {handler.name} has {handler.queue!r}: one queue, two definitions; share one Queue"
+                    msg = f"queue {other.queue.name!r} has two definitions: {other.queue!r} in {other.name}, {handler.queue!r} in {handler.name}; share one"
                     raise ConfigurationError(msg)
             found[key] = handler
         names = list(dict.fromkeys(handler.queue.name for handler in found.values()))
         for queue in queues:
             if queue not in names:
-                there = ", ".join(names) or "none"
-                msg = f"app {self._name!r} has no handler for the queue {queue!r}, only for: {there}; list its module in App(modules=[…])"
+                known = ", ".join(names) or "none"
+                msg = f"app {self._name!r} has no handler for queue {queue!r} (queues with handlers: {known}); list the handler's module in App(modules=[…])"
                 raise ConfigurationError(msg)
         return [handler for handler in found.values() if not queues or handler.queue.name in queues]
 
@@ -273,14 +274,14 @@ class App(Generic[_R]):
         job: type[Any] | None = None,
         middleware: Sequence[Layer[Any]] = (),
     ) -> Any:
-        """Register an `async def` (runs on the loop) or `def` (in a thread); the function comes back unchanged.
+        """Register an `async def` (runs on the loop) or a `def` (runs in a thread); return the function unchanged.
 
-        The annotation of its first parameter says which job it takes, and is resolved when a worker starts; `job=`
-        says it where the annotation can't be resolved. `middleware` comes innermost, but a layer of a class that
-        stands once (`Timeout`, `Retries` …) takes the place of the app's.
+        The annotation of the first parameter is the job class that the handler takes; it is resolved when a worker starts.
+        Give `job=` if the annotation can't be resolved. `middleware` goes inside the app's middleware, except for classes that
+        can occur only once (`Timeout`, `Retries` …): an instance of such a class replaces the app's.
         """
         if function is not None and (inspect.isclass(function) or not callable(function)):
-            msg = f"app {self._name!r}: @app.handler decorates a function, not {function!r:.80}; say which job it takes with job="
+            msg = f"app {self._name!r}: @app.handler decorates a function, not {function!r:.80}; give the job class with job="
             raise ConfigurationError(msg)
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -309,31 +310,31 @@ class App(Generic[_R]):
         tz: str = "UTC",
         enabled: bool = True,
     ) -> Any:
-        """Publish at each slot of a cron expression in the IANA zone `tz`; a wrong one is a ValueError.
+        """Publish a job at each slot of a cron expression in the IANA time zone `tz`; ValueError if either is wrong.
 
-        Five fields (minute, hour, day of month, month, day of week), or six with the seconds first. With a job it is
-        a statement and needs a `name`; without one it decorates a plain `def` that returns the job to publish (or an
-        `Outgoing`, or None for nothing) and may take its slot, an aware datetime.
+        The expression has five fields (minute, hour, day of month, month, day of week), or six with seconds first. With a
+        job, call `cron` as a statement, with a `name`. Without a job, `cron` decorates a plain `def`. The function returns the
+        job to publish, an `Outgoing`, or None to publish nothing; it may take its slot, an aware datetime, as parameter.
         """
-        from .cron.schedule import make_schedule  # with time zones, which nobody else here needs
+        from .cron.schedule import make_schedule  # imports time zones, which only schedules need
 
         def register(emit: Callable[..., Any]) -> Callable[..., Any]:
             schedule = make_schedule(expression, emit, name=name, tz=tz, enabled=enabled)
             if schedule.name in self._schedules:
-                msg = f"app {self._name!r} has two schedules of the name {schedule.name!r}; give one of them name="
+                msg = f"app {self._name!r} has two schedules named {schedule.name!r}; give one of them another name="
                 raise ValueError(msg)
             self._schedules[schedule.name] = schedule
             return emit
 
         if job is None:
-            # a wrong expression or zone shows at the decorator's own line
+            # report a wrong expression or time zone at the line of the decorator
             make_schedule(expression, lambda: None, name=name or "-", tz=tz, enabled=enabled)
             return register
         if not isinstance(job, (Job, Outgoing)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"app {self._name!r}: cron takes a job or an Outgoing, not {job!r:.80}"
+            msg = f"app {self._name!r}: cron() takes a Job or an Outgoing instance, not {job!r:.80}"
             raise ConfigurationError(msg)
         if not name:
-            msg = f"app {self._name!r}: a schedule of a job has no function to be named for; give it name="
+            msg = f"app {self._name!r}: cron() with a job needs name=, since there is no function to take the name from"
             raise ConfigurationError(msg)
         register(lambda: job)
         return None
@@ -350,11 +351,14 @@ class App(Generic[_R]):
             await broker.close()
 
     def publisher(self) -> AbstractAsyncContextManager[Publisher, None]:
-        """Enter it in a service's lifespan; entering doesn't wait for the broker."""
+        """Return a publisher to enter in a service's lifespan; entering doesn't wait for the broker."""
         return cast("AbstractAsyncContextManager[Publisher, None]", self._publisher())
 
     def blocking_publisher(self) -> BlockingPublisher:
-        """For Django, Flask, a script: a module's variable; nothing starts before first use."""
+        """Return a publisher for code without asyncio, such as Django, Flask or a script. Nothing starts before the first use.
+
+        Keep the publisher in a module's variable.
+        """
         from .publishing.blocking import BlockingPublisher
 
         publisher = BlockingPublisher(self.publisher)
@@ -362,12 +366,12 @@ class App(Generic[_R]):
         return publisher
 
     def worker(self, *, queues: list[str] | tuple[str, ...]) -> AbstractAsyncContextManager[None, None]:
-        """Run a worker inside this program, without signal handlers; leaving drains it, for up to 30 s.
+        """Run a worker inside this program, without signal handlers; leaving the block drains the worker for up to 30 s.
 
-        Entering doesn't wait for a broker that is away; a wrong URL, login or queue is a ConfigurationError.
+        Entering doesn't wait for a broker that is down. A wrong URL, login or queue raises ConfigurationError.
         """
         if isinstance(queues, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"app {self._name!r}: queues is a list of names, not {queues!r}"
+            msg = f"app {self._name!r}: queues must be a list of names, not {queues!r}"
             raise ConfigurationError(msg)
         from .consuming.worker import embedded
 
@@ -375,14 +379,14 @@ class App(Generic[_R]):
 
     @property
     def is_captured(self) -> bool:
-        """Whether a test runs this app now."""
+        """Whether a test is running this app."""
         return self._capture is not None
 
     @contextmanager
     def captured(self, capture: Capture) -> Generator[None, None, None]:
-        """Send everything that this app publishes and consumes meanwhile to another broker; for `leveret.testing`."""
+        """Use another broker for everything that this app publishes and consumes in the block; for `leveret.testing`."""
         if self._capture is not None:
-            msg = f"app {self._name!r} is captured already; leave one running() before the next"
+            msg = f"app {self._name!r} is already running in a test; leave one running() block before entering the next"
             raise RuntimeError(msg)
         self._reopen()
         self._capture = capture

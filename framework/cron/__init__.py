@@ -1,1 +1,1 @@
-"""Recurring jobs: when they are due, and publishing them then."""
+"""Recurring jobs: computing when they are due, and publishing them."""

@@ -1,12 +1,12 @@
 """When a recurring job is due: cron expressions in a time zone, as pure functions of an instant.
 
-Rules at a change of the clocks, for an expression whose hour is a number or a list (daily and rarer):
+When the clocks change, an expression whose hour is a number or a list (daily or less often) follows these rules:
 
-- a time that doesn't exist (spring) is taken with the offset before the change: 02:30 becomes 03:30 summer time;
-- a time that comes twice (autumn) is taken the first time only.
+- A time that doesn't exist (spring) uses the offset from before the change: 02:30 becomes 03:30 summer time.
+- A time that occurs twice (autumn) fires only the first time.
 
-One whose hour is `*` or a step of it (`*/2`), or that has seconds, means an interval: it fires through both passes of
-a repeated hour, and skips what doesn't exist.
+An expression whose hour is `*` or a step (`*/2`), or that has seconds, is an interval. An interval fires in both passes of a
+repeated hour, and skips times that don't exist.
 """
 
 from __future__ import annotations
@@ -47,64 +47,67 @@ class Schedule(msgspec.Struct, frozen=True):
     """A recurring job."""
 
     name: str
-    """Its function's unless given; part of its jobs' ids."""
+    """The name given, or else the function's; part of the ids of the schedule's jobs."""
     expression: str
     tz: str
     emit: Callable[..., Job | Outgoing | None]
-    """Returns what to publish."""
+    """Returns the job to publish."""
     takes_slot: bool
     enabled: bool
-    """A schedule that is off stays listed."""
+    """A disabled schedule publishes nothing, but stays listed."""
 
     def next(self, after: datetime) -> datetime | None:
-        """Return the first slot after `after`, in UTC; None where there is no more."""
+        """Return the first slot after `after`, in UTC; None if there is none."""
         return next_slot(self.expression, self.tz, after)
 
     def slot_id(self, app: str, slot: datetime) -> str:
-        """Return the id of the job of `slot`: the same on every replica, and after a restart."""
+        """Return the id of the job of `slot`, which is the same on every replica and after a restart."""
         return f"{app}.{self.name}@{slot.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
     def job(self, slot: datetime) -> Job | Outgoing | None:
-        """Ask the schedule what to publish in `slot`, which is passed in the schedule's zone."""
+        """Call the schedule's function for `slot` and return its job. The function gets `slot` in the schedule's time zone."""
         return self.emit(slot.astimezone(ZoneInfo(self.tz))) if self.takes_slot else self.emit()
 
 
 def make_schedule(expression: str, emit: Callable[..., Any], *, name: str | None, tz: str, enabled: bool) -> Schedule:
-    """Return a schedule, or raise ValueError (TypeError for a function of a wrong shape) that says what is wrong with it."""
+    """Return a schedule.
+
+    Raises ValueError for a wrong name, expression or time zone, and TypeError for a function of a wrong shape.
+    """
     called = name if name is not None else getattr(emit, "__name__", "")
     if not isinstance(called, str) or not 0 < len(called) <= MAX_NAME or not _NAME.match(called):  # pyright: ignore[reportUnnecessaryIsInstance]
-        msg = f"a schedule's name has 1 to {MAX_NAME} of [A-Za-z0-9_.-], not {called!r}"
+        msg = f"a schedule's name must have 1 to {MAX_NAME} characters of [A-Za-z0-9_.-], not {called!r}"
         raise ValueError(msg)
     check_expression(expression)
     try:
         ZoneInfo(tz)
     except Exception:  # noqa: BLE001 - zoneinfo raises KeyError, ValueError, IsADirectoryError …
-        msg = f"schedule {called!r}: {tz!r} is no IANA time zone such as Europe/Berlin (is tzdata installed?)"
+        msg = f"schedule {called!r}: {tz!r} isn't a known IANA time zone, such as Europe/Berlin (is tzdata installed?)"
         raise ValueError(msg) from None
     if inspect.iscoroutinefunction(emit) or inspect.isgeneratorfunction(emit):
-        msg = f"schedule {called!r}: a cron function is a plain def that returns the job; do the work in the job's handler"
+        msg = f"schedule {called!r}: a cron function must be a plain def that returns the job; do the work in the job's handler"
         raise TypeError(msg)
     parameters = [p for p in inspect.signature(emit).parameters.values() if p.default is p.empty]
     if len(parameters) > 1:
-        msg = f"schedule {called!r}: a cron function takes nothing, or its slot; not ({', '.join(p.name for p in parameters)})"
+        msg = f"schedule {called!r}: a cron function takes no parameter or one, the slot, not ({', '.join(p.name for p in parameters)})"
         raise TypeError(msg)
     return Schedule(called, expression, tz, emit, bool(parameters), enabled)
 
 
 def check_expression(expression: str) -> None:
-    """Raise ValueError, naming the field, unless `expression` has five or six fields of the right shape and range.
+    """Raise ValueError that names the field, unless `expression` has five or six fields of the right shape and range.
 
-    Without croniter, which a worker that imports an app with schedules must not pay for.
+    The check works without croniter, which would slow down the start of workers that import an app with schedules.
     """
     fields = expression.split() if isinstance(expression, str) else []  # pyright: ignore[reportUnnecessaryIsInstance]
     names = list(_RANGES)[6 - len(fields) :] if len(fields) in (5, 6) else []
     if not names:
-        msg = f"cron expression {expression!r}: it has five fields (minute hour day-of-month month day-of-week), or six with seconds first"
+        msg = f"cron expression {expression!r}: expected five fields (minute hour day-of-month month day-of-week), or six with seconds first"
         raise ValueError(msg)
     for name, field in zip(names, fields, strict=True):
         if not _is_field(name, field):
             low, high = _RANGES[name]
-            msg = f"cron expression {expression!r}: its {name} is {field!r}; a {name} is {low} to {high}, *, a list, a range or a step"
+            msg = f"cron expression {expression!r}: {name} must be {low} to {high}, *, a list, a range or a step, not {field!r}"
             raise ValueError(msg)
 
 
@@ -135,10 +138,10 @@ def _is_value(name: str, value: str) -> bool:
 
 
 def next_slot(expression: str, tz: str, after: datetime) -> datetime | None:
-    """Return the first slot of `expression` in zone `tz` that is later than `after` (aware), in UTC; None if there is none.
+    """Return the first slot of `expression` in time zone `tz` after `after` (aware), in UTC; None if there is none.
 
-    Computed from the expression alone, never from the last sleep: no drift. croniter sees local times without a zone
-    and decides nothing about the clocks: on its own it fires 02:30 twice on the autumn change (7.0.0: measured).
+    The slot follows from the expression alone, never from the last sleep, so slots don't drift. croniter gets local times without
+    a zone, and decides nothing about clock changes: by itself, croniter 7.0.0 fires 02:30 twice in autumn (measured).
     """
     zone = ZoneInfo(tz)
     return (
@@ -154,7 +157,7 @@ def _next_of_interval(expression: str, zone: ZoneInfo, after: datetime) -> datet
         instant = _utc(naive, zone, fold=local.fold)
         change = _change_between(after, instant, zone)
         if change is not None:
-            # the clocks change before it: what is due from the change on comes first
+            # the clocks change before this slot: the first slot after the change comes first
             begins = change.astimezone(zone)
             first = next(_local_slots(expression, begins.replace(tzinfo=None) - timedelta(microseconds=1)), None)
             return None if first is None else _utc(first, zone, fold=begins.fold)
@@ -164,7 +167,7 @@ def _next_of_interval(expression: str, zone: ZoneInfo, after: datetime) -> datet
 
 
 def _next_of_times(expression: str, zone: ZoneInfo, after: datetime) -> datetime | None:
-    # after a skipped hour its times are still to come: look on from where the clock would stand without the change
+    # the times of a skipped hour are due after the change: start from the time that the clock would show without the change
     yesterday = (after - timedelta(days=1)).astimezone(zone).utcoffset()
     start = min(
         after.astimezone(zone).replace(tzinfo=None),
@@ -201,7 +204,7 @@ def _utc(naive: datetime, zone: ZoneInfo, *, fold: int) -> datetime:
 
 
 def _change_between(after: datetime, until: datetime, zone: ZoneInfo) -> datetime | None:
-    """Return the first second after `after` and not after `until` whose offset isn't that of `after`."""
+    """Return the first second after `after`, at most `until`, at which the offset differs from that of `after`; None if none does."""
     low, high = int(after.timestamp()), int(until.timestamp())
     offset = datetime.fromtimestamp(low, zone).utcoffset()
     if datetime.fromtimestamp(high, zone).utcoffset() == offset:

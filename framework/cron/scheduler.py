@@ -1,4 +1,4 @@
-"""Publishes each schedule's jobs at their slots. One process of it for now."""
+"""Publishes the jobs of each schedule at its slots. An app needs exactly one scheduler process."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from .schedule import Schedule
 logger = logging.getLogger("leveret.cron")
 
 LONGEST_SLEEP_S = 30.0
-"""Looked at the clock at least so often, since it may be set."""
+"""The clock may be set at any time, so the scheduler reads it at least this often."""
 PUBLISH_TIMEOUT_S = 5.0
 SET_BACK_S = 60.0
-"""A clock set back by more was wrong before: the next slot is looked for anew. By less, and it is waited for, so that none comes twice."""
+"""A clock set back further than this was wrong before, so the next slot is computed again. After a smaller step, the scheduler
+waits for the slot that it already has, so that no slot comes twice."""
 LAST_SLOT_S = 86_400.0
-"""What is left to a slot that no other follows: such a one is tried until it is published, a publish at most so long."""
+"""The time left to a slot that no other slot follows. Such a slot is retried until it is published, each try at most this long."""
 FINISH_S = PUBLISH_TIMEOUT_S + 1.0
-"""How long a stop waits for what is being published."""
+"""How long a stop waits for publishes in progress."""
 
 
 class Scheduler:
-    """Publishes the enabled schedules of an app, each in a task of its own, so that none waits for another.
+    """Publishes the enabled schedules of an app, each in its own task, so that no schedule waits for another.
 
-    A slot's job has a deterministic id: published again after a restart or an unknown confirm it is the same job,
-    at least once. A slot that can't be published is tried again until the schedule's next one is due; while the broker
-    blocks publishers it is written twice at most. What fell due while no scheduler ran is skipped.
+    A slot's job has a deterministic id. A publish that is repeated after a restart or an unknown confirm has the same id:
+    at-least-once. A slot that can't be published is retried until the schedule's next slot is due; while the broker blocks
+    publishers, the slot is written at most twice. Slots that fall due while no scheduler runs are skipped.
     """
 
     def __init__(self, app: str, schedules: Sequence[Schedule], sender: Sender, runtime: Runtime) -> None:
@@ -48,15 +49,14 @@ class Scheduler:
         self._emitting = 0
 
     async def run(self) -> None:
-        """Publish until `stop`; return once what was being published is through."""
+        """Publish until `stop`; return when the publishes in progress have ended."""
         try:
             async with asyncio.TaskGroup() as group:
                 for schedule in self._schedules:
                     group.create_task(self._follow(schedule))
         except BaseExceptionGroup as group:
-            refused = group.subgroup(
-                ConfigurationError
-            )  # a refused login, a queue that differs: one line, not a group of it
+            # a refused login or a queue that differs is one line, not a group of errors
+            refused = group.subgroup(ConfigurationError)
             if refused is None:
                 raise
             raise refused.exceptions[0] from None
@@ -64,19 +64,19 @@ class Scheduler:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:
-        """Begin no slot any more, and try none again."""
+        """Start no further slot and no further try."""
         self._stop.set()
 
     @property
     def emitting(self) -> int:
-        """How many slots are being published now."""
+        """How many slots are being published."""
         return self._emitting
 
     async def _follow(self, schedule: Schedule) -> None:
-        slot, since = schedule.next(self._now()), self._clock.now()  # between the two there is no other slot
+        slot, since = schedule.next(self._now()), self._clock.now()  # there is no other slot between the two
         looked = self._clock.monotonic()
         while slot is not None:
-            # the next slot comes from the expression, never from when the last one was published: no drift
+            # the next slot follows from the expression, never from the time of the last publish, so slots don't drift
             while (left_s := slot.timestamp() - (now := self._clock.now())) > 0:
                 if now < since - SET_BACK_S:
                     slot, since = self._after_set_back(schedule, slot, self._clock.monotonic() - looked), now
@@ -98,11 +98,11 @@ class Scheduler:
         await self._stop.wait()
 
     def _after_set_back(self, schedule: Schedule, slot: datetime, unseen_s: float) -> datetime:
-        """Return what comes next by a clock that was ahead until `unseen_s` ago at most: `slot` may be hours away, and all before it missed."""
+        """Return the next slot after the clock was set back, at most `unseen_s` ago: `slot` may be hours away, with slots before it."""
         now = self._now()
         following = schedule.next(now - timedelta(seconds=unseen_s)) or slot
         logger.warning(
-            "schedule %s: the clock was set back to %s; its next slot is %s, not %s",
+            "schedule %s: the clock was set back to %s; the next slot is %s, not %s",
             schedule.name,
             now,
             following,
@@ -111,7 +111,7 @@ class Scheduler:
         return following
 
     def _not_missed(self, schedule: Schedule, following: datetime | None) -> datetime | None:
-        """Return `following`, late though it may be, unless the slot after it is due as well: then what comes next."""
+        """Return `following`, even if it is overdue; but if the slot after it is due too, return the next slot after now."""
         now = self._now()
         if following is None or following >= now:
             return following
@@ -119,11 +119,13 @@ class Scheduler:
         if after is None or after > now:
             return following
         later = schedule.next(now)
-        logger.error("schedule %s: the slots from %s to now are missed; next is %s", schedule.name, following, later)
+        logger.error(
+            "schedule %s: missed the slots from %s to now; the next slot is %s", schedule.name, following, later
+        )
         return later
 
     async def _stopped_within(self, delay_s: float) -> bool:
-        """Wait `delay_s`, or less where it is to stop."""
+        """Wait `delay_s`, or until the stop; return whether the scheduler stops."""
         sleeping = asyncio.ensure_future(self._clock.sleep(delay_s))
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
@@ -141,14 +143,14 @@ class Scheduler:
 
     async def _emit(self, schedule: Schedule, slot: datetime, following: datetime | None) -> None:
         try:
-            # a user's code: it may block, so it has threads of its own
+            # the user's code may block, so it runs in separate threads
             emitted = await asyncio.get_running_loop().run_in_executor(self._threads, schedule.job, slot)
         except Exception as error:
             logger.exception(
-                "schedule %s: its function raised in slot %s; the slot is missed: %r",
+                "schedule %s: missed slot %s, the cron function raised: %r",
                 schedule.name,
                 slot,
-                error,  # noqa: TRY401 - the line without a traceback
+                error,  # noqa: TRY401 - for logs without tracebacks
             )
             return
         if emitted is None:
@@ -165,14 +167,14 @@ class Scheduler:
                 raise
             except PublishError as error:
                 if isinstance(error, PublishTimeout) and error.maybe_published:
-                    # written to a broker that blocks publishers: so is each further try, and each copy runs once the alarm is over
+                    # the broker blocks publishers after the write; each further try would write a copy that runs when the block ends
                     timeout_s = max(PUBLISH_TIMEOUT_S, self._left_s(following))
                 final = isinstance(error, (InvalidJob, MessageTooLarge))
                 tries += 1
                 wait_s = full_jitter(tries, base_s=0.5, cap_s=15.0, rng=self._runtime.rng)
                 if final or self._left_s(following) <= wait_s:
-                    logger.error(  # noqa: TRY400 - a line says it all
-                        "schedule %s: slot %s is missed, it couldn't be published: %s",
+                    logger.error(  # noqa: TRY400 - one line is enough
+                        "schedule %s: missed slot %s, the job couldn't be published: %s",
                         schedule.name,
                         slot,
                         redact(str(error)),
@@ -180,14 +182,14 @@ class Scheduler:
                     return
                 if tries == 1:
                     logger.warning(
-                        "schedule %s: slot %s isn't published yet, trying again: %s",
+                        "schedule %s: slot %s isn't published yet, retrying: %s",
                         schedule.name,
                         slot,
                         redact(str(error)),
                     )
                 if self._stop.is_set() or await self._stopped_within(wait_s):
                     logger.error(  # noqa: TRY400
-                        "schedule %s: slot %s is missed, stopped before it could be published: %s",
+                        "schedule %s: missed slot %s, stopped before the job could be published: %s",
                         schedule.name,
                         slot,
                         redact(str(error)),
@@ -195,7 +197,7 @@ class Scheduler:
                     return
             except Exception as error:
                 logger.exception(
-                    "schedule %s: a publish layer raised in slot %s; the slot is missed: %r",
+                    "schedule %s: missed slot %s, publish middleware raised: %r",
                     schedule.name,
                     slot,
                     error,  # noqa: TRY401

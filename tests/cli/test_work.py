@@ -21,7 +21,7 @@ from tests.rabbit.node import Rabbit
         (("work", "-q", "emails", "-q", "emails=3"), "--queue 'emails' is given twice"),
         (
             ("work", "-q", "emials"),
-            "app 'shop' has no handler for the queue 'emials', only for: emails, reports, plain; list its module in App(modules=[…])",
+            "app 'shop' has no handler for queue 'emials' (queues with handlers: emails, reports, plain); list the handler's module in App(modules=[…])",
         ),
         (("work", "--processes", "0"), "'--processes' / '-p': 0 is not in the range"),
         (("work", "--concurrency", "0"), "'--concurrency' / '-c': 0 is not in the range"),
@@ -89,11 +89,11 @@ def test_no_app_or_no_broker_is_one_line_that_lists_the_choices(project: Project
         ("def f(:", "SyntaxError"),
         (
             "import shop\nshop.app.cron('61 * * * *', shop.Note(), name='n')",
-            "cron expression '61 * * * *': its minute is '61'",
+            "cron expression '61 * * * *': minute must be 0 to 59, *, a list, a range or a step, not '61'",
         ),
         (
             "import shop\nshop.app.cron('1 * * * *', shop.Note(), name='n', tz='Europe/Atlantis')",
-            "'Europe/Atlantis' is no IANA time zone",
+            "'Europe/Atlantis' isn't a known IANA time zone",
         ),
         ("from leveret import App\napp = App('a', middleware=[print])", "the middleware"),
         (

@@ -142,7 +142,7 @@ def test_what_is_configured_wrong_ends_all_workers_once_with_one_line(project: P
     ran = project.run("work", "-q", "emials", "--processes", "4")
 
     assert ran.code == 2
-    assert ran.line.startswith("leveret: app 'shop' has no handler for the queue 'emials'")
+    assert ran.line.startswith("leveret: app 'shop' has no handler for queue 'emials' (queues with handlers: ")
 
 
 def test_a_stop_before_anything_has_started_is_a_clean_end(project: Project) -> None:

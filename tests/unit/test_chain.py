@@ -158,12 +158,12 @@ async def test_a_time_out_that_the_broker_would_undercut_is_refused_at_start() -
     ("make", "says"),
     [
         (lambda: Unchecked(""), "an app's name"),
-        (lambda: Unchecked("x", broker=7), "broker is a URL"),
-        (lambda: Unchecked("x", lifespan="shop"), "lifespan is a function"),
-        (lambda: Unchecked("x", modules="shop.handlers"), "modules is a list"),
-        (lambda: Unchecked("x", around_sync=7), "around_sync is a function"),
-        (lambda: Unchecked("x", settings={}), "settings is a Settings"),
-        (lambda: Unchecked("x").worker(queues="emails"), "queues is a list"),
+        (lambda: Unchecked("x", broker=7), "broker must be a URL"),
+        (lambda: Unchecked("x", lifespan="shop"), "lifespan must be a function"),
+        (lambda: Unchecked("x", modules="shop.handlers"), "modules must be a list"),
+        (lambda: Unchecked("x", around_sync=7), "around_sync must be a function"),
+        (lambda: Unchecked("x", settings={}), "settings must be a Settings"),
+        (lambda: Unchecked("x").worker(queues="emails"), "queues must be a list"),
     ],
 )
 def test_a_wrong_argument_of_the_app_is_one_clear_error(make: Callable[[], Any], says: str) -> None:
