@@ -58,6 +58,8 @@ class Consumer:
         self._clock = runtime.clock
         self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="leveret-job")
         self._slots = Slots(limits, runtime.clock, self._start)
+        self._take, self._free, self._queues = self._slots.take, self._slots.free, self._slots.queues  # looked up once
+        self._end = self._settlement.end
         self._subscriptions: list[Subscription] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: Timer | None = None
@@ -152,7 +154,7 @@ class Consumer:
 
     def deliver(self, delivery: Delivery, /) -> None:
         """Take a delivery in; it starts when there is a slot."""
-        envelope, queue = delivery.envelope, self._slots.queues[delivery.queue.name]
+        envelope, queue = delivery.envelope, self._queues[delivery.queue.name]
         route = queue.routes.get(envelope.job)
         if self._stopping or route is None or delivery.problem is not None or envelope.version > route.version:
             ending = self._unroutable(delivery, queue)
@@ -161,7 +163,7 @@ class Consumer:
                 return
             route = queue.only
             assert route is not None
-        if not self._slots.take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
+        if not self._take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
             self._sweeper = self._clock.call_later(self._sweep_s, self._sweep)
 
     def lost(self) -> None:
@@ -250,8 +252,8 @@ class Consumer:
         except Exception as failed:  # noqa: BLE001 - what leaves the chain becomes a burial
             ending = _refused(failed)
         finally:
-            self._slots.free(route, queue)
-        rest = self._settlement.end(delivery, job, ending, held.arrived)
+            self._free(route, queue)
+        rest = self._end(delivery, job, ending, held.arrived)
         try:
             if rest is not None:
                 if not self._settlement.cut:

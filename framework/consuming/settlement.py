@@ -81,10 +81,17 @@ class Settlement:
         self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None
     ) -> Coroutine[Any, Any, None] | None:
         """Count an ending and settle its delivery; what comes back is the rest of it, to be awaited."""
-        if self.cut:
-            ending = CutOff()
-        error = ending.__cause__ if isinstance(ending, BaseException) else None
+        error: BaseException | None = None
         try:
+            if isinstance(ending, Done) and delivery.live and not self.cut:  # nearly all: written out
+                self.counts[Done] += 1
+                delivery.done()
+                if self._observe is not None:
+                    self._observe(Ended(delivery.envelope, job, ending, None))
+                return None
+            if self.cut:
+                ending = CutOff()
+            error = ending.__cause__ if isinstance(ending, BaseException) else None
             if not isinstance(ending, CutOff):  # those are counted where they are cut off: a thread may never get here
                 self.counts[type(ending)] += 1
                 if not delivery.live:

@@ -226,7 +226,13 @@ class Slots:
             and not (held.route.in_thread and self._in_threads >= self._threads)
             and (queue.gate is None or self._may_start(queue.gate))
         ):
-            self._give_slot(held, queue)  # the way of nearly all
+            self.running += 1  # nearly all start here: `_give_slot`, written out
+            queue.running += 1
+            if held.route.in_thread:
+                self._in_threads += 1
+            if queue.gate is not None:
+                queue.gate.start()
+            self._start(held, queue)
             return True
         held.since = self._clock.monotonic()
         queue.add(held)
