@@ -247,7 +247,8 @@ class App(Generic[_R]):
                 raise ConfigurationError(msg)
             for other in found.values():
                 if other.queue.name == handler.queue.name and other.queue != handler.queue:
-                    msg = f"queue {other.queue.name!r} has two definitions: {other.queue!r} in {other.name}, {handler.queue!r} in {handler.name}; share one"
+                    definitions = f"{other.queue!r} in {other.name}, {handler.queue!r} in {handler.name}"
+                    msg = f"queue {other.queue.name!r} has two definitions: {definitions}; share one Queue"
                     raise ConfigurationError(msg)
             found[key] = handler
         names = list(dict.fromkeys(handler.queue.name for handler in found.values()))

@@ -214,7 +214,8 @@ def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: b
 
     Each job keeps its id, its headers and its errors, and starts again at attempt 1. The job runs now, even if it was delayed or
     would have expired. The dead letter is removed when the broker has confirmed the job, so no job is lost; a crash in between
-    leaves the job in both places. A job that fails to be replayed stays, and the command goes on with the rest. The exit code is then 1.
+    leaves the job in both places. If a job can't be replayed, its dead letter stays, the command goes on with the rest, and the
+    exit code is 1.
 
     \b
     Example:

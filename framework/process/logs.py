@@ -57,9 +57,8 @@ def set_up_logs(level: str) -> None:
     root.addHandler(handler)
     root.setLevel(level.upper())
     if not debug:
-        logging.getLogger("asyncio").setLevel(
-            logging.CRITICAL
-        )  # it repeats with tracebacks what leveret logs in one line
+        # asyncio repeats with tracebacks what leveret logs in one line
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def report_error(error: LeveretError, report: int | None = None) -> int:

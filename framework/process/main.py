@@ -94,9 +94,8 @@ async def run(options: WorkOptions) -> int:
     )
     logger.info("stopped%s: %s", "" if work.drained else ", cut off", ended)
     if not work.drained:
-        exit_now(
-            1
-        )  # now: closing the loop would wait for threads that were cut off, whose jobs other workers run by now
+        # closing the loop would wait for threads that were cut off, whose jobs other workers run by now
+        exit_now(1)
     return 0
 
 
