@@ -1,4 +1,4 @@
-"""One run of one job, as its handler and the layers see it."""
+"""An attempt: one run of one job, as its handler and the middleware see it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ logger = logging.getLogger("leveret.job")
 
 
 class Publishes(Protocol):
-    """What an attempt publishes with: a `Publisher`."""
+    """The part of `Publisher` that an attempt publishes with."""
 
     async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
-        """As `Publisher.publish`."""
+        """Publish `job`, as `Publisher.publish` does."""
         ...
 
 
 @final
 class Attempt(Generic[_R_co]):
-    """One run of one job. `number` 1 is the first; bare `Attempt` fits any app, its `resources` is then an object."""
+    """One run of one job. Plain `Attempt` fits any app; the type of its `resources` is then `object`."""
 
     __slots__ = ("_arrived", "_deadline", "_envelope", "_job", "_log", "_publisher", "_redelivered", "_resources")
 
@@ -42,14 +42,14 @@ class Attempt(Generic[_R_co]):
     _resources: _R_co
 
     def __init__(self) -> None:
-        msg = "an Attempt is made by the worker; in a test use leveret.testing.attempt()"
+        msg = "only a worker makes an Attempt; in a test, use leveret.testing.attempt()"
         raise TypeError(msg)
 
     @staticmethod
     def _make(
         job: Job, envelope: Envelope, redelivered: bool, arrived: float, resources: object, publisher: Publishes
     ) -> Attempt[Any]:
-        """Make an attempt of what arrived at `arrived`, Unix seconds; for the consumer and for `leveret.testing`."""
+        """Make the attempt of a job that arrived at `arrived`, in Unix seconds; for the consumer and `leveret.testing`."""
         attempt: Attempt[Any] = Attempt.__new__(Attempt)
         attempt._job = job
         attempt._envelope = envelope
@@ -68,38 +68,38 @@ class Attempt(Generic[_R_co]):
 
     @property
     def job_id(self) -> str:
-        """Chosen once at the publish, kept by every retry and replay."""
+        """The job's id, chosen at the publish; every retry and replay keeps it."""
         return self._envelope.job_id
 
     @property
     def number(self) -> int:
-        """Runs that counted, this one included; 1 is the first."""
+        """The number of this attempt; 1 is the first. Snoozes don't count."""
         return self._envelope.attempt
 
     @property
     def first_seen(self) -> datetime:
-        """When the job was first delivered; aware, UTC."""
+        """The time of the job's first delivery, an aware datetime in UTC."""
         seen_ms = self._envelope.first_seen_ms or int(self._arrived * 1000)
         return datetime.fromtimestamp(seen_ms / 1000, tz=timezone.utc)
 
     @property
     def redelivered(self) -> bool:
-        """Whether the broker says that it delivered this before."""
+        """Whether the broker marked this delivery as redelivered."""
         return self._redelivered
 
     @property
     def envelope(self) -> Envelope:
-        """Name, queue, priority and headers as they came."""
+        """The job as delivered: its name, queue, priority and headers."""
         return self._envelope
 
     @property
     def resources(self) -> _R_co:
-        """What the app's lifespan yielded in this process."""
+        """The object that the app's lifespan yielded in this process."""
         return self._resources
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger that knows job, id and number."""
+        """A logger that adds `job`, `job_id`, `queue` and `attempt` to each record."""
         if self._log is None:
             self._log = logging.LoggerAdapter(
                 logger,
@@ -113,19 +113,19 @@ class Attempt(Generic[_R_co]):
         return self._log
 
     def remaining_s(self) -> float:
-        """Seconds until the innermost `Timeout` ends this run; inf without one."""
+        """Return the seconds until the earliest `Timeout` ends this run; inf without a `Timeout`."""
         if self._deadline == float("inf"):
             return self._deadline
         return max(0.0, self._deadline - time.monotonic())
 
     def end_by(self, deadline: float, /) -> float:
-        """Set when this run will be ended (`time.monotonic`, which loops count in too); returns what it was. For layers such as `Timeout`."""
+        """Set the time at which this run will be ended, in seconds of `time.monotonic`, and return the old one. For middleware such as `Timeout`."""
         before, self._deadline = self._deadline, deadline
         return before
 
     async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
-        """As `Publisher.publish`, on the worker's own connection; correlation and trace are inherited."""
+        """Publish `job`, as `Publisher.publish` does, over the worker's connection; the job inherits correlation id and trace."""
         return await self._publisher.publish(job, **options)
 
 
-make_attempt = Attempt._make  # pyright: ignore[reportPrivateUsage] - hidden, so that nobody makes one by hand
+make_attempt = Attempt._make  # pyright: ignore[reportPrivateUsage] - private, so that users don't make attempts by hand

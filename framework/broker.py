@@ -1,6 +1,6 @@
-"""The contract of a broker: it moves envelopes, and knows nothing of jobs, handlers or middleware.
+"""The contract of a broker: a broker moves envelopes, and knows nothing of jobs, handlers or middleware.
 
-Every broker passes one conformance suite (tests/contract). What one doesn't promise it declares in its `Features`.
+Every broker passes the same conformance suite (tests/contract). Its `Features` declare what it doesn't promise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .outcome import MAX_DELAY_S
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
-    """What a broker promises of a queue: what differs between brokers, and between the queue types of one. The core and the suite read it."""
+    """What a broker promises for a queue, where brokers or queue types differ. The core and the conformance suite read it."""
 
     durable: bool
     """A confirmed job survives the death of every process and of the broker."""
@@ -26,27 +26,27 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     counts_redelivery: bool
     """`Delivery.redelivered` is True after a worker died with the job."""
     connected: bool
-    """A connection to the broker can be lost, and then what was delivered on it is no longer `live`."""
+    """A connection to the broker can be lost; its deliveries are then no longer `live`."""
     queue_type: str | None
-    """The type that the queue has here; None where the broker ignores `Queue(type=…)`."""
+    """The type of the queue on this broker; None if the broker ignores `Queue(type=…)`."""
     window_per_level: bool
-    """Each level has a prefetch window, so that held jobs of one level keep no other level's job from being delivered."""
+    """Each priority level has a prefetch window, so that held jobs of one level don't block the deliveries of another."""
     deletable: bool
-    """Somebody may delete the queue; a publish to it is then `Unroutable`. Otherwise every queue exists."""
+    """The queue can be deleted; a publish to it then raises `Unroutable`. If False, every queue exists."""
     max_delay_s: float = MAX_DELAY_S
-    """The longest delay of a publish or a retry, seconds."""
+    """The longest delay of a publish or a retry, in seconds."""
     bounds_headers: bool = False
-    """Headers that take too much room can't be published (`MessageTooLarge`)."""
+    """The broker limits the size of headers; larger headers raise `MessageTooLarge`."""
     held_at_most_s: float | None = None
-    """The broker takes back a delivery that is unsettled for longer, seconds; None: it doesn't."""
+    """The seconds after which the broker takes back an unsettled delivery; None: never."""
     physical: tuple[str, ...] = ()
-    """The broker's names of the queues that hold the jobs of this one; none: the broker has no such notion."""
+    """The names, on the broker, of the queues that hold this queue's jobs; empty if the broker has no such queues."""
 
 
 class Delivery(Protocol):
-    """An envelope that the broker waits to hear about. The consumer settles it exactly once, by one of its four verbs.
+    """A delivered envelope. The consumer settles it exactly once, by `done`, `again`, `bury` or `give_back`.
 
-    No verb has an effect on a delivery that isn't `live`: the broker delivers the job again.
+    None of the four has an effect on a delivery that isn't `live`: the broker delivers the job again.
     """
 
     @property
@@ -56,95 +56,96 @@ class Delivery(Protocol):
 
     @property
     def envelope(self) -> Envelope:
-        """What came; always there, whatever came."""
+        """The envelope; present even if the message can't be decoded."""
         ...
 
     @property
     def redelivered(self) -> bool:
-        """Whether the broker says that it delivered the job before."""
+        """Whether the broker marked the delivery as redelivered."""
         ...
 
     @property
     def problem(self) -> str | None:
-        """Why the job can't run, where that shows before decoding: a leveret header that isn't a number, for example."""
+        """Why the job can't run, if known before decoding: a leveret header that isn't a number, for example. Otherwise None."""
         ...
 
     @property
     def live(self) -> bool:
-        """Whether the delivery can still be settled; False once its channel or lease is gone: the broker delivers the job again.
+        """Whether the delivery can still be settled. False once its channel or lease is gone: the broker delivers the job again.
 
-        A settlement that is committed after its caller gave up waiting doesn't end it: the next try of it returns as done.
+        A settlement may be committed after its caller has stopped waiting. The delivery stays live, and the next try of the
+        same settlement returns as done.
         """
         ...
 
     def done(self) -> None:
-        """Ack the job: batched, flushed once per loop turn."""
+        """Acknowledge the job; acknowledgements are batched, and flushed once per turn of the event loop."""
         ...
 
     async def again(self, envelope: Envelope, /) -> None:
-        """Publish `envelope` to the delivery's queue, due at its `due_ms`, confirmed by its `deadline`, then ack.
+        """Publish `envelope` to the delivery's queue, due at its `due_ms` and confirmed by its `deadline`, then acknowledge.
 
-        Raises as `Broker.publish` does, and then nothing is acked. Called again after a `PublishTimeout`, it goes on waiting
-        for the first publish where it can: while a broker blocks publishers, each copy that is written would run.
+        Raises the errors of `Broker.publish`; the delivery is then not acknowledged. A call after a `PublishTimeout` waits
+        for the first publish if the broker can: while a broker blocks publishers, every further copy that is written would run.
         """
         ...
 
     async def bury(self, envelope: Envelope, /) -> None:
-        """Publish `envelope` to the queue's dead letters, body byte for byte, confirmed by its `deadline`, then ack.
+        """Publish `envelope` to the queue's dead letters, its body unchanged, confirmed by its `deadline`, then acknowledge.
 
-        Raises as `Broker.publish` does, and then nothing is acked. Called again after a `PublishTimeout`, it goes on waiting,
-        as `again` does.
+        Raises the errors of `Broker.publish`; the delivery is then not acknowledged. A call after a `PublishTimeout` waits for
+        the first publish, as in `again`.
         """
         ...
 
     def give_back(self) -> None:
-        """Let another worker have the job, at once; it wasn't started."""
+        """Return the job, which wasn't started, to its queue; another worker may have it at once."""
         ...
 
 
 class Sink(Protocol):
-    """Who hears of deliveries: the consumer. Both are called on the loop and must not block."""
+    """The receiver of deliveries: the consumer. The broker calls both methods on the event loop; they must not block."""
 
     def deliver(self, delivery: Delivery, /) -> None:
-        """A delivery arrived. Within one level of one queue they come in the broker's order."""
+        """Take a delivery. Within one level of a queue, deliveries come in the broker's order."""
         ...
 
     def lost(self) -> None:
-        """Some deliveries are no longer `live`; those that haven't started are to be forgotten."""
+        """Forget the deliveries that haven't started and are no longer `live`; there are some."""
         ...
 
 
 class Subscription(msgspec.Struct, frozen=True):
-    """A queue to take from."""
+    """A queue to consume, and its prefetch."""
 
     queue: Queue
     prefetch: int
-    """Most unsettled deliveries at once, of each level."""
+    """The maximum of unsettled deliveries per level."""
 
 
 class Consumption(Protocol):
-    """A running consumption; the broker connects again by itself, whole, with back-off."""
+    """A running consumption; the broker reconnects with back-off, and then consumes every queue again."""
 
     @property
     def ready(self) -> bool:
-        """Whether every intended consumer is registered now."""
+        """Whether every subscription is consumed now."""
         ...
 
     async def failed(self) -> None:
-        """Wait until it can't go on, and raise why (a `ConfigurationError`); transient faults never end here."""
+        """Wait until the consumption can't go on, and raise the `ConfigurationError` that ended it. Transient faults never raise."""
         ...
 
     async def stop_taking(self) -> None:
-        """Deliver nothing more once this returned; what is held can still be settled."""
+        """Stop delivering. After the return nothing more is delivered; held deliveries can still be settled."""
         ...
 
     async def close(self) -> None:
-        """Flush what was settled, then end; what wasn't settled goes back to its queue."""
+        """Flush the settlements, then end; unsettled deliveries go back to their queues."""
         ...
 
 
 class Posted(Protocol):
-    """A publish on its way; by its deadline it has ended."""
+    """A publish in progress; it ends by its deadline."""
 
     @property
     def job_id(self) -> str:
@@ -153,51 +154,52 @@ class Posted(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether it is confirmed, or failed."""
+        """Whether the publish is confirmed or has failed."""
         ...
 
     async def wait(self) -> None:
-        """Return once it has ended; for one task at a time."""
+        """Wait until the publish has ended. Only one task may wait."""
         ...
 
     def error(self) -> PublishError | None:
-        """Once it has ended: None, or what `publish` would have raised."""
+        """Return the error that `publish` would have raised, or None; valid once the publish has ended."""
         ...
 
 
 class Broker(Protocol):
-    """A broker, as one process and one loop use it. Nothing connects before the first use.
+    """A broker, used by one process and one event loop. It connects at the first use.
 
-    Deadlines are `time.monotonic()` seconds, which is what loops count in. A publish raises a `PublishError` by then, never a bare
-    `CancelledError` but the caller's own.
+    Deadlines are in seconds of `time.monotonic()`, the clock of event loops. A publish raises a `PublishError` by its deadline. It
+    raises `CancelledError` only if its caller is cancelled.
     """
 
     def features(self, queue: Queue | None = None, /) -> Features:
-        """Return what the broker promises of `queue`; None: of a queue with all defaults."""
+        """Return what the broker promises for `queue`; None stands for a queue with all defaults."""
         ...
 
     async def publish(self, queue: Queue, envelope: Envelope) -> None:
-        """Return once the broker has confirmed the job, durable if the broker is; not deliverable before `due_ms`.
+        """Publish `envelope`, and return once the broker has confirmed the job; it isn't delivered before `due_ms`.
 
-        Safe to call concurrently: a bounded window of unconfirmed publishes gives back-pressure. Raises, by the envelope's
-        `deadline`, `BrokerUnavailable`, `PublishTimeout` (the job may be there) or `Unroutable` (no queue took it).
+        A confirmed job is durable if the broker is. Concurrent calls are safe: a bounded window of unconfirmed publishes gives
+        back-pressure. By the envelope's `deadline`, raises `BrokerUnavailable`, `PublishTimeout` (the job may be published) or
+        `Unroutable` (no queue took the job).
         """
         ...
 
     def post(self, queue: Queue, envelope: Envelope) -> Posted | None:
-        """Publish a job that isn't delayed without a task, if it can be sent at once; None: use `publish`, nothing was done.
+        """Publish a job without delay and without a task, if it can be sent at once; None: nothing was done, use `publish`.
 
-        For many at a time: a task and its wake-up cost more than the publish itself.
+        Meant for many publishes at a time: a task and its wake-up cost more than the publish.
         """
         ...
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
-        """Start to take. Returns after the first try to connect, which may have failed for now.
+        """Start to consume. Returns after the first try to connect, even if the try failed; the broker then tries again.
 
-        Raises `ConfigurationError` (a refused login, a queue that differs) where waiting wouldn't help.
+        Raises `ConfigurationError` if waiting wouldn't help: a refused login, or a queue that exists with other arguments.
         """
         ...
 
     async def close(self) -> None:
-        """End every connection, within a deadline of its own. Idempotent."""
+        """Close every connection, within the broker's own deadline. Idempotent."""
         ...

@@ -1,4 +1,4 @@
-"""The onion: a handler's layers in their order, folded around it once, at start-up."""
+"""The onion: the middleware of a handler, in order, folded around the handler once at start-up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .runtime import Runtime
 
 
 def layers_of(app_layers: Sequence[AnyLayer], own: Sequence[AnyLayer]) -> tuple[AnyLayer, ...]:
-    """Return the layers of one handler: the app's, then its own innermost; one of a `once` class stands where the app's stood."""
+    """Return the middleware of a handler: the app's, then its own; its own of a `once` class takes the place of the app's."""
     merged = list(app_layers)
     for layer in own:
         if any(layer is other for other in merged):
@@ -26,7 +26,7 @@ def layers_of(app_layers: Sequence[AnyLayer], own: Sequence[AnyLayer]) -> tuple[
 
 
 def bind(layers: Iterable[AnyLayer], runtime: Runtime) -> None:
-    """Hand `runtime` to every layer that wants it."""
+    """Call `bind(runtime)` on all middleware that has it, once per instance."""
     bound: set[int] = set()
     for layer in layers:
         if id(layer) in bound:
@@ -37,7 +37,7 @@ def bind(layers: Iterable[AnyLayer], runtime: Runtime) -> None:
 
 
 def fold_consume(layers: Sequence[AnyLayer], inner: Consume) -> Consume:
-    """Fold the consuming side of `layers` around `inner`, once, at start-up."""
+    """Return `inner` with the consuming side of `layers` folded around it."""
     step = inner
     for layer in reversed(layers):
         if is_consume_layer(layer):
@@ -48,7 +48,7 @@ def fold_consume(layers: Sequence[AnyLayer], inner: Consume) -> Consume:
 
 
 def fold_publish(layers: Sequence[AnyLayer], inner: Publish) -> Publish:
-    """Fold the publishing side of `layers` around `inner`, once, at start-up."""
+    """Return `inner` with the publishing side of `layers` folded around it."""
     step = inner
     for layer in reversed(layers):
         if is_publish_layer(layer):

@@ -1,22 +1,22 @@
-"""Middleware: an onion folded once at start-up. First in the list is outermost: first in, last out.
+"""Middleware: an onion folded once at start-up. The first in the list is outermost: first in, last out.
 
-Middleware has `consume` (`ConsumeLayer`), `publish` (`PublishLayer`) or both. A plain function of `consume`'s shape is
-middleware too. One instance is one state, shared by every handler that it wraps. It may also have what these protocols
-name, each by itself; a method that has the right name and shape is enough:
+Middleware has `consume` (`ConsumeLayer`), `publish` (`PublishLayer`) or both. An `async def` function of `consume`'s
+shape is middleware too. All the handlers that one instance wraps share its state. Middleware may also have the methods
+of these protocols, each independently of the others. A method with the right name and shape is enough:
 
-- `Readiness`: says when its queue may start the next job.
-- `Bypass`: says when its `publish` would only proceed.
-- `Bound`: takes clock, chance and the number of processes from the worker or publisher.
-- `Stated`: tells others its time limit and its retries, as `LayerFacts`.
-- `once = True` (a class attribute): a handler's own middleware of that class replaces the app's, instead of coming
-  inside it.
+- `Readiness`: when its queue may start the next job.
+- `Bypass`: whether its `publish` has nothing to do now.
+- `Bound`: takes the clock, the random generator and the number of processes from the worker or publisher.
+- `Stated`: states its time limit and its retries, as `LayerFacts`.
+- `once = True` (a class attribute): a handler's middleware of this class replaces the app's, instead of running inside
+  the app's.
 
-`check_layers` checks the shape of all of it when the app is made. Nothing in leveret looks at any other attribute.
+`check_layers` checks all these shapes when the app is made. leveret reads no other attribute.
 
-Order of calls: the middleware of one run is called in the run's own task, outermost first. Runs of several jobs
-overlap, so its state must bear that. Cancellation (a time-out, the end of the grace) arrives as `CancelledError` at its
-await of `proceed`, and must go on outwards. What middleware raises goes to the middleware outside it; what leaves the
-outermost becomes a burial.
+Order of calls: the middleware of a run is called in the run's task, outermost first. Runs of several jobs overlap, so
+the state of middleware must allow concurrent runs. Cancellation (a time-out, the end of the grace) is raised as
+`CancelledError` where the middleware awaits `proceed`, and must propagate. An exception from middleware goes to the
+middleware outside it. An exception that leaves the outermost middleware buries the job.
 """
 
 from __future__ import annotations
@@ -37,65 +37,65 @@ from .runtime import Runtime
 from .texts import named
 
 Consume: TypeAlias = Callable[[Attempt], Awaitable[Outcome]]
-"""The rest of the chain, as a `consume` layer gets it."""
+"""The rest of the chain, as middleware's `consume` gets it."""
 Publish: TypeAlias = Callable[[Envelope], Awaitable[Receipt]]
-"""The rest of the chain, as a `publish` layer gets it."""
+"""The rest of the chain, as middleware's `publish` gets it."""
 _R_contra = TypeVar("_R_contra", contravariant=True, default=object)
 
 
 class ConsumeLayer(Protocol[_R_contra]):
-    """Middleware round a run: await `proceed(attempt)` and return an outcome. What it raises goes to the middleware outside it."""
+    """Middleware around a run: await `proceed(attempt)` and return an outcome. Its exceptions go to the middleware outside it."""
 
     def consume(self, attempt: Attempt[_R_contra], proceed: Consume, /) -> Awaitable[Outcome]:
-        """Run round the handler; `proceed` may be called again (a try in place), or not at all."""
+        """Run around the handler; `proceed` may be called several times (a try in place), or not at all."""
         ...
 
 
 class PublishLayer(Protocol):
-    """Middleware round a publish: await `proceed(envelope)` and return its receipt; on a burial it may change headers only."""
+    """Middleware around a publish: await `proceed(envelope)` and return its receipt; on a burial it may change only the headers."""
 
     def publish(self, envelope: Envelope, proceed: Publish, /) -> Awaitable[Receipt]:
-        """Run round a publish; `envelope.cause` tells a retry, a snooze and a burial from a publisher's own."""
+        """Run around a publish; `envelope.cause` is None for a publisher's publish, else "retry", "snooze" or "bury"."""
         ...
 
 
 class Readiness(Protocol):
     """Middleware that says when its queue may start the next job.
 
-    The consumer asks where every handler of the queue has that very instance. Only `ready_in_s` is required. Middleware
-    may leave the others out, and then the defaults below apply; a subclass inherits them.
+    The consumer asks only if every handler of the queue has the same instance. Only `ready_in_s` is required. Middleware
+    may leave out the others; the defaults below then apply. A subclass inherits them.
     """
 
     @abstractmethod
     def ready_in_s(self) -> float:
-        """Return the seconds until the next start is allowed; 0: now. This reserves nothing: `consume` counts the start."""
+        """Return the seconds until the next start is allowed; 0 means now. The call reserves nothing: `consume` counts the start."""
         ...
 
     def starts_now(self) -> int:
-        """Return how many jobs may start at once now, after `ready_in_s` returned 0; the consumer then needn't ask for each. Default 1."""
+        """Return how many jobs may start now, after `ready_in_s` returned 0, so that the consumer asks once for all of them. Default: 1."""
         return 1
 
     @property
     def starts_per_s(self) -> float | None:
-        """Starts per second in this process; a lower figure lowers the prefetch. Read before `bind` too. Default None: not known."""
+        """Starts per second in this process; a low number lowers the prefetch. Also read before `bind`. Default: None, not known."""
         return None
 
 
 class Bypass(Protocol):
-    """Middleware whose `publish` has nothing to do at times. While all agree, a publisher leaves them out, and `publish_many` needs no task per job."""
+    """Middleware whose `publish` sometimes has nothing to do. While all middleware passes, the publisher skips it, and `publish_many` needs no task per job."""
 
     @abstractmethod
     def passes_publish(self) -> bool:
-        """Return whether `publish` would only proceed now; asked for every publish."""
+        """Return whether `publish` would only proceed now; called for every publish."""
         ...
 
 
 class Bound(Protocol):
-    """Middleware that needs the clock, chance, or the number of processes."""
+    """Middleware that needs the clock, the random generator or the number of processes."""
 
     @abstractmethod
     def bind(self, runtime: Runtime, /) -> None:
-        """Take what the process hands over; called whenever a worker or a publisher is made."""
+        """Take the runtime of the process; called whenever a worker or a publisher is made."""
         ...
 
 
@@ -103,32 +103,32 @@ _Seconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgs
 
 
 class RetryWaits(msgspec.Struct, frozen=True, kw_only=True):
-    """What middleware does about a failure. ValueError: more than one attempt, and no wait between them."""
+    """How middleware retries a failure. Raises ValueError for more than one attempt without `ceilings_s`."""
 
     on: str | None = None
-    """Which failure: "ConnectionError, TimeoutError". None: any that no entry before this one names."""
+    """The failures that the entry applies to, such as "ConnectionError, TimeoutError". None: all that no earlier entry names."""
     max_attempts: Annotated[int, msgspec.Meta(ge=1)]
-    """Runs in all; then the job is buried."""
+    """Runs in total; then the job is buried."""
     immediate: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """More tries in place, within one attempt."""
+    """Further tries in place, within one attempt."""
     ceilings_s: tuple[_Seconds, ...] = ()
-    """The longest wait after each attempt, seconds; the last one also holds for all later attempts."""
+    """The longest wait after each attempt, in seconds; the last entry also holds for all later attempts."""
 
     def __post_init__(self) -> None:
         if self.max_attempts != 1 and not self.ceilings_s:
-            msg = f"RetryWaits: {self.max_attempts} attempts need ceilings_s, the longest wait after each"
+            msg = f"RetryWaits: max_attempts={self.max_attempts} needs ceilings_s, the longest wait after each attempt"
             raise ValueError(msg)
 
 
 class LayerFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What others may know of middleware, whatever its class: the start-up checks and `leveret describe` read it."""
+    """Facts about middleware of any class; the start-up checks and `leveret describe` read them."""
 
     limit_s: _Seconds | None = None
-    """It ends a run after so many seconds. None: it has no time limit."""
+    """Seconds after which the middleware ends a run. None: no time limit."""
     tries_in_place: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """At most so many times it runs what is inside it again within one attempt. The time limits inside it count as often."""
+    """How often, at most, it repeats the run inside it within one attempt. Each repeat may use up the time limits inside it again."""
     retries: tuple[RetryWaits, ...] = ()
-    """How it retries; the first entry that matches a failure applies."""
+    """How the middleware retries; the first entry that matches a failure applies."""
 
 
 class Stated(Protocol):
@@ -136,41 +136,41 @@ class Stated(Protocol):
 
     @abstractmethod
     def facts(self) -> LayerFacts:
-        """Return its facts; called when the app is made, before `bind`, and again at start-up. The facts must not change."""
+        """Return the facts; called when the app is made, before `bind`, and again at start-up. The facts must not change."""
         ...
 
 
 _L = TypeVar("_L", default=object)
 Layer: TypeAlias = ConsumeLayer[_L] | PublishLayer | Callable[[Attempt[_L], Consume], Awaitable[Outcome]]
-"""What `middleware=` takes: consume, publish, both, or a plain function of consume's shape. First in the list is outermost."""
+"""An entry of `middleware=`: an object with `consume`, `publish` or both, or an `async def` function of `consume`'s shape."""
 AnyLayer: TypeAlias = Any
-"""Middleware whose shape was checked by `check_layers`; its resources are the app's own affair."""
+"""Middleware whose shape `check_layers` has checked, for resources of any type."""
 instrumentation: list[Callable[[tuple[AnyLayer, ...]], tuple[AnyLayer, ...]]] = []
-"""Applied to every app's layers when they are used; how auto-instrumentation puts `Tracing` outermost."""
+"""Functions applied to every app's middleware when a worker or publisher uses it; auto-instrumentation puts `Tracing` outermost with one."""
 
 
 def is_consume_layer(layer: AnyLayer) -> TypeGuard[ConsumeLayer[Any]]:
-    """Whether it has `consume`."""
+    """Return whether `layer` has `consume`."""
     return getattr(layer, "consume", None) is not None
 
 
 def is_publish_layer(layer: AnyLayer) -> TypeGuard[PublishLayer]:
-    """Whether it has `publish`."""
+    """Return whether `layer` has `publish`."""
     return getattr(layer, "publish", None) is not None
 
 
 def is_bypass(layer: AnyLayer) -> TypeGuard[Bypass]:
-    """Whether it has `passes_publish`."""
+    """Return whether `layer` has `passes_publish`."""
     return getattr(layer, "passes_publish", None) is not None
 
 
 def is_bound(layer: AnyLayer) -> TypeGuard[Bound]:
-    """Whether it has `bind`."""
+    """Return whether `layer` has `bind`."""
     return getattr(layer, "bind", None) is not None
 
 
 class _Readiness(msgspec.Struct, frozen=True):
-    """A `Readiness` with the defaults for what it leaves out."""
+    """A complete `Readiness`: the defaults stand for the methods that the middleware leaves out."""
 
     ready_in_s: Callable[[], float]
     starts_now: Callable[[], int]
@@ -178,7 +178,7 @@ class _Readiness(msgspec.Struct, frozen=True):
 
 
 def readiness_of(layer: AnyLayer, where: str) -> Readiness | None:
-    """Return its readiness as of now, complete; None without `ready_in_s`."""
+    """Return the readiness of `layer`, with the defaults filled in; None without `ready_in_s`."""
     ready_in_s = getattr(layer, "ready_in_s", None)
     if ready_in_s is None:
         return None
@@ -186,7 +186,7 @@ def readiness_of(layer: AnyLayer, where: str) -> Readiness | None:
 
 
 def starts_per_s_of(layer: AnyLayer, where: str) -> float | None:
-    """Return its `starts_per_s` as of now; ConfigurationError where that isn't a number."""
+    """Return the current `starts_per_s` of `layer`. Raises ConfigurationError for a wrong value."""
     try:
         starts_per_s: object = getattr(layer, "starts_per_s", None)
     except Exception as error:
@@ -196,7 +196,7 @@ def starts_per_s_of(layer: AnyLayer, where: str) -> float | None:
         return None
     if isinstance(starts_per_s, (int, float)) and not isinstance(starts_per_s, bool) and 0 <= starts_per_s < _INF:
         return starts_per_s
-    msg = f"{_at(where, layer)}: starts_per_s is a finite number (starts per second) or None, not {starts_per_s!r:.80}"
+    msg = f"{_at(where, layer)}: starts_per_s must be a finite number >= 0 or None, not {starts_per_s!r:.80}"
     raise ConfigurationError(msg)
 
 
@@ -205,7 +205,7 @@ _NO_FACTS = LayerFacts()
 
 
 def facts_of(layer: AnyLayer, where: str) -> LayerFacts:
-    """Return its facts, empty ones without `facts()`; ConfigurationError where they are wrong."""
+    """Return the facts of `layer`; empty facts without `facts()`. Raises ConfigurationError for wrong facts."""
     facts = getattr(layer, "facts", None)
     if facts is None:
         return _NO_FACTS
@@ -218,9 +218,9 @@ def facts_of(layer: AnyLayer, where: str) -> LayerFacts:
         msg = f"{_at(where, layer)}: facts() returns {type(stated).__name__}, not LayerFacts"
         raise ConfigurationError(msg)
     try:
-        return msgspec.convert(msgspec.to_builtins(stated), LayerFacts)  # making a Struct checks no types
+        return msgspec.convert(msgspec.to_builtins(stated), LayerFacts)  # a Struct's constructor checks no types
     except (TypeError, ValueError) as error:
-        msg = f"{_at(where, layer)}: facts() returns {stated!r:.200}, which is wrong: {error}"
+        msg = f"{_at(where, layer)}: facts() returns an invalid LayerFacts, {stated!r:.200}: {error}"
         raise ConfigurationError(msg) from error
 
 
@@ -233,11 +233,11 @@ _SHAPES = {
     "bind": (1, "def bind(self, runtime) -> None"),
     "facts": (0, "def facts(self) -> LayerFacts"),
 }
-"""Every method that is called if it is there: with how many arguments, and how an error shows it."""
+"""Every method that leveret calls if it exists: the number of arguments, and the signature that errors show."""
 
 
 def name_of(layer: AnyLayer) -> str:
-    """Return how `describe` and errors name a layer: its class and what it was made with, or its function's name."""
+    """Return the name of middleware in `describe` and errors: its repr, its class without one, or the name of a function."""
     if inspect.isfunction(layer):
         return layer.__name__
     shown = repr(layer)
@@ -273,24 +273,22 @@ def _check(layer: AnyLayer, where: str) -> None:
     for name, (count, shape) in _SHAPES.items():
         method = getattr(layer, name, None)
         if method is not None and not _fits(method, count, is_async=shape.startswith("async")):
-            msg = f"{_at(where, layer)}: {name} isn't `{shape}`"
+            msg = f"{_at(where, layer)}: {name} must be `{shape}`"
             raise ConfigurationError(msg)
     near = _misspelt(layer)
     if not is_consume_layer(layer) and not is_publish_layer(layer) and not _fits(layer, 2, is_async=True):
-        hint = f" (is its {near[0]}() meant to be {near[1]}()?)" if near else ""
-        msg = (
-            f"{_at(where, layer)} has neither consume nor publish{hint}, and isn't `async def layer(attempt, proceed)`"
-        )
+        hint = f" (rename {near[0]}() to {near[1]}()?)" if near else ""
+        msg = f"{_at(where, layer)} has neither consume() nor publish(){hint}, and isn't a function `async def middleware(attempt, proceed)`"
         raise ConfigurationError(msg)
     if near:
-        msg = f"{_at(where, layer)} has a method {near[0]}(); is {near[1]}() meant? Give it another name if not"
+        msg = f"{_at(where, layer)} has a method {near[0]}(); did you mean {near[1]}()? If not, rename {near[0]}()"
         raise ConfigurationError(msg)
     starts_per_s_of(layer, where)
     facts_of(layer, where)
 
 
 def _misspelt(layer: AnyLayer) -> tuple[str, str] | None:
-    """Return a public method whose name is nearly one that we would call, and that name; the type checkers don't see it."""
+    """Return a public method with a name close to one that leveret calls, and the latter name; type checkers don't notice the slip."""
     kind: type[Any] = type(layer)  # pyright: ignore[reportUnknownVariableType]
     others = [
         name for name in dir(kind) if not name.startswith("_") and name not in _SHAPES and callable(getattr(kind, name))
@@ -307,9 +305,9 @@ def _misspelt(layer: AnyLayer) -> tuple[str, str] | None:
 
 
 def check_layers(layers: object, where: str) -> tuple[AnyLayer, ...]:
-    """Return `layers` as a tuple, or raise ConfigurationError that names the one whose shape is wrong.
+    """Return `layers` as a tuple. Raises ConfigurationError, with the name of the middleware that has a wrong shape.
 
-    The type checkers let a misspelt second method through, and can't see a layer listed twice.
+    Type checkers let a misspelt second method pass, and don't see that middleware is listed twice.
     """
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
         msg = f"{where}: middleware= takes a list, not {layers!r}"
@@ -323,6 +321,6 @@ def check_layers(layers: object, where: str) -> tuple[AnyLayer, ...]:
                 msg = f"{_at(where, layer)} is listed twice"
                 raise ConfigurationError(msg)
             if getattr(layer, "once", False) and type(other) is type(layer):
-                msg = f"{where}: two {type(layer).__name__} in one list; one of them would have no effect"
+                msg = f"{where}: two {type(layer).__name__} in one list; keep one, the other would have no effect"
                 raise ConfigurationError(msg)
     return listed

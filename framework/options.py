@@ -1,4 +1,4 @@
-"""How a job is published: the options of every call that publishes, and a job together with its options."""
+"""Publish options: the keywords of every call that publishes, and a job together with its options."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class OutgoingOptions(TypedDict, total=False):
     delay_s: float | None
     """Seconds before the job may run, at most 48 days. Default: 0. Excludes `at`."""
     at: datetime | None
-    """The aware datetime before which the job doesn't run. Default: now. Excludes `delay_s`."""
+    """An aware datetime; the job doesn't run before it. Default: now. Excludes `delay_s`."""
     job_id: str | None
     """The job's id, 1 to 200 bytes. Default: a new UUIDv7."""
     correlation_id: str | None
-    """The id that related jobs share, 1 to 200 bytes. Default: inherited from the job whose handler runs."""
+    """The id that related jobs share, 1 to 200 bytes. Default: the one of the job whose handler publishes."""
     headers: Mapping[str, HeaderValue] | None
-    """Plain values; names must not begin with `lv-`. Default: no headers."""
+    """Headers with plain values; names must not begin with `lv-`. Default: no headers."""
     expires_s: float | None
-    """Seconds after which the job doesn't run any more. Default: the `expires_s` of its class."""
+    """Seconds after which the job no longer runs. Default: the `expires_s` of its class."""
 
 
 class PublishOptions(OutgoingOptions, total=False):
-    """The keywords of `Publisher.publish`."""
+    """The keyword arguments of `Publisher.publish`."""
 
     timeout_s: float
-    """Seconds for the whole publish, connecting included. Default: 5."""
+    """Seconds for the whole publish, including the time to connect. Default: 5."""
 
 
 OUTGOING_OPTIONS: Final = OutgoingOptions.__optional_keys__
@@ -48,7 +48,7 @@ PUBLISH_OPTIONS: Final = PublishOptions.__optional_keys__
 
 
 def unexpected(call: str, given: Iterable[str], known: frozenset[str]) -> TypeError:
-    """Return the error for the first keyword of `given` that `call` doesn't know."""
+    """Return the TypeError for the first keyword in `given` that `call` doesn't take."""
     import difflib
 
     name = next(name for name in given if name not in known)
@@ -67,7 +67,7 @@ class Outgoing(Generic[_J_co]):
         if not OUTGOING_OPTIONS.issuperset(options):
             raise unexpected("Outgoing", options, OUTGOING_OPTIONS)
         headers = options.get("headers")
-        if isinstance(headers, Mapping):  # anything else is refused when it is published
+        if isinstance(headers, Mapping):  # publishing refuses any other type
             options["headers"] = dict(headers)
         self._job = job
         self._options: OutgoingOptions = options
@@ -79,7 +79,7 @@ class Outgoing(Generic[_J_co]):
 
     @property
     def options(self) -> OutgoingOptions:
-        """The options that were given."""
+        """The options, as given."""
         return self._options
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The middleware that comes with leveret, and what your own may have besides `consume` and `publish`. All times are in seconds."""
+"""The middleware that comes with leveret, and the protocols that your own may implement besides `consume` and `publish`. Times are in seconds."""
 
 from leveret.layer import Bound, Bypass, LayerFacts, Readiness, RetryWaits, Stated
 from leveret.runtime import Runtime

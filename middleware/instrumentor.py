@@ -1,6 +1,6 @@
-"""`opentelemetry-instrument leveret work shop:app`: `Tracing` outermost in every app that doesn't list it.
+"""Instrumentation for `opentelemetry-instrument leveret work shop:app`: adds `Tracing` to every app that doesn't list it.
 
-Found by its entry point, and by nothing else: a worker that isn't instrumented never imports it.
+OpenTelemetry finds this module by its entry point. A worker that isn't instrumented never imports it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from leveret.layer import AnyLayer, instrumentation
 
 
 class LeveretInstrumentor(BaseInstrumentor):  # type: ignore[misc]
-    """Puts `Tracing` outermost in apps that don't list it, those made before included.
+    """Adds `Tracing` as the outermost middleware to apps that don't list it, including apps made earlier.
 
-    `instrument(tracer_provider=…)` takes the provider to make spans with; None: the global one.
+    `instrument(tracer_provider=…)` takes the provider of the spans. Default: None, the global provider.
     """
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """Return nothing: what it instruments is the package that it is in."""
+        """Return an empty collection: the instrumented package is leveret, which is installed."""
         return ()
 
     def _instrument(self, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""One structured line an attempt."""
+"""One structured log line per attempt."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger("leveret.attempt")
 
 @final
 class Logs:
-    """One structured line an attempt, on the logger `leveret.attempt`; never the payload.
+    """Logs one structured line per attempt to the logger `leveret.attempt`; never the payload.
 
-    INFO for a run that is done or snoozed, WARNING for a retry, ERROR for a burial or an exception that passes. A JSON
-    formatter finds every value in the record: `job`, `job_id`, `queue`, `attempt`, `correlation_id`, `redelivered`,
-    `outcome`, `duration_s`, `delay_s` (of a retry or snooze), `reason` (of a burial) and `error` (class and text).
-    Outermost it sees outcomes; inside `Retries` it sees exceptions.
+    The level is INFO for a run that is done or snoozed, ERROR for a burial or an exception, and WARNING for a retry, an
+    expired job or a cancelled run. The record has every value as a field, for a JSON formatter: `job`, `job_id`, `queue`,
+    `attempt`, `correlation_id`, `redelivered`, `outcome`, `duration_s`, `delay_s` (of a retry or snooze), `reason` (of a
+    burial) and `error` (class and text). Outside `Retries`, `Logs` sees outcomes; inside `Retries`, exceptions.
     """
 
     once: ClassVar[Literal[True]] = True
@@ -38,7 +38,7 @@ class Logs:
         self._clock = runtime.clock
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
-        """Run it, and say how it ended."""
+        """Run the job, and log how the run ended."""
         started = self._clock.monotonic()
         try:
             outcome = await proceed(attempt)

@@ -1,4 +1,4 @@
-"""At most so many starts in a time, over all processes of one `leveret work`."""
+"""A rate limit over all processes of one `leveret work`."""
 
 from __future__ import annotations
 
@@ -12,38 +12,42 @@ from leveret.outcome import Outcome, Snooze
 from leveret.runtime import Runtime
 
 _LATE_S = 0.01
-"""How late a loop may wake without a start being lost."""
+"""Seconds by which an event loop may wake up late without losing a start."""
 _IN_SLOT_S = 0.25
-"""The longest wait that a job spends in its slot; for a longer one it goes back to the broker."""
+"""The longest wait that a job spends in its slot; for a longer wait, the job is snoozed."""
 _NEAR_S = 5.0
 _LONGEST_S = 86_400.0
-# Sums of floats: what is ready but for the last bits is ready, or a clock moved by exactly that wait never gets there.
+# Float sums are off in the last bits; without this margin, a clock moved by exactly the wait would never reach the start.
 _ALMOST_S = 1e-6
 
 
 @final
 class RateLimit:
-    """At most `limit` starts in `every_s`, over all processes of one `leveret work`, and `burst` at once. ValueError unless all are > 0.
+    """Allows at most `limit` starts per `every_s`, and at most `burst` at once, over all processes of one `leveret work`.
 
-    Within one `every_s` after a quiet time it may be `limit + burst - 1`: give `burst=1` where a limit is somebody else's law.
+    In the first `every_s` after a quiet time, up to `limit + burst - 1` jobs may start. Give `burst=1` if somebody else
+    enforces the limit.
 
-    Each process gets an equal share, and one start of its own at once at least. Where every handler of a queue has
-    this very instance, the consumer starts nothing of the queue before it may. On some jobs of a queue it waits in the
-    slot for up to 0.25 s, and otherwise snoozes the job, spread out over the starts to come: that costs no attempt.
+    Each process gets an equal share, with a burst of at least one start. If every handler of a queue has the same instance,
+    the consumer starts no job of the queue before the limit allows a start. Otherwise, a job waits in its slot for up to
+    0.25 s. For a longer wait, the job is snoozed, which costs no attempt; snoozed jobs are spread out over the next starts.
 
     Args:
-        limit: Starts in `every_s`; a fraction is allowed.
-        every_s: Seconds.
-        burst: Starts that may come at once, at the most. By default as many as fall into 10 ms, and one at least: an event loop
-            wakes up to some milliseconds late, and a limit of 1000 a second would be 800 if those starts were lost.
+        limit: Starts per `every_s`, above 0; a fraction is allowed.
+        every_s: The period in seconds, above 0.
+        burst: Starts that may come at once, above 0. Default: the starts that fall into 10 ms, at least 1. An event loop may
+            wake up some milliseconds late; without a burst, a limit of 1000 per second would be about 800.
 
-    Source: the token bucket as GCRA, the "virtual scheduling algorithm" of ITU-T I.371: one time is its whole state.
+    Raises:
+        TypeError, ValueError: An argument isn't a number, or isn't above 0 and finite.
+
+    Source: the token bucket as GCRA, the "virtual scheduling algorithm" of ITU-T I.371, whose whole state is one time.
     """
 
     def __init__(self, limit: float, *, every_s: float = 1.0, burst: int | None = None) -> None:
         for name, value in (("limit", limit), ("every_s", every_s), ("burst", 1 if burst is None else burst)):
             if isinstance(value, bool) or not isinstance(value, int if name == "burst" else (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                msg = f"RateLimit: {name} is a {'whole number' if name == 'burst' else 'number'}, not {value!r}"
+                msg = f"RateLimit: {name} must be {'an int' if name == 'burst' else 'a number'}, not {value!r}"
                 raise TypeError(msg)
             if not 0 < value < float("inf"):
                 msg = f"RateLimit: {name} must be above 0 and finite, not {value}"
@@ -57,10 +61,10 @@ class RateLimit:
         return f"RateLimit({self.limit:g}, every_s={self.every_s:g}{f', burst={self.burst}' if self.burst > 1 else ''})"
 
     def bind(self, runtime: Runtime) -> None:
-        """Take clock, chance and the number of processes to share with.
+        """Take the clock, the random generator and the number of processes that share the limit.
 
-        A second runtime on the system's clock (a publisher's in this process) changes neither what is used up nor the
-        share; a clock of another kind begins anew.
+        A second runtime on the system's clock, such as a publisher's in this process, resets nothing unless it has more
+        processes. A clock of another kind resets the limit.
         """
         if not isinstance(runtime.clock, SystemClock) or not isinstance(self._clock, SystemClock):
             if runtime.clock is not self._clock:
@@ -74,44 +78,44 @@ class RateLimit:
         self._processes = runtime.processes
         self._interval_s = self.every_s / self.limit * runtime.processes
         self._ahead_s = (max(1.0, self.burst / runtime.processes) - 1.0) * self._interval_s
-        self._next = float("-inf")  # GCRA's "theoretical arrival time" on `clock.monotonic`
-        self._far = self._near = float("-inf")  # the last places given to snoozed jobs
+        self._next = float("-inf")  # GCRA's "theoretical arrival time", on `clock.monotonic`
+        self._far = self._near = float("-inf")  # the latest places given to snoozed jobs
 
     @property
     def starts_per_s(self) -> float:
-        """How many starts a second this process may make; bounds its prefetch."""
+        """The starts per second of this process; bounds its prefetch."""
         return 1.0 / self._interval_s
 
     def ready_in_s(self) -> float:
-        """Return the seconds until a start is allowed, 0 for now; reserves nothing."""
+        """Return the seconds until a start is allowed; 0 means now. The call reserves nothing."""
         wait_s = self._next - self._ahead_s - self._clock.monotonic()
         return wait_s if wait_s > _ALMOST_S else 0.0
 
     def starts_now(self) -> int:
-        """Return how many starts are allowed now, at once; the consumer asks so that it needn't go round for each."""
+        """Return how many starts are allowed now, so that the consumer asks once for all of them."""
         if self.ready_in_s() > 0:
             return 0
         left_s = self._ahead_s - max(0.0, self._next - self._clock.monotonic())
         return int(max(0.0, left_s + _ALMOST_S) / self._interval_s) + 1
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
-        """Run it when it may start: now, in a moment, or after a snooze."""
+        """Run the job now, after a short wait in its slot, or after a snooze."""
         now = self._clock.monotonic()
         wait_s = self._next - self._ahead_s - now
         if wait_s > _IN_SLOT_S:
             return Snooze(self._place_s(wait_s, came_back=attempt.envelope.passes > 0))
-        # taken before the wait, so that who comes meanwhile waits behind this one
+        # Taken before the wait, so that jobs that come meanwhile wait behind this one.
         self._next = max(self._next, now) + self._interval_s
         if wait_s > _ALMOST_S:
             await self._clock.sleep(wait_s)
         return await proceed(attempt)
 
     def _place_s(self, wait_s: float, *, came_back: bool) -> float:
-        """Return how long a job is to be snoozed, with a place of its own among those that are.
+        """Return the snooze of a job in seconds, which leads to a separate place among the snoozed jobs.
 
-        A place is a time, not a start that is kept free: the job may come back in another process. First snoozes get
-        one place after the other. The broker rounds long delays up, so those come back in clumps, finding the places
-        after theirs unused: a job that came back gets one of the next few seconds, round and round.
+        A place is a time, not a reserved start: the job may come back in another process. First snoozes get consecutive
+        places. The broker rounds long delays up, so that these jobs come back in clumps while later places stay unused.
+        A job that came back therefore gets a place within the next few seconds, in rotation.
         """
         now = self._clock.monotonic()
         first = now + wait_s

@@ -1,4 +1,4 @@
-"""Failures come back after waits that the broker holds, then are buried; ordered rules say which of them how."""
+"""Retries with back-off, held in the broker, then a burial; rules set both per kind of failure."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from leveret.texts import named
 logger = logging.getLogger("leveret.retries")
 
 On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
-"""What a rule applies to: an exception type, a tuple of them, or a predicate."""
+"""The failures that a rule applies to: an exception type, a tuple of types, or a predicate."""
 
 _MOST_CEILINGS = 32
-"""At most so many ceilings are stated per rule; by then any cap is reached."""
+"""The maximum of ceilings that `facts` states per rule; by then the wait has reached any cap."""
 _IN_PLACE_BASE_S = 0.005
 _IN_PLACE_CAP_S = 0.05
 
 
 @final
 class Rule:
-    """One rule of `Retries`; None: as `Retries` says. `immediate` tries in place first; `bury=True` ends it at once.
+    """A rule of `Retries`: how to retry one kind of failure.
 
     Args:
-        on: An exception type, a tuple of them, or a predicate: a plain function of the exception. An `ExceptionGroup`
-            of a single exception (a `TaskGroup` makes one) is also looked at as that exception.
-        max_attempts: Runs in all, 1 or more, before it is buried.
-        immediate: Up to so many more tries within one attempt, milliseconds apart: for what is over in a moment.
-        base_s: Ceiling of the first wait, seconds; it doubles with each attempt.
-        cap_s: Ceiling of any wait, seconds.
-        bury: Bury it without a wait or another attempt.
+        on: An exception type, a tuple of types, or a predicate: a plain function of the exception. An `ExceptionGroup` of a
+            single exception, as a `TaskGroup` raises, is also matched by that exception.
+        max_attempts: Runs in total, at least 1, before the job is buried. Default: the figure of `Retries`.
+        immediate: Further tries within one attempt, milliseconds apart, for failures that are over in a moment. Default: 0.
+        base_s: Ceiling of the first wait, in seconds; the ceiling doubles with each attempt. Default: the figure of `Retries`.
+        cap_s: Ceiling of any wait, in seconds. Default: the figure of `Retries`.
+        bury: Bury the job at once, without another attempt. Default: False.
 
     Raises:
-        TypeError, ValueError: Something of it can't be meant; the text says what.
+        TypeError, ValueError: An argument is wrong.
     """
 
     __slots__ = ("base_s", "bury", "cap_s", "immediate", "max_attempts", "on")
@@ -64,7 +64,7 @@ class Rule:
             if seconds is not None:
                 _check_seconds(f"Rule: {name}", seconds)
         if bury and not max_attempts is base_s is cap_s is None:
-            msg = "Rule: bury=True ends it at once, so max_attempts, base_s and cap_s would have no effect"
+            msg = "Rule: with bury=True, max_attempts, base_s and cap_s have no effect; leave them out"
             raise ValueError(msg)
         self.on = on
         self.max_attempts = max_attempts
@@ -81,7 +81,7 @@ class Rule:
 
 
 class _Plan(msgspec.Struct, frozen=True):
-    """A rule with what it leaves to `Retries` filled in."""
+    """A rule with the defaults of `Retries` filled in."""
 
     on: On
     max_attempts: int
@@ -93,20 +93,21 @@ class _Plan(msgspec.Struct, frozen=True):
 
 @final
 class Retries:
-    """Failures come back after exponential waits with full jitter, then are buried; first rule that matches wins.
+    """Retries failures after exponential waits with full jitter, and buries the job after the last attempt.
 
-    A failure is any exception but a cancellation. Where no rule matches, the figures here apply. A returned `Retry`
-    counts as well: without a delay it gets one, at `max_attempts` it is buried. `Snooze`, `Bury`, `Done` and `Expired`
-    pass. Waits are published to the broker and confirmed before the job is acked: at least once.
+    A failure is any exception except a cancellation. The first rule that matches a failure applies; if no rule matches,
+    the arguments below apply. They also apply to a returned or raised `Retry`: without a delay, the `Retry` gets one; at
+    `max_attempts`, the job is buried. `Snooze`, `Bury`, `Done` and `Expired` pass unchanged. A retry is published and
+    confirmed before the job is acknowledged, so that jobs run at least once.
 
     Args:
-        rules: Tried in order for each failure.
-        max_attempts: Runs in all, the first included.
-        base_s: Ceiling of the first wait, seconds; it doubles with each attempt.
-        cap_s: Ceiling of any wait, seconds.
+        rules: The rules, in order.
+        max_attempts: Runs in total, including the first. Default: 5.
+        base_s: Ceiling of the first wait, in seconds; the ceiling doubles with each attempt. Default: 1.
+        cap_s: Ceiling of any wait, in seconds. Default: 600.
 
     Raises:
-        TypeError, ValueError: Something of it can't be meant; the text says what.
+        TypeError, ValueError: An argument is wrong.
     """
 
     once: ClassVar[Literal[True]] = True
@@ -145,12 +146,12 @@ class Retries:
         return f"Retries({', '.join([*map(repr, self.rules), f'max_attempts={self.max_attempts}', f'base_s={self.base_s:g}', f'cap_s={self.cap_s:g}'])})"
 
     def bind(self, runtime: Runtime) -> None:
-        """Take clock and chance."""
+        """Take the clock and the random generator."""
         self._clock = runtime.clock
         self._rng = runtime.rng
 
     def facts(self) -> LayerFacts:
-        """Return the waits of each rule, then those where no rule matches."""
+        """Return the waits of each rule, then those for failures that no rule matches."""
         return LayerFacts(
             tries_in_place=max((rule.immediate for rule in self.rules), default=0),
             retries=(*(_waits(plan, _shown(plan.on)) for plan in self._plans), _waits(self._default, None)),
@@ -158,11 +159,11 @@ class Retries:
 
     @property
     def waits_s(self) -> list[float]:
-        """The longest wait after each attempt but the last, where no rule says otherwise; seconds."""
+        """The longest wait after each attempt except the last, in seconds, for failures that no rule matches."""
         return [ceiling_s(attempt, base_s=self.base_s, cap_s=self.cap_s) for attempt in range(1, self.max_attempts)]
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
-        """Run it; turn a failure into a `Retry` with its wait, or into a burial."""
+        """Run the job; turn a failure into a `Retry` with a wait, or into a burial."""
         tries = 0
         failed: Exception | None = None
         outcome: Outcome | None = None
@@ -170,16 +171,20 @@ class Retries:
             while True:
                 try:
                     outcome = await proceed(attempt)
-                except (Retry, Snooze, Bury) as said:  # by a layer; what a handler raises arrives returned
+                except (
+                    Retry,
+                    Snooze,
+                    Bury,
+                ) as said:  # from middleware; outcomes that a handler raises arrive as return values
                     outcome = said
-                except Exception as error:  # noqa: BLE001 - what failures are is the layer's very subject
+                except Exception as error:  # noqa: BLE001 - any exception is a failure
                     plan = self._match(error)
                     if tries >= plan.immediate:
                         return self._after(attempt, error, plan)
                     tries += 1
                     failed = error
                     attempt.log.info(
-                        "job %s %s failed and is tried again in place: %s",
+                        "job %s %s failed and is retried in place: %s",
                         attempt.envelope.job,
                         attempt.job_id,
                         named(error),
@@ -191,12 +196,12 @@ class Retries:
                 if isinstance(outcome, Retry):
                     return self._asked(attempt, outcome)
                 if isinstance(outcome, Snooze) and failed is not None:
-                    # A try in place that a RateLimit put off: the try before it failed, and must count, or a job that
-                    # always fails would come back for ever.
+                    # A RateLimit snoozed a try in place. The failed try before it must count, or a job that always
+                    # fails would come back for ever.
                     return self._after(attempt, failed, self._match(failed), at_least_s=outcome.delay_s)
                 return outcome
         finally:
-            # an exception's traceback holds this frame: held by it in turn, both would wait for the garbage collector
+            # The traceback of an exception holds this frame; a reference back would leave both to the garbage collector.
             failed = outcome = None
 
     def _match(self, error: Exception) -> _Plan:
@@ -226,7 +231,7 @@ class Retries:
     def _asked(self, attempt: Attempt, asked: Retry) -> Retry | Bury:
         outcome: Retry | Bury
         if attempt.number >= self.max_attempts:
-            why = "another try was asked for" if asked.__cause__ is None else named(asked.__cause__)
+            why = "a retry was requested" if asked.__cause__ is None else named(asked.__cause__)
             outcome = Bury(f"{why} (attempt {attempt.number} of {self.max_attempts})")
         elif asked.delay_s is None:
             outcome = Retry(full_jitter(attempt.number, base_s=self.base_s, cap_s=self.cap_s, rng=self._rng))
@@ -244,11 +249,11 @@ def _applies(on: On, error: Exception) -> bool:
         if inspect.isawaitable(answer):
             if inspect.iscoroutine(answer):
                 answer.close()
-            msg = f"it returned {type(answer).__name__}; a predicate is no async function"
+            msg = f"the predicate returned {type(answer).__name__}; a predicate must not be async"
             raise TypeError(msg)
         return bool(answer)
     except Exception:
-        logger.exception("the predicate %s of a Rule failed on %s; that counts as no match", _name(on), named(error))
+        logger.exception("the predicate %s of a Rule failed on %s; the rule doesn't match", _name(on), named(error))
         return False
 
 
@@ -279,17 +284,17 @@ def _check_on(on: object) -> None:
                     if inspect.isclass(kind) and issubclass(kind, BaseException)
                     else ""
                 )
-                msg = f"Rule: on is an exception type, a tuple of them or a predicate; {kind!r} is no exception type{hint}"
+                msg = f"Rule: on must be an exception type, a tuple of types or a predicate; {kind!r} isn't an exception type{hint}"
                 raise TypeError(msg)
         return
     if not callable(on):
         if isinstance(on, BaseException):
-            hint = f": the type, {type(on).__name__}"
+            hint = f"; give the type, {type(on).__name__}"
         elif isinstance(on, (list, set, frozenset)):
-            hint = ": a tuple"
+            hint = "; make it a tuple"
         else:
             hint = ""
-        msg = f"Rule: on is an exception type, a tuple of them or a predicate, not {on!r}{hint}"
+        msg = f"Rule: on must be an exception type, a tuple of types or a predicate, not {on!r}{hint}"
         raise TypeError(msg)
     if inspect.iscoroutinefunction(on) or inspect.iscoroutinefunction(getattr(on, "__call__", None)):  # noqa: B004
         msg = f"Rule: the predicate {_name(on)} is async; it must be a plain function of the exception"
@@ -297,7 +302,7 @@ def _check_on(on: object) -> None:
     try:
         inspect.signature(on).bind(Exception())
     except TypeError:
-        msg = f"Rule: the predicate {_name(on)} doesn't take one argument, the exception"
+        msg = f"Rule: the predicate {_name(on)} must take one argument, the exception"
         raise TypeError(msg) from None
     except ValueError:
         pass  # a builtin without a signature
@@ -305,7 +310,7 @@ def _check_on(on: object) -> None:
 
 def _check_count(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        msg = f"{name} is a whole number, not {value!r}"
+        msg = f"{name} must be an int, not {value!r}"
         raise TypeError(msg)
     if value < least:
         msg = f"{name} must be at least {least}, not {value}"
@@ -314,7 +319,7 @@ def _check_count(name: str, value: object, least: int) -> None:
 
 def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"{name} is a number of seconds, not {value!r}"
+        msg = f"{name} must be a number of seconds, not {value!r}"
         raise TypeError(msg)
     if not 0 < value <= MAX_DELAY_S:
         msg = f"{name} must be above 0 and at most 48 days ({MAX_DELAY_S:.0f} s), not {value}"

@@ -1,9 +1,9 @@
-"""The spans of `Tracing`, on OpenTelemetry's API alone: what records them is the program's choice. Imported where there is something to trace.
+"""The spans of `Tracing`, on OpenTelemetry's API only; the program chooses an SDK. Imported once there is something to trace.
 
     send emails                     PRODUCER  the publisher's; its context goes into the job's headers
     └── process emails              CONSUMER  attempt 1, failed; its context replaces the publisher's in the retry
         └── process emails          CONSUMER  attempt 2, linked to attempt 1
-            └── send pdf            PRODUCER  what the handler publishes
+            └── send pdf            PRODUCER  a publish by the handler
 
 Names and attributes are those of the semantic conventions for messaging (in development), 1.27 and later.
 """
@@ -37,10 +37,10 @@ from leveret.envelope import Envelope, Receipt
 from leveret.layer import Consume, Publish
 from leveret.outcome import Bury, Outcome, Retry, Snooze
 
-# The broker behind a queue isn't known here: the system is the one that the names and ids belong to.
+# The broker isn't known here; the names and ids belong to leveret.
 SYSTEM = "leveret"
 _LOOK_EVERY_S = 0.5
-"""A program that sets its SDK later than its first job has spans after so long."""
+"""Seconds between two looks for an SDK: the spans of a program that sets its SDK after its first job begin this late."""
 MESSAGING_SYSTEM = "messaging.system"
 OPERATION_NAME = "messaging.operation.name"
 OPERATION_TYPE = "messaging.operation.type"
@@ -53,13 +53,13 @@ JOB = "leveret.job"
 ATTEMPT = "leveret.attempt"
 OUTCOME = "leveret.outcome"
 
-# Whose run ended last in this task, and its context: a retry, snooze or burial of it is published right after.
+# The job whose run ended last in this task, and the context of the run. The job's retry, snooze or burial is published right after.
 _ended: ContextVar[tuple[str, Context] | None] = ContextVar("leveret_tracing_ended", default=None)
 
 
 @final
 class Spans:
-    """Makes the spans of one `Tracing`, once there is an SDK, and passes contexts on before."""
+    """Makes the spans of a `Tracing` once there is an SDK; passes contexts on until then."""
 
     def __init__(self, tracer_provider: TracerProvider | None) -> None:
         self._provider = tracer_provider
@@ -68,9 +68,9 @@ class Spans:
 
     @property
     def _tracer(self) -> Tracer | None:
-        """None without an SDK. It is set once a process, at any time: once it's there it stays."""
+        """The tracer, or None without an SDK. A process sets its SDK at most once, at any time, so that a tracer stays."""
         if self._made is None:
-            # the API reads the environment at each look: once in a while is enough
+            # The API reads the environment at each look, so look only now and then.
             now = time.monotonic()
             if now < self._look_again:
                 return None
@@ -82,14 +82,14 @@ class Spans:
         return self._made
 
     def passes_publish(self) -> bool:
-        """Whether there is no SDK, and no context to pass on."""
+        """Return whether there is neither an SDK nor a context to pass on."""
         return self._tracer is None and not otel.get_current()
 
     async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
-        """Send it with the context of its own producer span; what leveret publishes anew, with its last run's."""
+        """Publish with the context of a new producer span; a retry, snooze or burial, with the context of its last run."""
         if envelope.cause is not None:
             ended = _ended.get()
-            # another job's: this one never got to its chain, and keeps the context that it came with
+            # With another job's context in `_ended`, this job never got to its chain, and keeps the context it came with.
             return await proceed(
                 envelope if ended is None or ended[0] != envelope.job_id else _injected(envelope, ended[1])
             )
@@ -111,7 +111,7 @@ class Spans:
             span.end()
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
-        """Run it within a consumer span, child of what published it."""
+        """Run the job within a consumer span, a child of the publish."""
         tracer, envelope = self._tracer, attempt.envelope
         if tracer is None:
             if not envelope.headers:
@@ -142,7 +142,7 @@ class Spans:
             _conclude(span, said)
             raise
         except Exception as error:
-            span.set_attribute(OUTCOME, "bury")  # what the consumer makes of it, with this layer outermost
+            span.set_attribute(OUTCOME, "bury")  # with this middleware outermost, the consumer buries the job
             _record(span, error)
             raise
         else:
@@ -175,8 +175,8 @@ def _injected(envelope: Envelope, context: Context) -> Envelope:
 
 
 def _extracted(headers: Mapping[str, object]) -> Context:
-    # An empty context to begin with: a worker inside a program must not hang its jobs below the span that started it.
-    # Texts only: others publish too, and a propagator trips over a number.
+    # Begin with an empty context: the jobs of a worker inside a program must not become children of the span that started it.
+    # Pass only strings: other programs publish too, and a propagator fails on a number.
     return propagate.extract({name: value for name, value in headers.items() if isinstance(value, str)}, Context())
 
 

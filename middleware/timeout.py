@@ -1,4 +1,4 @@
-"""A run that takes too long is ended, and is a failure."""
+"""A time limit for runs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from leveret.outcome import Outcome
 
 @final
 class Timeout:
-    """A run ends after `limit_s`: `async def` is cancelled, `def` is reported and keeps its slot; then it is a failure (TimeoutError).
+    """Ends a run after `limit_s`; the run then fails with TimeoutError.
 
-    A thread can't be stopped: a `def` handler goes on until it returns, and only then its failure counts, so that no
-    retry runs beside it. A worker refuses a limit above three quarters of the setting `consumer_timeout_s`.
+    An `async def` handler is cancelled. A `def` handler keeps running, because a thread can't be stopped. The worker logs a
+    warning, and the handler keeps its slot. The run fails when the handler returns, so that no retry runs beside it. A worker
+    refuses a limit above three quarters of the setting `consumer_timeout_s`.
 
     Args:
-        limit_s: Seconds that what is inside this layer may take, above 0 and finite, else ValueError.
+        limit_s: Seconds for the handler and the middleware inside this one, above 0 and finite.
+
+    Raises:
+        TypeError, ValueError: `limit_s` isn't a number, or isn't above 0 and finite.
     """
 
     once: ClassVar[Literal[True]] = True
 
     def __init__(self, limit_s: float) -> None:
         if isinstance(limit_s, bool) or not isinstance(limit_s, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"Timeout: limit_s is a number of seconds, not {limit_s!r}"
+            msg = f"Timeout: limit_s must be a number of seconds, not {limit_s!r}"
             raise TypeError(msg)
         if not 0 < limit_s < float("inf"):
             msg = f"Timeout: limit_s must be above 0 and finite, not {limit_s}"
@@ -42,7 +46,7 @@ class Timeout:
         return LayerFacts(limit_s=self.limit_s)
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
-        """Run it; TimeoutError once the limit is over, up to 50 ms late. A TimeoutError of the handler's own passes as it is."""
+        """Run the job. Raises TimeoutError up to 50 ms after the limit; the handler's own TimeoutError passes unchanged."""
         deadline = time.monotonic() + self.limit_s
         outer = attempt.end_by(deadline)
         if outer < deadline:

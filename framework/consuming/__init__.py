@@ -1,1 +1,1 @@
-"""delivery → held → slot → the layers → the handler → ending → settled."""
+"""delivery → held → slot → middleware → handler → ending → settled."""

@@ -1,4 +1,4 @@
-"""delivery → held → chain → ending. The chain says how a run ended; only `Settlement.settle` acts on it."""
+"""delivery → held → chain → ending. The chain returns how a run ended; only `Settlement.settle` acts on the ending."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .slots import Gate, Held, Limits, QueueHeld, Route, Slots, in_arrival_order
 logger = logging.getLogger("leveret.consumer")
 
 START_WITHIN_S = 60.0
-"""Prefetch is what can start within this time: the broker's consumer timeout counts waiting too."""
+"""A rate limit lowers the prefetch to the starts of this many seconds; the broker's consumer timeout includes waiting."""
 HOLD_S = 450.0
-"""How long a delivery waits here for a slot before another worker may have it; a quarter of the broker's own limit, where it has one."""
+"""Seconds that a delivery waits for a slot before it is given back; a quarter of the broker's limit, if the broker has one."""
 _UNWIND_S = 1.0
 
 
 class Consumer:
-    """Runs what a broker delivers, in tasks of its own that a lost connection neither cancels nor repeats."""
+    """Runs the broker's deliveries in separate tasks, which a lost connection neither cancels nor repeats."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Consumer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: Timer | None = None
         self._sweep_s = float("inf")
-        """How often what waits here is looked at."""
+        """Seconds between two looks at the waiting deliveries."""
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
         self._create_task = asyncio.get_running_loop().create_task
@@ -93,14 +93,14 @@ class Consumer:
                 )
             )
         limit = self._slots.limits.of(queue.name, in_threads=all(route.in_thread for route in routes))
-        # a layer holds a whole queue back only where every handler of it has that very instance
+        # Middleware may hold back a whole queue only if every handler of the queue has the same instance.
         common = [
             layer for layer in handlers[0].layers if all(any(layer is other for other in h.layers) for h in handlers)
         ]
         where = f"queue {queue.name!r}"
         gates = [gate for layer in common if (gate := readiness_of(layer, where)) is not None]
-        # Of each level as many ready here as may run: with one only, LOW jobs started before HIGH ones while the
-        # broker refilled the window (measured on the demo). More would keep long jobs from workers that idle.
+        # Twice the limit: per level, as many jobs wait here as may run. With only one waiting, LOW jobs started before HIGH
+        # jobs while the broker refilled the window (measured on the demo). More would keep long jobs from idle workers.
         prefetch = 2 * limit
         for gate in gates:
             if gate.starts_per_s is not None:
@@ -112,36 +112,36 @@ class Consumer:
 
     @property
     def subscriptions(self) -> Sequence[Subscription]:
-        """What to take, and how much of it at once."""
+        """The queues to consume, with their prefetch."""
         return self._subscriptions
 
     @property
     def running(self) -> int:
-        """Handlers that run now."""
+        """The number of running handlers."""
         return self._slots.running
 
     @property
     def busy(self) -> int:
-        """Deliveries in hand: running, or being settled."""
+        """The number of deliveries that run or are being settled."""
         return len(self._tasks)
 
     @property
     def held(self) -> int:
-        """Deliveries that wait here for a slot."""
+        """The number of deliveries that wait for a slot."""
         return self._slots.held
 
     @property
     def unsettled(self) -> int:
-        """Retries and burials that can't be published now; their deliveries stay unacked."""
+        """The number of retries and burials that can't be published now; their deliveries stay unacknowledged."""
         return self._settlement.unsettled
 
     @property
     def counts(self) -> Counter[Kind]:
-        """Endings so far, by name."""
+        """The number of endings so far, by kind."""
         return Counter({ending.kind: count for ending, count in self._settlement.counts.items()})
 
     async def changed(self) -> None:
-        """Wait until something started or ended."""
+        """Wait until a job starts or ends."""
         watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watchers.append(watcher)
         await watcher
@@ -153,7 +153,7 @@ class Consumer:
                 watcher.set_result(None)
 
     def deliver(self, delivery: Delivery, /) -> None:
-        """Take a delivery in; it starts when there is a slot."""
+        """Take a delivery, which starts as soon as it has a slot."""
         envelope, queue = delivery.envelope, self._queues[delivery.queue.name]
         route = queue.routes.get(envelope.job)
         if self._stopping or route is None or delivery.problem is not None or envelope.version > route.version:
@@ -167,27 +167,27 @@ class Consumer:
             self._sweeper = self._clock.call_later(self._sweep_s, self._sweep)
 
     def lost(self) -> None:
-        """Forget what hasn't started and can't be settled any more; the broker delivers it again."""
+        """Forget the deliveries that haven't started and can no longer be settled; the broker delivers them again."""
         self._settlement.counts[Lost] += sum(1 for _ in self._slots.remove(lambda held: not held.delivery.live))
         self._tell()
 
     def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | None:
-        """Return why a delivery can't start here; None for a job without a name where the queue has one job only."""
+        """Return why a delivery can't start; None for a job without a name if the queue has only one kind of job."""
         envelope = delivery.envelope
         if self._stopping:
             return NotStarted()
         if delivery.problem is not None:
             return Undecodable(delivery.problem)
         if not envelope.job:
-            return (
-                None
-                if queue.only is not None
-                else Undecodable("it has no job name (AMQP's type), and the queue has several jobs")
-            )
+            if queue.only is not None:
+                return None
+            return Undecodable("the message has no job name (AMQP's type), and the queue has several kinds of jobs")
         route = queue.routes.get(envelope.job)
         if route is None:
-            return Unknown(f"no handler here knows the job {envelope.job!r:.200}")
-        return Unknown(f"{envelope.job} came in version {envelope.version}, the handler here knows {route.version}")
+            return Unknown(f"this worker has no handler for the job {envelope.job!r:.200}")
+        return Unknown(
+            f"{envelope.job} has version {envelope.version}, this worker's handler knows version {route.version}"
+        )
 
     def _start(self, held: Held, queue: QueueHeld) -> None:
         held.task = task = self._create_task(self._work(held, queue))
@@ -197,7 +197,7 @@ class Consumer:
             self._tell()
 
     def _end_without_run(self, delivery: Delivery, ending: Ending) -> None:
-        """Settle a delivery that doesn't run here: once the broker, which may be delivering it just now, has had its turn."""
+        """Settle a delivery that doesn't run, in a later turn of the loop, because the broker may still be delivering it."""
 
         async def settle() -> None:
             if (rest := self._settlement.end(delivery, None, ending, None)) is not None:
@@ -215,7 +215,7 @@ class Consumer:
             self._tell()
 
     def _sweep(self) -> None:
-        """Give back what has waited here too long: another worker may be idle, and some brokers close a channel that holds on for ever."""
+        """Give back deliveries that have waited too long: another worker may be idle, and some brokers close the channel of a slow consumer."""
         for held in self._slots.overdue(self._clock.monotonic()):
             self._end_without_run(held.delivery, NotStarted())
         waiting = self.held and not self._stopping
@@ -236,20 +236,20 @@ class Consumer:
             ending = await route.step(attempt)
             if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]
                 layers = ", ".join(map(name_of, route.handler.layers))
-                ending = _refused(
-                    TypeError(
-                        f"a layer returned {ending!r:.80} instead of an outcome; look for a missing return in: {layers}"
-                    )
+                msg = (
+                    f"middleware returned {ending!r:.80} instead of an outcome; look for a missing return in: {layers}"
                 )
-        except (Retry, Snooze, Bury) as said:  # raised by a layer outside of the handler's own adapter
+                ending = _refused(TypeError(msg))
+        except (Retry, Snooze, Bury) as said:  # raised by middleware; `innermost` returns those of a handler
             ending = said
         except UndecodableError as undecodable:
             ending = Undecodable(str(undecodable))
         except asyncio.CancelledError as cancelled:
             if not self._settlement.cut:
-                await _take_back_cancels()  # who ends a whole program (asyncio.run) cancels the worker in the same turn
+                # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
+                await _take_back_cancels()
             ending = CutOff() if self._stopping else _refused(cancelled)
-        except Exception as failed:  # noqa: BLE001 - what leaves the chain becomes a burial
+        except Exception as failed:  # noqa: BLE001 - an error that leaves the chain buries the job
             ending = _refused(failed)
         finally:
             self._free(route, queue)
@@ -265,10 +265,10 @@ class Consumer:
                 self._forget(task)
 
     async def drain(self, consumption: Consumption, grace_s: float, hurry: asyncio.Event | None = None) -> bool:
-        """Stop taking → give back what hasn't started → finish within the grace → cut off the rest.
+        """Stop consuming, give back jobs that haven't started, finish the others within the grace, cut off the rest.
 
-        Returns whether everything ended by itself. `hurry` ends the grace early. What is cut off isn't settled, so
-        that the broker delivers it again.
+        Returns whether every job finished. `hurry` ends the grace early. Jobs that are cut off aren't settled, so that the
+        broker delivers them again.
         """
         ends = time.monotonic() + grace_s
         self._stop_starting()
@@ -276,16 +276,16 @@ class Consumer:
         try:
             await consumption.stop_taking()
             for held in in_arrival_order(self._slots.remove(lambda _: True)):
-                # here and now: with no grace at all it is still given back
+                # Not in a task: even without any grace, the delivery must be given back.
                 self._settlement.end(held.delivery, None, NotStarted(), None)
             while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
                 wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
                 await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:  # cancelled, too: no handler outlives its worker
+        finally:  # after a cancellation too: no handler outlives its worker
             if hurried is not None:
                 hurried.cancel()
             drained = not self._tasks
-            again = "told again to stop" if hurry is not None and hurry.is_set() else "cancelled"
+            again = "a second signal to stop" if hurry is not None and hurry.is_set() else "cancelled"
             await self.cut_off(again if time.monotonic() < ends else f"the grace of {grace_s:g} s is over")
         return drained
 
@@ -296,11 +296,11 @@ class Consumer:
             self._sweeper.cancel()
 
     async def cut_off(self, why: str) -> None:
-        """Cancel what still runs, without settling it, so that the broker delivers it again; once only."""
+        """Cancel the jobs that still run, without settling them, so that the broker delivers them again. Only the first call acts."""
         self._stop_starting()
         if self._tasks and not self._settlement.cut:
             names = ", ".join(sorted(self._slots.busy_queues)) or "settling"
-            logger.error("%s: cut off, to be delivered again: %d (%s)", why, len(self._tasks), names)
+            logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
             self._settlement.counts[CutOff] += len(self._tasks)
             for task in self._tasks:
@@ -310,7 +310,7 @@ class Consumer:
 
 
 async def _take_back_cancels() -> None:
-    """Let no cancel that a handler asked for its own task cut off its settlement; one that is pending comes at the next wait."""
+    """Take back cancels that a handler requested for its own task, so that they don't cut off its settlement. A pending one is raised at the next wait."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         while task.uncancel():
@@ -320,7 +320,7 @@ async def _take_back_cancels() -> None:
 
 
 def _refused(error: BaseException) -> Bury:
-    """Return the burial that an exception becomes when it leaves the outermost layer."""
+    """Return the burial for an exception that leaves the outermost middleware."""
     bury = Bury(named(error))
     bury.__cause__ = error
     return bury

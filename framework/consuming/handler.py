@@ -1,4 +1,4 @@
-"""A user's function as the innermost step of a chain: which job it takes, and how it is called."""
+"""A user's function as the innermost step of a chain: its job class, and how to call it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ..outcome import OUTCOMES, Bury, Done, Expired, Outcome, Retry, Snooze
 
 _DONE = Done()
 _EXPIRED = Expired()
-_OVERDUE = "goes on in its thread past its time; its slot stays taken until it returns, and only then it has failed"
-_GOES_ON = "is cut off, but its thread can't be stopped: it goes on until it returns or the process ends"
+_OVERDUE = "is past its time limit, but its thread can't be stopped; it keeps its slot, and fails when it returns"
+_GOES_ON = "is cut off, but its thread can't be stopped; it runs until it returns or the process ends"
 
 
 class Registration(msgspec.Struct, frozen=True):
-    """What `@app.handler` was given; resolved when a worker starts."""
+    """The arguments of `@app.handler`; resolved when a worker starts."""
 
     function: Callable[..., Any]
     job_class: type[Job] | None
@@ -36,10 +36,10 @@ class Registration(msgspec.Struct, frozen=True):
 
 
 class Handler(msgspec.Struct, frozen=True):
-    """One handler, resolved: the job it takes, its layers, how to call it."""
+    """A resolved handler: its job class, its middleware and how to call it."""
 
     name: str
-    """module.function, for people."""
+    """The name in errors and `describe`: module.function."""
     function: Callable[..., Any]
     job_class: type[Job]
     spec: Spec
@@ -49,16 +49,16 @@ class Handler(msgspec.Struct, frozen=True):
 
     @property
     def queue(self) -> Queue:
-        """The queue that its job goes to."""
+        """The queue of the handler's job."""
         return self.spec.queue
 
 
 def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
-    """Return the handler behind `registration`, or raise ConfigurationError that names it and the way out."""
+    """Return the handler of `registration`. Raises ConfigurationError, which names the handler and the fix."""
     function = registration.function
     name = f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        msg = f"handler {name} is a generator; a handler returns None or an outcome"
+        msg = f"handler {name} is a generator; a handler must return None or an outcome"
         raise ConfigurationError(msg)
     parameters = list(inspect.signature(function).parameters.values())
     required = [
@@ -67,7 +67,7 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
     keyword_only = [p.name for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not places or len(required) > 2 or keyword_only:
-        msg = f"handler {name} takes (job) or (job, attempt), not ({', '.join(p.name for p in parameters)})"
+        msg = f"handler {name} must take (job) or (job, attempt), not ({', '.join(p.name for p in parameters)})"
         raise ConfigurationError(msg)
     takes_attempt = len(places) > 1 and (len(required) > 1 or places[1].name == "attempt")
     job_class: Any = registration.job_class
@@ -77,11 +77,11 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
     if spec is None:
         what = getattr(job_class, "__name__", repr(job_class))
         why = (
-            "is abstract: it names no job and no queue"
+            "is abstract; give the class a name= and a queue="
             if isinstance(job_class, type) and issubclass(job_class, Job)
-            else "is no Job class"
+            else "isn't a Job class"
         )
-        msg = f"handler {name}: its first parameter takes {what}, which {why}"
+        msg = f"handler {name}: its first parameter is annotated with {what}, which {why}"
         raise ConfigurationError(msg)
     if takes_attempt:
         _check_attempt(function, name, places[1].name)
@@ -89,7 +89,7 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
 
 
 def check_limits(handler: Handler, features: Features) -> None:
-    """Raise ConfigurationError for a time limit so long that the broker would take the job away first."""
+    """Raise ConfigurationError for a time limit so long that the broker would first deliver the job again."""
     facts = [facts_of(layer, f"handler {handler.name}") for layer in handler.layers]
     in_place = max((one.tries_in_place for one in facts), default=0)
     held_s = float("inf") if features.held_at_most_s is None else features.held_at_most_s
@@ -97,9 +97,9 @@ def check_limits(handler: Handler, features: Features) -> None:
         if limit_s * (1 + in_place) > held_s * 0.75:
             tries = f", with {in_place} tries in place," if in_place else ""
             msg = (
-                f"handler {handler.name}: a time-out of {limit_s:g} s{tries} is above three quarters of the {held_s:g} s "
-                "after which the broker takes a job away (RabbitMQ's consumer_timeout). Shorten it, or raise that limit in the "
-                "broker and in its settings (consumer_timeout_s)"
+                f"handler {handler.name}: a time-out of {limit_s:g} s{tries} is above three quarters of the {held_s:g} s after which "
+                "the broker delivers the job again (RabbitMQ's consumer_timeout). Shorten the time-out, or raise "
+                "consumer_timeout in the broker and consumer_timeout_s in its settings"
             )
             raise ConfigurationError(msg)
 
@@ -107,15 +107,15 @@ def check_limits(handler: Handler, features: Features) -> None:
 def _check_attempt(function: Callable[..., Any], name: str, parameter: str) -> None:
     try:
         hint = typing.get_type_hints(function).get(parameter, Attempt)
-    except Exception:  # noqa: BLE001 - what can't be resolved here may be right
+    except Exception:  # noqa: BLE001 - an annotation that can't be resolved here may be right
         return
     if hint is not Any and hint is not Attempt and typing.get_origin(hint) is not Attempt:
-        msg = f"handler {name}: its second parameter {parameter!r} takes the Attempt, not {getattr(hint, '__name__', hint)}"
+        msg = f"handler {name}: its second parameter {parameter!r} must be annotated with Attempt, not {getattr(hint, '__name__', hint)}"
         raise ConfigurationError(msg)
 
 
 def _annotated(function: Callable[..., Any], name: str, parameter: str) -> Any:
-    way_out = f"say which job it takes: @app.handler(job=…) above {name}"
+    way_out = f"name its job class: @app.handler(job=…) above {name}"
     try:
         hints = typing.get_type_hints(function)
     except Exception as error:
@@ -136,9 +136,9 @@ def innermost(
 ) -> Consume:
     """Return the innermost step of `handler`'s chain.
 
-    It looks at expiry, calls the function (an `async def` here, a `def` in a thread), and turns what the function
-    returned or raised into one form: an outcome is returned, anything else raised. What would end the process or
-    look like somebody else's cancellation becomes a RuntimeError: a job doesn't stop its worker.
+    The step checks the expiry and calls the function (an `async def` on the loop, a `def` in a thread). Outcomes are always
+    returned, even those that the function raises; other exceptions are raised. An exception that would end the process or
+    look like a cancellation from outside becomes a RuntimeError, so that no job stops its worker.
     """
     call = _on_loop(handler) if handler.is_async else _in_thread(handler, threads, around_sync or nullcontext)
 
@@ -154,7 +154,7 @@ def innermost(
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            msg = "the handler raised CancelledError though nobody cancelled it"
+            msg = "the handler raised CancelledError, but nothing had cancelled it"
             raise RuntimeError(msg) from error
         except BaseExceptionGroup as group:
             if (single := _single(group)) is not None:
@@ -175,14 +175,14 @@ def innermost(
         if inspect.isclass(said) and issubclass(said, OUTCOMES):
             msg = f"handler {handler.name} returned the class {said.__name__}, not an instance of it"
             raise TypeError(msg)
-        msg = f"handler {handler.name} returned {said!r:.80}; results aren't kept: return None or an outcome"
+        msg = f"handler {handler.name} returned {said!r:.80}; results aren't stored, so return None or an outcome"
         raise TypeError(msg)
 
     return run
 
 
 def _single(group: BaseExceptionGroup[BaseException]) -> Retry | Snooze | Bury | None:
-    """Return the one outcome that a TaskGroup wrapped, however deep."""
+    """Return the outcome in a group of one, at any depth, as a TaskGroup wraps it; None if there is none."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         inner: tuple[BaseException, ...] = error.exceptions  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -208,7 +208,7 @@ def _in_thread(
         try:
             with around_sync():
                 return function(attempt.job, attempt) if handler.takes_attempt else function(attempt.job)
-        except StopIteration as error:  # a future can't hold it
+        except StopIteration as error:  # a future can't hold a StopIteration
             msg = "the handler raised StopIteration"
             raise RuntimeError(msg) from error
 
@@ -220,9 +220,9 @@ def _in_thread(
             try:
                 await asyncio.wait([waiting])
             except asyncio.CancelledError:
-                if work.cancel():  # it hadn't begun
+                if work.cancel():  # the thread hadn't begun it
                     raise
-                # A thread can't be stopped. It keeps its slot until it ends, so that the retry doesn't run beside it.
+                # A thread can't be stopped. The job keeps its slot until the thread returns, so that its retry doesn't run beside it.
                 if not cancelled:
                     attempt.log.warning(
                         "job %s %s %s",
@@ -232,7 +232,7 @@ def _in_thread(
                     )
                 cancelled = True
         if cancelled:
-            waiting.exception()  # looked at, so that asyncio doesn't log it as lost
+            waiting.exception()  # retrieved, so that asyncio doesn't log the exception as never retrieved
             raise asyncio.CancelledError
         return waiting.result()
 

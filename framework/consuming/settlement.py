@@ -1,4 +1,4 @@
-"""ending → settled: the one place that acts on how a run ended. What must be published before the ack is insisted on."""
+"""ending → settled: only this module acts on how a run ended. It repeats a retry's or burial's publish until the broker confirms."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ from ..outcome import Bury, CutOff, Done, Ending, Expired, Kind, NotStarted, Ret
 from ..runtime import Runtime
 from ..texts import below_ours, named, one_line, said_by
 
-logger = logging.getLogger("leveret.consumer")  # to its readers it is the consumer that settles
+logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 
 SETTLE_TIMEOUT_S = 5.0
-"""Deadline of one try to publish a retry or a burial; it is tried again until its channel or lease is gone."""
+"""Seconds per try to publish a retry or a burial; the tries go on until the delivery's channel or lease is gone."""
 MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
 _REFUSED = (InvalidJob, MessageTooLarge)
-"""What no other try would change."""
+"""Errors that another try wouldn't change."""
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """One delivery that ended here; for whoever watches a consumer (`leveret.testing`)."""
+    """A delivery that ended in this consumer; for observers such as `leveret.testing`."""
 
     envelope: Envelope
     job: Job | None
-    """None where it wasn't decoded."""
+    """None if the body wasn't decoded."""
     ending: Ending
     error: BaseException | None
 
 
 class Lost(msgspec.Struct, frozen=True):
-    """Counts deliveries whose channel went away here: the broker delivers them again."""
+    """Counts deliveries whose channel or lease was lost; the broker delivers them again."""
 
     kind: ClassVar[Kind] = Kind.LOST
 
 
 class Settlement:
-    """Counts endings, and settles the delivery of each.
+    """Counts endings, and settles the delivery of each ending.
 
     Args:
         publish_layers: The middleware round every publish, first is outermost.
@@ -73,14 +73,14 @@ class Settlement:
         self._runtime = runtime
         self._clock = runtime.clock
         self.unsettled = 0
-        """Retries and burials that can't be published now; their deliveries stay unacked."""
+        """The number of retries and burials that can't be published now; their deliveries stay unacknowledged."""
         self.cut = False
-        """Whether a stop's grace is over: nothing is tried again."""
+        """Whether the grace of a stop is over; nothing is then tried again."""
 
     def end(
         self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None
     ) -> Coroutine[Any, Any, None] | None:
-        """Count an ending and settle its delivery; what comes back is the rest of it, to be awaited."""
+        """Count an ending and settle its delivery; return the rest of the settlement to await, or None."""
         error: BaseException | None = None
         try:
             if isinstance(ending, Done) and delivery.live and not self.cut:  # nearly all: written out
@@ -92,7 +92,7 @@ class Settlement:
             if self.cut:
                 ending = CutOff()
             error = ending.__cause__ if isinstance(ending, BaseException) else None
-            if not isinstance(ending, CutOff):  # those are counted where they are cut off: a thread may never get here
+            if not isinstance(ending, CutOff):  # counted in `cut_off`, because a thread may never get here
                 self.counts[type(ending)] += 1
                 if not delivery.live:
                     self._lost(delivery, ending)
@@ -125,13 +125,15 @@ class Settlement:
             self._stuck(delivery, bug)
 
     def _stuck(self, delivery: Delivery, bug: BaseException) -> None:
-        """Say that our own code failed, or was cancelled by a user's: its delivery stays unacked, so nothing is lost, but it must be seen."""
-        logger.critical("%s couldn't be settled, it stays unacked: %r", what(delivery.envelope), bug, exc_info=bug)
+        """Log that leveret's own code failed, or that user code cancelled it. The delivery stays unacknowledged, so that no job is lost."""
+        logger.critical(
+            "%s couldn't be settled and stays unacknowledged: %r", what(delivery.envelope), bug, exc_info=bug
+        )
 
     def _lost(self, delivery: Delivery, ending: Ending) -> None:
         self.counts[Lost] += 1
         logger.warning(
-            "%s: its channel or lease is gone, so the broker delivers it again; it ended as %s",
+            "%s: the channel or lease is gone, so the broker delivers the job again; the run ended as %s",
             what(delivery.envelope),
             ending.kind.value,
         )
@@ -139,9 +141,9 @@ class Settlement:
     def settle(
         self, delivery: Delivery, ending: Ending, error: BaseException | None, arrived: float | None
     ) -> Coroutine[Any, Any, bool] | None:
-        """Act on the ending of a live delivery, `error` its cause, `arrived` when it came here (seconds of the clock's `now`).
+        """Settle a live delivery by its ending; `error` is the cause, `arrived` the time of arrival (seconds of the clock's `now`).
 
-        What comes back is to be awaited: a publish, which is False where the delivery's channel or lease was lost meanwhile.
+        Returns None, or a publish to await. The publish returns False if the delivery's channel or lease was lost meanwhile.
         """
         if isinstance(ending, Done):
             delivery.done()
@@ -151,14 +153,14 @@ class Settlement:
             envelope = msgspec.structs.replace(envelope, first_seen_ms=int((arrived or self._clock.now()) * 1000))
         match ending:
             case Expired():
-                logger.warning("%s expired before it ran; it is dropped", what(envelope))
+                logger.warning("%s expired before it ran, and is dropped", what(envelope))
                 delivery.done()
             case Snooze(delay_s):
                 return self._again(delivery, _next(envelope, cause="snooze"), delay_s)
             case Retry(delay_s):
-                # at debug level: the line for everyday is that of `Logs`
+                # At debug level only: the middleware `Logs` logs retries for everyday use.
                 logger.debug("%s is retried in %.3g s", what(envelope), delay_s or 0.0, exc_info=error)
-                failed = self._failed(envelope, error, "" if error is not None else "another try was asked for")
+                failed = self._failed(envelope, error, "" if error is not None else "a retry was requested")
                 return self._again(
                     delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST)), delay_s or 0.0
                 )
@@ -176,30 +178,31 @@ class Settlement:
                 return self._bury(delivery, self._failed(envelope, None, reason))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
-                since_ms = min(
-                    envelope.unknown_since_ms or now_ms, now_ms
-                )  # one in the future would have it wait until then
+                # A time in the future, from a wrong clock, would make the job wait until then.
+                since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)
                 waited_s = (now_ms - since_ms) / 1000
                 if waited_s >= self._runtime.settings.unknown_grace_s:
                     logger.error(
-                        "%s is buried in %s.dead: %s, for %d s",
+                        "%s is buried in %s.dead after a wait of %d s: %s",
                         what(envelope),
                         delivery.queue.name,
-                        one_line(reason),
                         waited_s,
+                        one_line(reason),
                     )
                     return self._bury(delivery, self._failed(envelope, None, reason))
                 if envelope.unknown_since_ms is None:
                     logger.warning(
-                        "%s waits in the broker, a deploy may be rolling: %s", what(envelope), one_line(reason)
+                        "%s waits in the broker, because a deploy may be in progress: %s",
+                        what(envelope),
+                        one_line(reason),
                     )
-                # 1, 2, 4 … 30 s: it waits as long again as it has waited
+                # 1, 2, 4 … 30 s: each wait is 1 s longer than all before it together.
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
                 return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
             case NotStarted():
                 delivery.give_back()
             case CutOff():
-                pass  # left unsettled: when the connection closes, the broker delivers it again
+                pass  # left unsettled, so that the broker delivers it again when the connection closes
         return None
 
     async def _again(self, delivery: Delivery, envelope: Envelope, delay_s: float) -> bool:
@@ -217,13 +220,13 @@ class Settlement:
 
             await fold_publish(self._publish_layers, last)(_with_deadline(envelope))
             if not reached:
-                msg = "a publish layer returned without proceeding"
+                msg = "publishing middleware returned without awaiting proceed(envelope)"
                 raise RuntimeError(msg)
 
         try:
             return await self._insist(delivery, publish, envelope)
-        except _REFUSED as refused:  # waiting doesn't help
-            reason = f"its {envelope.cause} can't be published: {refused}"
+        except _REFUSED as refused:  # another try wouldn't help
+            reason = f"the {envelope.cause} can't be published: {refused}"
             logger.error(  # noqa: TRY400 - one line
                 "%s is buried in %s.dead: %s",
                 what(envelope),
@@ -245,18 +248,22 @@ class Settlement:
             async def last(changed: Envelope) -> Receipt:
                 nonlocal reached
                 reached = True
-                # layers may add headers to a burial, nothing else: it is kept as it came
+                # Middleware may only add headers to a burial; the rest stays as it came.
                 await delivery.bury(_with_deadline(msgspec.structs.replace(buried, headers=changed.headers)))
                 return Receipt(changed.job_id)
 
             try:
                 await fold_publish(self._publish_layers, last)(_with_deadline(buried))
             except Exception as error:
-                if reached and not isinstance(error, _REFUSED):  # what a layer adds may be what can't be sent
+                if reached and not isinstance(
+                    error, _REFUSED
+                ):  # the headers that middleware added may be what can't be sent
                     raise
                 reached = False
                 logger.warning(
-                    "%s: a publish layer raised on its burial, which goes on without: %r", what(envelope), error
+                    "%s: publishing middleware raised on the burial, which goes on without the middleware: %r",
+                    what(envelope),
+                    error,
                 )
             if not reached:
                 await last(buried)
@@ -264,16 +271,17 @@ class Settlement:
         return await self._insist(delivery, publish, buried)
 
     async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
-        """Publish until it is confirmed, or until the delivery's channel or lease is gone; it is never acked before, and never nacked.
+        """Repeat `publish` until the broker confirms, or until the delivery's channel or lease is gone.
 
-        Raises `InvalidJob` or `MessageTooLarge` of what can only be buried; a burial goes on.
+        The delivery isn't acknowledged before, and never rejected. Raises `InvalidJob` or `MessageTooLarge` if the job can only
+        be buried; a burial is repeated in spite of them.
         """
         tries, told = 0, float("-inf")
         try:
             while delivery.live and not self.cut:
                 try:
                     await publish()
-                except Exception as error:  # whatever a layer raises, the original must not be lost
+                except Exception as error:  # the delivery must not be lost, whatever middleware raises
                     if isinstance(error, _REFUSED) and envelope.cause != "bury":
                         raise
                     if tries == 0:
@@ -282,7 +290,7 @@ class Settlement:
                     if self._clock.monotonic() - told >= 60.0 and delivery.live:
                         told = self._clock.monotonic()
                         logger.error(  # noqa: TRY400 - one line; the traceback at debug level
-                            "%s: its %s can't be published, so it stays unacked and is tried again: %s",
+                            "%s: the %s can't be published, so the job stays unacknowledged and the worker tries again: %s",
                             what(envelope),
                             envelope.cause,
                             said_by(error) if isinstance(error, PublishError) else named(error),
@@ -292,7 +300,7 @@ class Settlement:
                         await self._clock.sleep(full_jitter(tries, base_s=0.2, cap_s=15.0, rng=self._runtime.rng))
                 else:
                     if tries:
-                        logger.info("%s: its %s is published after %d tries", what(envelope), envelope.cause, tries + 1)
+                        logger.info("%s: the %s is published after %d tries", what(envelope), envelope.cause, tries + 1)
                     return True
         finally:
             if tries:
@@ -300,7 +308,7 @@ class Settlement:
         return False
 
     def _failed(self, envelope: Envelope, error: BaseException | None, reason: str = "") -> Envelope:
-        """Return `envelope` with one more entry in its errors; the oldest go when they take too much room."""
+        """Return `envelope` with another entry in its errors; the oldest entries are dropped above `MAX_ERRORS_BYTES`."""
         failure = Failure(
             attempt=envelope.attempt,
             at_ms=int(self._clock.now() * 1000),
@@ -319,8 +327,8 @@ class Settlement:
 
 
 def _next(envelope: Envelope, **changes: Any) -> Envelope:
-    """Return `envelope` as leveret publishes it anew: same id, one pass more."""
-    # a foreign producer's count may be at its end
+    """Return `envelope` for its next publish: the same id, one more pass."""
+    # the count of a foreign producer may be at its maximum
     counted = {"passes": min(envelope.passes + 1, MOST), "unknown_since_ms": None, **changes}
     return msgspec.structs.replace(envelope, **counted)
 
@@ -330,12 +338,12 @@ def _with_deadline(envelope: Envelope) -> Envelope:
 
 
 def what(envelope: Envelope) -> str:
-    """Return how a log line names a job."""
+    """Return the name of a job in log lines."""
     return f"{envelope.job or 'a job without a name'} {envelope.job_id} (queue {envelope.queue}, attempt {envelope.attempt})"
 
 
 def at_debug(error: BaseException | None) -> BaseException | None:
-    """Return what a log record takes as `exc_info`: one line else."""
+    """Return `exc_info` for a log record: a traceback at debug level, otherwise None for one line."""
     return error if logger.isEnabledFor(logging.DEBUG) else None
 
 

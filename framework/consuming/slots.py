@@ -1,4 +1,4 @@
-"""How many may run, and what a process holds and hasn't started: picked by level, with ageing, within the limits of concurrency."""
+"""The slots of a process and the jobs that wait for one: picked by level, with ageing, within the concurrency limits."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ logger = logging.getLogger("leveret.consumer")
 
 _ASK_AGAIN_S = 1.0
 AGEING_S = 10.0
-"""A job that was held this much longer goes before one that is a level more urgent, so that the lowest isn't starved."""
+"""Each such wait, in seconds, counts as one priority level, so that jobs of the lowest level don't starve."""
 
 _RANK_S = {Priority.URGENT: 0.0, Priority.HIGH: AGEING_S, Priority.NORMAL: 2 * AGEING_S, Priority.LOW: 3 * AGEING_S}
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How many handlers may run at once in a process."""
+    """The number of handlers that may run at once in a process."""
 
     concurrency: int = 100
-    """All of them together."""
+    """The limit for all handlers together."""
     threads: int = 8
-    """Those that are a `def`."""
+    """The limit for `def` handlers."""
     queues: Mapping[str, int] = {}
-    """Those of one queue; left out: no limit of its own."""
+    """The limit per queue, by name; a queue that isn't named has only the limits above."""
 
     def __post_init__(self) -> None:
         for name, value in [("concurrency", self.concurrency), ("threads", self.threads), *self.queues.items()]:
@@ -52,56 +52,56 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Route(msgspec.Struct, frozen=True, eq=False):
-    """Where a job of one name goes: made at start, looked up once a delivery."""
+    """The handler for a job name and its folded chain; made at the start, looked up once per delivery."""
 
     handler: Handler
     version: int
-    """The highest that the handler's job knows."""
+    """The highest version that the handler's job class knows."""
     decoder: Decoder
     step: Consume
-    """The folded chain."""
+    """The handler with its middleware folded around it."""
     in_thread: bool
 
 
 class Held(msgspec.Struct, eq=False, gc=False):
-    """A delivery that waits here for a slot, or has one."""
+    """A delivery that waits in this process for a slot, or has one."""
 
     delivery: Delivery
     route: Route
     arrived: float
-    """Unix seconds."""
+    """When the delivery arrived, in Unix seconds."""
     since: float = 0.0
-    """Monotonic seconds; 0 for one that needn't wait."""
+    """Since when the delivery waits, in monotonic seconds; 0 if it didn't wait."""
     task: asyncio.Task[None] | None = None
-    """Its run, while it runs. Taken out at its end: the task of a run that was cancelled holds this in its traceback."""
+    """The task of the run, while it runs. Cleared at the end, because the traceback of a cancelled task refers to this object."""
 
 
 class Gate:
-    """What lets a queue start: the readiness of the layers that all its handlers have.
+    """Decides when a queue may start jobs: by the readiness of the middleware that all of its handlers share.
 
-    A layer counts a start when the job's task gets there, a turn of the loop later. So once it was asked no more start
-    than it said may (`starts_now`), and it is asked again when all of those tasks have begun.
+    Middleware counts a start only when the job's task reaches it, a turn of the loop later. Therefore, after asking, at most
+    `starts_now` jobs start, and the gate asks again when the tasks of all of these have begun.
     """
 
     def __init__(self, layers: Sequence[Readiness]) -> None:
         self._ready = [layer.ready_in_s for layer in layers]
         self._now = [layer.starts_now for layer in layers]
         self.left = 0
-        """Starts that are left of what the layers said."""
+        """Starts that remain of the number that the middleware allowed."""
         self.coming = 0
-        """Starts whose tasks haven't begun."""
+        """Started jobs whose tasks haven't begun."""
         self.timer: Timer | None = None
-        """Set while nothing may start."""
+        """The timer that asks again; set while nothing may start."""
 
     def wait_s(self) -> float:
-        """Ask the layers: seconds until a start; 0 for now, and then `left` says how many."""
+        """Ask the middleware, and return the seconds until a start; 0 means now, and `left` is then the number of starts."""
         try:
             wait_s = max(ready() for ready in self._ready)
             if wait_s <= 0:
                 self.left = max(1, min(now() for now in self._now))
-        except Exception as error:  # a user's layer: what was delivered with this one must not be lost sight of
+        except Exception as error:  # an error of a user's middleware must not make the worker forget deliveries
             logger.error(  # noqa: TRY400 - one line
-                "a layer can't say when its next job may start, so it is asked again in %g s: %s",
+                "middleware failed to say when its next job may start; the worker asks it again in %g s: %s",
                 _ASK_AGAIN_S,
                 named(error),
                 exc_info=at_debug(error),
@@ -110,12 +110,12 @@ class Gate:
         return wait_s
 
     def start(self) -> None:
-        """Count a start."""
+        """Count a started job."""
         self.left -= 1
         self.coming += 1
 
     def begin(self) -> bool:
-        """Count a task that has begun; whether it was the last of those that were to."""
+        """Count a task that has begun; return whether all started tasks have begun."""
         self.coming -= 1
         if self.coming:
             return False
@@ -123,29 +123,29 @@ class Gate:
         return True
 
     def forget(self) -> None:
-        """Drop an answer that nothing was started on: it doesn't keep."""
+        """Drop an answer on which no job was started, because the answer gets stale."""
         if not self.coming:
             self.left = 0
 
 
 class QueueHeld:
-    """One queue here: its routes, its slots, and what is held of it: a lane a level and kind of handler, first in, first out."""
+    """A queue in this process: its routes, its slots and its held jobs. Each level and kind of handler has a first-in, first-out lane."""
 
     def __init__(self, queue: Queue, routes: Iterable[Route], limit: int, gate: Gate | None, hold_s: float) -> None:
         self.queue = queue
         self.routes = {route.handler.spec.name: route for route in routes}
         self.only = next(iter(self.routes.values())) if len(self.routes) == 1 else None
-        """The route of a job without a name, where the queue has one job only."""
+        """The route for jobs without a name, if the queue has only one kind of job."""
         self.limit = limit
         self.hold_s = hold_s
-        """Seconds after which what waits here is given back."""
+        """Seconds after which a waiting delivery is given back to the broker."""
         self.running = 0
         self.gate = gate
         self.count = 0
         self._lanes: dict[tuple[Priority, bool], deque[Held]] = {}
 
     def add(self, held: Held) -> None:
-        """Take `held` in, behind the others of its level."""
+        """Add `held` at the end of its lane."""
         key = (held.delivery.envelope.priority, held.route.in_thread)
         lane = self._lanes.get(key)
         if lane is None:
@@ -154,7 +154,7 @@ class QueueHeld:
         self.count += 1
 
     def first(self, threads_full: bool) -> tuple[float, deque[Held]] | None:
-        """Return the lane whose head is to start next, and its rank (lower is first); None if none may."""
+        """Return the rank of the job to start next (lowest first) and its lane; None if no job may start."""
         best: tuple[float, deque[Held]] | None = None
         for (level, in_thread), lane in self._lanes.items():
             if not lane or (in_thread and threads_full):
@@ -165,12 +165,12 @@ class QueueHeld:
         return best
 
     def take(self, lane: deque[Held]) -> Held:
-        """Take the head of `lane` out."""
+        """Remove the head of `lane` and return it."""
         self.count -= 1
         return lane.popleft()
 
     def remove(self, unwanted: Callable[[Held], bool]) -> Iterator[Held]:
-        """Take out, and yield, whatever is `unwanted`."""
+        """Remove and yield every delivery that is `unwanted`."""
         for key, lane in self._lanes.items():
             out = [held for held in lane if unwanted(held)]
             if out:
@@ -179,17 +179,17 @@ class QueueHeld:
                 yield from out
 
     def overdue(self, now: float) -> Iterator[Held]:
-        """Take out, and yield, what has waited here for longer than `hold_s`; `now` in the clock's monotonic seconds."""
+        """Remove and yield the deliveries that have waited longer than `hold_s`; `now` is in the clock's monotonic seconds."""
         return self.remove(lambda held: held.since < now - self.hold_s)
 
 
 class Slots:
-    """Which delivery starts next: what is held of all queues, and how many run, within the limits and the readiness of the layers.
+    """Starts deliveries, and holds those that must wait: within the limits, and when the middleware of their queue is ready.
 
     Args:
-        limits: How many may run at once.
-        clock: For the time that was waited, and for asking a gate again.
-        start: Called for each delivery that gets a slot; `free` gives the slot back.
+        limits: How many handlers may run at once.
+        clock: Measures the time that a delivery waits, and asks a gate again.
+        start: Called with each delivery that gets a slot; `free` returns the slot.
     """
 
     def __init__(self, limits: Limits, clock: Clock, start: Callable[[Held, QueueHeld], None]) -> None:
@@ -204,7 +204,7 @@ class Slots:
         self._stopping = False
 
     def add_queue(self, queue: QueueHeld) -> None:
-        """Hold deliveries of `queue` too."""
+        """Add a queue."""
         self.queues[queue.queue.name] = queue
 
     @property
@@ -214,11 +214,11 @@ class Slots:
 
     @property
     def busy_queues(self) -> set[str]:
-        """The names of the queues of which something runs."""
+        """The names of the queues with running jobs."""
         return {name for name, queue in self.queues.items() if queue.running}
 
     def take(self, held: Held, queue: QueueHeld) -> bool:
-        """Start `held` now, if there is a slot and nothing waits before it; else hold it. Return whether it was started."""
+        """Start `held` now if a slot is free and nothing waits before it, else hold it; return whether it was started."""
         if (
             not queue.count
             and self.running < self._concurrency
@@ -226,13 +226,7 @@ class Slots:
             and not (held.route.in_thread and self._in_threads >= self._threads)
             and (queue.gate is None or self._may_start(queue.gate))
         ):
-            self.running += 1  # nearly all start here: `_give_slot`, written out
-            queue.running += 1
-            if held.route.in_thread:
-                self._in_threads += 1
-            if queue.gate is not None:
-                queue.gate.start()
-            self._start(held, queue)
+            self._give_slot(held, queue)  # nearly always: nothing waits before it
             return True
         held.since = self._clock.monotonic()
         queue.add(held)
@@ -249,13 +243,13 @@ class Slots:
         self._start(held, queue)
 
     def begun(self, queue: QueueHeld) -> None:
-        """Note that a task that was started has begun; only for a queue with a gate."""
+        """Count a started task that has begun; for a queue with a gate."""
         if queue.gate is not None and queue.gate.begin() and queue.count:
-            # once the layers have counted those that have begun, they can be asked again
+            # Only after this turn has the middleware counted the starts, and can be asked again.
             asyncio.get_running_loop().call_soon(self._pump)
 
     def free(self, route: Route, queue: QueueHeld) -> None:
-        """Take a slot back, and start what may start then."""
+        """Free the slot of a delivery, and start what may start now."""
         self.running -= 1
         queue.running -= 1
         if route.in_thread:
@@ -264,7 +258,7 @@ class Slots:
             self._pump()
 
     def _pump(self) -> None:
-        """Start what may start: of all queues, whatever ranks first."""
+        """Start every job that may start, over all queues, in the order of rank."""
         while self.running < self._concurrency and not self._stopping:
             best: tuple[float, QueueHeld, deque[Held]] | None = None
             threads_full = self._in_threads >= self._threads
@@ -284,10 +278,10 @@ class Slots:
                 self._give_slot(held, queue)
         for queue in self.queues.values():
             if queue.gate is not None:
-                queue.gate.forget()  # it was asked, and another queue went first
+                queue.gate.forget()  # the gate was asked, but another queue went first
 
     def _may_start(self, gate: Gate) -> bool:
-        """Whether the readiness of its layers lets a queue start one now; if not, it is asked again when that may have changed."""
+        """Return whether `gate` allows a start now; if not, ask again when the answer may have changed."""
         if gate.left:
             return True
         if gate.coming or gate.timer is not None:
@@ -303,12 +297,12 @@ class Slots:
         self._pump()
 
     def remove(self, unwanted: Callable[[Held], bool]) -> Iterator[Held]:
-        """Take out, and yield, whatever is held and `unwanted`."""
+        """Remove and yield every held delivery that is `unwanted`."""
         for queue in self.queues.values():
             yield from queue.remove(unwanted)
 
     def overdue(self, now: float) -> Iterator[Held]:
-        """Take out, and yield, what has waited for longer than its queue's `hold_s`; `now` in the clock's monotonic seconds."""
+        """Remove and yield the deliveries that have waited longer than their queue's `hold_s`; `now` is in the clock's monotonic seconds."""
         for queue in self.queues.values():
             yield from queue.overdue(now)
 
@@ -321,5 +315,5 @@ class Slots:
 
 
 def in_arrival_order(held: Iterable[Held]) -> list[Held]:
-    """Return what was held, oldest first."""
+    """Return the held deliveries, oldest first."""
     return sorted(held, key=lambda one: one.since)

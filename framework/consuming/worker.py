@@ -1,4 +1,4 @@
-"""A worker: what consumes an app's queues, until its block is left. The command, an embedded worker and tests run this one."""
+"""A worker: consumes an app's queues until its block is left. The command, embedded workers and tests all use it."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ from .slots import Limits
 logger = logging.getLogger("leveret.worker")
 
 GRACE_S = 30.0
-"""How long a stopping worker waits for its handlers, unless told otherwise."""
+"""The default of the grace: the seconds that a stopping worker waits for its handlers."""
 
 
 class Service(Protocol):
-    """What a worker needs of an app."""
+    """The part of an app that a worker needs."""
 
     @property
     def name(self) -> str:
-        """For errors."""
+        """The app's name, for errors."""
         ...
 
     @property
     def layers(self) -> tuple[AnyLayer, ...]:
-        """Those round everything, first is outermost."""
+        """The app's middleware; the first is outermost."""
         ...
 
     @property
     def lifespan(self) -> Callable[[], AbstractAsyncContextManager[Any]] | None:
-        """What is entered once, and gives the attempts their resources."""
+        """The context manager that is entered once per process; it yields the resources of the attempts."""
         ...
 
     @property
     def around_sync(self) -> Callable[[], AbstractContextManager[object]] | None:
-        """What is entered round each `def` handler, in its thread."""
+        """The context manager that is entered around each `def` handler, in its thread."""
         ...
 
     def import_modules(self) -> None:
-        """Import what registers handlers."""
+        """Import the modules that register handlers."""
         ...
 
     def handlers(self, queues: Sequence[str] = ()) -> list[Handler]:
-        """Return the handlers of `queues`; none given: of all."""
+        """Return the handlers of `queues`; of all queues if `queues` is empty."""
         ...
 
     def runtime(self) -> Runtime:
-        """Return the clock, chance and settings of a process of it."""
+        """Return the clock, the random generator and the settings of a process of the app."""
         ...
 
     def broker_url(self) -> str | None:
-        """Return where the broker is, for errors."""
+        """Return the broker's URL, for errors."""
         ...
 
     def open_broker(self, runtime: Runtime) -> Broker:
@@ -72,17 +72,17 @@ class Service(Protocol):
         ...
 
     def sender(self, broker: Broker, runtime: Runtime) -> Sender:
-        """Make what sends the jobs that handlers publish."""
+        """Make the sender of the jobs that handlers publish."""
         ...
 
 
 class Working(msgspec.Struct):
-    """A worker that runs: what it consumes with, and how it ended."""
+    """A running worker: its consumer and consumption, and how it ended."""
 
     consumer: Consumer
     consumption: Consumption
     drained: bool = True
-    """After the end: whether everything finished within the grace."""
+    """Whether every job finished within the grace; set at the end."""
 
 
 @asynccontextmanager
@@ -97,19 +97,16 @@ async def working(
     lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
     observe: Callable[[Ended], None] | None = None,
 ) -> AsyncGenerator[Working, None]:
-    """Run a worker of `app` until the block is left, which drains it: the one core of the command, of an embedded worker and of tests.
-
-    Setting `hurry` ends the grace.
-    """
+    """Run a worker of `app` until the block is left, and then drain it. Setting `hurry` ends the grace early."""
     app.import_modules()
     handlers = app.handlers(queues)
     if not handlers:
-        msg = f"app {app.name!r} has no handler; list the modules that have them in App(modules=[…])"
+        msg = f"app {app.name!r} has no handler; list the modules that have handlers in App(modules=[…])"
         raise ConfigurationError(msg)
     runtime = runtime or app.runtime()
     broker = app.open_broker(runtime)
     if runtime.processes > 1 and not broker.features().shared:
-        msg = f"the broker {redact(app.broker_url() or '')} lives inside one process: it can't serve --processes {runtime.processes}"
+        msg = f"the broker {redact(app.broker_url() or '')} lives inside one process and can't serve --processes {runtime.processes}"
         raise ConfigurationError(msg)
     for handler in handlers:
         check_limits(handler, broker.features(handler.queue))
@@ -131,8 +128,8 @@ async def working(
             observe=observe,
         )
         stack.callback(publisher.close)
-        # though its first queue may have delivered
-        stack.push_async_callback(consumer.cut_off, "it didn't get to its start")
+        # If a later queue fails to open, the first one may already have delivered.
+        stack.push_async_callback(consumer.cut_off, "the worker couldn't start")
         consumption = await broker.consume(consumer.subscriptions, consumer)
         stack.push_async_callback(consumption.close)
         work = Working(consumer, consumption)
@@ -155,9 +152,9 @@ async def _embedded(app: Service, queues: Sequence[str]) -> AsyncGenerator[None,
 
 def _say_failed(failed: asyncio.Future[None]) -> None:
     if not failed.cancelled() and (error := failed.exception()) is not None:
-        logger.critical("the embedded worker takes nothing more: %s", redact(str(error)))
+        logger.critical("the embedded worker can't consume any more: %s", redact(str(error)))
 
 
 def embedded(app: Service, queues: Sequence[str]) -> AbstractAsyncContextManager[None, None]:
-    """Return what `App.worker` gives."""
+    """Return the context manager of `App.worker`."""
     return cast("AbstractAsyncContextManager[None, None]", _embedded(app, queues))

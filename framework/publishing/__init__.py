@@ -1,1 +1,1 @@
-"""job → envelope → the publish layers → the broker, confirmed."""
+"""job → envelope → publishing middleware → broker, confirmed."""

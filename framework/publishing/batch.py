@@ -1,4 +1,4 @@
-"""Many jobs at once: pipelined, a bounded number unconfirmed, each with a result of its own."""
+"""Publish many jobs at once: pipelined, with a bounded number unconfirmed, and one result per job."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .sender import Sender
 
 _WINDOW = 1000
 _REFILL = 700
-"""A full window is filled again once no more are unconfirmed: waking up for each confirm would cost a turn of the loop each."""
+"""A full window is filled again when this many are unconfirmed; a wake-up per confirm would cost a turn of the loop per job."""
 _WINDOW_BYTES = 16 << 20
-"""Most bytes of bodies that wait in tasks of their own: 1000 large ones would fill the memory."""
+"""The maximum of bytes in the bodies of jobs that have a task; 1000 large bodies would fill the memory."""
 
 
 def _is_posted(result: Receipt | PublishError | Posted | None) -> TypeIs[Posted]:
@@ -29,21 +29,21 @@ def _is_posted(result: Receipt | PublishError | Posted | None) -> TypeIs[Posted]
 
 
 class Batch:
-    """Many jobs at once: pipelined, a bounded number unconfirmed, each with a result of its own."""
+    """One call of `publish_many`."""
 
     def __init__(self, sender: Sender, deadline: float) -> None:
         self._sender = sender
         self._deadline = deadline
         self._results: list[Receipt | PublishError | Posted | None] = []
-        """Of each job: what became of it; `Posted` while that isn't known, None while it has a task of its own."""
+        """The result of each job: `Posted` until the result is known, None while the job has a task."""
         self._known = 0
-        """Results before it hold no `Posted`."""
+        """No result before this index is a `Posted`."""
         self._flying: set[asyncio.Task[None]] = set()
         self._flying_bytes = 0
         self._room: asyncio.Future[None] | None = None
 
     async def publish(self, jobs: Iterable[Job | Outgoing]) -> list[Receipt]:
-        """Publish `jobs`; receipts in order, or `PublishManyError`."""
+        """Publish `jobs`, and return the receipts in order. Raises `PublishManyError` if any job failed."""
         sender, results, deadline = self._sender, self._results, self._deadline
         post, plain = sender.bare, OutgoingOptions()
         try:
@@ -51,7 +51,9 @@ class Batch:
                 job, options = (item.job, item.options) if isinstance(item, Outgoing) else (item, plain)
                 try:
                     if time.monotonic() >= deadline:
-                        msg = "it wasn't sent: the time was over, which timeout_s of publish_many gives to all its jobs together"
+                        msg = (
+                            "the job wasn't sent: the timeout_s of publish_many, which is for all of its jobs, was over"
+                        )
                         raise PublishTimeout(msg, job_id=options.get("job_id"), maybe_published=False)
                     envelope = sender.envelope(job, options, deadline)
                     sent = sender.post(envelope) if post else None
@@ -75,10 +77,11 @@ class Batch:
         return cast("list[Receipt]", results)
 
     async def _until(self, last: int) -> None:
-        """Wait until all that were posted are known, up to index `last`; those after it that have ended are taken along."""
+        """Wait until the results of all posted jobs up to index `last` are known; collect later ones that are known too."""
         results, at = self._results, self._known
         if at <= last and _is_posted(sent := results[last]):
-            await sent.wait()  # first, since those before it have mostly ended by then: one turn of the loop for all
+            # The last one first: most of the others have ended by then, so that one turn of the loop is enough.
+            await sent.wait()
         while at < len(results):
             sent = results[at]
             if _is_posted(sent):
@@ -91,7 +94,7 @@ class Batch:
         self._known = at
 
     async def _fly(self, index: int, envelope: Envelope) -> None:
-        """Send one in a task of its own."""
+        """Send `envelope` in a task, once there is room for one more."""
         size = len(envelope.body)
         if len(self._flying) >= _WINDOW or (self._flying and self._flying_bytes + size > _WINDOW_BYTES):
             self._room = asyncio.get_running_loop().create_future()
@@ -107,7 +110,7 @@ class Batch:
             self._results[index] = await self._sender.send(envelope)
         except PublishError as error:
             self._results[index] = error
-        except Exception as error:  # noqa: BLE001 - a user's layer: one job's failure, not everyone's
+        except Exception as error:  # noqa: BLE001 - an error of a user's middleware must fail one job, not all
             failed = PublishError(f"{envelope.job}: {type(error).__name__}: {error}", job_id=envelope.job_id)
             failed.__cause__ = error
             self._results[index] = failed

@@ -1,4 +1,4 @@
-"""A thin, blocking face on the same publisher: one background thread with its own loop a process."""
+"""A thin blocking wrapper of `Publisher`: one background thread with an event loop per process."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 FLUSH_S = 5.0
-"""How long `close()` and the interpreter's exit wait for what is on its way."""
+"""Seconds that `close()` and the interpreter's exit wait for publishes in progress."""
 _MARGIN_S = 1.0
 
 
 class _Thread:
-    """The process's one background loop; made anew after a fork, since threads don't cross it."""
+    """The background loop of the process; made again after a fork, because threads don't survive one."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -43,7 +43,7 @@ class _Thread:
         self.loop.run_forever()
 
     def submit(self, make: Callable[[], Awaitable[_T]]) -> Future[_T]:
-        """Run `make()` on the loop, in a copy of the caller's context: correlation and trace are inherited."""
+        """Run `make()` on the loop, in a copy of the caller's context, so that jobs inherit its correlation id and trace."""
 
         async def run() -> _T:
             return await make()
@@ -56,7 +56,7 @@ _thread: _Thread | None = None
 
 
 def _background() -> _Thread:
-    global _thread  # noqa: PLW0603 - one thread a process is the point
+    global _thread  # noqa: PLW0603 - one thread per process is the purpose
     with _lock:
         if _thread is None or _thread.pid != os.getpid():
             _thread = _Thread()
@@ -64,7 +64,7 @@ def _background() -> _Thread:
 
 
 def _new_lock() -> None:
-    # in a child a lock that another thread held at the fork would stay locked for ever
+    # A lock that another thread held at the fork would stay locked in the child for ever.
     global _lock  # noqa: PLW0603
     _lock = threading.Lock()
 
@@ -88,7 +88,7 @@ class _Opened:
         self.publisher = self.thread.submit(enter).result(FLUSH_S)
 
     def close(self) -> None:
-        # outside of this process (after a fork) there is nothing of ours to close
+        # After a fork, the parent owns the connection.
         if self.pid != os.getpid():
             return
         for future in tuple(self.flying):
@@ -100,10 +100,10 @@ class _Opened:
 
 @final
 class BlockingPublisher:
-    """Publishes from threads and `def` code; no set-up, `close()` and `with` are optional.
+    """Publishes from threads and `def` code; without set-up, `close()` and `with` are optional.
 
-    A module's variable: nothing starts before the first use, it may be used from many threads, and it starts anew
-    after `fork` (gunicorn's prefork). In an `async def` use `App.publisher` instead: this one blocks the loop.
+    Keep it in a variable of a module. It starts at the first use, and again after a `fork` (gunicorn's prefork). Many
+    threads may share it. In an `async def`, use `App.publisher` instead: a `BlockingPublisher` blocks the event loop.
     """
 
     def __init__(self, make: Callable[[], AbstractAsyncContextManager[Publisher, None]]) -> None:
@@ -121,7 +121,7 @@ class BlockingPublisher:
         self.close()
 
     def close(self) -> None:
-        """Flush within a deadline; exit does it too. A later publish opens it again."""
+        """Flush within a deadline, as the interpreter's exit does. A later publish opens the publisher again."""
         opened, self._opened = self._opened, None
         atexit.unregister(self.close)
         if opened is not None:
@@ -142,19 +142,19 @@ class BlockingPublisher:
         except RuntimeError as error:
             if threading.main_thread().is_alive():
                 raise
-            # in an atexit handler: Python starts no thread any more, be it ours or that which looks up a host's name
-            msg = f"nothing was sent, the interpreter exits: {error}; publish before the main thread ends, not first in an atexit handler"
+            # In an atexit handler, Python starts no more threads: neither ours nor the one that resolves host names.
+            msg = f"nothing was sent, because the interpreter exits ({error}); publish before the main thread ends, not only in an atexit handler"
             raise BrokerUnavailable(msg, job_id=job_id) from error
 
     def _wait(self, make: Callable[[Publisher], Awaitable[_T]], timeout_s: float, job_id: str | None) -> _T:
         opened = self._ready()
         if asyncio._get_running_loop() is opened.thread.loop:
-            msg = "the blocking publisher was called on its own loop, from a publish layer; it would wait for itself"
+            msg = "middleware called the blocking publisher on that publisher's own event loop, where it would wait for itself; use app.publisher() there"
             raise RuntimeError(msg)
         future = opened.thread.submit(lambda: make(opened.publisher))
         opened.flying.add(future)
         future.add_done_callback(opened.flying.discard)
-        # a timeout_s that is no number is refused by the publisher itself, at once
+        # The publisher raises at once for a timeout_s that isn't a number.
         limit = timeout_s + _MARGIN_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else FLUSH_S  # pyright: ignore[reportUnnecessaryIsInstance]
         try:
             return future.result(limit)
@@ -162,11 +162,11 @@ class BlockingPublisher:
             if future.done():
                 raise
             future.cancel()
-            msg = "no answer from the publishing thread within timeout_s; a publish layer may be blocking it"
+            msg = "the publishing thread didn't answer within timeout_s; look for middleware whose publish() blocks"
             raise PublishTimeout(msg, job_id=job_id, maybe_published=True) from None
 
     def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
-        """As `Publisher.publish`, blocking."""
+        """Publish `job` and block until the publish is confirmed; otherwise as `Publisher.publish`."""
         return self._call(
             lambda publisher: publisher.publish(job, **options),
             options.get("timeout_s", TIMEOUT_S),
@@ -174,5 +174,5 @@ class BlockingPublisher:
         )
 
     def publish_many(self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0) -> list[Receipt]:
-        """As `Publisher.publish_many`, blocking."""
+        """Publish `jobs` and block until the publishes are confirmed; otherwise as `Publisher.publish_many`."""
         return self._call(lambda publisher: publisher.publish_many(jobs, timeout_s=timeout_s), timeout_s)

@@ -1,4 +1,4 @@
-"""job + options → envelope → the publish layers → the broker, confirmed."""
+"""job + options → envelope → publishing middleware → broker, confirmed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger("leveret.publisher")
 
 MAX_ID_BYTES = 200
 _MOST_S = 1e10
-"""300 years; as milliseconds since 1970 it still fits into 64 bits."""
+"""About 300 years; a time so far from now still fits into 64 bits as milliseconds since 1970."""
 
 
 def seconds_of(name: str, value: object, *, zero: bool = False) -> float:
-    """Return `value`, the option `name`, as seconds; InvalidJob for what isn't above 0 (with `zero`: at least 0) and finite."""
+    """Return `value`, the option `name`, as seconds. Raises InvalidJob unless it is above 0 (with `zero`: at least 0) and finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"{name} is a number of seconds, not {value!r}"
+        msg = f"{name} must be a number of seconds, not {value!r}"
         raise InvalidJob(msg)
     if not (value >= 0 if zero else value > 0) or value > _MOST_S:
         msg = f"{name} must be {'at least' if zero else 'above'} 0 and at most {_MOST_S:g}, not {value}"
@@ -44,30 +44,29 @@ def _never() -> bool:
 
 
 class _Contract:
-    """What is looked up once a job class: its specification and its decoder."""
+    """The specification and the decoder of a job class, looked up once per class."""
 
     __slots__ = ("decoder", "spec")
 
     def __init__(self, job: Job) -> None:
         spec = spec_of(type(job))
         if spec is None:
-            msg = f"{type(job).__name__} is abstract: it names no job and no queue, so it can't be published"
+            msg = f"{type(job).__name__} is abstract and can't be published; give the class a name= and a queue="
             raise InvalidJob(msg)
         self.spec = spec
         try:
             self.decoder = codec.Decoder(type(job))
-        except (
-            Exception
-        ) as error:  # a type that is imported for the type checker only, a union that msgspec can't tell apart
-            msg = f"{spec.name}: no body of {type(job).__name__} could be decoded: {error}"
+        # A type that is only imported under TYPE_CHECKING, for example, or a union that msgspec can't decode.
+        except Exception as error:
+            msg = f"{spec.name}: a worker can't decode {type(job).__name__}: {error}"
             raise InvalidJob(msg) from error
 
 
 class Sender:
-    """Makes envelopes and sends them: what `Publisher`, the cron publisher and the consumer share.
+    """Makes envelopes and sends them; `Publisher`, the cron publisher and the consumer share it.
 
-    A confirmed publish is durable where the broker is; one that raises `PublishTimeout(maybe_published=True)` may be
-    there, and is safe to repeat under the same id: at least once.
+    A confirmed publish is durable if the broker is. A publish that raises `PublishTimeout(maybe_published=True)` may have
+    arrived; it is safe to repeat under the same id (at least once).
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Sender:
         self._send = fold_publish(publishing, self._to_broker)
 
     async def publish(self, job: Job, options: OutgoingOptions, timeout_s: float) -> Receipt:
-        """Publish one job; raises a `PublishError`."""
+        """Publish one job. Raises `PublishError`."""
         envelope = self.envelope(job, options, time.monotonic() + seconds_of("timeout_s", timeout_s))
         if not self.bare or (sent := self.post(envelope)) is None:
             return await self.send(envelope)
@@ -102,11 +101,11 @@ class Sender:
         return Receipt(sent.job_id)
 
     def envelope(self, job: Job, options: OutgoingOptions, deadline: float) -> Envelope:
-        """Return what will be sent for `job`, or raise InvalidJob or MessageTooLarge: nothing wrong leaves the process."""
+        """Return the envelope of `job`. Raises InvalidJob or MessageTooLarge, so that no wrong job leaves the process."""
         if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"a job is published, not {job!r:.80}" + (
-                ": options go into publish itself" if isinstance(job, Outgoing) else ""
-            )
+            given = f"the class {job.__name__}" if isinstance(job, type) else type(job).__name__
+            hint = "; pass its options to publish() as keywords" if isinstance(job, Outgoing) else ""
+            msg = f"publish() takes a Job instance, not {given}{hint}"
             raise InvalidJob(msg)
         contract = self._contracts.get(type(job))
         if contract is None:
@@ -116,7 +115,7 @@ class Sender:
             known = self._queues.setdefault(queue.name, queue)
             if known != queue:
                 del self._contracts[type(job)]
-                msg = f"job {contract.spec.name}: {queue!r} and {known!r} are one queue with two definitions; share one Queue"
+                msg = f"job {contract.spec.name}: {queue!r} and {known!r} are two definitions of the same queue; use the same Queue object for both"
                 raise InvalidJob(msg)
         spec = contract.spec
         try:
@@ -124,7 +123,7 @@ class Sender:
         except PublishError as error:
             error.args = (f"{spec.name} to queue {spec.queue.name}: {error}",)
             raise
-        except (ValueError, TypeError, OverflowError) as error:  # text that isn't Unicode, a moment before the year 1
+        except (ValueError, TypeError, OverflowError) as error:  # text that isn't Unicode, a time before the year 1
             msg = f"{spec.name} to queue {spec.queue.name}: {error}"
             raise InvalidJob(msg) from error
 
@@ -135,22 +134,22 @@ class Sender:
         if job_id is None:
             job_id = new_job_id()
         elif not isinstance(job_id, str) or not 0 < len(job_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"job_id is a text of 1 to {MAX_ID_BYTES} bytes, not {job_id!r:.80}"
+            msg = f"job_id must be a str of 1 to {MAX_ID_BYTES} bytes, not {job_id!r:.80}"
             raise InvalidJob(msg)
         if (priority := options.get("priority")) is None:
             priority = spec.priority
         if priority is not spec.priority and priority not in spec.queue.levels:
             if isinstance(priority, Priority):  # pyright: ignore[reportUnnecessaryIsInstance]
-                msg = f"{spec.queue!r} takes no priority but NORMAL"
+                msg = f"{spec.queue!r} takes only the priority NORMAL, not {priority.name}"
             else:
-                msg = f"priority is a Priority, not {priority!r}"
+                msg = f"priority must be a Priority, not {priority!r}"
             raise InvalidJob(msg, job_id=job_id)
         body = self._encoded(job, contract, job_id)
         delay_s = self._delay_s(options, now, spec.queue) if "delay_s" in options or "at" in options else 0.0
         expires_s = options.get("expires_s")
         expires_s = spec.expires_s if expires_s is None else seconds_of("expires_s", expires_s)
         if expires_s is not None and expires_s <= delay_s:
-            msg = f"it would expire after {expires_s:g} s, before its delay of {delay_s:g} s is over"
+            msg = f"the job would expire after {expires_s:g} s, before its delay of {delay_s:g} s is over"
             raise InvalidJob(msg, job_id=job_id)
         try:
             headers: Mapping[str, object] = check_headers(given) if (given := options.get("headers")) else {}
@@ -161,7 +160,7 @@ class Sender:
         if correlation_id is None:
             correlation_id = None if running is None else running.envelope.correlation_id or running.job_id
         elif not isinstance(correlation_id, str) or not 0 < len(correlation_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"correlation_id is a text of 1 to {MAX_ID_BYTES} bytes, not {correlation_id!r:.80}"
+            msg = f"correlation_id must be a str of 1 to {MAX_ID_BYTES} bytes, not {correlation_id!r:.80}"
             raise InvalidJob(msg, job_id=job_id)
         return Envelope(
             job_id=job_id,
@@ -185,14 +184,14 @@ class Sender:
         try:
             body = self._encode(job)
         except Exception as error:
-            msg = f"it can't be encoded: {error}"
+            msg = f"the job can't be encoded: {error}"
             raise InvalidJob(msg, job_id=job_id) from error
         if len(body) > settings.max_body_bytes:
-            msg = f"its body has {len(body)} bytes, the limit is {settings.max_body_bytes}; put the data elsewhere and send a reference"
+            msg = f"the body has {len(body)} bytes, the limit is {settings.max_body_bytes}; store the data elsewhere and send a reference"
             raise MessageTooLarge(msg, job_id=job_id, size_bytes=len(body), limit_bytes=settings.max_body_bytes)
         if len(body) > settings.warn_body_bytes:
             logger.warning(
-                "job %s %s has a body of %d bytes; brokers are slow with large ones",
+                "job %s %s has a body of %d bytes; large bodies slow a broker down",
                 contract.spec.name,
                 job_id,
                 len(body),
@@ -209,22 +208,22 @@ class Sender:
         delay_s = 0.0 if given_s is None else seconds_of("delay_s", given_s, zero=True)
         if at is not None:
             if given_s is not None:
-                msg = "delay_s and at exclude each other"
+                msg = "delay_s and at exclude each other; give one of them"
                 raise InvalidJob(msg)
             if not isinstance(at, datetime) or at.utcoffset() is None:  # pyright: ignore[reportUnnecessaryIsInstance]
-                msg = f"at is an aware datetime (with a time zone), not {at!r}"
+                msg = f"at must be an aware datetime (with a time zone), not {at!r}"
                 raise InvalidJob(msg)
             delay_s = max(0.0, at.timestamp() - now)
         if delay_s and delay_s > (limit_s := self._broker.features(queue).max_delay_s):
-            msg = f"a delay of {delay_s:g} s is above {limit_s / 86_400:g} days"
+            msg = f"the delay of {delay_s:g} s is above the limit of {limit_s / 86_400:g} days"
             raise InvalidJob(msg)
         return delay_s
 
     async def send(self, envelope: Envelope) -> Receipt:
-        """Send an envelope through the publish layers."""
+        """Send an envelope through the publishing middleware."""
         limit = self._settings.max_header_bytes
         if envelope.headers and (size := header_bytes(pack_headers(envelope))) > limit:
-            msg = f"{envelope.job} to queue {envelope.queue}: its headers have {size} bytes, the limit is {limit}"
+            msg = f"{envelope.job} to queue {envelope.queue}: the headers have {size} bytes, the limit is {limit}"
             raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=size, limit_bytes=limit)
         return await self._send(envelope)
 
@@ -236,12 +235,12 @@ class Sender:
         return Receipt(envelope.job_id)
 
     def post(self, envelope: Envelope) -> Posted | None:
-        """Send an envelope without a task, where nothing has to be waited for and no layer stands in between; None: use `send`."""
+        """Send an envelope without a task if it can be sent at once; None: nothing was sent, use `send`. Call it only while `bare`."""
         if envelope.due_ms is not None or envelope.headers:
             return None
         return self._broker.post(self._queues[envelope.queue], envelope)
 
     @property
     def bare(self) -> bool:
-        """Whether nothing stands between an envelope and the broker now, so that `post` may be tried."""
+        """Whether no middleware has anything to do for a publish now, so that `post` may be tried."""
         return self._observe is None and all(passes() for passes in self._passes)

@@ -5,7 +5,7 @@
         await lab.drain()
         assert [run.number for run in lab.attempts(receipt.job_id)] == [1, 2, 3]
 
-Jobs are encoded, queued, delivered, retried and buried for real; only time and the broker's process are played.
+Jobs are really encoded, queued, delivered, retried and buried; only time and the broker are simulated.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from ..schemes import broker_module
 _R = TypeVar("_R")
 
 STUCK_S = 30.0
-"""Real seconds after which `drain` gives up on a handler that doesn't end."""
+"""Real seconds after which `drain` raises for a handler that doesn't end."""
 MOST_RUNS = 100_000
-"""Runs after which `drain` gives up: a job that snoozes for ever."""
+"""Runs after which `drain` raises: a job snoozes for ever."""
 
 
 class _State(Protocol):
@@ -59,7 +59,7 @@ class _Store(Protocol):
 
 
 class _Memory(Protocol):
-    """What is used of `leveret.brokers.memory`; looked up by scheme, since this folder imports no broker."""
+    """The part of `leveret.brokers.memory` that the lab uses; looked up by scheme, because this folder imports no broker."""
 
     def MemoryStore(self) -> _Store: ...  # noqa: N802 - a class there
     def MemoryBroker(self, store: _Store, runtime: Runtime) -> Broker: ...  # noqa: N802
@@ -70,14 +70,14 @@ def _memory() -> _Memory:
 
 
 class Published(msgspec.Struct, frozen=True):
-    """One job that was published while the lab ran."""
+    """A job that was published while the lab ran."""
 
     job: Job
     envelope: Envelope
 
 
 class Run(msgspec.Struct, frozen=True):
-    """One attempt that ended; `error` is what the handler raised, if it did."""
+    """An attempt that ended; `error` is the exception of the handler, or None."""
 
     job: Job
     envelope: Envelope
@@ -88,7 +88,7 @@ class Run(msgspec.Struct, frozen=True):
 
 @final
 class Lab:
-    """What `running` gives: publish, let time pass, look."""
+    """The lab of `running`: publishes jobs, moves the time, shows the runs."""
 
     def __init__(self, clock: ManualClock, store: _Store) -> None:
         self._clock = clock
@@ -100,39 +100,39 @@ class Lab:
 
     @property
     def published(self) -> Sequence[Published]:
-        """Everything published so far, in order; retries and snoozes of a job don't count."""
+        """The jobs published so far, in order, without retries and snoozes."""
         return tuple(self._published)
 
     @property
     def done(self) -> Sequence[Run]:
-        """Runs that ended well, in order."""
+        """The runs that were done, in order."""
         return tuple(run for run in self._runs if isinstance(run.outcome, Done))
 
     @property
     def buried(self) -> Sequence[Run]:
-        """Runs after which the job was buried, in order."""
+        """The runs after which the job was buried, in order."""
         return tuple(run for run in self._runs if isinstance(run.outcome, Bury))
 
     def attempts(self, job_id: str, /) -> Sequence[Run]:
-        """Every run of that job, in order; empty for an unknown id."""
+        """Return the runs of a job, in order; empty for an unknown id."""
         return tuple(run for run in self._runs if run.envelope.job_id == job_id)
 
     def advance(self, seconds: float, /) -> None:
-        """Move the clock; what falls due runs at the next `drain`."""
+        """Move the clock; jobs that fall due run at the next `drain`."""
         self._clock.advance(seconds)
 
     async def drain(self) -> None:
-        """Run until no job is left, retry waits and snoozes included: the clock moves to whatever is due next.
+        """Run until no job is left, including retries and snoozes: the clock moves to the next due time again and again.
 
-        RuntimeError for a handler that doesn't end within 30 real seconds, or a job that comes again for ever. A job
-        of a queue that this app has no handler for stays where it is.
+        Raises RuntimeError for a handler that doesn't end within 30 real seconds, and for a job that snoozes or retries for
+        ever. Jobs of queues without a handler in this app stay in their queues.
         """
         consumer = cast("Consumer", self._consumer)
         begun = len(self._runs)
         while True:
             await self._settle(consumer)
             if len(self._runs) - begun > MOST_RUNS:
-                msg = f"drain: {MOST_RUNS} runs and no end; does a job snooze or retry for ever?"
+                msg = f"drain: {MOST_RUNS} runs without an end; look for a job that snoozes or retries for ever"
                 raise RuntimeError(msg)
             state = self._store.state(self._clock)
             waits = [wait for wait in (state.next_due_in_s, self._clock.next_due_in_s()) if wait is not None]
@@ -141,7 +141,7 @@ class Lab:
             self._clock.advance(min(waits))
 
     async def _settle(self, consumer: Consumer) -> None:
-        """Let the loop turn until nothing moves but with the clock."""
+        """Let the loop run until only the clock could start something."""
         quiet, version, moved = 0, -1, time.monotonic()
         while quiet < 5:
             await asyncio.sleep(0)
@@ -152,16 +152,18 @@ class Lab:
             elif waits:
                 quiet += 1
             elif time.monotonic() - moved > STUCK_S:
-                msg = f"drain: {consumer.running} handlers run for over {STUCK_S:g} s; do they wait for something that never comes?"
+                msg = (
+                    f"drain: {consumer.running} handlers still run after {STUCK_S:g} s; look for a wait that never ends"
+                )
                 raise RuntimeError(msg)
             else:
-                # a handler waits for something real: a thread, a socket
+                # a handler waits for something outside of the clock, such as a thread or a socket
                 changed = asyncio.ensure_future(consumer.changed())
                 await asyncio.wait([changed], timeout=0.01)
                 changed.cancel()
 
     async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
-        """As `Publisher.publish`, on the memory broker."""
+        """Publish `job` to the memory broker; otherwise as `Publisher.publish`."""
         return await cast("Publisher", self._publisher).publish(job, **options)
 
     def _on_published(self, job: Job, envelope: Envelope) -> None:
@@ -197,9 +199,10 @@ async def _running(app: App[Any], resources: Any) -> AsyncGenerator[Lab, None]:
 
 
 def running(app: App[_R], *, resources: _R = _UNSET) -> AbstractAsyncContextManager[Lab, None]:
-    """Run `app` with `resources` in the place of its lifespan's; left out, the lifespan runs.
+    """Run `app` in a lab, with `resources` instead of those of its lifespan; without `resources`, the lifespan runs.
 
-    Publishers of `app`, the blocking one too, are captured meanwhile. Leaving it cuts off what still runs.
+    Meanwhile all publishers of `app`, including blocking ones, publish to the lab. Leaving the block cuts off jobs that still
+    run, after a grace of 1 s.
     """
     return cast("AbstractAsyncContextManager[Lab, None]", _running(app, resources))
 
@@ -209,9 +212,9 @@ def attempt(*, number: int = 1) -> Attempt[None]: ...
 @overload
 def attempt(*, resources: _R, number: int = 1) -> Attempt[_R]: ...
 def attempt(*, resources: Any = None, number: int = 1) -> Attempt[Any]:
-    """Make an attempt for calling a handler directly; what it publishes goes to a memory broker of its own."""
+    """Make an attempt to call a handler with; jobs that the handler publishes go to a separate memory broker."""
     if number < 1:
-        msg = f"attempt: number is 1 for the first run, not {number}"
+        msg = f"attempt: number must be at least 1, the first run, not {number}"
         raise ConfigurationError(msg)
     runtime = Runtime(app="test", clock=ManualClock())
     memory = _memory()
@@ -221,4 +224,4 @@ def attempt(*, resources: Any = None, number: int = 1) -> Attempt[Any]:
 
 
 class _TestedJob(Job, name="test.attempt", queue=Queue("test")):
-    """Stands for the job of an attempt that a test made."""
+    """The job of an attempt that a test made."""

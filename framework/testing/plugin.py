@@ -1,4 +1,4 @@
-"""The fixture `leveret_running`: `leveret.testing.running`, which the test's end checks was left."""
+"""The pytest fixture `leveret_running`: `leveret.testing.running`, with a check that the test has left every lab."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def leveret_running() -> Generator[Callable[..., AbstractAsyncContextManager[Lab, None]], None, None]:
-    """Run an app in a test, under any asynchronous plugin, with `async with`; the same as `leveret.testing.running`.
+    """Run an app in a test with `async with`, under any plugin for asynchronous tests, as `leveret.testing.running` does.
 
-    A lab that was entered and not left would capture the app's publishers for the tests after it: that fails the test.
+    A lab that the test doesn't leave would capture the app's publishers in later tests, so the fixture fails the test.
     """
     from .lab import running
 
@@ -30,4 +30,4 @@ def leveret_running() -> Generator[Callable[..., AbstractAsyncContextManager[Lab
     yield run
     for app in apps:
         if app.is_captured:
-            pytest.fail(f"a lab of app {app.name!r} was entered and not left")
+            pytest.fail(f"the test entered a lab of app {app.name!r} and didn't leave it; use async with")

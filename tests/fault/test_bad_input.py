@@ -34,7 +34,12 @@ BAD: dict[str, tuple[bytes, str, str, dict[str, Any]]] = {
     "wrong-shape": (b'{"seconds": "long"}', "Expected `float`, got `str`", "note", {}),
     "another-shape": (b'["a list"]', "Expected `object`, got `array`", "note", {}),
     "NaN": (b'{"seconds": NaN}', "the body can't be decoded as Note", "note", {}),
-    "unknown-name": (b'{"who": "knows"}', "no handler here knows the job 'order.unknown'", "order.unknown", {}),
+    "unknown-name": (
+        b'{"who": "knows"}',
+        "this worker has no handler for the job 'order.unknown'",
+        "order.unknown",
+        {},
+    ),
     "no-name": (b'{"no": "name"}', "no job name", "", {}),
     "empty": (b"", "the body can't be decoded as Note", "note", {}),
     "content-type": (b"<note/>", "content type 'text/xml'", "note", {"content_type": "text/xml"}),
@@ -76,7 +81,7 @@ BAD: dict[str, tuple[bytes, str, str, dict[str, Any]]] = {
     "post-init": (b'{"n": 13}', "KeyError: 'thirteen brings bad luck'", "picky", {}),
     "a-name-that-forges-a-log-line": (
         b'{"forged": 1}',
-        "no handler here knows",
+        "this worker has no handler for the job",
         "note\n2026-01-01 INFO all is well\x1b[2J",
         {},
     ),

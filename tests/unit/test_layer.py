@@ -88,27 +88,30 @@ def test_each_optional_method_of_a_wrong_shape_is_refused_when_the_app_is_made(
     with pytest.raises(ConfigurationError) as refused:
         make_app(own(**{name: function}))
 
-    assert str(refused.value) == f"app 'own': the middleware Named: {name} isn't `{shape}`"
+    assert str(refused.value) == f"app 'own': the middleware Named: {name} must be `{shape}`"
 
 
 @pytest.mark.parametrize(
     ("members", "says"),
     [
-        ({"starts_per_s": "many"}, "starts_per_s is a finite number (starts per second) or None, not 'many'"),
-        ({"starts_per_s": True}, "starts_per_s is a finite number (starts per second) or None, not True"),
-        ({"starts_per_s": -1}, "starts_per_s is a finite number (starts per second) or None, not -1"),
-        ({"starts_per_s": float("inf")}, "starts_per_s is a finite number (starts per second) or None, not inf"),
-        ({"starts_per_s": _returns(1.0)}, "starts_per_s is a finite number (starts per second) or None, not <bound"),
+        ({"starts_per_s": "many"}, "starts_per_s must be a finite number >= 0 or None, not 'many'"),
+        ({"starts_per_s": True}, "starts_per_s must be a finite number >= 0 or None, not True"),
+        ({"starts_per_s": -1}, "starts_per_s must be a finite number >= 0 or None, not -1"),
+        ({"starts_per_s": float("inf")}, "starts_per_s must be a finite number >= 0 or None, not inf"),
+        ({"starts_per_s": _returns(1.0)}, "starts_per_s must be a finite number >= 0 or None, not <bound"),
         ({"starts_per_s": property(_raises)}, "starts_per_s raises KeyError: 'there is no such setting'"),
         ({"facts": _returns(None)}, "facts() returns NoneType, not LayerFacts"),
         ({"facts": _returns({"limit_s": 30})}, "facts() returns dict, not LayerFacts"),
         ({"facts": _raises}, "facts() raises KeyError: 'there is no such setting'"),
-        ({"facts": lambda _: RetryWaits(max_attempts=3)}, "facts() raises ValueError: RetryWaits: 3 attempts need"),
+        (
+            {"facts": lambda _: RetryWaits(max_attempts=3)},
+            "facts() raises ValueError: RetryWaits: max_attempts=3 needs",
+        ),
         ({"facts": _returns(Unchecked(limit_s="soon"))}, "Expected `int | float | null`, got `str` - at `$.limit_s`"),
         ({"facts": _returns(LayerFacts(tries_in_place=-1))}, "Expected `int` >= 0 - at `$.tries_in_place`"),
         ({"facts": _returns(Unchecked(retries=("never",)))}, "at `$.retries[0]`"),
-        ({"fact": _returns(LayerFacts())}, "has a method fact(); is facts() meant?"),
-        ({"starts_nows": _returns(1)}, "has a method starts_nows(); is starts_now() meant?"),
+        ({"fact": _returns(LayerFacts())}, "has a method fact(); did you mean facts()?"),
+        ({"starts_nows": _returns(1)}, "has a method starts_nows(); did you mean starts_now()?"),
     ],
 )
 def test_what_it_says_is_checked_when_the_app_is_made(members: dict[str, Any], says: str) -> None:
@@ -129,7 +132,7 @@ def test_a_callable_instance_is_checked_like_a_class_with_consume() -> None:
 
         def bind(self) -> None: ...
 
-    with pytest.raises(ConfigurationError, match="bind isn't `def bind"):
+    with pytest.raises(ConfigurationError, match="bind must be `def bind"):
         make_app(Called())
 
 

@@ -58,7 +58,7 @@ def test_a_wrong_value_in_the_url_is_one_clear_line(query: str) -> None:
     """The operator who mistyped it at night needs the name of the parameter, not a traceback."""
     name = query.partition("=")[0]
 
-    with pytest.raises(ConfigurationError, match=rf"^the broker's URL 'amqp://host/\?.*': {name} is"):
+    with pytest.raises(ConfigurationError, match=rf"^the broker's URL 'amqp://host/\?.*': {name} must be"):
         addresses(f"amqp://host/?{query}")
 
 
@@ -97,6 +97,6 @@ def test_settings_of_brokers_are_a_list(brokers: object) -> None:
 def test_an_unknown_parameter_of_the_url_is_refused() -> None:
     """Ignored, a mistyped `hearbeat_s` would look set."""
     with pytest.raises(
-        ConfigurationError, match="'hearbeat_s' is no parameter; there are heartbeat_s, heartbeat, consumer_timeout_s"
+        ConfigurationError, match="unknown parameter 'hearbeat_s'; known are heartbeat_s, heartbeat, consumer_timeout_s"
     ):
         broker_module("amqp://host/").open_broker("amqp://host/?hearbeat_s=3", App("shop").runtime())

@@ -120,7 +120,7 @@ async def test_a_retry_that_can_never_be_published_is_buried(harness: Harness, h
     await assert_empty(harness, queue)
 
     assert (letter.job_id, letter.attempt) == (job_id, 1)
-    assert "its retry can't be published" in failures_of(letter)[-1].reason
+    assert "the retry can't be published" in failures_of(letter)[-1].reason
 
 
 class Unspeakable(Exception):

@@ -86,7 +86,7 @@ async def test_a_layer_that_cannot_say_when_it_is_ready_is_asked_again(
     ids = await publish(app, *(work(n=n) for n in range(20)))
     async with app.worker(queues=[queue.name]):
         assert {(await runs.next()).job_id for _ in range(20)} == set(ids)
-    assert "is asked again in 1 s: ConnectionError: redis is away" in caplog.text
+    assert "the worker asks it again in 1 s: ConnectionError: redis is away" in caplog.text
 
 
 async def test_any_concurrency_is_taken(harness: Harness) -> None:

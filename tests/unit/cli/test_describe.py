@@ -228,7 +228,7 @@ async def test_what_a_worker_would_refuse_is_refused_here() -> None:
     with pytest.raises(ConfigurationError, match="two handlers for job 'mail'"):
         await describe(twice, NOW)
     with pytest.raises(
-        ConfigurationError, match="three quarters of the 1800 s after which the broker takes a job away"
+        ConfigurationError, match="three quarters of the 1800 s after which the broker delivers the job again"
     ):
         await described(broker="amqp://127.0.0.1:1/", middleware=[Timeout(1799)])
     unlimited = await described(broker="sqlite:///jobs.db", middleware=[Timeout(1799)])

@@ -149,8 +149,8 @@ async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytes
         (run,) = lab.buried
     assert overlapped == [False, False]
     assert run.outcome == Bury("TimeoutError: greet was ended by its Timeout of 0.02 s (attempt 2 of 2)")
-    said = [record.getMessage() for record in caplog.records if "goes on in its thread" in record.getMessage()]
-    assert [line.partition(" goes on")[0] for line in said] == [f"job greet {receipt.job_id}"] * 2
+    said = [record.getMessage() for record in caplog.records if "is past its time limit" in record.getMessage()]
+    assert [line.partition(" is past")[0] for line in said] == [f"job greet {receipt.job_id}"] * 2
 
 
 async def test_a_handler_in_a_thread_that_is_cut_off_is_not_said_to_be_late(caplog: pytest.LogCaptureFixture) -> None:

@@ -91,7 +91,7 @@ def last() -> None:
 def test_first_used_while_the_interpreter_exits_it_raises_an_error_of_the_family() -> None:
     """A service's last words end in a RuntimeError of Python's insides, past the `except PublishError` that would have kept the job."""
     ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=30, check=True)
-    assert ended.stdout.startswith("id-1 nothing was sent, the interpreter exits"), ended
+    assert ended.stdout.startswith("id-1 nothing was sent, because the interpreter exits"), ended
 
 
 async def test_in_a_def_handler_it_inherits_the_line_of_the_job() -> None:

@@ -120,21 +120,21 @@ WRONG: list[tuple[Job, dict[str, Any], str]] = [
     (Mail(order_id=7, share=float("nan")), {}, "Expected `float`, got `null`"),
     (Mail(order_id=object()), {}, "can't be encoded"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     (Abstract(), {}, "is abstract"),
-    (Undecodable(Left()), {}, "could be decoded"),
-    (Mail(order_id=7), {"priority": "high"}, "priority is a Priority"),
-    (Flat(), {"priority": Priority.HIGH}, "no priority but NORMAL"),
+    (Undecodable(Left()), {}, "a worker can't decode Undecodable"),
+    (Mail(order_id=7), {"priority": "high"}, "priority must be a Priority"),
+    (Flat(), {"priority": Priority.HIGH}, "only the priority NORMAL, not HIGH"),
     (Mail(order_id=7), {"delay_s": -1}, "delay_s must be at least 0"),
     (Mail(order_id=7), {"delay_s": float("nan")}, "delay_s must be at least 0"),
-    (Mail(order_id=7), {"delay_s": timedelta(seconds=3)}, "delay_s is a number"),
-    (Mail(order_id=7), {"delay_s": 49 * 86400, "expires_s": 90 * 86400}, "above 48 days"),
+    (Mail(order_id=7), {"delay_s": timedelta(seconds=3)}, "delay_s must be a number"),
+    (Mail(order_id=7), {"delay_s": 49 * 86400, "expires_s": 90 * 86400}, "above the limit of 48 days"),
     (Mail(order_id=7), {"delay_s": 1, "at": NOW}, "exclude each other"),
     (Mail(order_id=7), {"at": NOW.replace(tzinfo=None)}, "aware datetime"),
-    (Mail(order_id=7), {"expires_s": 5, "delay_s": 5}, "it would expire"),
-    (Mail(order_id=7), {"delay_s": 3600}, "it would expire"),
+    (Mail(order_id=7), {"expires_s": 5, "delay_s": 5}, "the job would expire"),
+    (Mail(order_id=7), {"delay_s": 3600}, "the job would expire"),
     (Mail(order_id=7), {"expires_s": 0}, "expires_s must be above 0"),
-    (Mail(order_id=7), {"job_id": ""}, "job_id is a text"),
-    (Mail(order_id=7), {"job_id": "x" * 201}, "job_id is a text"),
-    (Mail(order_id=7), {"correlation_id": 7}, "correlation_id is a text"),
+    (Mail(order_id=7), {"job_id": ""}, "job_id must be a str"),
+    (Mail(order_id=7), {"job_id": "x" * 201}, "job_id must be a str"),
+    (Mail(order_id=7), {"correlation_id": 7}, "correlation_id must be a str"),
     (Mail(order_id=7), {"headers": {"lv-attempt": 3}}, "belong to leveret"),
     (Mail(order_id=7), {"headers": {"x-death": "x"}}, "belong to the broker"),
     (Mail(order_id=7), {"headers": {"x": [1]}}, "the value must be a str"),
@@ -206,8 +206,8 @@ async def test_headers_are_those_of_the_moment_when_they_were_given(
 
 async def test_an_outgoing_or_a_class_is_no_job(publisher: Publisher) -> None:
     """Its options would be dropped without a word."""
-    for wrong in (Outgoing(Mail(order_id=7)), Mail, {"order_id": 7}):
-        with pytest.raises(InvalidJob, match="a job is published"):
+    for wrong, given in ((Outgoing(Mail(order_id=7)), "Outgoing; pass"), (Mail, "the class Mail"), ({"n": 1}, "dict")):
+        with pytest.raises(InvalidJob, match=rf"publish\(\) takes a Job instance, not {given}"):
             await publisher.publish(wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
@@ -351,7 +351,7 @@ async def test_a_batch_whose_time_is_over_says_that_the_time_was_for_all(publish
     """'No time was left' to send one of a million would be looked for in the network, not in timeout_s."""
     with pytest.raises(
         PublishManyError,
-        match=r"3 of 3 jobs weren't confirmed .* it wasn't sent: the time was over, which timeout_s of publish_many gives",
+        match=r"3 of 3 jobs weren't confirmed .* the job wasn't sent: the timeout_s of publish_many, which is for all",
     ):
         await publisher.publish_many((Mail(order_id=n) for n in range(3)), timeout_s=1e-9)
 
