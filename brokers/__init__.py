@@ -1,5 +1,5 @@
 """The brokers: `memory` for tests, `sqlite` embedded, `rabbitmq` in production.
 
-A program names one by URL and imports none of them: `leveret.broker` looks the scheme up in a table and imports the
-module that it needs, so that a worker pays for no other.
+A program names its broker by URL and doesn't import it: `leveret.schemes` looks the scheme up in a table and imports only
+the package for that scheme, so that a worker doesn't pay for the other brokers.
 """

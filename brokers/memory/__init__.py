@@ -1,4 +1,7 @@
-"""`memory://`: the broker inside one process, for tests. A job's way: `broker` puts it into the `store`, `consumption` takes it out."""
+"""`memory://`: the broker inside one process, for tests.
+
+A job's path: `broker` puts the job into the `store`, and `consumption` takes it out.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ __all__ = ["MemoryBroker", "MemoryStore", "open_admin", "open_broker"]
 
 
 def open_broker(url: str, runtime: Runtime) -> MemoryBroker:
-    """Make a broker on the store of `url`."""
+    """Return a broker on the store of `url`."""
     return MemoryBroker(memory_store(url), runtime)
 
 
 def open_admin(url: str, runtime: Runtime) -> Admin:
-    """Make an admin on the store of `url`."""
+    """Return an admin on the store of `url`."""
     from .admin import MemoryAdmin
 
     return MemoryAdmin(memory_store(url), runtime)

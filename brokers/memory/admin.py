@@ -1,4 +1,4 @@
-"""Looking into the queues of a `MemoryStore` and repairing: for the command line, and for tests."""
+"""Inspect and repair the queues of a `MemoryStore`: for the command line and for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .store import Contents, Letter, MemoryStore, sent
 
 @final
 class _Letters:
-    """The dead letters that were there when it was opened."""
+    """The dead letters that existed when this reader was opened."""
 
     def __init__(self, contents: Contents, queue: str) -> None:
         self._contents = contents
@@ -26,7 +26,7 @@ class _Letters:
 
     async def __aenter__(self) -> _Letters:
         with self._contents.lock:
-            self._last = next(self._contents.order)  # a job replayed and buried again meanwhile isn't read twice
+            self._last = next(self._contents.order)  # a job that is replayed and buried again is read only once
         return self
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
@@ -43,7 +43,7 @@ class _Letters:
 
     def _check_open(self, letter: DeadLetter) -> Letter:
         if not isinstance(letter, Letter) or letter.reader is not self:
-            msg = f"job {letter.envelope.job_id} isn't among the dead letters of {self._queue!r} that are open here; read it again"
+            msg = f"job {letter.envelope.job_id} isn't one of the dead letters of queue {self._queue!r} that this reader holds; read it again"
             raise LeveretError(msg)
         return letter
 
@@ -72,14 +72,14 @@ class _Letters:
 
 @final
 class MemoryAdmin:
-    """An `Admin` on a `MemoryStore`, under `runtime`'s clock."""
+    """An `Admin` on a `MemoryStore`, using the clock of `runtime`."""
 
     def __init__(self, store: MemoryStore, runtime: Runtime) -> None:
         self._contents = store.contents
         self._clock = runtime.clock
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
-        """As `Admin.depths`; a queue is there once something was published to it or consumes it."""
+        """As `Admin.depths`; a queue exists once a job was published to it or a consumer subscribed to it."""
         with self._contents.lock:
             self._contents.promote(self._clock.monotonic())
             return [self._depth(queue.name) for queue in queues]
@@ -106,7 +106,7 @@ class MemoryAdmin:
         )
 
     async def delayed(self) -> None:
-        """As `Admin.delayed`: `depths` tells it."""
+        """As `Admin.delayed`; returns None, since `depths` counts the delayed jobs of each queue."""
 
     async def purge(self, queue: Queue) -> int:
         """As `Admin.purge`."""
@@ -120,8 +120,8 @@ class MemoryAdmin:
         return count
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
-        """As `Admin.dead`; letters that are buried while it is open aren't among them."""
+        """As `Admin.dead`; jobs that are buried while the dead letters are open aren't read."""
         return _Letters(self._contents, queue.name)
 
     async def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: an admin in memory holds no resources."""

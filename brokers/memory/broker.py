@@ -1,7 +1,7 @@
-"""The broker inside one process, for users' tests: real envelopes, windows, priorities, delays and dead letters; nothing survives.
+"""The broker inside one process, for users' tests: real envelopes, windows, priorities, delays and dead letters; nothing is durable.
 
-`memory://name` is one `MemoryStore` for every broker and admin of this process that is opened by that URL, whatever its loop or
-thread. A test that wants its own makes one: `MemoryBroker(MemoryStore(), runtime)`.
+All brokers and admins that this process opens as `memory://name` share one `MemoryStore`, on any loop and thread. A test that
+wants a private store makes one: `MemoryBroker(MemoryStore(), runtime)`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FEATURES = Features(
 
 @final
 class MemoryBroker:
-    """A `Broker` on a `MemoryStore`, under `runtime`'s clock; the store is private to whoever has it."""
+    """A `Broker` on a `MemoryStore`, using the clock of `runtime`."""
 
     def __init__(self, store: MemoryStore, runtime: Runtime) -> None:
         self._contents = store.contents
@@ -45,30 +45,30 @@ class MemoryBroker:
         return _FEATURES
 
     def post(self, queue: Queue, envelope: Envelope) -> None:
-        """Never at once here: `publish` groups what comes together by itself."""
+        """Return None: this broker publishes only through `publish`."""
 
     async def publish(self, queue: Queue, envelope: Envelope) -> None:
-        """As `Broker.publish`; every queue exists, so that no job is unroutable."""
-        # no broker answers within one turn of the loop, and a loop of publishes must let consumers run
+        """As `Broker.publish`; every queue exists, so no job is unroutable."""
+        # a real broker never answers within one turn of the loop, and publishing in a loop must let consumers run
         await asyncio.sleep(0)
         with self._contents.lock:
             if self._closed:
-                msg = f"job {envelope.job_id} wasn't published: this memory broker was closed"
+                msg = f"job {envelope.job_id} wasn't published: this memory broker is closed"
                 raise BrokerUnavailable(msg, job_id=envelope.job_id)
             self._contents.check_accepts(envelope)
             self._contents.put(*sent(envelope, queue.name), due_at(envelope, self._clock))
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
-        """As `Broker.consume`; it is ready at once, and deliveries come from the loop's next turn on."""
+        """As `Broker.consume`; the consumption is ready at once, and deliveries start in the next turn of the loop."""
         if self._closed:
-            msg = "this memory broker was closed; open a new one"
+            msg = "this memory broker is closed; open a new one"
             raise ConfigurationError(msg)
         consumption = MemoryConsumption(self._contents, self._clock, subscriptions, sink)
         self._consumptions.append(consumption)
         return consumption
 
     async def close(self) -> None:
-        """As `Broker.close`; what is in the store stays there."""
+        """As `Broker.close`; the jobs stay in the store."""
         self._closed = True
         for consumption in self._consumptions:
             await consumption.close()

@@ -1,4 +1,4 @@
-"""One consumer of a store: its windows, what it holds, and its deliveries."""
+"""One consumer of a store: its windows, the jobs that it holds, and its deliveries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MemoryDelivery:
 
     @property
     def live(self) -> bool:
-        """Whether it is held: neither settled nor lost."""
+        """Whether the consumption holds the job: neither settled nor lost."""
         return self in self.consumption.held
 
     def done(self) -> None:
@@ -68,7 +68,7 @@ class MemoryDelivery:
                 self.consumption.settled(self)
 
     def give_back(self) -> None:
-        """As `Delivery.give_back`; the job stands where it stood before."""
+        """As `Delivery.give_back`; the job returns to its old place in the queue."""
         with self._contents.lock:
             if self.consumption.settled(self):
                 self._contents.put_back(self.stored)
@@ -76,7 +76,7 @@ class MemoryDelivery:
 
 @final
 class MemoryConsumption:
-    """One consumer: a window for each level of each of its queues, filled on its own loop."""
+    """One consumer: one window per level of each of its queues, filled on the consumer's loop."""
 
     def __init__(self, contents: Contents, clock: Clock, subscriptions: Sequence[Subscription], sink: Sink) -> None:
         self.contents = contents
@@ -87,7 +87,7 @@ class MemoryConsumption:
         self._windows = [(each.queue, level, each.prefetch) for level in LEVELS for each in subscriptions]
         self._used = {(queue.name, level): 0 for queue, level, _ in self._windows}
         self.held: dict[object, Stored] = {}
-        """By delivery: what was delivered and isn't settled."""
+        """The delivered, unsettled jobs, by delivery."""
         self._taking = True
         self._cut = False
         self._woken = False
@@ -106,7 +106,7 @@ class MemoryConsumption:
         return self in self.contents.consumers and self._taking and not self._cut
 
     async def failed(self) -> None:
-        """Never returns: nothing about a store in memory can be wrong for good."""
+        """Never return: a store in memory has no permanent failures."""
         await asyncio.Future[None]()
 
     async def stop_taking(self) -> None:
@@ -121,7 +121,7 @@ class MemoryConsumption:
         self._arm(None)
 
     def end_if_orphaned(self) -> None:
-        """End where its loop was closed without `close`."""
+        """End if the loop was closed without a call of `close`."""
         if self._loop.is_closed():
             self._end()
 
@@ -137,25 +137,24 @@ class MemoryConsumption:
             self.contents.put_back(stored)
 
     def cut_off(self) -> None:
-        """Put back all that is held, as a lost connection does. The caller holds the lock."""
+        """Put back every held job, as a lost connection does. The caller holds the lock."""
         self._cut = True
         self._release_all()
         self.wake()
 
     def wake(self) -> None:
-        """Look for jobs in the next turn of its loop. The caller holds the lock."""
+        """Look for jobs in the next turn of the consumer's loop. The caller holds the lock."""
         if self._woken:
             return
         self._woken = True
         try:
             self._loop.call_soon_threadsafe(self._pump)
-        except (
-            RuntimeError
-        ):  # its loop was closed without `close`: the consumer is dead, and what it held goes to the others
+        except RuntimeError:
+            # the loop was closed without a call of `close`: the consumer is dead, and its jobs go to the other consumers
             self._end()
 
     def _pump(self) -> None:
-        """Deliver until the windows are full or the lines empty, and wake again when the next delayed job is due."""
+        """Deliver until the windows are full or the lines are empty; wake again when the next delayed job is due."""
         contents = self.contents
         while True:
             with contents.lock:
@@ -200,7 +199,7 @@ class MemoryConsumption:
             self.wake()
 
     def settled(self, delivery: MemoryDelivery) -> bool:
-        """Take `delivery` out of its window; False where it isn't live. The caller holds the lock."""
+        """Take `delivery` out of its window; return False if the delivery isn't live. The caller holds the lock."""
         if delivery not in self.held:
             return False
         del self.held[delivery]

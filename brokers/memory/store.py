@@ -24,7 +24,7 @@ from leveret.settings import redact
 
 
 class Stored(msgspec.Struct, eq=False):
-    """A job in a queue; it knows its place, so that one given back stands where it stood."""
+    """A job in a queue, with its place: a job that is given back returns to that place."""
 
     envelope: Envelope
     problem: str | None
@@ -33,60 +33,60 @@ class Stored(msgspec.Struct, eq=False):
 
 
 class Letter(msgspec.Struct, eq=False):
-    """A buried job, and who has it open."""
+    """A buried job, and the reader that holds it."""
 
     envelope: Envelope
     order: int
     reader: object = None
-    """The `Admin.dead` that reads it."""
+    """The `Admin.dead` reader that holds the job; None if nobody reads it."""
 
 
 class StoreState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a store holds, over all its queues."""
+    """The contents of a store, counted over all its queues."""
 
     ready: int
-    """Jobs that wait to be delivered."""
+    """Jobs that can be delivered now."""
     delayed: int
-    """Jobs that wait for their time."""
+    """Jobs that aren't due yet."""
     next_due_in_s: float | None
-    """Seconds until the next of those; None when there is none."""
+    """Seconds until the next delayed job is due; None without delayed jobs."""
     unsettled: int
     """Jobs that consumers hold."""
     dead: int
     """Dead letters."""
     version: int
-    """Rises with every change; for `MemoryStore.changed`."""
+    """Increases with every change; for `MemoryStore.changed`."""
 
 
 class Consumer(Protocol):
-    """What a store knows of a consumption. The caller holds the store's lock."""
+    """A consumption, as the store sees it. The caller holds the store's lock."""
 
     @property
     def names(self) -> Collection[str]:
-        """The queues that it takes from."""
+        """The queues that the consumption takes jobs from."""
         ...
 
     @property
     def held(self) -> Mapping[object, Stored]:
-        """By delivery: what was delivered to it and isn't settled."""
+        """The delivered, unsettled jobs, by delivery."""
         ...
 
     def wake(self) -> None:
-        """Look for jobs in the next turn of its loop."""
+        """Look for jobs in the next turn of the consumption's loop."""
         ...
 
     def end_if_orphaned(self) -> None:
-        """End where its loop was closed without `close`."""
+        """End if the loop was closed without a call of `close`."""
         ...
 
     def cut_off(self) -> None:
-        """Put back all that it holds, as a lost connection does."""
+        """Put back every held job, as a lost connection does."""
         ...
 
 
 @final
 class Contents:
-    """The jobs of a store. Brokers, consumptions and admins use every method and attribute with `lock` held."""
+    """The jobs of a store. Brokers, consumptions and admins hold `lock` while they use a method or an attribute."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -96,36 +96,36 @@ class Contents:
         self.dead: dict[str, dict[int, Letter]] = {}
         self.consumers: dict[Consumer, None] = {}
         self.refusal: str | None = None
-        """Why publishes are refused, if they are."""
+        """Why publishes are refused; None while they are accepted."""
         self.version = 0
         self.watchers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def changed(self) -> None:
-        """Note a change, and wake all that wait for one."""
+        """Count a change and wake everybody who waits for one."""
         self.version += 1
         watchers, self.watchers = self.watchers, []
         for loop, event in watchers:
-            with suppress(RuntimeError):  # its loop was closed: nobody waits there
+            with suppress(RuntimeError):  # the watcher's loop was closed: nobody waits there
                 loop.call_soon_threadsafe(event.set)
 
     def check_accepts(self, envelope: Envelope) -> None:
-        """Raise BrokerUnavailable while publishes are refused, and PublishTimeout after its deadline."""
+        """Raise BrokerUnavailable while publishes are refused, and PublishTimeout after the envelope's deadline."""
         if self.refusal is not None:
-            msg = f"job {envelope.job_id} wasn't taken: {self.refusal}"
+            msg = f"job {envelope.job_id} wasn't published: {self.refusal}"
             raise BrokerUnavailable(msg, job_id=envelope.job_id)
         if time.monotonic() > envelope.deadline:
             msg = f"job {envelope.job_id} wasn't published: its deadline had passed before it was sent"
             raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
 
     def levels(self, queue: str) -> dict[Priority, list[tuple[int, Stored]]]:
-        """Return the lines of `queue`, a heap per level; the queue is there from now on."""
+        """Return the lines of `queue`, one heap per level; create the queue if it is new."""
         levels = self.ready.get(queue)
         if levels is None:
             levels = self.ready[queue] = {level: [] for level in LEVELS}
         return levels
 
     def put(self, envelope: Envelope, problem: str | None, due: float | None = None) -> None:
-        """Add a job to the end of its line, or to the delayed ones until `due`."""
+        """Add a job to the end of its line, or to the delayed jobs until `due`."""
         stored = Stored(envelope, problem, next(self.order))
         if due is None:
             heapq.heappush(self.levels(envelope.queue)[envelope.priority], (stored.order, stored))
@@ -135,12 +135,12 @@ class Contents:
         self._wake(envelope.queue)
 
     def put_back(self, stored: Stored) -> None:
-        """Return a job to the place that it had in its line."""
+        """Return a job to its old place in its line."""
         heapq.heappush(self.levels(stored.envelope.queue)[stored.envelope.priority], (stored.order, stored))
         self._wake(stored.envelope.queue)
 
     def promote(self, now: float) -> None:
-        """Make ready what is due: it joins the line as a job published then would."""
+        """Move the delayed jobs that are due to the ends of their lines."""
         while self.delayed and self.delayed[0][0] <= now:
             _, _, stored = heapq.heappop(self.delayed)
             stored.order = next(self.order)
@@ -161,30 +161,30 @@ class Contents:
 
 @final
 class MemoryStore:
-    """What the brokers of one process share: queues, delayed jobs, dead letters; and the levers of a test.
+    """The queues, delayed jobs and dead letters that the brokers of one process share, and the faults that a test can cause.
 
-    Any thread may use it. Brokers of one store must run under clocks that show the same time: one `ManualClock`, or the system's.
+    Any thread may use a store. The brokers of one store must have clocks that show the same time: one `ManualClock`, or the system's.
     """
 
     def __init__(self) -> None:
         self.contents = Contents()
         """For the broker's own classes."""
 
-    def refuse(self, reason: str = "the memory broker was told to refuse") -> None:
-        """From now on every publish, retry, burial and replay raises `BrokerUnavailable(reason)`, until `accept`; deliveries go on."""
+    def refuse(self, reason: str = "the test refuses publishes (MemoryStore.refuse)") -> None:
+        """Let every publish, retry, burial and replay raise `BrokerUnavailable` with `reason`, until `accept`; deliveries go on."""
         with self.contents.lock:
             self.contents.refusal = reason
 
     def accept(self) -> None:
-        """Call `refuse` off."""
+        """End `refuse`."""
         with self.contents.lock:
             self.contents.refusal = None
 
     def disconnect(self) -> None:
-        """Cut every consumption as a lost connection does.
+        """Cut every consumption, as a lost connection does.
 
-        What was delivered and isn't settled is no longer live and goes back to its place; each sink hears `lost()`, and then the
-        jobs come again, redelivered: the consumptions connect again by themselves, at once.
+        Unsettled deliveries are no longer live, and their jobs return to their places. Each sink's `lost()` is called. The
+        consumptions connect again at once, and the jobs are delivered again, marked as redelivered.
         """
         with self.contents.lock:
             for consumer in list(self.contents.consumers):
@@ -203,9 +203,9 @@ class MemoryStore:
         content_encoding: str | None = None,
         headers: Mapping[str, object] | None = None,
     ) -> None:
-        """Put what a foreign producer might send, unchecked; `headers` is the table as it is on the wire, `lv-…` names included."""
+        """Add a message as a foreign producer might send it, unchecked; `headers` is the table on the wire, with its `lv-…` names."""
         fields, problem = unpack_headers(headers)
-        fields |= {"priority": priority, "origin": None}  # where it is put says these, whatever a header says
+        fields |= {"priority": priority, "origin": None}  # the queue decides these, not a header
         envelope = Envelope(
             job_id=job_id or new_job_id(),
             job=job,
@@ -219,7 +219,7 @@ class MemoryStore:
             self.contents.put(envelope, problem)
 
     def state(self, clock: Clock) -> StoreState:
-        """Return what is in it now, by `clock`, the brokers' own."""
+        """Return the store's contents now; `clock` is the clock of its brokers."""
         with self.contents.lock:
             self.contents.promote(clock.monotonic())
             return StoreState(
@@ -234,7 +234,7 @@ class MemoryStore:
             )
 
     async def changed(self, since: int) -> None:
-        """Return once something changed after `StoreState.version` was `since`: a publish, a delivery, a settlement."""
+        """Return once the version of the store isn't `since` any more: after a publish, a delivery or a settlement."""
         event = asyncio.Event()
         watcher = (asyncio.get_running_loop(), event)
         with self.contents.lock:
@@ -244,21 +244,21 @@ class MemoryStore:
         try:
             await event.wait()
         finally:
-            with self.contents.lock, suppress(ValueError):  # gone from the list once it was called
+            with self.contents.lock, suppress(ValueError):  # `Contents.changed` has removed the watcher that it woke
                 self.contents.watchers.remove(watcher)
 
 
 def due_at(envelope: Envelope, clock: Clock) -> float | None:
-    """Return when `envelope` is due, in the clock's monotonic seconds; None where it may run at once."""
+    """Return when `envelope` is due, in the clock's monotonic seconds; None if the job may run at once."""
     due_in_s = envelope.due_in_s(clock.now())
-    # Unix time as a float is exact to a quarter of a microsecond: a test's clock that was moved by just the delay must be there
+    # Unix time as a float is exact to a quarter of a microsecond; after a test moves its clock by exactly the delay, the job must be due
     return round(clock.monotonic() + due_in_s, 5) if due_in_s else None
 
 
 def sent(envelope: Envelope, queue: str, origin: str | None = None) -> tuple[Envelope, str | None]:
-    """Return what arrives of `envelope` in `queue`, and what is wrong with it: the headers go through the table that AMQP carries.
+    """Return the envelope that arrives in `queue`, and its problem, if any: the headers go through the table that AMQP carries.
 
-    `origin` is for a dead letter; a job in a queue has none.
+    `origin` is the queue that a dead letter comes from; None for a job in a queue.
     """
     fields, problem = unpack_headers(pack_headers(envelope))
     fields |= {"priority": envelope.priority, "origin": origin}
@@ -284,9 +284,9 @@ _stores_lock = threading.Lock()
 
 
 def memory_store(url: str) -> MemoryStore:
-    """Return the store that this process keeps under `url`, `memory://` or `memory://name`; ConfigurationError for any other."""
+    """Return this process's store for `url`, `memory://` or `memory://name`; ConfigurationError for any other URL."""
     if not _URL.match(url):
-        msg = f"the broker's URL {redact(url)!r} can't be read: a memory broker is memory:// or memory://name, with [A-Za-z0-9_.-] in the name"
+        msg = f"the broker's URL {redact(url)!r} can't be read: write memory:// or memory://name, with only A-Z a-z 0-9 _ . - in the name"
         raise ConfigurationError(msg)
     with _stores_lock:
         return _stores.setdefault(url.rstrip("/"), MemoryStore())

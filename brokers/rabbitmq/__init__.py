@@ -1,4 +1,4 @@
-"""`amqp://` and `amqps://`: RabbitMQ 3.10 and later, over a connection of our own."""
+"""`amqp://` and `amqps://`: RabbitMQ 3.10 and later, over leveret's own AMQP connection."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ __all__ = ["RabbitSettings", "open_admin", "open_broker"]
 
 
 def open_broker(url: str, runtime: Runtime) -> Broker:
-    """Return the broker at `url` (several addresses with commas between); ConfigurationError for one that can't be. Connects to nothing."""
+    """Return the broker at `url`, without connecting; several addresses are separated by commas.
+
+    ConfigurationError for a URL that can't be read.
+    """
     return RabbitBroker(addresses(url, rabbit_settings(runtime.settings)), runtime)
 
 
 def open_admin(url: str, runtime: Runtime) -> Admin:
-    """Return the admin of the broker at `url`. Connects to nothing."""
+    """Return the admin of the broker at `url`, without connecting."""
     from .admin import RabbitAdmin
 
     return RabbitAdmin(addresses(url, rabbit_settings(runtime.settings)), runtime)

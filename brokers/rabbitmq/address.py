@@ -1,4 +1,4 @@
-"""Where a RabbitMQ is, out of its URL."""
+"""The address of a RabbitMQ, read from its URL."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Address(msgspec.Struct, frozen=True):
         return f"Address({self})"
 
     def login(self) -> tuple[str, str]:
-        """Return SASL mechanism and response."""
+        """Return the SASL mechanism and its response."""
         return ("EXTERNAL", "") if self.external else ("PLAIN", f"\0{self.user}\0{self.password}")
 
     def tls(self) -> ssl.SSLContext | None:
-        """Return the TLS context; None for amqp://. FileNotFoundError or SSLError for a file that can't be used."""
+        """Return the TLS context; None for amqp://. FileNotFoundError or SSLError if a file can't be used."""
         if not self.secure:
             return None
         context = ssl.create_default_context(cafile=self.cafile)
@@ -57,11 +57,11 @@ _DEFAULTS = RabbitSettings()
 
 
 def addresses(text: str, settings: RabbitSettings = _DEFAULTS) -> tuple[Address, ...]:
-    """Return the addresses in `text`: one URL, or several with commas between. ConfigurationError for one that can't be.
+    """Return the addresses in `text`: one URL, or several separated by commas. ConfigurationError for an invalid URL.
 
-    amqp(s)://user:password@host:port/vhost?heartbeat_s=…&consumer_timeout_s=… (seconds; they beat `settings`, and AMQP's usual
-    `heartbeat` is read too); of TLS also cafile, certfile, keyfile, and auth_mechanism=external, which logs in by the
-    certificate. The vhost may be empty or / (both are /), or percent-encoded.
+    The form is amqp(s)://user:password@host:port/vhost?heartbeat_s=…&consumer_timeout_s=… with both in seconds. The URL wins
+    over `settings`; AMQP's usual `heartbeat` is read too. For TLS there are cafile, certfile, keyfile, and
+    auth_mechanism=external, which logs in with the certificate. The vhost may be empty or / (both mean /), or percent-encoded.
     """
     return tuple(_address(part.strip(), settings) for part in re.split(r",(?=\s*amqps?://)", text))
 
@@ -72,11 +72,11 @@ def _address(text: str, settings: RabbitSettings) -> Address:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
         query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
-    except ValueError:  # its text would show what stands before a # or / of the password
-        msg = f"the broker's URL {shown!r} can't be read: a port is a number, and / # ? @ : in a password are written as %2F %23 %3F %40 %3A"
+    except ValueError:  # the error's text could show the part of the password before a # or /
+        msg = f"the broker's URL {shown!r} can't be read: the port must be a number, and / # ? @ : in a password must be written %2F %23 %3F %40 %3A"
         raise ConfigurationError(msg) from None
     if parts.scheme not in ("amqp", "amqps") or not host:
-        msg = f"the broker's URL {shown!r} names no host: amqp://user:password@host:port/vhost is the form"
+        msg = f"the broker's URL {shown!r} names no host: write amqp://user:password@host:port/vhost"
         raise ConfigurationError(msg)
     if port == 0:
         msg = f"the broker's URL {shown!r}: nothing listens on port 0; leave the port out for {5671 if parts.scheme == 'amqps' else 5672}"
@@ -87,18 +87,18 @@ def _address(text: str, settings: RabbitSettings) -> Address:
         raise ConfigurationError(msg)
     for name in query:
         if name not in _KNOWN:
-            msg = f"the broker's URL {shown!r}: {name!r} is no parameter; there are {', '.join(_KNOWN)}"
+            msg = f"the broker's URL {shown!r}: unknown parameter {name!r}; known are {', '.join(_KNOWN)}"
             raise ConfigurationError(msg)
     heartbeat = query.get("heartbeat_s") or query.get("heartbeat") or str(max(1, round(settings.heartbeat_s)))
     if not heartbeat.isdecimal() or not 1 <= int(heartbeat) <= 3600:
-        msg = f"the broker's URL {shown!r}: heartbeat_s is 1 to 3600 whole seconds, not {heartbeat!r}"
+        msg = f"the broker's URL {shown!r}: heartbeat_s must be 1 to 3600 whole seconds, not {heartbeat!r}"
         raise ConfigurationError(msg)
     held = query.get("consumer_timeout_s", f"{settings.consumer_timeout_s}")
     if not re.fullmatch(r"\d{1,9}(\.\d*)?", held, re.ASCII) or float(held) <= 0:
-        msg = f"the broker's URL {shown!r}: consumer_timeout_s is a number of seconds above 0, not {held!r}"
+        msg = f"the broker's URL {shown!r}: consumer_timeout_s must be a number of seconds above 0, not {held!r}"
         raise ConfigurationError(msg)
     if query.get("auth_mechanism", "plain").lower() not in ("plain", "external"):
-        msg = f"the broker's URL {shown!r}: auth_mechanism is plain or external, not {query['auth_mechanism']!r}"
+        msg = f"the broker's URL {shown!r}: auth_mechanism must be plain or external, not {query['auth_mechanism']!r}"
         raise ConfigurationError(msg)
     secure = parts.scheme == "amqps"
     return Address(

@@ -1,4 +1,4 @@
-"""Looking into RabbitMQ's queues and repairing, on a connection of its own that is made at first use."""
+"""Inspect and repair RabbitMQ's queues, on a separate connection that is opened at first use."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, Unroutable
 from leveret.job import LEVELS, Priority, Queue
 from leveret.runtime import Runtime
 
-from . import connection as amqp
 from . import topology
 from .address import Address
 from .channel import Channel
+from .connection import Connection
 from .properties import from_dead_queue
 from .publishing import Publishing
 from .route import Route
-from .session import FAULTS, ConnectionLost, connect, kind_of, reason_of, settled
+from .session import FAULTS, ConnectionLost, connect_any, kind_of, reason_of, settled
 from .wire import Closed
 
 _T = TypeVar("_T")
@@ -35,10 +35,10 @@ _RETURN_S = 2.0
 
 
 class RabbitAdmin:
-    """Depths, purging and dead letters over AMQP alone; see `leveret.broker.Admin`.
+    """Depths, purging and dead letters over AMQP alone; see `leveret.admin.Admin`.
 
-    What workers hold, and what is delayed of each queue, can't be told over AMQP. A queue's type is looked up, not believed: it is
-    quorum with levels where its sibling `<queue>.high` exists.
+    AMQP can't count the jobs that workers hold, nor the delayed jobs per queue. The admin doesn't rely on the app for a queue's
+    type: a queue whose sibling `<queue>.high` exists is a quorum queue with levels.
     """
 
     def __init__(self, where: tuple[Address, ...], runtime: Runtime) -> None:
@@ -46,10 +46,10 @@ class RabbitAdmin:
         self._name = f"leveret {runtime.app} admin"
         self._timeout_s = runtime.settings.connect_timeout_s
         self._publishing = Publishing(where, runtime, self._name)
-        self._connection: amqp.Connection | None = None
+        self._connection: Connection | None = None
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
-        """One row a queue, by passive declares."""
+        """As `Admin.depths`, by passive declares."""
         return [await self._depth(queue.name) for queue in queues]
 
     async def _depth(self, name: str) -> Depth:
@@ -64,17 +64,17 @@ class RabbitAdmin:
             unsettled=None,
             delayed=None,
             dead=0 if dead is None else dead[0],
-            # a worker has one consumer on each sibling
+            # a worker has one consumer per sibling
             consumers=max((consumers for _, consumers in there.values()), default=0),
             exists=Priority.NORMAL in there,
         )
 
     async def delayed(self) -> int:
-        """Count what waits in the delay ladders, which all queues of the vhost share."""
+        """Count the jobs in the delay ladders, which all queues of the vhost share."""
         return sum([await self._on_channel(partial(_waiting, kind)) for kind in ("quorum", "classic")])
 
     async def purge(self, queue: Queue) -> int:
-        """Delete what waits in all levels; return how many."""
+        """Delete the waiting jobs of all levels; return how many."""
         total = 0
         for level in LEVELS:
             name = topology.sibling(queue.name, level)
@@ -83,11 +83,11 @@ class RabbitAdmin:
         return total
 
     async def count(self, name: str) -> tuple[int, int] | None:
-        """Return how many messages are ready in a physical queue, and its consumers; None where it doesn't exist."""
+        """Return the counts of ready messages and of consumers of a physical queue; None if the queue doesn't exist."""
         return await self._on_channel(partial(_count, name))
 
     async def _on_channel(self, use: Callable[[Channel], Awaitable[_T]]) -> _T:
-        """Return what `use` returns for a channel of its own, since a 404 closes it."""
+        """Return the result of `use` on a new channel, since a 404 closes the channel."""
 
         async def work() -> _T:
             channel = await self.channel()
@@ -98,25 +98,25 @@ class RabbitAdmin:
         return await self.step(work())
 
     async def step(self, work: Awaitable[_T]) -> _T:
-        """Return what `work` returns; a connection's error comes out as one of leveret's."""
+        """Return the result of `work`; a connection's error is raised as one of leveret's errors."""
         try:
             return await work
         except ConnectionLost as error:
             raise BrokerUnavailable(str(error)) from error
         except FAULTS as error:
             if kind_of(error) == "refused":
-                msg = f"RabbitMQ at {self._where[0]} refuses user {self._where[0].user!r}: {reason_of(error)}"
+                msg = f"RabbitMQ at {self._where[0]} refuses access to user {self._where[0].user!r}: {reason_of(error)}"
                 raise ConfigurationError(msg) from error
             raise BrokerUnavailable(f"RabbitMQ at {self._where[0]}: {reason_of(error)}") from error
 
     async def channel(self) -> Channel:
-        """Open a channel; a connection that was lost is made again."""
+        """Open a channel, on a new connection if the old one was lost."""
         if self._connection is None or not self._connection.usable:
-            self._connection = await connect(self._where, self._name, self._timeout_s)
+            self._connection = await connect_any(self._where, self._name, self._timeout_s)
         return await self._connection.channel(_STEP_S)
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
-        """Open the dead letters of `queue`; a queue that has none is empty."""
+        """As `Admin.dead`; empty if the queue has no dead-letter queue."""
         return cast("AbstractAsyncContextManager[DeadLetters, None]", self._dead(queue.name))
 
     @asynccontextmanager
@@ -129,13 +129,13 @@ class RabbitAdmin:
         try:
             yield letters
         finally:
-            # What wasn't settled goes back to its place by the close. After a nack 3.10 gives 345012 for 012345.
+            # The close returns unsettled letters to their places. A nack would reorder them: on 3.10, 012345 becomes 345012.
             await self.step(letters.close())
             if letters.open:
                 await self._returned(queue, letters.open)
 
     async def _returned(self, queue: str, count: int) -> None:
-        """Wait until a quorum queue has taken back what a closed channel held, a moment after its close; who looks next sees it all."""
+        """Wait until a quorum queue has taken back the letters of a closed channel, so that the next reader sees them all."""
         ends = time.monotonic() + _RETURN_S
         while time.monotonic() < ends:
             found = await self.count(queue)
@@ -144,10 +144,10 @@ class RabbitAdmin:
             await asyncio.sleep(0.02)
 
     async def replay(self, envelope: Envelope) -> None:
-        """Publish `envelope` to its queue at its level, confirmed; the priority property only where the queue is classic."""
+        """Publish `envelope` to its queue at its level, confirmed; only a classic queue gets the priority property."""
         name, level = envelope.queue, envelope.priority
         if await self.count(name) is None:
-            msg = f"{envelope.job or 'a job'}: its queue {name} isn't there; start its worker first"
+            msg = f"{envelope.job or 'a job'}: queue {name} doesn't exist; start its worker first"
             raise Unroutable(msg, job_id=envelope.job_id, queue=name)
         siblings = await self.count(topology.sibling(name, Priority.HIGH)) is not None
         priority = None if siblings else topology.PRIORITY_PROPERTY[level]
@@ -156,7 +156,7 @@ class RabbitAdmin:
         await self._publishing.send(route, again, time.monotonic() + _STEP_S)
 
     async def close(self) -> None:
-        """End its connections."""
+        """As `Admin.close`."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
@@ -179,14 +179,14 @@ async def _count(name: str, channel: Channel) -> tuple[int, int] | None:
 
 
 async def _waiting(kind: str, channel: Channel) -> int:
-    """Count what waits in a delay ladder, asked for all its queues at once; a ladder that nothing has needed yet holds nothing."""
+    """Count the jobs in a delay ladder, by asking for all its queues at once; a ladder that was never declared holds none."""
     queues = [record.name for record in topology.of_ladder(kind) if isinstance(record, topology.PhysicalQueue)]
     counts = await asyncio.gather(*(_count(name, channel) for name in queues))
     return sum(found[0] for found in counts if found is not None)
 
 
 class RabbitDeadLetter:
-    """One buried job; see `leveret.broker.DeadLetter`."""
+    """One buried job; see `leveret.admin.DeadLetter`."""
 
     __slots__ = ("envelope", "tag")
 
@@ -196,7 +196,7 @@ class RabbitDeadLetter:
 
 
 class RabbitDeadLetters:
-    """The dead letters of one queue, as many as there were when it was opened: one that fails again at once isn't met twice."""
+    """The dead letters of one queue, as many as at opening: a replayed job that fails again at once isn't read twice."""
 
     def __init__(self, admin: RabbitAdmin, channel: Channel, name: str, count: int) -> None:
         self._admin = admin
@@ -208,7 +208,7 @@ class RabbitDeadLetters:
 
     @property
     def open(self) -> int:
-        """How many were read, and neither replayed nor dropped."""
+        """The number of letters that were read, but neither replayed nor dropped."""
         return len(self._open)
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
@@ -222,14 +222,14 @@ class RabbitDeadLetters:
             yield RabbitDeadLetter(envelope, got.tag)
 
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """Publish `envelope` to its origin, confirmed; then ack the letter."""
+        """Publish `envelope` to the queue that it came from, confirmed; then ack the letter."""
         await self._admin.replay(envelope)
         await self.drop(letter)
 
     async def drop(self, letter: DeadLetter) -> None:
-        """Ack it: it is gone for good."""
+        """Ack the letter, which deletes it."""
         if not isinstance(letter, RabbitDeadLetter):
-            msg = f"not a dead letter of RabbitMQ: {letter!r}"
+            msg = f"drop() takes a dead letter of RabbitMQ, not {letter!r}"
             raise TypeError(msg)
         if self._channel.closed is not None:
             raise BrokerUnavailable(
@@ -240,7 +240,7 @@ class RabbitDeadLetters:
         self._dropped = True
 
     async def close(self) -> None:
-        """Close its channel, once the broker has what was dropped; a dead-letter queue is always a quorum queue."""
+        """Close the channel, once the broker has received the drops; a dead-letter queue is always a quorum queue."""
         try:
             if self._dropped:
                 await settled(self._channel, [topology.dead_queue(self._name)], _STEP_S)

@@ -1,10 +1,10 @@
-"""RabbitMQ 3.10 and later: one connection publishes, one settles (retries, burials), one consumes, so that each waits for itself alone.
+"""RabbitMQ 3.10 and later: one connection publishes, one settles (retries, burials), one consumes, so that none waits for another.
 
     publish ─► `routing` ─► `publishing`: connection ─► topology declared ─► window ─► basic.publish ─► confirm
     queue ─► `consuming`: a channel per logical queue, a consumer per physical one ─► sink.deliver
     delivery.done, .give_back ─► acks, once per loop turn      delivery.again, .bury ─► `settling`: publish ─► confirm ─► ack
 
-The protocol is in `connection`, `channel` and `frames`, what is declared in `topology`.
+The protocol is in `connection`, `channel` and `frames`; exchanges, queues and bindings are in `topology`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RabbitBroker:
         self._consumptions: set[RabbitConsumption] = set()
 
     def features(self, queue: Queue | None = None, /) -> Features:
-        """As `Broker.features`; a classic queue keeps all its levels in one, which has one window."""
+        """As `Broker.features`; a classic queue holds all levels in one physical queue, with one window."""
         queue = queue or _ANY
         return Features(
             durable=True,
@@ -55,24 +55,24 @@ class RabbitBroker:
         )
 
     async def publish(self, queue: Queue, envelope: Envelope) -> None:
-        """Return once the broker has confirmed the job, persistent and routed."""
+        """As `Broker.publish`: return once RabbitMQ has confirmed the job, persistent and routed."""
         route = await self._routes.ready(queue, envelope, self._publishing)
         await self._publishing.send(route, envelope, envelope.deadline)
 
     def post(self, queue: Queue, envelope: Envelope) -> Posted | None:
-        """Publish without a task, if the connection is there, the queue declared and the window open."""
+        """As `Broker.post`; None unless the connection is open, the queue is declared and the window has room."""
         route = self._routes.level(queue, envelope.priority)
         return self._publishing.post(route, envelope, envelope.deadline)
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
-        """Start to take; returns after the first try to connect."""
+        """As `Broker.consume`; returns after the first attempt to connect."""
         consumption = RabbitConsumption(self._where, self._runtime, subscriptions, sink, self._settling)
         await consumption.start()
         self._consumptions.add(consumption)
         return consumption
 
     async def close(self) -> None:
-        """End all connections."""
+        """As `Broker.close`."""
         for consumption in list(self._consumptions):
             await consumption.close()
         self._consumptions.clear()

@@ -1,6 +1,6 @@
-"""The confirm window of a channel: the publishes on their way, who waits for room, and how each publish ends.
+"""The confirm window of a channel: its unconfirmed publishes, the publishers that wait for room, and how each publish ends.
 
-No task and no future a message but the publisher's own.
+The window makes no task and no future per message; only a publisher that waits has a future.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .wire import WRITE_HIGH_BYTES, Closed, Wire, wake
 logger = logging.getLogger("leveret.rabbitmq")
 
 WINDOW = 1000
-"""Most publishes on their way at once on a channel."""
+"""At most this many publishes of a channel are unconfirmed at once."""
 _MOST_LATE = 9 * WINDOW
-"""Most that ended as `Late` and are still known, for the broker's word on them: one queue that confirms nothing mustn't fill the memory."""
+"""At most this many `Late` publishes are kept for a later confirm: a queue that confirms nothing must not fill the memory."""
 _SWEEP_S = 0.05
-"""How late a publish's deadline may be noticed."""
+"""The interval at which deadlines are checked, seconds."""
 MOST_STUCK = 16
-"""With 32 unconfirmed in one quorum queue (its `quorum_commands_soft_limit`) RabbitMQ 3.10.8 takes at most 400 more publishes of that
-connection, to whatever queue (its `credit_flow_default_credit`), and confirms none after them."""
+"""With 32 unconfirmed publishes in one quorum queue (its `quorum_commands_soft_limit`), RabbitMQ 3.10.8 accepts at most 400 more
+publishes on that connection, to any queue (its `credit_flow_default_credit`), and confirms none after them."""
 _STUCK_SWEEPS = 20
-"""A second of them."""
+"""The sweeps of one second."""
 
 
 class Returned(Exception):
@@ -41,30 +41,30 @@ class Returned(Exception):
 
 
 class Nacked(Exception):
-    """The broker said that it doesn't keep a publish."""
+    """The broker refused to keep a publish."""
 
 
 class Late(Exception):
-    """A publish's deadline passed before its confirm; it may be there."""
+    """A publish's deadline passed before its confirm; the job may be in the queue."""
 
 
 class Unconfirmed(msgspec.Struct, eq=False):
-    """A publish on its way. Awaited, by one task, it ends with its confirm or raises `Returned`, `Nacked`, `Late` or `Closed`.
+    """A written publish. One task may await it: it returns at the confirm, or raises `Returned`, `Nacked`, `Late` or `Closed`.
 
-    Not a future: of many that are published at once, only few are ever waited for.
+    Not a future: of many publishes at once, only a few are ever waited for.
     """
 
     message_id: str
     key: str
     deadline: float
-    """When it ends as `Late`, `time.monotonic()` seconds."""
+    """When the publish ends as `Late`, `time.monotonic()` seconds."""
     ended: bool = False
     failure: Exception | None = None
-    """Once it has ended: `Returned`, `Nacked`, `Late`, `Closed`, or None."""
+    """Once ended: `Returned`, `Nacked`, `Late` or `Closed`; None if confirmed."""
     _waiter: asyncio.Future[None] | None = None
 
     def end(self, failure: Exception | None = None) -> None:
-        """Note how it ended, once."""
+        """End the publish; only the first call counts."""
         if not self.ended:
             self.ended = True
             self.failure = failure
@@ -72,7 +72,7 @@ class Unconfirmed(msgspec.Struct, eq=False):
                 wake(self._waiter)
 
     async def wait(self) -> None:
-        """Return once it has ended, however it did."""
+        """Return once the publish has ended, confirmed or not."""
         if not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -80,45 +80,46 @@ class Unconfirmed(msgspec.Struct, eq=False):
     def __await__(self) -> Generator[Any, None, None]:
         yield from self.wait().__await__()
         if (error := self.error()) is not None:
-            raise error.with_traceback(None)  # one failure may end many: each raise would add its frames to it
+            # one exception may end many publishes: each raise would add its frames to the traceback
+            raise error.with_traceback(None)
 
     def error(self) -> Exception | None:
-        """Once it has ended: what awaiting it raises."""
+        """Return the exception that awaiting the ended publish raises; None if confirmed."""
         return self.failure
 
 
 class ConfirmWindow:
-    """The publishes of one channel that the broker hasn't confirmed, and those who wait until there is room for theirs."""
+    """The unconfirmed publishes of one channel, and the publishers that wait for room."""
 
     def __init__(self, wire: Wire, number: int) -> None:
         self._wire = wire
         self._number = number
         self.closed: Closed | None = None
-        """Why nothing more can be published here."""
+        """Why the channel was closed; None while it is open."""
         self.on_swept: Callable[[], None] | None = None
-        """Called after each look for publishes that are late, until none is on its way."""
+        """Called after each sweep, until no publish is unconfirmed."""
         self._next_tag = 1
         self._lowest = 1
         self._unconfirmed: dict[int, Unconfirmed] = {}
-        """By delivery tag, the oldest first; those that ended as `Late` too."""
+        """By delivery tag, the oldest first; includes those that ended as `Late`."""
         self._late = 0
-        """How many of them ended as `Late`: they take no place in the window, or one queue that confirms nothing would end all publishing."""
+        """How many of them ended as `Late`. These take no place in the window: otherwise a queue that confirms nothing would stop all publishing."""
         self._confirmed = 0
         """The highest tag that the broker has confirmed."""
         self._known: set[str] = set()
-        """Keys of which any was confirmed."""
+        """Routing keys with at least one confirmed publish."""
         self._marks: deque[tuple[int, int]] = deque(maxlen=_STUCK_SWEEPS)
-        """The next tag, and the highest confirmed one, at each look for late ones."""
+        """The next tag and the highest confirmed tag, at each sweep."""
         self._returned: dict[int, Returned] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._keys: dict[tuple[str, str], bytes] = {}
         self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()
-        """Who waits for room, and for how many bytes."""
+        """The publishers that wait for room, each with the bytes of its body."""
         self._promised = self._promised_bytes = 0
-        """Places in the window, and bytes, that are kept for waiters that were woken and haven't published yet."""
+        """Places in the window, and bytes, that are reserved for woken waiters which haven't published yet."""
 
     def end(self, why: Closed) -> None:
-        """End all publishes, and wake all that wait for room."""
+        """End all publishes, and wake everybody who waits for room."""
         self.closed = why
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -129,27 +130,27 @@ class ConfirmWindow:
 
     @property
     def full(self) -> bool:
-        """Whether a publish should wait: for confirms, or for the socket."""
+        """Whether a publish must wait: for confirms, or for the socket."""
         return len(self._unconfirmed) - self._late + self._promised >= WINDOW or not self._wire.writable
 
     @property
     def _second_ago(self) -> tuple[int, int]:
-        """The next tag and the highest confirmed one of then; as if nothing had been written by then, where it isn't known."""
+        """The next tag and the highest confirmed tag a second ago; until a second has passed, as if nothing had been written."""
         return self._marks[0] if len(self._marks) == _STUCK_SWEEPS else (0, self._confirmed)
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits for its publishes: all are confirmed, or all have ended, and none was written for a second."""
+        """Whether nobody waits here: all publishes are confirmed, or all have ended and none was written for a second."""
         if self._waiters or self._promised or len(self._unconfirmed) > self._late:
             return False
         return not self._unconfirmed or self._second_ago[0] == self._next_tag
 
     def stuck(self) -> list[Unconfirmed]:
-        """Return the publishes whose queue seems to confirm nothing, and will hold up all others, or does already; the oldest first.
+        """Return the publishes to a queue that seems to confirm nothing and holds up all others, or soon will; the oldest first.
 
-        A second after they were written they aren't confirmed: `MOST_STUCK` or more though later ones are, or where nothing was confirmed in
-        that second the first to a queue that never confirmed any here. RabbitMQ handles the publishes of a channel in turn, and the first
-        one to such a queue may take it minutes.
+        A stuck publish is unconfirmed a second after it was written. Either `MOST_STUCK` or more are, while later publishes were
+        confirmed. Or nothing was confirmed in that second: then the stuck one is the first publish to a queue that has never
+        confirmed any here. RabbitMQ handles the publishes of a channel in turn, and the first to such a queue may take minutes.
         """
         found: list[Unconfirmed] = []
         written, confirmed = self._second_ago
@@ -166,16 +167,16 @@ class ConfirmWindow:
 
     @property
     def confirms(self) -> bool:
-        """Whether any was confirmed in the last second, and none is stuck."""
+        """Whether any publish was confirmed in the last second, and none is stuck."""
         return self._second_ago[1] < self._confirmed and not self.stuck()
 
-    def start_anew(self) -> None:
-        """Forget how long publishes have waited: they had to, for an alarm."""
+    def restart_clock(self) -> None:
+        """Forget how long publishes have waited: an alarm of the broker made them wait."""
         self._marks.clear()
 
     @property
     def waiting(self) -> bool:
-        """Whether anybody waits for room."""
+        """Whether any publisher waits for room."""
         return bool(self._waiters)
 
     @property
@@ -185,16 +186,16 @@ class ConfirmWindow:
 
     @property
     def why_full(self) -> str:
-        """What a publish waits for that finds no room, for people."""
+        """Why a publish finds no room, for messages."""
         on_their_way = len(self._unconfirmed) - self._late
         if on_their_way + self._promised >= WINDOW:
             return f"{on_their_way} publishes are unconfirmed"
         if not self._wire.writable:
-            return "RabbitMQ doesn't read what was written before it"
-        return "others waited before it"
+            return "RabbitMQ doesn't read from the connection"
+        return "earlier publishes wait for room"
 
     async def room(self, size: int = 0) -> None:
-        """Wait until it isn't `full`, for a body of `size` bytes, first come first served; or until it is closed."""
+        """Wait for room for a body of `size` bytes, first come, first served; return at once if the channel is closed."""
         if self.closed is not None or not (self._waiters or self.full):
             return
         place = self._wire.loop.create_future(), size
@@ -205,24 +206,24 @@ class ConfirmWindow:
             if place in self._waiters:
                 self._waiters.remove(place)
             else:
-                self._kept(size)  # it was woken, and can't use it: the next one in line can
+                self._kept(size)  # woken, but cancelled: the next waiter can have the room
             raise
         self._kept(size)
 
     def _kept(self, size: int) -> None:
-        """End a promise; the last one looks who else may go on, since no other event may come where nothing was written."""
+        """End a reservation; the last one wakes further waiters, since no other event comes if nothing was written."""
         self._promised -= 1
         self._promised_bytes -= size
         if self._waiters and not self._promised:
             self._wire.loop.call_soon(self.wake_waiters)
 
     def wake_waiters(self) -> None:
-        """Let in as many as there is room for, in the window and in the bytes of one write: all at once would fill the memory."""
+        """Wake as many waiters as fit into the window and into the bytes of one write: all at once would fill the memory."""
         while self._waiters and not self.full and self._wire.queued + self._promised_bytes < WRITE_HIGH_BYTES:
             self._wake_first()  # which takes a place
 
     def let_go(self) -> None:
-        """Wake all that wait for room, whether or not there is any: there may be another channel for them."""
+        """Wake every waiter, with or without room: another channel may take its publish."""
         while self._waiters:
             self._wake_first()
 
@@ -233,7 +234,7 @@ class ConfirmWindow:
         wake(waiter)
 
     def publish(self, exchange: str, properties: bytes, body: bytes, publish: Unconfirmed) -> None:
-        """Write a mandatory publish, to `publish.key`; it ends as `Closed` at once on a channel that is closed already."""
+        """Write a mandatory publish to `publish.key`; on a closed channel it ends as `Closed` at once."""
         if self.closed is not None:
             publish.end(self.closed)
             return
@@ -251,7 +252,7 @@ class ConfirmWindow:
             self._sweeper = self._wire.loop.call_later(_SWEEP_S, self._sweep)
 
     def _sweep(self) -> None:
-        """End what is late: one look at all each 50 ms costs less than a timer each."""
+        """End late publishes: one look at all of them every 50 ms costs less than a timer per publish."""
         self._sweeper = None
         if len(self._known) > 1000:  # a delayed job's key differs by its delay
             self._known.clear()
@@ -281,13 +282,13 @@ class ConfirmWindow:
         self._late = _MOST_LATE
 
     def on_confirm(self, tag: int, multiple: bool, ack: bool) -> None:
-        """Take in the broker's word on one publish, or on all up to `tag`."""
+        """Handle a confirm (ack or nack) of one publish, or of all up to `tag`."""
         if not 0 <= tag < self._next_tag:
-            raise ProtocolError(503, f"a confirm of publish {tag}, of which there were {self._next_tag - 1}")
+            raise ProtocolError(503, f"a confirm of publish {tag}; only {self._next_tag - 1} were written")
         unconfirmed = self._unconfirmed
         if multiple:
             lowest, top = self._lowest, tag or self._next_tag - 1
-            if lowest not in unconfirmed:  # a broker that confirmed a million one by one: don't look at each again
+            if lowest not in unconfirmed:  # after a million single confirms, don't look at each tag again
                 lowest = next(iter(unconfirmed), top + 1)
             for one in range(lowest, top + 1):
                 if one in unconfirmed:
@@ -312,10 +313,10 @@ class ConfirmWindow:
             publish.end(Nacked("the broker refused to keep it (basic.nack)"))
 
     def on_return(self, code: int, text: str, key: bytes, properties: bytes) -> None:
-        """Take in a publish that no queue took; its confirm comes after it.
+        """Handle a basic.return: no queue took the publish; its confirm comes next.
 
-        It names no tag, so the oldest with its id and key that isn't returned yet is the one: the broker returns in order. Where it
-        comes without an id its key has to do, or the ack after it would be taken for a confirm.
+        A return names no tag. It belongs to the oldest publish with its id and key that isn't returned yet, since the broker
+        returns in order. A return without an id is matched by its key alone: otherwise the ack that follows would count as a confirm.
         """
         message_id, routing = message_id_of(properties), key.decode("utf-8", "replace")
         for tag, publish in self._unconfirmed.items():
@@ -326,4 +327,4 @@ class ConfirmWindow:
             ):
                 self._returned[tag] = Returned(code, text)
                 return
-        logger.warning("RabbitMQ returned a message that wasn't published here: %s", message_id)
+        logger.warning("RabbitMQ returned message %s, which wasn't published on this channel", message_id)

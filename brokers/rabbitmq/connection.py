@@ -2,8 +2,8 @@
 
     socket ─► Parser ─► Connection (heartbeat, blocked, close) ─► Channel (calls, consumers, acks) ─► ConfirmWindow (publishes)
 
-Everything written in one turn of the loop leaves in one write. Whatever ends a connection ends all that waits on it with
-`Closed`, which says what was closed, by which code and why; nothing here raises `CancelledError` of its own.
+All data of one loop turn is sent in one write. When a connection ends, everything that waits on it ends with `Closed`, which
+has the scope, the code and the reason. Nothing here raises a `CancelledError` by itself.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .wire import CLOSE_TIMEOUT_S, WRITE_HIGH_BYTES, Closed, check_open, fail
 logger = logging.getLogger("leveret.rabbitmq")
 
 BROKERS_HEADERS_BYTES = 64 << 10
-"""By how much a frame may be larger than was agreed on: RabbitMQ (measured on 3.10) adds headers of its own, x-death and
-x-delivery-count, to properties that filled a frame, and sends what comes out."""
+"""By this much an incoming frame may exceed the negotiated size: RabbitMQ (measured on 3.10) adds its headers x-death and
+x-delivery-count to properties that fill a frame, and sends the larger frame."""
 _TLS_ALERT = b"\x15\x03"
-"""What a TLS server answers to AMQP's header: shorter than a frame's head, so the parser would wait for more."""
+"""The answer of a TLS server to AMQP's header: shorter than a frame's head, so the parser would wait for more."""
 
 
 class Connection(asyncio.Protocol):
@@ -42,7 +42,7 @@ class Connection(asyncio.Protocol):
         self.frame_max = 131_072
         self.closed: Closed | None = None
         self.blocked: str | None = None
-        """Why the broker takes no publishes for now (an alarm); None while it does."""
+        """Why the broker blocks publishers (an alarm); None while it doesn't."""
         self.on_closed: Callable[[Closed], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._parser = Parser(self)
@@ -51,12 +51,12 @@ class Connection(asyncio.Protocol):
         self._out: list[Any] = []
         self._flushing = False
         self.writable = True
-        """Whether it takes more publishes; acks and heartbeats don't ask."""
+        """Whether publishes may be written now; acks and heartbeats always are."""
         self.queued = 0
-        """Bytes of publishes that leave at the end of this turn of the loop."""
+        """Bytes of publishes that are sent at the end of this loop turn."""
         self._paused = False
-        """Whether the socket takes no more for now."""
-        # there from the beginning: the broker's first word may be read before anybody awaits it
+        """Whether the socket's buffer is full."""
+        # made here: the broker's first method may arrive before `handshake` waits for it
         self._handshake: asyncio.Future[Frame] | None = self.loop.create_future()
         self._closing: asyncio.Future[None] | None = None
         self._greeted = False
@@ -65,47 +65,44 @@ class Connection(asyncio.Protocol):
         self._heard = self._beaten = time.monotonic()
         self._sent = False
         self._last_resort: asyncio.TimerHandle | None = None
-        """Drops a socket whose close the peer doesn't answer."""
+        """Drops the socket if the peer doesn't answer the close."""
 
     @property
     def max_properties_bytes(self) -> int:
-        """What is left of a frame for properties; a larger one costs the connection."""
+        """The room for properties in one frame; larger properties would cost the connection."""
         return self.frame_max - PROPERTIES_OVERHEAD
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the protocol header."""
-        self._transport = opened = cast(
-            "asyncio.Transport", transport
-        )  # uvloop's isn't one of asyncio's, and does the same
+        # uvloop's transport isn't a subclass of asyncio's, but has the same methods
+        self._transport = opened = cast("asyncio.Transport", transport)
         opened.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         opened.write(PROTOCOL_HEADER)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came."""
+        """Parse the received bytes."""
         self._heard = self.loop.time()
         if not self._greeted:
             self._greeted = True
             if data.startswith(_TLS_ALERT):
-                self.end(Closed("connection", 501, "that port speaks TLS: its URL begins with amqps://"))
+                self.end(Closed("connection", 501, "the port speaks TLS; use amqps:// in the URL"))
                 return
         try:
             self._parser.feed(data)
         except ProtocolError as error:
             self._break(error.code, str(error))
         except Exception as error:
-            logger.critical(
-                "a bug of leveret's: the connection to RabbitMQ at %s is given up", self.address, exc_info=error
-            )
+            logger.critical("a bug in leveret: closing the connection to RabbitMQ at %s", self.address, exc_info=error)
             self._break(541, f"internal error: {error!r:.100}")
 
     def eof_received(self) -> bool:
-        """Close: there are no half-closed AMQP connections."""
+        """Let asyncio close the socket: AMQP has no half-closed connections."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End everything."""
+        """End the connection and everything that waits on it."""
         if self._last_resort is not None:
-            self._last_resort.cancel()  # or it would hold all of this in memory until then
+            self._last_resort.cancel()  # otherwise the timer would keep the connection in memory
         why = Closed("socket", 0, _why(exc))
         why.__cause__ = exc
         self.end(why)
@@ -113,11 +110,11 @@ class Connection(asyncio.Protocol):
             self._closing.set_result(None)
 
     def pause_writing(self) -> None:
-        """Hold publishers: the broker doesn't read as fast as they write."""
+        """Hold publishers: the broker reads more slowly than they write."""
         self._paused, self.writable = True, False
 
     def resume_writing(self) -> None:
-        """Let them go on."""
+        """Let publishers go on."""
         self._paused = False
         self.writable = self.queued <= WRITE_HIGH_BYTES
         for channel in list(self._channels.values()):
@@ -125,11 +122,11 @@ class Connection(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """Whether it is open."""
+        """Whether the connection is open."""
         return self.closed is None
 
     def write(self, data: bytes) -> None:
-        """Send `data` with all else of this turn of the loop."""
+        """Send `data` at the end of this loop turn."""
         self._out.append(data)
         if not self._flushing:
             self._flushing = True
@@ -147,17 +144,17 @@ class Connection(asyncio.Protocol):
             self.loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Hand what was written to the socket."""
+        """Hand the collected data to the socket."""
         self._flushing = False
         out, self._out, self.queued = self._out, [], 0
         if out and self._transport is not None and not self._transport.is_closing():
             self._sent = True
-            self._transport.write(b"".join(out))  # and perhaps pauses
+            self._transport.write(b"".join(out))  # may call pause_writing
         if not self.writable and not self._paused:
             self.resume_writing()
 
     def on_method(self, channel: int, method: Frame) -> None:
-        """Take in a method that isn't hot."""
+        """Handle a method that isn't on a hot path."""
         if channel:
             known = self._channels.get(channel)
             if known is not None:
@@ -179,11 +176,11 @@ class Connection(asyncio.Protocol):
                 self.blocked = None
             case _:
                 if self._handshake is None or self._handshake.done():
-                    raise ProtocolError(503, f"{method.name}, which nobody waits for")
+                    raise ProtocolError(503, f"unexpected {method.name}: nothing waits for it")
                 self._handshake.set_result(method)
 
     def on_confirm(self, channel: int, tag: int, multiple: bool, ack: bool) -> None:
-        """Hand it to its channel."""
+        """Pass a confirm to its channel's window."""
         known = self._channels.get(channel)
         if known is None:
             raise _not_open(channel)
@@ -192,37 +189,39 @@ class Connection(asyncio.Protocol):
     def on_deliver(
         self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes
     ) -> None:
-        """Hand it to its consumer."""
+        """Pass a delivery to its consumer."""
         known = self._channels.get(channel)
         if known is None:
             raise _not_open(channel)
         deliver = known.consumers.get(consumer)
         if deliver is not None:
             deliver(tag, redelivered, properties, body)
-        else:  # on its way while the broker cancelled the consumer: unsettled, it goes back with the channel
-            logger.warning("a delivery for consumer %s, which was cancelled", consumer.decode("utf-8", "replace"))
+        else:  # sent before the broker cancelled the consumer; unsettled, it returns to the queue when the channel closes
+            logger.warning(
+                "ignoring a delivery for consumer %s, which was cancelled", consumer.decode("utf-8", "replace")
+            )
 
     def on_got(self, channel: int, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
-        """Hand it to its channel."""
+        """Pass the answer of a basic.get to its channel."""
         known = self._channels.get(channel)
         if known is None:
             raise _not_open(channel)
         known.on_got(tag, redelivered, properties, body)
 
     def on_return(self, channel: int, code: int, text: str, key: bytes, properties: bytes) -> None:
-        """Hand it to its channel."""
+        """Pass a returned publish to its channel's window."""
         known = self._channels.get(channel)
         if known is None:
             raise _not_open(channel)
         known.window.on_return(code, text, key, properties)
 
     async def handshake(self) -> None:
-        """Log in, agree on limits, open the vhost; the caller sets the deadline."""
+        """Log in, negotiate limits and open the vhost; the caller sets the deadline."""
         start = await self._expect(commands.Connection.Start)
         mechanism, response = self.address.login()
         offered = str(start.mechanisms).split()
         if mechanism not in offered:
-            raise Closed("connection", 403, f"it offers no {mechanism} login, only {' '.join(offered)}")
+            raise Closed("connection", 403, f"the broker offers no {mechanism} login, only {' '.join(offered)}")
         capabilities = dict.fromkeys(
             (
                 "publisher_confirms",
@@ -252,7 +251,7 @@ class Connection(asyncio.Protocol):
         )
         await self._expect(commands.Connection.OpenOk, commands.Connection.Open(virtual_host=self.address.vhost))
         self._handshake = None
-        check_open(self.closed)  # it may have closed in the same breath as the open-ok
+        check_open(self.closed)  # a close may have arrived together with the open-ok
         self._beaten = self.loop.time()
         self._beat = self.loop.call_later(self._heartbeat_s / 2, self._on_beat)
 
@@ -264,14 +263,15 @@ class Connection(asyncio.Protocol):
         answer = await self._handshake
         self._handshake = self.loop.create_future()
         if not isinstance(answer, kind):
-            raise Closed("connection", 503, f"{answer.name} where {kind.name} was due")
+            raise Closed("connection", 503, f"the broker sent {answer.name} instead of {kind.name}")
         return answer
 
     def _on_beat(self) -> None:
-        """Send a heartbeat unless something was sent; give up on a peer that said nothing for two of them."""
+        """Send a heartbeat if nothing else was sent; close the connection if the peer was silent for two intervals."""
         now = self.loop.time()
         interval_s = self._heartbeat_s / 2
-        stalled = now - self._beaten > 2 * interval_s  # this loop stood still: what came meanwhile isn't read yet
+        # this loop stood still: the data that arrived meanwhile isn't read yet
+        stalled = now - self._beaten > 2 * interval_s
         self._beaten = now
         if now - self._heard > 2 * self._heartbeat_s and not stalled:
             self.end(Closed("socket", 0, f"nothing was heard from the broker for {now - self._heard:.0f} s"))
@@ -296,12 +296,12 @@ class Connection(asyncio.Protocol):
         return channel
 
     def forget(self, number: int) -> None:
-        """Free the number of a channel that ended."""
+        """Free the number of a closed channel."""
         del self._channels[number]
         self._parser.forget(number)
 
     def _break(self, code: int, text: str) -> None:
-        """Close because the peer broke the protocol."""
+        """Close the connection because the peer broke the protocol."""
         text = text[:250]
         self.write(
             method_frame(0, commands.Connection.Close(reply_code=code, reply_text=text[:120], class_id=0, method_id=0))
@@ -310,7 +310,7 @@ class Connection(asyncio.Protocol):
         self.end(Closed("connection", code, f"the broker broke the protocol: {text}"))
 
     def end(self, why: Closed) -> None:
-        """End all that waits, and drop the socket."""
+        """End everything that waits on the connection, and close the socket."""
         if self.closed is not None:
             return
         self.closed = why
@@ -326,20 +326,19 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
             else:
                 self._transport.close()
-                self._last_resort = self.loop.call_later(
-                    CLOSE_TIMEOUT_S, self._transport.abort
-                )  # a peer that reads nothing would keep it open
+                # a peer that reads nothing would keep the socket open
+                self._last_resort = self.loop.call_later(CLOSE_TIMEOUT_S, self._transport.abort)
         if self.on_closed is not None:
             self.on_closed(why)
 
     def abort(self) -> None:
-        """Drop the socket, whatever the peer does."""
-        self.end(Closed("socket", 0, "it was dropped"))
+        """Drop the socket without a close handshake."""
+        self.end(Closed("socket", 0, "the connection was dropped"))
         if self._transport is not None:
             self._transport.abort()
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Say good-bye, and wait for the answer as long as `timeout_s`; a dead peer costs no more."""
+        """Close the connection, waiting at most `timeout_s` for the peer's answer."""
         self.on_closed = None
         try:
             if self.closed is None:
@@ -350,8 +349,8 @@ class Connection(asyncio.Protocol):
                     )
                 )
                 await asyncio.wait([self._closing], timeout=timeout_s)
-        finally:  # cancelled, too: nobody else would close it, and while its heartbeats go on the broker leaves it what it holds
-            self.end(Closed("connection", 200, "it was closed"))
+        finally:  # cancelled, too: nobody else closes it, and as long as its heartbeats go on, its deliveries stay with it
+            self.end(Closed("connection", 200, "the connection was closed"))
             self.abort()
 
 
@@ -366,7 +365,10 @@ def _why(error: Exception | None) -> str:
 
 
 async def connect(address: Address, name: str, timeout_s: float) -> Connection:
-    """Return an open connection, TCP, TLS and handshake within `timeout_s`; raises `Closed`, OSError, ssl.SSLError or TimeoutError."""
+    """Return an open connection: TCP, TLS and handshake take at most `timeout_s`.
+
+    Raises `Closed`, OSError, ssl.SSLError or TimeoutError.
+    """
     loop = asyncio.get_running_loop()
     connection = Connection(address, name)
     context: ssl.SSLContext | None = address.tls()

@@ -1,7 +1,7 @@
-"""The consuming side of RabbitMQ: one supervised loop that connects, declares, sets the windows and consumes, whole.
+"""The consuming side of RabbitMQ: one supervised loop that connects, declares, sets the windows and consumes.
 
-A lost connection, a closed channel or a cancelled consumer ends the whole consuming connection; it is made again whole,
-with back-off. What was unsettled is then no longer `live`: the broker delivers it again.
+A lost connection, a closed channel or a cancelled consumer ends the whole consuming connection. The loop opens a new one,
+with back-off. Unsettled deliveries are then no longer `live`: the broker delivers their jobs again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from leveret.broker import Sink, Subscription
 from leveret.errors import ConfigurationError
 from leveret.runtime import Runtime
 
-from . import connection as amqp
 from . import topology
 from .address import Address
-from .session import FAULTS, ConnectionLost, connect, declare, kind_of, reason_of
+from .connection import Connection
+from .session import FAULTS, ConnectionLost, connect_any, declare, kind_of, reason_of
 from .settling import Settling
 from .taker import Taker
 from .wire import CLOSE_TIMEOUT_S, Closed
@@ -34,7 +34,7 @@ _TELL_EVERY_S = 60.0
 class _Session:
     """One consuming connection from its start to its loss."""
 
-    def __init__(self, connection: amqp.Connection, runtime: Runtime, sink: Sink, settling: Settling) -> None:
+    def __init__(self, connection: Connection, runtime: Runtime, sink: Sink, settling: Settling) -> None:
         self.connection = connection
         self.runtime = runtime
         self.sink = sink
@@ -46,12 +46,12 @@ class _Session:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def lose(self, reason: str) -> None:
-        """It can't go on: the supervisor makes a new one."""
+        """Give up the session: the supervisor makes a new one."""
         if not self.lost.done():
             self.lost.set_result(reason)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do something on the connection; its failure loses the session."""
+        """Run `work` as a task; if it fails, the session is lost."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -88,7 +88,7 @@ class _Session:
         )
 
     def end(self) -> None:
-        """What is settled and not yet written is written where a channel is still open; the rest is lost."""
+        """Write the pending settlements of channels that are still open; the other settlements are lost."""
         for taker in self.takers:
             taker.flush()
             taker.live = False
@@ -96,25 +96,25 @@ class _Session:
             task.cancel()
 
     async def close(self) -> None:
-        """After `end`: wait until the broker has all that was settled, and disconnect; a dead peer costs seconds, not for ever."""
+        """After `end`: wait until the broker has every settlement, then disconnect; a dead peer delays this by seconds at most."""
         try:
-            # one that fails (its queue was deleted) must not cut off the others' last acks
+            # a taker that fails (its queue was deleted) must not cut off the other takers' last acks
             for error in await asyncio.gather(*(taker.settled() for taker in self.takers), return_exceptions=True):
                 if isinstance(error, FAULTS):
                     logger.warning(
-                        "RabbitMQ at %s: the last acks may be lost, their jobs come again: %s",
+                        "RabbitMQ at %s: the last acks may be lost, and their jobs are then delivered again: %s",
                         self.connection.address,
                         reason_of(error),
                     )
                 elif error is not None:
                     raise error
             await self.connection.close()
-        finally:  # cancelled, too: an open connection that nobody has would keep what it was delivered
+        finally:  # cancelled, too: an open connection without an owner would keep its deliveries
             self.connection.abort()
 
 
 class RabbitConsumption:
-    """A running consumption: connects, declares, consumes; and again, whole, when any of it is lost."""
+    """A running consumption: it connects, declares and consumes, and starts over when any part is lost."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class RabbitConsumption:
         self._session: _Session | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._step: asyncio.Task[None] | None = None
-        """A session that is being made, or closed: a stop waits for it rather than cut it off in the middle."""
+        """The opening or closing of a session that is under way: a stop waits for it instead of cutting it off."""
         self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         self._failure.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._was_ready = False
@@ -145,11 +145,11 @@ class RabbitConsumption:
         return self._session is not None and not self._session.lost.done()
 
     async def failed(self) -> None:
-        """Wait until it can't go on, and raise why. Once it was ready, it goes on trying whatever comes."""
+        """As `Consumption.failed`; a consumption that was ready once never fails, but goes on trying."""
         await asyncio.shield(self._failure)
 
     async def start(self) -> None:
-        """Try once, then supervise; ConfigurationError where waiting won't help."""
+        """Connect once, then supervise; ConfigurationError if waiting won't help."""
         try:
             await self._establish()
         except ConnectionLost as error:
@@ -158,12 +158,12 @@ class RabbitConsumption:
         self._supervisor.add_done_callback(self._supervised)
 
     def _supervised(self, supervisor: asyncio.Task[None]) -> None:
-        """A worker that nobody connects again would run for ever and take nothing: let it end with the bug's traceback."""
+        """Fail with the traceback of a bug: a worker without a supervisor would run for ever and take nothing."""
         if not supervisor.cancelled() and (bug := supervisor.exception()) is not None and not self._failure.done():
             self._failure.set_exception(bug)
 
     async def _establish(self) -> None:
-        connection = await connect(
+        connection = await connect_any(
             self._where, f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s
         )
         session = _Session(connection, self._runtime, self._sink, self._settling)
@@ -174,7 +174,7 @@ class RabbitConsumption:
         except BaseException as error:
             session.end()
             self._sink.lost()
-            await session.close()  # not dropped: some consumers may have delivered, and what was acked must arrive
+            await session.close()  # not `abort`: some consumers may have delivered already, and their acks must arrive
             if isinstance(error, FAULTS):
                 self._raise(error, connection.address)
             raise
@@ -189,7 +189,7 @@ class RabbitConsumption:
 
     def _raise(self, error: BaseException, address: Address) -> NoReturn:
         if kind_of(error) == "refused":
-            msg = f"RabbitMQ at {address} refuses user {address.user!r} to consume: {reason_of(error)}"
+            msg = f"RabbitMQ at {address} doesn't let user {address.user!r} consume: {reason_of(error)}"
             raise ConfigurationError(msg) from error
         raise ConnectionLost(f"RabbitMQ at {address}: {reason_of(error)}") from error
 
@@ -215,7 +215,7 @@ class RabbitConsumption:
             except ConnectionLost as error:
                 self._tell(str(error))
             except ConfigurationError as error:
-                if not self._was_ready:  # the broker has come up, and says no
+                if not self._was_ready:  # the first connection: waiting wouldn't help
                     self._failure.set_exception(error)
                     return
                 self._tell(str(error))
@@ -223,9 +223,8 @@ class RabbitConsumption:
 
     async def _undisturbed(self, step: Coroutine[Any, Any, None]) -> None:
         self._step = asyncio.create_task(step)
-        self._step.add_done_callback(
-            lambda ended: ended.cancelled() or ended.exception()
-        )  # looked at, though a stop may have ended who waits
+        # its exception is read here, since a stop may have cancelled the task that awaits it below
+        self._step.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await asyncio.shield(self._step)
 
     async def _lost(self, session: _Session, reason: str) -> None:
@@ -234,17 +233,17 @@ class RabbitConsumption:
         logger.warning("the consuming connection to RabbitMQ at %s is lost: %s", session.connection.address, reason)
         self._told = (reason, time.monotonic())
         self._sink.lost()
-        await session.close()  # it may be one queue's channel that is lost: the others' last acks must arrive
+        await session.close()  # perhaps only one channel is lost: the last acks of the other queues must arrive
 
     def _tell(self, reason: str) -> None:
-        """Log what it waits for: when that changes, and once a minute."""
+        """Log why the consumption waits: when the reason changes, and once a minute."""
         now = time.monotonic()
         if reason != self._told[0] or now - self._told[1] >= _TELL_EVERY_S:
             self._told = (reason, now)
             logger.warning("waiting to consume: %s; trying again", reason)
 
     async def stop_taking(self) -> None:
-        """Cancel the consumers; what still arrives is given back."""
+        """Cancel the consumers; later deliveries are given back."""
         self._stopping = True
         if self._session is None:
             await self._end_supervisor()
@@ -268,8 +267,8 @@ class RabbitConsumption:
 
     async def _end_supervisor(self) -> None:
         if self._step is not None and not self._step.done():
-            # one that is made may have delivered already: what runs can be settled once all its consumers are registered.
-            # One that is closed has last acks to see through.
+            # A session that is being opened may have delivered already; once all its consumers are registered, its jobs can be
+            # settled. A session that is being closed has its last acks to write.
             await asyncio.wait({self._step}, timeout=CLOSE_TIMEOUT_S)
         tasks = {task for task in (self._supervisor, self._step) if task is not None}
         self._supervisor = self._step = None

@@ -1,10 +1,10 @@
-"""AMQP 0-9-1 frames. What is hot (deliver, content, confirms, publish, acks) is parsed and built here; all else by pamqp.
+"""AMQP 0-9-1 frames. Hot methods (deliver, content, confirms, publish, acks) are parsed and built here, all others by pamqp.
 
     frame   = type octet, channel short, size long, payload, frame-end octet 0xCE           (section 4.2.3)
     content = a method frame, one header frame (class, weight, body size, properties), body frames until the size is reached
 
-The parser reads from whatever the socket gave, however it was cut, and calls a `Receiver`. Whatever comes in, it either
-calls the receiver or raises `ProtocolError`, which says with which code the connection is to be closed (section 4.10.2).
+The parser takes the bytes of the socket, cut anywhere. For any input, it either calls a `Receiver` or raises `ProtocolError`,
+which has the code for closing the connection (section 4.10.2).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pamqp.base import Frame
 
 FRAME_END = 0xCE
 OVERHEAD = 8
-"""Octets of a frame beside its payload."""
+"""Octets of a frame besides its payload."""
 PROPERTIES_OVERHEAD = OVERHEAD + 12
-"""Octets of a frame of properties beside them: class, weight and the body's size, too."""
+"""Octets of a header frame besides its properties: class, weight and body size, too."""
 _MAX_NESTING = 32
 
 _METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
@@ -41,7 +41,7 @@ PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
 
 
 class ProtocolError(Exception):
-    """The peer broke the protocol; `code` is what the connection is closed with."""
+    """The peer broke the protocol; `code` is the reply code for closing the connection."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -49,33 +49,33 @@ class ProtocolError(Exception):
 
 
 class Receiver(Protocol):
-    """Who hears what was parsed; nothing of it may block or raise."""
+    """Receives the parsed methods and messages; its methods must not block or raise."""
 
     def on_method(self, channel: int, method: Frame) -> None:
-        """A method that isn't hot."""
+        """A method that isn't on a hot path."""
         ...
 
     def on_confirm(self, channel: int, tag: int, multiple: bool, ack: bool) -> None:
-        """basic.ack or basic.nack of the broker's, for what was published."""
+        """A basic.ack or basic.nack by the broker, for a publish."""
         ...
 
     def on_deliver(
         self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes
     ) -> None:
-        """basic.deliver, whole; `properties` are the header frame's flags and values as they came."""
+        """A whole basic.deliver; `properties` are the flags and values of the header frame, still encoded."""
         ...
 
     def on_got(self, channel: int, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
-        """basic.get-ok, whole."""
+        """A whole basic.get-ok."""
         ...
 
     def on_return(self, channel: int, code: int, text: str, key: bytes, properties: bytes) -> None:
-        """basic.return, whole: no queue took it."""
+        """A whole basic.return: no queue took the message."""
         ...
 
 
 class _Content:
-    """A content that is still coming: what its method said, its properties, and the body so far."""
+    """An incomplete content: the arguments of its method, its properties, and the body so far."""
 
     __slots__ = ("body", "method", "properties", "size")
 
@@ -87,10 +87,10 @@ class _Content:
 
 
 class Parser:
-    """Cuts a stream of octets into frames, and frames into what a `Receiver` hears.
+    """Cuts a stream of octets into frames, and passes their methods and messages to a `Receiver`.
 
-    `frame_max` is the largest frame that is taken, 0 for any; `body_max` the largest body that is kept in memory:
-    a longer one is a protocol error too, since a broker of 4.x never sends it.
+    `frame_max` is the largest frame that is accepted, 0 for any. `body_max` is the largest body that is kept in memory: a
+    longer one is a protocol error too, since a broker of 4.x never sends one.
     """
 
     __slots__ = ("_contents", "_receiver", "_rest", "body_max", "frame_max")
@@ -103,11 +103,11 @@ class Parser:
         self.body_max = body_max
 
     def forget(self, channel: int) -> None:
-        """Drop the content that is still coming on `channel`, which was closed."""
+        """Drop the incomplete content of `channel`, which was closed."""
         self._contents.pop(channel, None)
 
-    def feed(self, data: bytes) -> None:  # noqa: C901, PLR0915 - one loop: a call a frame costs as much as its parse
-        """Parse what came; ProtocolError ends the connection."""
+    def feed(self, data: bytes) -> None:  # noqa: C901, PLR0915 - one loop: a call per frame costs as much as its parse
+        """Parse received bytes; a ProtocolError ends the connection."""
         if self._rest:
             data = self._rest + data
         position, size = 0, len(data)
@@ -135,8 +135,8 @@ class Parser:
                         if at + 9 > end:
                             raise ProtocolError(502, "a basic.deliver that ends too early")
                         tag, redelivered = _unpack_u64(data, at)[0], data[at + 8] & 1
-                        # Nearly always all of it is here, in three frames: then it needn't be put together. Whatever
-                        # differs goes the way of all else, which also says what is wrong with it.
+                        # Nearly always the whole delivery is here, in three frames, and needs no joining. Any other case
+                        # takes the general path below, which also reports the errors.
                         if size - end > _CONTENT_HEAD:
                             kind, on, length, _, _, body_size = _unpack_content(data, end + 1)
                             ends = end + 8 + length
@@ -187,7 +187,7 @@ class Parser:
                         raise ProtocolError(502, "a content header that ends too early")
                     content.size = _unpack_u64(data, start + 4)[0]
                     if content.size > self.body_max:
-                        raise ProtocolError(501, f"a body of {content.size} octets, the limit is {self.body_max}")
+                        raise ProtocolError(501, f"a body of {content.size} octets; the limit is {self.body_max}")
                     content.properties = data[start + 12 : end]
                     if not content.size:
                         del contents[channel]
@@ -203,9 +203,7 @@ class Parser:
                         content.body += data[start:end]
                         if len(content.body) >= content.size:
                             if len(content.body) > content.size:
-                                raise ProtocolError(
-                                    501, f"a body longer than the {content.size} octets that its header said"
-                                )
+                                raise ProtocolError(501, f"a body longer than the {content.size} octets in its header")
                             del contents[channel]
                             self._complete(channel, content, bytes(content.body))
                 elif length or channel:
@@ -231,8 +229,8 @@ class Parser:
         if head[:4] == b"AMQP":
             raise ProtocolError(501, f"the peer speaks another version of AMQP: it answered {head!r}")
         if kind not in _KINDS:
-            raise ProtocolError(501, f"no frame begins with {head!r}; is that port AMQP's?")
-        raise ProtocolError(501, f"a frame of {length} octets, the limit is {self.frame_max}")
+            raise ProtocolError(501, f"no AMQP frame begins with {head!r}; is this an AMQP port?")
+        raise ProtocolError(501, f"a frame of {length} octets; the limit is {self.frame_max}")
 
 
 _KINDS = frozenset((_METHOD, _HEADER, _BODY, _HEARTBEAT))
@@ -241,7 +239,7 @@ _KINDS = frozenset((_METHOD, _HEADER, _BODY, _HEARTBEAT))
 def _method(frame: bytes) -> Frame:
     try:
         _, _, method = pamqp.frame.unmarshal(frame)
-    except Exception as error:  # pamqp raises its own, struct.error, KeyError, UnicodeDecodeError …
+    except Exception as error:  # pamqp raises its own errors, struct.error, KeyError, UnicodeDecodeError …
         raise ProtocolError(502, f"a method that can't be read: {error!r:.120}") from error
     if not isinstance(method, Frame):
         raise ProtocolError(502, f"a method frame that holds {type(method).__name__}")
@@ -261,12 +259,12 @@ def _returned(payload: bytes) -> tuple[int, str, bytes, bytes]:
 
 
 def method_frame(channel: int, method: Frame) -> bytes:
-    """Return the frame of a method that isn't hot."""
+    """Return the frame of a method that isn't on a hot path."""
     return pamqp.frame.marshal(method, channel)
 
 
 def publish_frame(channel: int, exchange: str, key: str) -> bytes:
-    """Return the method frame of a mandatory basic.publish; the same for every publish to one key, so keep it."""
+    """Return the method frame of a mandatory basic.publish; callers keep it, since every publish to the same key uses the same frame."""
     return method_frame(channel, commands.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True))
 
 
@@ -276,7 +274,7 @@ _end_and_body = struct.Struct(">BBHI").pack
 
 
 def content_frames(channel: int, properties: bytes, body: bytes, frame_max: int) -> list[bytes | memoryview]:
-    """Return the header frame and as many body frames as `frame_max` makes of it; to be joined by who writes."""
+    """Return the pieces of the header frame and of the body frames, each within `frame_max`; the writer joins them."""
     size = len(body)
     head = _pack_content(_HEADER, channel, 12 + len(properties), 60, 0, size)
     room = frame_max - OVERHEAD if frame_max else size
@@ -309,7 +307,7 @@ def reject_frame(channel: int, tag: int) -> bytes:
     return _ack(_METHOD, channel, 13, 60, 90, tag, 0, FRAME_END)
 
 
-# In the order of the wire, with their flag bits (section 4.2.6.1). A shortstr unless it says otherwise.
+# In the order of the wire, with their flag bits (section 4.2.6.1).
 CONTENT_TYPE, CONTENT_ENCODING, HEADERS, DELIVERY_MODE, PRIORITY = 1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11
 CORRELATION_ID, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP = 1 << 10, 1 << 9, 1 << 8, 1 << 7, 1 << 6
 TYPE, USER_ID, APP_ID, CLUSTER_ID, _MORE = 1 << 5, 1 << 4, 1 << 3, 1 << 2, 1
@@ -322,7 +320,7 @@ def short(text: str) -> bytes:
     """Return a shortstr; ValueError above 255 bytes."""
     raw = text.encode()
     if len(raw) > 255:
-        msg = f"{text[:40]!r}… has {len(raw)} bytes, AMQP's short strings have at most 255"
+        msg = f"{text[:40]!r}… has {len(raw)} bytes; AMQP's short strings have at most 255"
         raise ValueError(msg)
     return _LENGTHS[len(raw)] + raw
 
@@ -330,10 +328,10 @@ def short(text: str) -> bytes:
 _TEXTS = ((CORRELATION_ID, "correlation_id"), (REPLY_TO, "reply_to"), (EXPIRATION, "expiration"))
 
 
-def decode_properties(raw: bytes) -> dict[str, Any]:  # noqa: PLR0915 - the list of section 4.2.6.1, one after another
-    """Return the properties that are there, by AMQP's names; `headers` as the table's octets, `timestamp` in Unix seconds.
+def decode_properties(raw: bytes) -> dict[str, Any]:  # noqa: PLR0915 - the properties of section 4.2.6.1 in turn
+    """Return the properties by AMQP's names; `headers` as the table's octets, `timestamp` in Unix seconds.
 
-    ValueError for what isn't UTF-8 or doesn't fit: the message is still whole, only what it says of itself can't be read.
+    ValueError for text that isn't UTF-8 or lengths that don't fit: the body is still whole, only the properties can't be read.
     """
     found: dict[str, Any] = {}
     try:
@@ -394,7 +392,7 @@ def decode_properties(raw: bytes) -> dict[str, Any]:  # noqa: PLR0915 - the list
 
 
 def table_of(octets: bytes) -> Mapping[str, Any]:
-    """Return the table in `octets` (without its length); ValueError where it can't be read."""
+    """Return the table in `octets` (without its length); ValueError if it can't be read."""
     from pamqp import decode
 
     try:
@@ -407,9 +405,9 @@ def table_of(octets: bytes) -> Mapping[str, Any]:
 
 
 def _check_nesting(value: Mapping[str, Any] | list[Any], left: int) -> None:
-    """Refuse a table that is so deep that to write it again would end in a RecursionError."""
+    """Raise ValueError for a table that is nested so deeply that encoding it again would end in a RecursionError."""
     if not left:
-        msg = f"the headers table has more than {_MAX_NESTING} tables in one another"
+        msg = f"the headers table is nested more than {_MAX_NESTING} levels deep"
         raise ValueError(msg)
     for inner in value.values() if isinstance(value, Mapping) else value:
         if isinstance(inner, (Mapping, list)):
@@ -417,7 +415,7 @@ def _check_nesting(value: Mapping[str, Any] | list[Any], left: int) -> None:
 
 
 def message_id_of(raw: bytes) -> str | None:
-    """Return the message id among encoded properties; None where there is none or they can't be read."""
+    """Return the message id in encoded properties; None if they have none or can't be read."""
     try:
         found = decode_properties(raw)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The publishing connections: opened by the first publish that needs one, and left to a queue that confirms nothing."""
+"""The publishing connections: opened by the first publish, and replaced when a queue confirms nothing."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from .channel import Channel
 from .confirms import MOST_STUCK, Unconfirmed
 from .connection import Connection
 from .route import Route
-from .session import FAULTS, ConnectionLost, connect, reason_of
+from .session import FAULTS, ConnectionLost, connect_any, reason_of
 from .wire import Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
 
 _MOST_ASIDE = 4
-"""Most connections that are left to queues that confirm nothing: where all stands still, more would help nobody."""
+"""At most this many connections are left to queues that confirm nothing: if no queue confirms, more connections don't help."""
 
 
 class Link:
-    """An open publishing connection, the window of its channel, and what was declared on it."""
+    """An open publishing connection, the window of its channel, and the topology that was declared on it."""
 
     def __init__(self, connection: Connection, channel: Channel) -> None:
         self.connection = connection
         self.window = channel.window
         self.declared: set[Queue | str | None] = {None}
         self.ready: set[Route] = set()
-        """Routes that are kept and need nothing declared: a look at these is faster than at `declared`."""
+        """Kept routes whose topology is declared: a look-up here is faster than two in `declared`."""
         self.declaring: dict[Queue | str, asyncio.Task[None]] = {}
 
     @property
     def usable(self) -> bool:
-        """Whether it can still be written to."""
+        """Whether the link can still be written to."""
         return self.window.closed is None
 
 
@@ -54,7 +54,7 @@ class Carried(Unconfirmed, eq=False, kw_only=True):
 
 
 class Links:
-    """The publishing connections: one for all queues, and others for queues that confirm nothing, so that they hold up no others."""
+    """The publishing connections: one for all queues, and further ones for queues that confirm nothing and would hold up the rest."""
 
     def __init__(self, where: tuple[Address, ...], runtime: Runtime, name: str) -> None:
         self._where = where
@@ -62,26 +62,26 @@ class Links:
         self._name = name
         self.current: Link | None = None
         self.aside: dict[str, Link] = {}
-        """By lane, links that are left to queues that confirm nothing; all else goes on `current`."""
+        """By lane, the links that are left to queues that confirm nothing; all other lanes use `current`."""
         self._leaving: set[Link] = set()
-        """Links that aren't `current` any more, and are closed once nobody waits for what was written to them."""
+        """Links that aren't `current` any more; each is closed once nobody waits for its publishes."""
         self._relieving: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._opening: asyncio.Task[Link] | None = None
         self._waiting = 0
         self._trying = False
-        """Whether an attempt to connect is under way, rather than the pause before one."""
+        """Whether an attempt to connect is under way; False during the pause before one."""
         self.reason = f"RabbitMQ at {', '.join(map(str, where))} wasn't reached yet"
-        """Why there is no link, when there is none."""
+        """Why no link is open."""
         self._refused: tuple[float, ConfigurationError] | None = None
         self.closed = False
 
     def of(self, lane: str) -> Link | None:
-        """Return the link for `lane`, if there is one now."""
+        """Return the link for `lane`; None if none is open."""
         return self.aside.get(lane, self.current)
 
     async def pause(self, attempt: int) -> None:
-        """Wait as long as the back-off says after `attempt` failures."""
+        """Wait for the back-off after `attempt` failures."""
         settings = self._runtime.settings
         wait_s = full_jitter(
             attempt, base_s=settings.reconnect_base_s, cap_s=settings.reconnect_cap_s, rng=self._runtime.rng
@@ -89,7 +89,7 @@ class Links:
         await self._runtime.clock.sleep(wait_s)
 
     async def connected(self, lane: str) -> Link:
-        """Return the open link, or wait until there is one; ConfigurationError where waiting won't help."""
+        """Return the open link, or wait until one is open; ConfigurationError if waiting won't help."""
         link = self.of(lane)
         if link is not None and link.usable:
             return link
@@ -111,8 +111,8 @@ class Links:
         finally:
             self._waiting -= 1
             if not self._waiting and not self._trying:
-                opening.cancel()  # it pauses, for nobody now; no effect where it is done
-                self._opening = None  # now, not at its end: who comes in this very turn makes a new one
+                opening.cancel()  # it pauses, and nobody waits for it any more; no effect on a finished task
+                self._opening = None  # now, not in its callback: a publish in this very turn must start a new task
 
     def _opened(self, task: asyncio.Task[Link]) -> None:
         if self._opening is task:
@@ -121,9 +121,10 @@ class Links:
             self._refused = (time.monotonic(), error)
 
     async def _open(self) -> Link:
-        """Connect, again and again while somebody waits.
+        """Try to connect until it succeeds or nobody waits.
 
-        What has begun goes on when its publish gives up, or publishes with less time than a handshake takes would never get a connection.
+        An attempt goes on after its publish gave up: otherwise publishes whose timeout is shorter than a handshake would never
+        get a connection.
         """
         attempt = 0
         while True:
@@ -149,7 +150,7 @@ class Links:
 
     async def _try(self) -> tuple[Connection, Channel]:
         timeout_s = self._runtime.settings.connect_timeout_s
-        connection = await connect(self._where, self._name, timeout_s)
+        connection = await connect_any(self._where, self._name, timeout_s)
         try:
             channel = await connection.channel(timeout_s)
             await channel.call(commands.Confirm.Select(), timeout_s)
@@ -168,14 +169,14 @@ class Links:
                 logger.warning(
                     "the connection %r to RabbitMQ at %s is lost: %s", self._name, link.connection.address, self.reason
                 )
-        if link.connection.usable:  # the channel is all that closed
+        if link.connection.usable:  # only the channel was closed
             self._end(link)
 
     def _swept(self, link: Link) -> None:
-        """See that no queue holds up the others; close a link that was left once it has nothing to wait for."""
+        """Start a new link when a queue holds up the others; close a link that was left and is idle."""
         window = link.window
         if link.connection.blocked is not None:
-            window.start_anew()
+            window.restart_clock()
         if link is self.current:
             if self._relieving is None and self._held_up_by(link):
                 self._relieving = asyncio.get_running_loop().create_task(self._relieve(link))
@@ -187,7 +188,7 @@ class Links:
                 self._end(link)
 
     def _held_up_by(self, link: Link) -> set[str]:
-        """Return the lanes that are stuck on `link`, where others are held up by them, or will be soon."""
+        """Return the lanes that are stuck on `link`; none unless they hold up other lanes, or soon will."""
         stuck = link.window.stuck()
         lanes = _lanes(stuck)
         if not lanes or len({*self.aside.values()}) >= _MOST_ASIDE:
@@ -198,7 +199,7 @@ class Links:
         return lanes if others else set()
 
     async def _relieve(self, link: Link) -> None:
-        """Open another link, and leave `link` to what is stuck on it then; without another it stays as it is."""
+        """Open a new link, and leave `link` to the lanes that are stuck on it; if none can be opened, keep `link`."""
         try:
             connection, channel = await self._try()
         except (ConnectionLost, ConfigurationError, *FAULTS):
@@ -209,7 +210,7 @@ class Links:
             await connection.close()
             return
         logger.warning(
-            "RabbitMQ at %s confirms no publish to %s: they keep this connection, all others go on on a new one",
+            "RabbitMQ at %s confirms no publish to %s: these publishes keep the old connection, all others move to a new one",
             connection.address,
             ", ".join(sorted(lanes)),
         )
@@ -221,10 +222,10 @@ class Links:
     def _relieved(self, task: asyncio.Task[None]) -> None:
         self._relieving = None
         if not task.cancelled() and (bug := task.exception()) is not None:
-            logger.critical("a bug of leveret's: no other connection was made", exc_info=bug)
+            logger.critical("a bug in leveret: the second publishing connection wasn't opened", exc_info=bug)
 
     def _forget(self, link: Link) -> None:
-        """Let what was left to `link` go where all goes."""
+        """Let the lanes that were left to `link` use the current link again."""
         if self.aside:
             self.aside = {lane: aside for lane, aside in self.aside.items() if aside is not link}
 
@@ -249,7 +250,7 @@ class Links:
         try:
             if self._ending:
                 await asyncio.wait(self._ending)
-        finally:  # cancelled, too: a close that is cut off drops its socket
+        finally:  # cancelled, too: a close that is cut off still drops its socket
             for task in self._ending:
                 task.cancel()
 

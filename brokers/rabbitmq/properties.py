@@ -1,6 +1,6 @@
-"""Envelope ↔ AMQP properties. The body is the payload alone; the headers table is there only when something needs it.
+"""Envelope ↔ AMQP properties. The body is the payload alone; the headers table is sent only if a field needs it.
 
-What comes in may be anybody's: whatever is odd becomes an `Envelope` and a problem's text, never an exception.
+An incoming message may come from any producer: a malformed one becomes an `Envelope` and the text of a problem, never an exception.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .topology import PRIORITY_PROPERTY, level_of
 
 _LEVEL_OF_PROPERTY = {value: level for level, value in PRIORITY_PROPERTY.items()}
 _LATEST_S = 253_402_300_799
-"""The end of the year 9999: what a foreign producer says beyond it (milliseconds) no clock can show."""
+"""The end of the year 9999: a foreign producer's later timestamp (one in milliseconds) can't be shown as a date."""
 
 
 def encode_table(table: Mapping[str, Any]) -> bytearray:
-    """Return the items of an AMQP table, without the length before them. TypeError for a value that AMQP has no type for."""
+    """Return the items of an AMQP table, without its length. TypeError for a value that AMQP has no type for."""
     out = bytearray()
     for name, value in table.items():
         key = name.encode()
         if len(key) > 255:
-            msg = f"header {name!r:.80}: a name has at most 255 bytes"
+            msg = f"the header name {name!r:.80} has {len(key)} bytes; the limit is 255"
             raise TypeError(msg)
         out.append(len(key))
         out += key
@@ -51,13 +51,13 @@ def _encode_value(value: Any) -> bytes:
         case str():
             raw = value.encode()
             return b"S" + struct.pack(">I", len(raw)) + raw
-        case float() if math.isfinite(value):  # Erlang has no others: RabbitMQ would close the connection
+        case float() if math.isfinite(value):  # Erlang has no infinity and no NaN: RabbitMQ would close the connection
             return b"d" + struct.pack(">d", value)
         case None:
             return b"V"
         case bytearray():
             return b"x" + struct.pack(">I", len(value)) + value
-        case bytes():  # a long string that isn't UTF-8, as pamqp decodes it
+        case bytes():  # pamqp decodes a long string that isn't UTF-8 as bytes
             return b"S" + struct.pack(">I", len(value)) + value
         case datetime():
             return b"T" + struct.pack(">Q", int(value.timestamp()))
@@ -87,7 +87,7 @@ _unpack_u64 = struct.Struct(">Q").unpack_from
 
 
 def _cached(text: str) -> bytes:
-    """Return the shortstr of a name that comes again and again: of a job, an app, a content type."""
+    """Return the shortstr of a name that is used often: of a job, an app or a content type."""
     known = _shorts.get(text)
     if known is None:
         if len(_shorts) > 1000:
@@ -100,7 +100,7 @@ _plain: dict[tuple[str, str | None, int | None, str], tuple[bytes, bytes]] = {}
 
 
 def _plain_ends(envelope: Envelope, priority: int | None) -> tuple[bytes, bytes]:
-    """Return what stands before the id and after the time, where there is no header, no correlation and no reply-to."""
+    """Return the bytes before the id and after the time, for an envelope without headers, correlation id and reply-to."""
     flags = frames.CONTENT_TYPE | frames.DELIVERY_MODE | frames.MESSAGE_ID | frames.TIMESTAMP | frames.TYPE
     mode, tail = b"\x02", frames.short(envelope.job)
     if priority is not None:
@@ -113,11 +113,11 @@ def _plain_ends(envelope: Envelope, priority: int | None) -> tuple[bytes, bytes]
 
 
 def encode(envelope: Envelope, priority: int | None) -> bytes:
-    """Return flags and values of `envelope`'s properties; `priority` for classic job queues only, None leaves it unset.
+    """Return the flags and values of `envelope`'s properties; `priority` is for classic job queues, None leaves it unset.
 
-    A priority of 0 isn't the same as none: on 4.3 quorum queues it puts a job behind its peers.
-    Never sent: `expiration` (lost on the first hop, and dead-lettering would look like a failure), `user_id`.
-    Raises TypeError or ValueError for what AMQP can't carry.
+    A priority of 0 isn't the same as none: on quorum queues of 4.3 it puts a job behind its peers.
+    Never sent: `expiration` (lost on the first hop, and its dead-lettering would look like a failure), `user_id`.
+    Raises TypeError or ValueError for a value that AMQP can't carry.
     """
     headers = pack_headers(envelope)
     if (
@@ -125,7 +125,7 @@ def encode(envelope: Envelope, priority: int | None) -> bytes:
         and envelope.created_s
         and envelope.job
     ):
-        # most: all but id and time is the same for every job of a name
+        # most envelopes: everything but id and time is the same for every job of a name
         key = (envelope.job, envelope.app, priority, envelope.content_type)
         ends = _plain.get(key)
         if ends is None:
@@ -168,31 +168,31 @@ def encode(envelope: Envelope, priority: int | None) -> bytes:
 
 
 def priority_property(queue: Queue, level: Priority) -> int | None:
-    """Return AMQP's priority for a job of `queue`; None where the level is the queue."""
+    """Return AMQP's priority for a job of `queue`; None if each level has its own physical queue."""
     return PRIORITY_PROPERTY[level] if queue.type == "classic" and queue.priorities else None
 
 
 def from_job_queue(properties: bytes, body: bytes, queue: str, level: Priority | None) -> tuple[Envelope, str | None]:
-    """Return what came out of job queue `queue`, and what is wrong with it; `level` None: the priority property says it."""
+    """Return the envelope taken from job queue `queue`, and its problem, if any; with `level` None, the priority property is the level."""
     if (plain := _plain_envelope(properties, body, queue, level)) is not None:
         return plain, None
     found, fields, problem = _read(properties)
     if level is None:
         level = _level_of_property(found.get("priority"))
     fields["priority"] = level
-    fields.pop("origin", None)  # a header of dead letters: somebody moved one back by hand
+    fields.pop("origin", None)  # a header of dead letters only: somebody moved one back by hand
     return _envelope(found, fields, queue, body), problem
 
 
 _PLAIN = frames.CONTENT_TYPE | frames.DELIVERY_MODE | frames.MESSAGE_ID | frames.TIMESTAMP | frames.TYPE | frames.APP_ID
 _PLAIN_PRIORITY = _PLAIN | frames.PRIORITY
-# All but id and time is the same for every job of a name: what stands before the id, and what after the time.
+# Everything but id and time is the same for every job of a name: the bytes before the id, and those after the time.
 _heads: dict[bytes, tuple[str, Priority]] = {}
 _tails: dict[bytes, tuple[str, str]] = {}
 
 
 def _plain_envelope(raw: bytes, body: bytes, queue: str, level: Priority | None) -> Envelope | None:
-    """Return the envelope of what leveret publishes itself, first time and without headers: most; None for all else."""
+    """Return the envelope of a first publish by leveret without headers, which most messages are; None for any other message."""
     try:
         flags = raw[0] << 8 | raw[1]
         if flags == _PLAIN:
@@ -234,12 +234,12 @@ def _plain_envelope(raw: bytes, body: bytes, queue: str, level: Priority | None)
 
 
 def from_dead_queue(properties: bytes, body: bytes, queue: str) -> tuple[Envelope, str | None]:
-    """Return what came out of the dead-letter queue of `queue`: buried by leveret, or dead-lettered by the broker itself."""
+    """Return the envelope taken from the dead letters of `queue`, buried by leveret or by the broker itself, and its problem, if any."""
     found, fields, problem = _read(properties)
     if not found.get("message_id"):
-        import hashlib  # half a MB that a worker needn't have
+        import hashlib  # half a MB that a worker doesn't need
 
-        # the same at each look, so that it can be shown and replayed by its id
+        # the same at every read, so that the letter can be shown and replayed by its id
         found["message_id"] = hashlib.blake2b(properties + body, digest_size=12).hexdigest()
     if fields.get("origin") is None:
         fields["origin"] = queue
@@ -266,7 +266,7 @@ def _level_of_property(priority: int | None) -> Priority:
 
 
 def _read(properties: bytes) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """Return the properties that are there, `Envelope`'s fields out of the headers table, and what is wrong, if anything."""
+    """Return the properties, the fields of `Envelope` in the headers table, and the problem, if any."""
     found: dict[str, Any] = {}
     try:
         found = frames.decode_properties(properties)
@@ -274,14 +274,15 @@ def _read(properties: bytes) -> tuple[dict[str, Any], dict[str, Any], str | None
         if not octets:
             return found, {}, None
         table = found["table"] = frames.table_of(octets)
-    except ValueError as error:  # of a table: the other properties were read, and are kept by its burial
-        return found, {}, f"its AMQP properties can't be read: {error}"[:300]
+    except ValueError as error:
+        # if the headers table is malformed, the other properties were read, and are kept when the job is buried
+        return found, {}, f"the AMQP properties can't be read: {error}"[:300]
     fields, problem = unpack_headers(table)
     return found, fields, problem
 
 
 def _envelope(found: Mapping[str, Any], fields: dict[str, Any], queue: str, body: bytes) -> Envelope:
-    """Return the envelope of what came; what a foreign producer left out has the documented default."""
+    """Return the envelope; a property that a foreign producer left out gets its documented default."""
     get = found.get
     return Envelope(
         job_id=get("message_id") or new_job_id(),
@@ -299,10 +300,10 @@ def _envelope(found: Mapping[str, Any], fields: dict[str, Any], queue: str, body
 
 
 def _death(headers: Mapping[str, Any] | None, queue: str) -> tuple[Priority | None, str] | None:
-    """Return level and reason of the broker's own dead-lettering out of `queue`.
+    """Return the level and the reason of a job that the broker itself dead-lettered out of `queue`.
 
-    `x-first-death-queue` would name a delay queue for a job that had waited; the newest entry is this one's. None for a
-    message that was put there by hand.
+    The newest entry of `queue` in `x-death` counts: for a job that was delayed, `x-first-death-queue` names a delay queue. None for a
+    message that was published to the dead-letter queue by hand.
     """
     deaths = (headers or {}).get("x-death")
     if not isinstance(deaths, list):
@@ -313,6 +314,6 @@ def _death(headers: Mapping[str, Any] | None, queue: str) -> tuple[Priority | No
             entry = cast("dict[str, Any]", death)
             level = level_of(queue, str(entry.get("queue")))
             if level is not None:
-                # a classic queue has the name of the NORMAL sibling: the property says its level
+                # a classic queue has the name of the NORMAL sibling: the priority property has the level
                 return (None if level is Priority.NORMAL else level), str(entry.get("reason"))
     return None

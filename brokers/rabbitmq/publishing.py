@@ -1,6 +1,6 @@
-"""The publishing side of RabbitMQ: one connection, made by whoever comes first; topology declared; a window; confirms.
+"""The publishing side of RabbitMQ: the first publish connects; each queue's topology is declared before its first publish.
 
-publish ─► connection ─► topology declared ─► window ─► basic.publish ─► confirm, return, refusal, or nobody knows
+publish ─► connection ─► topology declared ─► window ─► basic.publish ─► confirm, return, nack, or an unknown outcome
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from .session import ConnectionLost, declare, reason_of
 
 
 def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
-    """Return the properties of `envelope`; InvalidJob or MessageTooLarge for those that AMQP can't carry, `room` bytes in one frame.
+    """Return the properties of `envelope`, which must fit into a frame with `room` bytes; otherwise raise InvalidJob or MessageTooLarge.
 
-    A first publish gets three eighths of the room: the broker adds headers of its own, and a retry its errors. Those are cut
-    short above a half, and go before a job that failed can't be published any more (`_Taker` takes up to three quarters).
+    A first publish may use three eighths of the room, since the broker adds headers and each retry adds its error. Errors are
+    shortened above a half, and dropped before a failed job can't be published any more (`Taker` accepts up to three quarters).
     """
     limit = room if envelope.cause is not None or envelope.passes else room * 3 // 8
     try:
@@ -52,13 +52,13 @@ def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
             _says(route, envelope.job, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id
         ) from error
     if len(properties) > limit:
-        msg = _says(route, envelope.job, f"its headers have {len(properties)} bytes, the limit is {limit}")
+        msg = _says(route, envelope.job, f"its headers have {len(properties)} bytes; the limit is {limit}")
         raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=len(properties), limit_bytes=limit)
     return properties
 
 
 class Posting(Carried, eq=False, kw_only=True):
-    """A publish that was written; see `leveret.broker.Posted`. It keeps no body: one that is late is known for as long as its channel."""
+    """A written publish; see `leveret.broker.Posted`. It doesn't keep the body: a late publish may be kept as long as its channel."""
 
     publishing: Publishing
     job: str
@@ -90,25 +90,26 @@ class Publishing:
         self._runtime = runtime
 
     async def send(self, route: Route, envelope: Envelope, deadline: float) -> None:
-        """Return once `envelope` is confirmed; raises a `PublishError` by `deadline`."""
+        """Return once `envelope` is confirmed; raise a `PublishError` by `deadline` otherwise."""
         link = await self.linked(route, envelope, deadline)
         await self.write(link, route, envelope, deadline)
 
     def post(self, route: Route, envelope: Envelope, deadline: float) -> Posted | None:
-        """Write `envelope` now if nothing but its confirm is to be waited for."""
+        """Write `envelope` now; return None if the publish would have to wait first."""
         link = self.ready(route)
         return None if link is None else self.write(link, route, envelope, deadline)
 
     async def linked(self, route: Route, envelope: Envelope, deadline: float) -> Link:
-        """Return a link on which `envelope` can be written now, or raise a `PublishError` by `deadline`: nothing was sent."""
+        """Return a link on which `envelope` can be written now, or raise a `PublishError` by `deadline`, with nothing sent."""
         link = self.ready(route)
         if link is None:
-            encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
+            # an envelope that AMQP can't carry is refused at once, with or without a connection
+            encoded(route, envelope)
             link = await self.prepare(route, envelope, deadline)
         return link
 
     def write(self, link: Link, route: Route, envelope: Envelope, deadline: float = float("inf")) -> Posting:
-        """Write `envelope`; without a confirm it ends at `deadline`."""
+        """Write `envelope`; without a confirm the publish ends at `deadline`."""
         properties = encoded(route, envelope, link.connection.max_properties_bytes)
         posted = Posting(
             envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, job=envelope.job
@@ -117,7 +118,7 @@ class Publishing:
         return posted
 
     def ready(self, route: Route) -> Link | None:
-        """Return the link, nearly always, where all that `route` needs is there; None where a publish must wait first."""
+        """Return the link if `route` is declared and the window has room; None if a publish must wait first."""
         links = self._links
         link = links.of(route.lane) if links.aside else links.current
         if link is None or link.window.closed is not None or link.window.full:
@@ -130,27 +131,30 @@ class Publishing:
         return link
 
     def failure(self, posted: Posting, error: BaseException) -> PublishError:
-        """Return what a failed publish means to its caller."""
+        """Return the error that a failed publish raises to its caller."""
         link, route, job_id = posted.link, posted.route, posted.job_id
         match error:
             case Returned():
-                link.declared -= {route.queue, route.ladder}  # it was deleted: the next publish declares it again
+                link.declared -= {
+                    route.queue,
+                    route.ladder,
+                }  # the queue was deleted: the next publish declares it again
                 link.declared.add(None)
                 link.ready.clear()
                 msg = _says(
-                    route, posted.job, f"no queue takes it: exchange {route.exchange} has no binding for {route.key}"
+                    route, posted.job, f"no queue took it: exchange {route.exchange} has no binding for key {route.key}"
                 )
                 return Unroutable(msg, job_id=job_id, queue=route.target)
             case Nacked():
                 return BrokerUnavailable(_says(route, posted.job, str(error)), job_id=job_id)
             case Late():
-                msg = f"no confirm in time{_blocked(link)}. It may be there; publish again under the same id"
+                msg = f"no confirm in time{_blocked(link)}; the job may be in the queue, so publish it again under the same id"
             case _:
-                msg = f"the connection was lost before its confirm: {reason_of(error)}. It may be there; publish again under the same id"
+                msg = f"the connection was lost before its confirm: {reason_of(error)}; the job may be in the queue, so publish it again under the same id"
         return PublishTimeout(_says(route, posted.job, msg), job_id=job_id, maybe_published=True)
 
     async def prepare(self, route: Route, envelope: Envelope, deadline: float) -> Link:
-        """Return a link on which `route` is declared and there is room, or raise a `PublishError` by `deadline`: nothing was sent."""
+        """Return a link with room on which `route` is declared, or raise a `PublishError` by `deadline`, with nothing sent."""
         declared, failed = False, ""
         try:
             async with asyncio.timeout_at(deadline):
@@ -175,19 +179,19 @@ class Publishing:
                             ) from error
                         await self._links.pause(1)
                     else:
-                        # it may have been left meanwhile, and all that waited for room were woken
+                        # if the link was left meanwhile, every waiter was woken without room
                         if link.usable and link is self._links.of(route.lane) and not link.window.full:
                             return link
         except TimeoutError:
             self._nothing_sent(
-                route, envelope, None if declared else failed or "RabbitMQ hasn't answered the declares of its queue"
+                route, envelope, None if declared else failed or "RabbitMQ hasn't answered the declaration of the queue"
             )
 
     def _nothing_sent(self, route: Route, envelope: Envelope, undeclared: str | None) -> NoReturn:
         link = self._links.of(route.lane)
         if link is None or not link.usable:
             raise BrokerUnavailable(
-                _says(route, envelope.job, f"no broker in time: {self._links.reason}"), job_id=envelope.job_id
+                _says(route, envelope.job, f"no connection in time: {self._links.reason}"), job_id=envelope.job_id
             )
         msg = _says(
             route, envelope.job, f"nothing was sent in time: {undeclared or link.window.why_full}{_blocked(link)}"
@@ -195,7 +199,7 @@ class Publishing:
         raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
 
     async def _declared(self, link: Link, what: Queue | str) -> None:
-        """Declare `what` (a queue's topology, or a ladder by its kind) once a link; many may wait for it."""
+        """Declare `what` (a queue's topology, or a ladder by its kind) once per link; many publishes may wait for it."""
         if what in link.declared:
             return
         task = link.declaring.get(what)
@@ -215,7 +219,7 @@ class Publishing:
         link.declared.add(what)
 
     async def close(self) -> None:
-        """Close the connections; publishes that wait for one fail."""
+        """Close the connections; publishes that wait for a connection fail."""
         await self._links.close()
 
 

@@ -1,4 +1,4 @@
-"""A route: where a publish goes, and what must have been declared for it."""
+"""A route: the exchange and key of a publish, and the topology that must be declared first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from leveret.job import Queue
 
 
 class Route(msgspec.Struct, frozen=True, eq=False):
-    """Where a publish goes, and what must have been declared for it."""
+    """The exchange and key of a publish, and the queue and ladder that must be declared first."""
 
     exchange: str
     key: str
@@ -16,16 +16,16 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     queue: Queue | None
     ladder: str | None
     dead: str | None = None
-    """The dead-letter queue it is meant for, for errors."""
+    """The dead-letter queue that the route leads to, for errors."""
     kept: bool = False
-    """Whether it is made once and used for every publish to its place."""
+    """Whether the route is made once and used for every publish to its level."""
 
     @property
     def lane(self) -> str:
-        """What stands for the queue that it comes to first, in which it may be stuck."""
+        """The key or exchange of the first queue on the route, where a publish may get stuck."""
         return self.key if self.ladder is None else self.exchange
 
     @property
     def target(self) -> str:
-        """The queue, for people."""
+        """The name of the target queue, for messages."""
         return self.dead or (self.queue.name if self.queue is not None else self.key)

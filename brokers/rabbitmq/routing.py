@@ -1,4 +1,4 @@
-"""Where a job goes: its level now, or the delay ladder until it is due."""
+"""The route of a job: to its level, or through the delay ladder until the job is due."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .route import Route
 
 
 class Routing:
-    """The routes of one broker; those without a delay are made once."""
+    """The routes of one broker; a route without a delay is made once."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -34,12 +34,13 @@ class Routing:
         return Route(topology.DEAD, queue.name, None, queue, None, topology.dead_queue(queue.name))
 
     async def ready(self, queue: Queue, envelope: Envelope, publishing: Publishing) -> Route:
-        """Return the route of `envelope`; of a delay, of what is left once all that the ladder needs is declared on `publishing`."""
+        """Return the route of `envelope`; for a delay, declare the ladder on `publishing` first, and use the delay that is left then."""
         route = self._route(queue, envelope)
         if route.ladder is not None and not publishing.ready(route):
-            encoded(route, envelope)  # what AMQP can't carry is refused at once, broker or not
+            # an envelope that AMQP can't carry is refused at once, with or without a connection
+            encoded(route, envelope)
             await publishing.prepare(route, envelope, envelope.deadline)
-            route = self._route(queue, envelope)  # connecting and declaring took a part of the delay
+            route = self._route(queue, envelope)  # connecting and declaring used up part of the delay
         return route
 
     def _route(self, queue: Queue, envelope: Envelope) -> Route:
@@ -49,6 +50,6 @@ class Routing:
         try:
             exchange, key = topology.route(queue, envelope.priority, delay_s)
         except ValueError as error:
-            msg = f"{envelope.job} to queue {queue.name}: {error}"
+            msg = f"{envelope.job or 'a job'} to queue {queue.name}: {error}"
             raise InvalidJob(msg, job_id=envelope.job_id) from None
         return Route(exchange, key, priority_property(queue, envelope.priority), queue, queue.type)

@@ -1,4 +1,4 @@
-"""Connecting and declaring: the first address that answers, with deadlines, and what each refusal means."""
+"""Connect to the first address that answers, declare a topology, and say what each refusal means."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pamqp.base import Frame
 from leveret.errors import ConfigurationError, UnsupportedTopology
 from leveret.settings import redact
 
-from . import connection as amqp
 from .address import Address
 from .channel import Channel
+from .connection import Connection, connect
 from .topology import Binding, Declaration, Exchange
 from .wire import Closed
 
@@ -26,35 +26,35 @@ logger = logging.getLogger("leveret.rabbitmq")
 
 
 class ConnectionLost(Exception):
-    """There is no connection, or it is gone; the text says why. Waiting may help."""
+    """The connection is lost, or could not be opened; the text says why. Waiting may help."""
 
 
 Kind = Literal["lost", "refused", "drift"]
 
 FAULTS = (Closed, OSError, TimeoutError)
-"""What a connection raises; `ssl.SSLError` is an OSError."""
+"""The exceptions that a connection raises; `ssl.SSLError` is an OSError."""
 
 _DRIFT = re.compile(r"inequivalent arg|invalid arg|invalid property|unknown exchange type")
 _LIMIT = re.compile(r"limit \(\d+\) is reached")
-"""Of connections, set for a vhost, a user or the node: "refused" stands in the text, but there is room once another one closes."""
+"""A limit on connections, of a vhost, a user or the node. The text says "refused", but there is room once another connection closes."""
 
 
 _TLS_HINTS = (
     ("WRONG_VERSION_NUMBER", "does that port speak TLS?"),
-    ("RECORD_LAYER_FAILURE", "does that port speak TLS?"),  # the same, of OpenSSL 3.2
-    ("ALERT_CERTIFICATE_REQUIRED", "the broker asks for a client certificate: certfile and keyfile in the URL"),
+    ("RECORD_LAYER_FAILURE", "does that port speak TLS?"),  # the same error, in OpenSSL 3.2
+    ("ALERT_CERTIFICATE_REQUIRED", "the broker asks for a client certificate: set certfile and keyfile in the URL"),
     ("ALERT_UNKNOWN_CA", "the broker doesn't trust the client certificate in certfile"),
 )
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Return what `error` means: lost (try again), refused (waiting won't help), drift (what exists differs)."""
+    """Return what `error` means: "lost" (try again), "refused" (waiting won't help), "drift" (the broker's object differs)."""
     if (
         isinstance(error, Closed)
         and isinstance(alert := error.__cause__, ssl.SSLError)
         and "_ALERT_" in (alert.reason or "")
     ):
-        return "refused"  # TLS 1.3 refuses a client's certificate after the client's side of the handshake
+        return "refused"  # in TLS 1.3 the server refuses a client's certificate after the client has finished its handshake
     if isinstance(error, ssl.SSLError) and not isinstance(
         error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
     ):
@@ -66,7 +66,7 @@ def kind_of(error: BaseException) -> Kind:
             return "refused"
         case 501 if "amqps://" in error.text:
             return "refused"
-        case 406 if _DRIFT.search(error.text):  # else: a replica that isn't there yet, a delivery tag
+        case 406 if _DRIFT.search(error.text):  # other 406s: a replica that isn't ready yet, an unknown delivery tag
             return "drift"
         case 530 if (
             error.scope == "connection"
@@ -79,7 +79,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return one line for people; never a URL's password."""
+    """Return `error` as one line for people, without any password of a URL."""
     if isinstance(error, Closed) and isinstance(error.__cause__, ssl.SSLError):
         error = error.__cause__
     if isinstance(error, ssl.SSLError):
@@ -96,17 +96,17 @@ def reason_of(error: BaseException) -> str:
     return redact(re.sub(r"\s+", " ", str(error) or type(error).__name__))[:300]
 
 
-async def connect(choices: Iterable[Address], name: str, timeout_s: float) -> amqp.Connection:
-    """Return a connection to the first of `choices` that takes it; each has `timeout_s`.
+async def connect_any(choices: Iterable[Address], name: str, timeout_s: float) -> Connection:
+    """Return a connection to the first of `choices` that accepts one; each attempt has `timeout_s`.
 
-    Raises ConnectionLost where waiting may help, ConfigurationError where it won't.
+    Raises ConnectionLost if waiting may help, ConfigurationError if waiting won't help.
     """
     failures: list[str] = []
     for address in choices:
         try:
-            return await amqp.connect(address, name, timeout_s)
-        except UnicodeError as error:  # of the resolver: a label that is empty or too long
-            msg = f"RabbitMQ at {address}: {address.host!r} is no host name ({error})"
+            return await connect(address, name, timeout_s)
+        except UnicodeError as error:  # from the resolver: a label is empty or too long
+            msg = f"RabbitMQ at {address}: {address.host!r} isn't a host name ({error})"
             raise ConfigurationError(msg) from error
         except FAULTS as error:
             if kind_of(error) == "refused":
@@ -123,7 +123,7 @@ def _refusal(error: BaseException, address: Address) -> str:
             for file in (address.cafile, address.certfile, address.keyfile)
             if file and not os.path.exists(file)  # noqa: PTH110
         ]
-        return f"RabbitMQ at {address}: a file that the URL names isn't there: {', '.join(missing) or error.filename}"
+        return f"RabbitMQ at {address}: a file named in the URL doesn't exist: {', '.join(missing) or error.filename}"
     if isinstance(error, Closed) and error.code in (0, 501):
         return f"RabbitMQ at {address}: {text}"
     if isinstance(error, Closed) and error.code == 403 and address.external:
@@ -133,17 +133,15 @@ def _refusal(error: BaseException, address: Address) -> str:
     if isinstance(error, Closed) and "not found" in text:
         return f"RabbitMQ at {address} has no vhost {address.vhost!r} ({text})"
     if isinstance(error, Closed):
-        return f"RabbitMQ at {address} refuses user {address.user!r} the vhost {address.vhost!r} ({text})"
+        return f"RabbitMQ at {address} doesn't let user {address.user!r} use vhost {address.vhost!r} ({text})"
     return f"RabbitMQ at {address}: {text}"
 
 
-async def declare(
-    connection: amqp.Connection, declarations: Iterable[Declaration], queue: str, timeout_s: float
-) -> None:
-    """Declare what is missing, on a channel of its own: a 404 or 406 closes its channel.
+async def declare(connection: Connection, declarations: Iterable[Declaration], queue: str, timeout_s: float) -> None:
+    """Declare `declarations` on a new channel, since a 404 or 406 closes the channel.
 
-    Raises UnsupportedTopology where one exists with other arguments, ConfigurationError where the user may not,
-    ConnectionLost where waiting may help.
+    Raises UnsupportedTopology if one exists with other arguments, ConfigurationError if the user isn't permitted,
+    ConnectionLost if waiting may help.
     """
     try:
         channel = await connection.channel(timeout_s)
@@ -151,7 +149,7 @@ async def declare(
             await channel.call_all(map(_declaration, declarations), timeout_s)
             await channel.close(timeout_s)
         except TimeoutError:
-            channel.leave()  # or a broker that is slow to declare costs a channel a try, and there are 2047
+            channel.leave()  # otherwise each attempt on a slow broker would leave a channel open, and a connection has 2047
             raise
     except FAULTS as error:
         text = reason_of(error)
@@ -159,14 +157,14 @@ async def declare(
             case "drift":
                 # e.g. inequivalent arg 'x-max-priority' for queue 'emails' in vhost '/': received '6' but current is '10'
                 hint = (
-                    " (quorum or classic: is it of the other type?)"
+                    " (does it have the other type, quorum or classic?)"
                     if re.search(r"x-queue-type|x-dead-letter-strategy|x-max-priority", text)
                     else ""
                 )
-                msg = f"queue {queue!r}: what RabbitMQ has differs from what leveret declares, and is left as it is{hint}: {text}"
+                msg = f"queue {queue!r}: its topology on RabbitMQ differs from what leveret declares, and was left unchanged{hint}: {text}"
                 raise UnsupportedTopology(msg, queue=queue) from error
             case "refused":
-                msg = f"RabbitMQ at {connection.address} refuses user {connection.address.user!r} to declare queue {queue!r}: {text}"
+                msg = f"RabbitMQ at {connection.address} doesn't let user {connection.address.user!r} declare queue {queue!r}: {text}"
                 raise ConfigurationError(msg) from error
             case _:
                 msg = f"queue {queue!r} could not be declared: {text}"
@@ -186,12 +184,12 @@ def _declaration(record: Declaration) -> Frame:
 
 
 async def settled(channel: Channel, queues: Iterable[str], timeout_s: float) -> None:
-    """Return once quorum `queues` have all that was settled on `channel` before, which is then to be closed.
+    """Return once quorum `queues` have received every settlement written to `channel`; the caller then closes the channel.
 
-    The answer to channel.close doesn't say that. A channel hands a quorum queue 32 settlements; the rest it keeps until
-    those are in the queue's log, and forgets when it is closed (`SOFT_LIMIT` in RabbitMQ's rabbit_fifo_client). A
-    basic.get is answered out of the same log, after them. What it takes goes back with the close. On a channel that is
-    closed already there is nothing to wait for.
+    The answer to channel.close doesn't prove this. A channel hands at most 32 settlements to a quorum queue and keeps the
+    rest until those are in the queue's log; when the channel is closed, it forgets the rest (`SOFT_LIMIT` in RabbitMQ's
+    rabbit_fifo_client). A basic.get is answered out of the same log, after the settlements, and the message that it takes
+    returns to the queue when the channel closes. On a closed channel there is nothing to wait for.
     """
     if channel.closed is None:
         for queue in queues:

@@ -1,4 +1,4 @@
-"""What an operator may set of RabbitMQ: in code, by `Settings(brokers=[RabbitSettings(…)])`, or in the URL, which wins."""
+"""The operator's settings for RabbitMQ: in code, as `Settings(brokers=[RabbitSettings(…)])`, or in the URL, which wins."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from leveret.settings import Settings, check_seconds
 
 
 class RabbitSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of the RabbitMQ broker; ValueError for what can't be."""
+    """Settings of the RabbitMQ broker; ValueError for an invalid value."""
 
     heartbeat_s: float = 15.0
-    """Asked of the broker; a dead peer is noticed after about three of them. Whole seconds from 1 to 3600."""
+    """The heartbeat interval that leveret asks for; a dead peer is noticed after about three intervals. Whole seconds from 1 to 3600."""
     consumer_timeout_s: float = 1800.0
     """The broker's limit for an unacked delivery (RabbitMQ's `consumer_timeout`); a `Timeout` must stay under 3/4 of it."""
 
@@ -24,7 +24,7 @@ class RabbitSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rabbit_settings(settings: Settings) -> RabbitSettings:
-    """Return the `RabbitSettings` among an app's settings; the defaults, and deprecated keywords, where there are none."""
+    """Return the `RabbitSettings` in an app's settings; by default, one made of the deprecated keywords of `Settings`."""
     for found in settings.brokers:
         if isinstance(found, RabbitSettings):
             return found

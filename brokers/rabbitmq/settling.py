@@ -1,4 +1,4 @@
-"""A retry or a burial: what takes a delivery's place is published and confirmed, then the delivery is acked."""
+"""Retries and burials: the replacement of a delivery is published and confirmed, then the delivery is acked."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from .routing import Routing
 
 
 class Replaceable(Protocol):
-    """A delivery that something else may take the place of."""
+    """A delivery, as `Settling` sees it: a published replacement may take its place."""
 
     instead: Posting | None
-    """What was published to take its place, and isn't confirmed yet."""
+    """The replacement that was published and isn't confirmed yet."""
 
     @property
     def queue(self) -> Queue:
-        """The queue that delivered it."""
+        """The queue that delivered the job."""
         ...
 
     @property
     def live(self) -> bool:
-        """Whether its channel is open."""
+        """Whether the channel of the delivery is open."""
         ...
 
     def done(self) -> None:
-        """Ack it."""
+        """Ack the delivery."""
         ...
 
 
 class Settling:
-    """Retries and burials. They have a connection to themselves, so that no publish to a queue that confirms nothing holds them up."""
+    """Retries and burials, on a separate connection: a publish to a queue that confirms nothing can't hold them up."""
 
     def __init__(self, publishing: Publishing, routes: Routing) -> None:
         self._publishing = publishing
@@ -61,16 +61,16 @@ class Settling:
             await self._confirmed(delivery, envelope.deadline)
 
     async def _write(self, delivery: Replaceable, route: Route, envelope: Envelope) -> None:
-        """Write what takes the delivery's place, if the delivery is still ours: while a link was waited for, the broker may have it back."""
+        """Write the replacement if the delivery is still live: during the wait for a link, the broker may have taken the delivery back."""
         link = await self._publishing.linked(route, envelope, envelope.deadline)
         if delivery.live:
             delivery.instead = self._publishing.write(link, route, envelope)
 
     async def _confirmed(self, delivery: Replaceable, deadline: float) -> None:
-        """Ack the delivery once what takes its place is confirmed.
+        """Ack the delivery once its replacement is confirmed.
 
-        Where no confirm comes in time (a broker that blocks publishers), the next call waits for the same publish: each
-        copy that is written runs.
+        If no confirm comes in time (the broker blocks publishers), the next call waits for the same publish: a second copy
+        would run too.
         """
         publish = delivery.instead
         if publish is None:
@@ -85,5 +85,5 @@ class Settling:
         delivery.done()
 
     async def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         await self._publishing.close()

@@ -1,4 +1,4 @@
-"""The channel of one logical queue: its consumers, its windows, its deliveries, and which of them aren't settled."""
+"""The channel of one logical queue: its consumers, windows and deliveries, and the tags that aren't settled."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from .wire import CLOSE_TIMEOUT_S
 logger = logging.getLogger("leveret.rabbitmq")
 
 HELD_BYTES = 64 << 20
-"""Most bytes of unsettled bodies of a queue; above, its consumers are cancelled until half is settled."""
+"""The limit for unsettled bodies of a queue, in bytes; above it, the consumers are cancelled until half is settled."""
 MOST_PREFETCH = 65_535
-"""AMQP has two octets for it."""
+"""The largest prefetch: AMQP has two octets for it."""
 NARROW_FOR = 1000
-"""Deliveries after which a window that large bodies narrowed is fitted anew."""
+"""After this many deliveries a prefetch that large bodies reduced is computed again."""
 
 
 class TakerSession(Protocol):
-    """What a taker needs of the consuming session that it is part of."""
+    """The consuming session, as its takers see it."""
 
     @property
     def connection(self) -> Connection:
-        """The connection of its channel."""
+        """The connection of the taker's channel."""
         ...
 
     @property
@@ -53,26 +53,26 @@ class TakerSession(Protocol):
 
     @property
     def sink(self) -> Sink:
-        """Where deliveries go."""
+        """Receives the deliveries."""
         ...
 
     @property
     def settling(self) -> Settling:
-        """What publishes retries and burials."""
+        """Publishes retries and burials."""
         ...
 
     @property
     def taking(self) -> bool:
-        """Whether deliveries are still taken: False once the worker stops."""
+        """Whether deliveries are still accepted; False once the worker stops."""
         ...
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do something on the connection; a failure of it loses the session."""
+        """Run `work` as a task; if it fails, the session is lost."""
         ...
 
 
 class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
-    """What a queue delivered; see `leveret.broker.Delivery`."""
+    """A delivery of a queue; see `leveret.broker.Delivery`."""
 
     taker: Taker
     tag: int
@@ -80,24 +80,24 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
     problem: str | None
     redelivered: bool
     instead: Posting | None = None
-    """What was published to take its place, and isn't confirmed yet."""
+    """The replacement that was published and isn't confirmed yet."""
 
     @property
     def queue(self) -> Queue:
-        """The queue it came from."""
+        """The queue that delivered the job."""
         return self.taker.queue
 
     @property
     def live(self) -> bool:
-        """Whether its channel is open."""
+        """Whether the channel of the delivery is open."""
         return self.taker.live
 
     def done(self) -> None:
-        """Ack it, at the end of this loop turn."""
+        """Ack the delivery, at the end of this loop turn."""
         self.taker.ack(self)
 
     async def again(self, envelope: Envelope, /) -> None:
-        """Publish `envelope` to its queue, confirmed, then ack."""
+        """Publish `envelope` to the delivery's queue, confirmed, then ack."""
         await self.taker.settling.again(self, envelope)
 
     async def bury(self, envelope: Envelope, /) -> None:
@@ -105,16 +105,16 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
         await self.taker.settling.bury(self, envelope)
 
     def give_back(self) -> None:
-        """Requeue it, at the end of this loop turn."""
+        """Requeue the delivery, at the end of this loop turn."""
         self.taker.nack(self)
 
 
 class Taker:
-    """The channel of one logical queue: its consumers, and which of its delivery tags aren't settled.
+    """The channel of one logical queue: its consumers, and the delivery tags that aren't settled.
 
-    Acks are written once a loop turn: one `multiple` for the run of finished tags from the lowest unsettled one, single
-    ones above a gap, so that one long job doesn't hold back the others'. A `multiple` must name a tag that isn't acked
-    yet: one that is, is a 406 and costs the channel.
+    Acks are written once per loop turn: one `multiple` ack for the finished tags below the lowest unsettled one, and single
+    acks above it, so that one long job doesn't hold back the acks of others. A `multiple` ack must name a tag that isn't
+    acked yet: RabbitMQ answers an acked tag with a 406, which closes the channel.
     """
 
     def __init__(self, session: TakerSession, subscription: Subscription, channel: Channel) -> None:
@@ -128,28 +128,28 @@ class Taker:
         self._name = subscription.queue.name
         self._max_body_bytes = session.runtime.settings.max_body_bytes
         self._max_properties_bytes = session.connection.max_properties_bytes * 3 // 4
-        """A message with more can't be published again with what a retry adds."""
+        """A message with larger properties couldn't be published again with the headers that a retry adds."""
         self._consumer_tags: list[str] = []
         self._open: set[int] = set()
-        """Tags that were delivered and aren't settled: no more than the windows hold, however long the oldest one runs."""
+        """Delivered, unsettled tags: at most as many as the windows hold, even while the oldest job runs for long."""
         self._lowest = 1
-        """Every tag below is settled."""
+        """Every tag below this one is settled."""
         self._acks: list[int] = []
         self._nacks: list[int] = []
         self._wrote = False
-        """Whether anything was ever settled here."""
+        """Whether any settlement was written."""
         self._flushing = False
         self._held_bytes = 0
         self._largest = 0
-        """Of the bodies since the window was last fitted."""
+        """The largest body since the prefetch was last computed, in bytes."""
         self._narrow_for = 0
         self._generation = 0
         self._paused = False
         self._switching = asyncio.Lock()
-        """Held while consumers are registered or cancelled: a resumption in the middle of a pause would double them."""
+        """Held while consumers are registered or cancelled: resuming in the middle of a pause would register them twice."""
 
     async def start(self, timeout_s: float) -> None:
-        """Register a consumer on each physical queue, each with the window of its own."""
+        """Register a consumer on each physical queue, each with its own window."""
         async with self._switching:
             await self._register(timeout_s)
 
@@ -157,14 +157,14 @@ class Taker:
         await self._channel.call(commands.Basic.Qos(prefetch_count=self._prefetch), timeout_s)
         self._generation += 1
         for name, levels in topology.physicals(self.queue).items():
-            # of a classic queue with one level, too: a foreign priority would name a level that nothing is bound for
+            # also for a classic queue with one level: a foreign priority would name a level that has no binding
             level = levels[0] if len(levels) == 1 else None
             tag = f"{socket.gethostname()}.{os.getpid()}.{self._generation}.{name}"[:255]
             await self._channel.consume(name, tag, partial(self._take, level), timeout_s)
             self._consumer_tags.append(tag)
 
     async def stop(self) -> None:
-        """Cancel the consumers; what was delivered stays ackable."""
+        """Cancel the consumers; their deliveries can still be acked."""
         async with self._switching:
             await self._cancel()
 
@@ -174,21 +174,22 @@ class Taker:
             await self._channel.cancel(tag, CLOSE_TIMEOUT_S)
 
     async def settled(self) -> None:
-        """Return once the broker has all that was written; nothing can be settled after it."""
+        """Return once the broker has received every written settlement; nothing can be settled afterwards."""
         if self.queue.type == "quorum" and self._wrote:
             await settled(self._channel, topology.physicals(self.queue), CLOSE_TIMEOUT_S)
 
     async def _pause(self) -> None:
-        """Cancel the consumers until half of what is held is settled, then consume again with a window that fits the bodies."""
+        """Cancel the consumers until half of the held bytes are settled, then consume again with a prefetch that fits the bodies."""
         async with self._switching:
-            if self._paused or not self._consumer_tags:  # several deliveries may ask for it before it begins
+            # several deliveries may start a pause before the first one runs
+            if self._paused or not self._consumer_tags:
                 return
             held = self._held_bytes
             self._prefetch = min(self._prefetch, self._fitting())
             self._narrow_for = NARROW_FOR
             await self._cancel()
             logger.warning(
-                "queue %s: %d MiB of unsettled bodies are held here; it goes on with a prefetch of %d",
+                "queue %s: holding %d MiB of unsettled bodies; reducing the prefetch to %d",
                 self.queue.name,
                 held >> 20,
                 self._prefetch,
@@ -197,13 +198,13 @@ class Taker:
         await self._resume()
 
     def _fitting(self) -> int:
-        """Return the prefetch that fits the bodies since the last look."""
+        """Return the prefetch that fits the bodies delivered since the last call."""
         fitting = HELD_BYTES // 2 // max(1, self._largest * len(topology.physicals(self.queue)))
         self._largest = 0
         return max(1, min(self._wanted, fitting))
 
     async def _widen(self) -> None:
-        """Take as much as was asked for again, once large bodies come no more: one burst of them must not slow a queue down for days."""
+        """Raise the prefetch again after a burst of large bodies: otherwise one burst would slow the queue down for days."""
         async with self._switching:
             if self._consumer_tags and not self._paused and (fitting := self._fitting()) > self._prefetch:
                 await self._cancel()
@@ -211,9 +212,7 @@ class Taker:
                     return
                 self._prefetch = fitting
                 await self._register(self._session.runtime.settings.connect_timeout_s)
-                logger.info(
-                    "queue %s: its bodies are smaller again; it goes on with a prefetch of %d", self.queue.name, fitting
-                )
+                logger.info("queue %s: bodies are smaller again; raising the prefetch to %d", self.queue.name, fitting)
             self._narrow_for = NARROW_FOR if self._prefetch < self._wanted else 0
 
     async def _resume(self) -> None:
@@ -248,7 +247,7 @@ class Taker:
 
     def _reject(self, tag: int, size: int) -> None:
         logger.error(
-            "a message of %d bytes from queue %s is over the limits, so it can't be published again: RabbitMQ moves it to %s.dead",
+            "a message of %d bytes from queue %s is over the limits and can't be published again; RabbitMQ moves it to %s.dead",
             size,
             self.queue.name,
             self.queue.name,
@@ -258,7 +257,7 @@ class Taker:
         self._wrote = True
 
     def ack(self, delivery: RabbitDelivery) -> None:
-        """Ack it at the end of this loop turn."""
+        """Ack `delivery` at the end of this loop turn."""
         if self.live and (tag := delivery.tag) in self._open:
             self._open.remove(tag)
             self._acks.append(tag)
@@ -267,7 +266,7 @@ class Taker:
                 self._flush_soon()
 
     def nack(self, delivery: RabbitDelivery) -> None:
-        """Requeue it at the end of this loop turn."""
+        """Requeue `delivery` at the end of this loop turn."""
         if self.live and (tag := delivery.tag) in self._open:
             self._open.remove(tag)
             self._nacks.append(tag)
@@ -280,7 +279,7 @@ class Taker:
             self._channel.connection.loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Write what was settled since the last time."""
+        """Write the settlements since the last flush."""
         self._flushing = False
         if not self.live or not (self._acks or self._nacks):
             return
@@ -296,7 +295,7 @@ class Taker:
             acks.sort()
             top, held, lowest = acks[-1], self._open, self._lowest
             if held:
-                while lowest not in held:  # each tag is passed once
+                while lowest not in held:  # each tag is passed only once in all
                     lowest += 1
             else:
                 lowest = top + 1

@@ -1,11 +1,11 @@
-"""What leveret declares on RabbitMQ: names, arguments, bindings. Pure data; `session.declare` carries it out.
+"""Exchanges, queues and bindings on RabbitMQ, with names and arguments. Pure data; `session.declare` declares them.
 
     publish ─► lv.jobs ─<queue>.<level>─► <queue>, <queue>.low, .high, .urgent ─rejected, over the limit─► lv.dead ─► <queue>.dead
     delayed ─► lv.delay.digit.<place> ─► lv.delay.<time> ─ … ─► lv.delay.due ─q/<queue>/<level>─► the same queues
                                                                      └─ nobody takes it ─► lv.delay.alt ─► lv.lost
 
-A quorum queue is a set of siblings, one a level; a classic one is a single queue in the broker's own order. Arguments
-come from one table, the same for every version of the broker, since a queue can't be declared again with others.
+A quorum queue is a set of siblings, one per level; a classic queue is a single queue that the broker orders by priority.
+Arguments are the same for every version of RabbitMQ, since a queue can't be declared again with other arguments.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LOST = "lv.lost"
 
 UNIT_MS = 250
 PLACES = 8
-"""Octal digits of a delay in units: up to 48.5 days, so above `MAX_DELAY_S`. Base 2 has the fewest queues and base 16 the
-fewest hops, but a topic exchange looks at each word of the key, and a key of 24 bits took RabbitMQ twice the time of one of
+"""Octal digits of a delay in units: up to 48.5 days, more than `MAX_DELAY_S`. Base 2 needs the fewest queues and base 16 the
+fewest hops. But a topic exchange looks at each word of the key: a key of 24 bits took RabbitMQ twice the time of a key of
 8 digits (docs/design.md)."""
 _SIGNIFICANT_BITS = 7
 
 PRIORITY_PROPERTY = {Priority.LOW: 3, Priority.NORMAL: 4, Priority.HIGH: 5, Priority.URGENT: 6}
-"""AMQP's `priority` of each level, on classic queues. 4 is what brokers take a message without one for."""
+"""AMQP's `priority` per level, on classic queues. Brokers treat a message without a priority as 4."""
 
 
 class Exchange(msgspec.Struct, frozen=True):
@@ -42,11 +42,11 @@ class Exchange(msgspec.Struct, frozen=True):
     name: str
     kind: Literal["direct", "topic", "fanout"]
     alternate: str | None = None
-    """The exchange that gets what this one can't route."""
+    """The exchange that gets the messages that this one can't route."""
 
     @property
     def arguments(self) -> dict[str, object]:
-        """As AMQP takes them."""
+        """The arguments of the AMQP declaration."""
         return {} if self.alternate is None else {"alternate-exchange": self.alternate}
 
 
@@ -70,7 +70,7 @@ Declaration: TypeAlias = Exchange | PhysicalQueue | Binding
 
 
 def physical(queue: Queue, level: Priority) -> str:
-    """Return the physical queue that holds `queue`'s jobs of `level`."""
+    """Return the physical queue that holds the jobs of `queue` at `level`."""
     return sibling(queue.name, level) if queue.type == "quorum" else queue.name
 
 
@@ -87,7 +87,7 @@ def physicals(queue: Queue) -> dict[str, tuple[Priority, ...]]:
 
 
 def level_of(name: str, sibling_name: str) -> Priority | None:
-    """Return the level that sibling `sibling_name` of queue `name` holds; None if it is no sibling of it."""
+    """Return the level that sibling `sibling_name` of queue `name` holds; None if it isn't a sibling."""
     return next((level for level in LEVELS if sibling(name, level) == sibling_name), None)
 
 
@@ -102,9 +102,9 @@ def job_key(name: str, level: Priority) -> str:
 
 
 def destination(name: str, level: Priority) -> str:
-    """Return where a delayed job goes, as one word of a topic key. At most 159 bytes of the 239 that the digits leave.
+    """Return the destination of a delayed job, as one word of a topic key. At most 159 bytes of the 239 that the digits leave.
 
-    Logical, never a physical name, so that what waits follows when a queue is replaced.
+    The destination is a logical name, not a physical one, so that waiting jobs follow when a queue is replaced.
     """
     return f"q/{name.replace('.', '/')}/{level.value}"
 
@@ -114,7 +114,7 @@ def _delay(kind: str, rest: str) -> str:
 
 
 def digit(kind: str, place: int) -> str:
-    """Return the exchange that looks at the digit of one place."""
+    """Return the exchange that routes by the digit at `place`."""
     return _delay(kind, f"digit.{place}")
 
 
@@ -129,7 +129,7 @@ def delay_units(delay_s: float) -> int:
     ValueError above 48 days.
     """
     if not 0 < delay_s <= MAX_DELAY_S:
-        msg = f"a delay is above 0 s and at most 48 days ({MAX_DELAY_S:.0f} s), not {delay_s} s"
+        msg = f"a delay must be above 0 s and at most 48 days ({MAX_DELAY_S:.0f} s), not {delay_s} s"
         raise ValueError(msg)
     units = max(1, math.ceil(delay_s * 1000 / UNIT_MS))
     shift = max(0, units.bit_length() - _SIGNIFICANT_BITS)
@@ -137,7 +137,7 @@ def delay_units(delay_s: float) -> int:
 
 
 def route(queue: Queue, level: Priority, delay_s: float) -> tuple[str, str]:
-    """Return exchange and routing key for a job of `queue`, now (`delay_s` <= 0) or later."""
+    """Return the exchange and routing key for a job of `queue`, now (`delay_s` <= 0) or later."""
     if delay_s <= 0:
         return JOBS, job_key(queue.name, level)
     digits = format(delay_units(delay_s), f"0{PLACES}o")
@@ -147,7 +147,7 @@ def route(queue: Queue, level: Priority, delay_s: float) -> tuple[str, str]:
 
 _QUORUM: dict[str, object] = {
     "x-queue-type": "quorum",
-    # Explicit, since the defaults differ: none on 3.10; on 4.x a job is dropped after 20 returns. -1 means one delivery on 3.10.
+    # Explicit, since the defaults differ: no limit on 3.10; 4.x drops a job after 20 returns. On 3.10, -1 means one delivery.
     "x-delivery-limit": 1_000_000,
 }
 _AT_LEAST_ONCE: dict[str, object] = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
@@ -172,14 +172,14 @@ SHARED: tuple[Declaration, ...] = (
     Exchange(DUE_ALTERNATE, "topic", alternate=LOST),
     Exchange(DUE, "topic", alternate=DUE_ALTERNATE),
 )
-"""What all queues share."""
+"""The declarations that all queues share."""
 
 _ANY_DELAY = ("*." * PLACES, "*." * 24)
-"""The keys of jobs that fall due; 24 words are those that 0.1.0 delayed, by up to 48 days, in a ladder of bits."""
+"""The keys of jobs that fall due. Keys of 24 words are from 0.1.0, which delayed by up to 48 days in a ladder of bits."""
 
 
 def of_queue(queue: Queue) -> tuple[Declaration, ...]:
-    """Return what `queue` needs beside `SHARED`, its dead-letter queue first."""
+    """Return the declarations of `queue` besides `SHARED`, its dead-letter queue first."""
     dead = dead_queue(queue.name)
     declarations: list[Declaration] = [PhysicalQueue(dead, _QUORUM), Binding(DEAD, dead, queue.name)]
     arguments = job_queue_arguments(queue)
@@ -187,7 +187,7 @@ def of_queue(queue: Queue) -> tuple[Declaration, ...]:
         declarations.append(PhysicalQueue(name, arguments))
         for level in levels:
             declarations += (Binding(DUE, name, delay + destination(queue.name, level)) for delay in _ANY_DELAY)
-            # last: once its key routes, all the rest is there
+            # last: once this key routes, everything else is declared
             declarations.append(Binding(JOBS, name, job_key(queue.name, level)))
     return tuple(declarations)
 
@@ -199,9 +199,9 @@ def _pattern(place: int, value: int) -> str:
 
 
 def of_ladder(kind: str) -> tuple[Declaration, ...]:
-    """Return the delay ladder for queues of `kind`: a job waits once for each digit of its key that isn't 0.
+    """Return the delay ladder for queues of `kind`: a job waits once per digit of its key that isn't 0.
 
-    One TTL queue can't serve: a message of 1 s behind one of 10 s takes 10 s. Bindings have exactly PLACES + 1 words.
+    A single TTL queue isn't enough: a message of 1 s behind one of 10 s would take 10 s. Bindings have exactly PLACES + 1 words.
     """
     arguments = _QUORUM | _AT_LEAST_ONCE if kind == "quorum" else _CLASSIC
     declarations: list[Declaration] = []

@@ -1,4 +1,4 @@
-"""What a channel needs of its connection, and how either of them ends."""
+"""A connection as its channels see it, and the error with which either of them ends."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 from typing import Any, Literal, Protocol
 
 WRITE_HIGH_BYTES = 1 << 20
-"""Above so many unsent bytes publishers wait; acks and heartbeats don't."""
+"""Above this many unsent bytes publishers wait; acks and heartbeats don't."""
 CLOSE_TIMEOUT_S = 3.0
 
 
 class Closed(Exception):
-    """A channel, a connection or its socket was closed; `code` is AMQP's, 0 where none was said."""
+    """A channel, a connection or its socket was closed; `code` is AMQP's reply code, 0 if there was none."""
 
     def __init__(self, scope: Literal["channel", "connection", "socket"], code: int, text: str) -> None:
         super().__init__(text)
@@ -30,21 +30,21 @@ class Wire(Protocol):
 
     @property
     def frame_max(self) -> int:
-        """Most bytes of one frame."""
+        """The largest frame, in bytes."""
         ...
 
     @property
     def writable(self) -> bool:
-        """Whether it takes more publishes; acks and heartbeats don't ask."""
+        """Whether publishes may be written now; acks and heartbeats always are."""
         ...
 
     @property
     def queued(self) -> int:
-        """Bytes of publishes that leave at the end of this turn of the loop."""
+        """Bytes of publishes that are sent at the end of this loop turn."""
         ...
 
     def write(self, data: bytes, /) -> None:
-        """Send `data` with all else of this turn of the loop."""
+        """Send `data` at the end of this loop turn."""
         ...
 
     def write_all(self, head: bytes, rest: list[bytes | memoryview], size: int, /) -> None:
@@ -52,28 +52,28 @@ class Wire(Protocol):
         ...
 
     def flush(self) -> None:
-        """Hand what was written to the socket."""
+        """Hand the collected data to the socket."""
         ...
 
     def forget(self, number: int, /) -> None:
-        """Free the number of a channel that ended."""
+        """Free the number of a closed channel."""
         ...
 
 
 def check_open(closed: Closed | None) -> None:
-    """Raise why it is closed, if it is."""
+    """Raise `closed`, unless it is None."""
     if closed is not None:
-        raise closed.with_traceback(None)  # or each raise would add its frames to it
+        raise closed.with_traceback(None)  # otherwise each raise would add its frames to the traceback
 
 
 def fail(future: asyncio.Future[Any], why: Exception) -> None:
-    """End what waits with an error, if it still does."""
+    """End `future` with `why`, unless it has ended."""
     if not future.done():
         future.set_exception(why)
-        future.exception()  # looked at: a publisher that was cancelled meanwhile doesn't come for it
+        future.exception()  # read here, or asyncio would log it where the waiting task was cancelled
 
 
 def wake(future: asyncio.Future[None]) -> None:
-    """End what waits, if it still does."""
+    """End `future`, unless it has ended."""
     if not future.done():
         future.set_result(None)

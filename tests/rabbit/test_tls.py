@@ -18,7 +18,7 @@ from pamqp import commands
 
 from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.brokers.rabbitmq.address import addresses
-from leveret.brokers.rabbitmq.session import connect
+from leveret.brokers.rabbitmq.session import connect_any
 from leveret.errors import ConfigurationError
 from tests.rabbit.node import Installation, Node, Rabbit, free_ports
 
@@ -87,9 +87,8 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
             ("stranger", authority, "stranger"),
             ("forged", other, "guest"),
         ):
-            issued = issuer.issue_cert(
-                "a@example.org", common_name=common_name
-            )  # RabbitMQ reads the login out of the common name
+            # RabbitMQ reads the login out of the common name
+            issued = issuer.issue_cert("a@example.org", common_name=common_name)
             issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
         [port] = free_ports(1)
         node = Node(
@@ -119,7 +118,7 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
 
 async def works(url: str) -> None:
     """Connect and have a call answered."""
-    connection = await connect(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
+    connection = await connect_any(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
     try:
         channel = await connection.channel(10)
         await channel.call(commands.Queue.Declare(queue="tls", exclusive=True), 10)
@@ -131,7 +130,7 @@ async def works(url: str) -> None:
 async def refusal(url: str) -> str:
     """Return what the one error says: it must be a ConfigurationError of one line, without a password."""
     with pytest.raises(ConfigurationError) as refused:
-        await connect(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
+        await connect_any(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
     text = str(refused.value)
     assert "\n" not in text
     assert PASSWORD not in text

@@ -226,10 +226,10 @@ async def test_a_peer_that_says_nothing_costs_the_deadline_and_no_more() -> None
 @pytest.mark.parametrize(
     ("said", "code", "says"),
     [
-        (octets(commands.Connection.OpenOk(), 0), 503, "Connection.Start was due"),
-        (octets(START, 0) * 2, 503, "nobody waits for"),
+        (octets(commands.Connection.OpenOk(), 0), 503, "sent Connection.OpenOk instead of Connection.Start"),
+        (octets(START, 0) * 2, 503, "nothing waits for it"),
         (b"AMQP\x00\x00\x08\x00", 501, "another version"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", 501, "is that port AMQP's"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", 501, "is this an AMQP port"),
         (b"\x15\x03\x03\x00\x02\x02\x46", 501, "speaks TLS"),
         (octets(commands.Connection.Close(403, "ACCESS_REFUSED", 0, 0), 0), 403, "ACCESS_REFUSED"),
         (octets(commands.Connection.Start(mechanisms="GSSAPI SCRAM"), 0), 403, "no PLAIN login, only GSSAPI SCRAM"),
@@ -525,7 +525,7 @@ async def test_what_a_publish_waits_for_is_said_as_it_is() -> None:
         assert channel.window.why_full == "1000 publishes are unconfirmed"
         await publish_confirmed(channel, peer)
         connection.pause_writing()
-        assert channel.window.why_full == "RabbitMQ doesn't read what was written before it"
+        assert channel.window.why_full == "RabbitMQ doesn't read from the connection"
 
 
 async def test_a_queue_whose_declare_isnt_answered_is_said_to_be_just_that() -> None:
@@ -549,7 +549,7 @@ async def test_a_queue_whose_declare_isnt_answered_is_said_to_be_just_that() -> 
         App("test", broker=f"amqp://u:p@127.0.0.1:{address.port}/").publisher() as publisher,
     ):
         with pytest.raises(
-            PublishTimeout, match=r"nothing was sent in time: RabbitMQ hasn't answered the declares of its queue$"
+            PublishTimeout, match=r"nothing was sent in time: RabbitMQ hasn't answered the declaration of the queue$"
         ):
             await publisher.publish(Note(), timeout_s=0.5)
 

@@ -205,7 +205,7 @@ def test_a_million_damaged_octets_hang_nothing() -> None:
 @pytest.mark.parametrize(
     ("octets", "code", "says"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n", 501, "is that port AMQP's"),
+        (b"HTTP/1.1 400 Bad Request\r\n", 501, "is this an AMQP port"),
         (b"AMQP\x00\x01\x00\x00", 501, "another version"),
         (b"\x01\x00\x01\x7f\xff\xff\xff\x00", 501, "the limit is 131072"),
         (marshal(Heartbeat(), 0)[:-1] + b"\x00", 501, "doesn't end with 0xCE"),
