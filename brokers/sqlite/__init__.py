@@ -12,12 +12,12 @@ __all__ = ["open_admin", "open_broker"]
 
 
 def open_broker(url: str, runtime: Runtime) -> Broker:
-    """Make a broker on the file that `url` names; nothing is opened before the first use."""
+    """Return a broker on the file of `url`; the file is opened at first use."""
     return SqliteBroker(path_of(url), runtime)
 
 
 def open_admin(url: str, runtime: Runtime) -> Admin:
-    """Make an admin on the file that `url` names; it never makes the file."""
+    """Return an admin on the file of `url`; an admin never creates the file."""
     from .admin import SqliteAdmin
 
     return SqliteAdmin(path_of(url), runtime)

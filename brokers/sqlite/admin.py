@@ -1,4 +1,4 @@
-"""Looking into the queues of a SQLite file and repairing; for the command line."""
+"""Inspect and repair the queues of a SQLite file, for the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("leveret.sqlite")
 _PAGE = 100
 _PURGED_AT_ONCE = 5000
 
-# each is answered by one of the partial indexes, without a look at the jobs
+# each is answered from one of the partial indexes, without reading the jobs
 _READY = "SELECT level, count(*) FROM jobs WHERE queue = ? AND claimed_by IS NULL AND due_ms IS NULL GROUP BY level"
 _DUE = "SELECT level, due_ms <= ?, count(*) FROM jobs WHERE due_ms IS NOT NULL AND queue = ? GROUP BY 1, 2"
 _HELD = "SELECT count(*) FROM jobs WHERE claimed_by IS NOT NULL AND queue = ?"
@@ -50,7 +50,7 @@ def _changed(statement: str, arguments: tuple[object, ...], file: sqlite3.Connec
 
 @final
 class _Letter:
-    """A row of `dead` that is held open."""
+    """A row of `dead` that a reader holds."""
 
     __slots__ = ("envelope", "seq")
 
@@ -61,7 +61,7 @@ class _Letter:
 
 @final
 class _Letters:
-    """The dead letters of one queue, claimed page by page under a lease of their own."""
+    """The dead letters of one queue, claimed page by page under a separate lease."""
 
     def __init__(self, admin: SqliteAdmin, queue: Queue, taker: Taker) -> None:
         self._admin = admin
@@ -73,8 +73,8 @@ class _Letters:
 
     async def _pages(self) -> AsyncIterator[DeadLetter]:
         if self._taker.lease.id is None:
-            return  # there is no file
-        # what is buried while they are read isn't read: a replay that fails at once would come round for ever
+            return  # the file doesn't exist
+        # jobs buried later aren't read: a replay that fails at once would be read again and again
         last = await self._admin.run(
             "the dead letters",
             lambda file: file.execute("SELECT max(seq) FROM dead WHERE queue = ?", (self._queue,)).fetchone()[0],
@@ -92,7 +92,7 @@ class _Letters:
         return sorted(file.execute(_PAGE_OF_DEAD, (self._taker.lease.id, self._queue, seen, last, _PAGE)).fetchall())
 
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """As `DeadLetters.replay`, in one transaction. BrokerUnavailable where it went back meanwhile: nothing was published."""
+        """As `DeadLetters.replay`, in one transaction. BrokerUnavailable if the lease was lost meanwhile; then nothing is published."""
         await self._take(letter, f"the replay of job {envelope.job_id}", packed(letter.envelope.queue, envelope, None))
 
     async def drop(self, letter: DeadLetter) -> None:
@@ -101,7 +101,7 @@ class _Letters:
 
     async def _take(self, letter: DeadLetter, about: str, row: Row | None) -> None:
         if not isinstance(letter, _Letter):
-            msg = f"{letter!r} isn't a dead letter of the SQLite broker"
+            msg = f"replay() and drop() take a dead letter of the SQLite broker, not {letter!r}"
             raise TypeError(msg)
         seq = letter.seq
 
@@ -115,13 +115,13 @@ class _Letters:
             return True
 
         if not await self._admin.run(about, take):
-            msg = f"{about} wasn't done: it is no longer among the letters that are open here"
+            msg = f"{about} wasn't done: this reader no longer holds the dead letter; read it again"
             raise BrokerUnavailable(msg, job_id=letter.envelope.job_id)
 
 
 @final
 class _Open(AbstractAsyncContextManager[DeadLetters, None]):
-    """The time in which dead letters are held."""
+    """Holds the dead letters of a queue for the time of a `with` block."""
 
     def __init__(self, admin: SqliteAdmin, queue: Queue) -> None:
         self._admin = admin
@@ -142,9 +142,9 @@ class _Open(AbstractAsyncContextManager[DeadLetters, None]):
 
 @final
 class SqliteAdmin:
-    """An `Admin` on the SQLite file at `path`; a file that isn't there is one without queues, and isn't made.
+    """An `Admin` on the SQLite file at `path`; a missing file counts as a file without queues, and isn't created.
 
-    Every call ends within the setting `connect_timeout_s`: BrokerUnavailable where the file stays locked.
+    Every call ends within the setting `connect_timeout_s`: BrokerUnavailable if the file stays locked.
     """
 
     def __init__(self, path: str, runtime: Runtime) -> None:
@@ -166,7 +166,7 @@ class SqliteAdmin:
         return time.monotonic() + self._runtime.settings.connect_timeout_s
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
-        """As `Admin.depths`; nobody's lock stops it. What a dead worker held counts as unsettled until another worker runs."""
+        """As `Admin.depths`; no lock stops the read. The jobs of a dead worker count as unsettled until another worker runs."""
         if not self._path.exists():
             return [_depth(queue, {}, 0, 0, 0, exists=False) for queue in queues]
         now_ms = self._runtime.clock.now() * 1000
@@ -174,7 +174,7 @@ class SqliteAdmin:
         def read(file: sqlite3.Connection) -> list[Depth]:
             return [self._read(file, queue, now_ms) for queue in queues]
 
-        rows: list[Depth] = await self._run(Look("a look at the queues", read, self._deadline()))
+        rows: list[Depth] = await self._run(Look("the read of the queues", read, self._deadline()))
         return rows
 
     def _read(self, file: sqlite3.Connection, queue: Queue, now_ms: float) -> Depth:
@@ -198,10 +198,10 @@ class SqliteAdmin:
         return _depth(queue, levels, count(_HELD), delayed, dead, exists=known > 0)
 
     async def delayed(self) -> None:
-        """As `Admin.delayed`: `depths` tells it."""
+        """As `Admin.delayed`; returns None, since `depths` counts the delayed jobs of each queue."""
 
     async def purge(self, queue: Queue) -> int:
-        """As `Admin.purge`, some thousands in a transaction, so that workers get their turn between."""
+        """As `Admin.purge`, some thousands of jobs per transaction, so that workers get their turns in between."""
         if not self._path.exists():
             return 0
         purged = 0
@@ -214,23 +214,25 @@ class SqliteAdmin:
                 return purged
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
-        """As `Admin.dead`; where this process dies they come back as the jobs of a dead worker do."""
+        """As `Admin.dead`; if this process dies, its letters are free again as the jobs of a dead worker are."""
         return _Open(self, queue)
 
     async def hold(self, taker: Taker) -> None:
-        """Get a lease, if there is a file."""
+        """Get a lease, if the file exists."""
         if self._path.exists():
             await self._run(Open("opening the dead letters", taker, self._deadline()))
 
     async def release(self, taker: Taker, queue: Queue) -> None:
-        """Give back what is held under the lease."""
+        """Free the letters that are held under the lease."""
         if not self._path.exists():
             return
         try:
             await self._run(Close("closing the dead letters", taker, self._deadline()))
         except (BrokerUnavailable, ConfigurationError) as error:
-            # they come back when this process has ended, as those of a killed one do
-            log.warning("the dead letters of queue %r stay closed to others for now: %s", queue.name, error)
+            # they are free again when this process has ended, as those of a killed process are
+            log.warning(
+                "the dead letters of queue %r can't be opened by others until this process ends: %s", queue.name, error
+            )
 
     async def close(self) -> None:
         """As `Admin.close`."""
@@ -238,7 +240,7 @@ class SqliteAdmin:
 
 
 def _text(level: str | bytes) -> str:
-    # a foreign producer's may be anything
+    # a foreign producer may write any bytes
     return level if isinstance(level, str) else level.decode(errors="replace")
 
 

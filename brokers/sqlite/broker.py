@@ -1,14 +1,14 @@
-"""The embedded broker: one SQLite file, nothing to install; publishers and several worker processes of one machine at once.
+"""The embedded broker: one SQLite file, nothing to install. Publishers and several worker processes of one machine share the file.
 
-A confirmed job is on the disk (`synchronous=FULL`): it survives the death of every process, and of the machine. The file must be on a
-local disk, since SQLite's locks don't hold on network file systems.
+A confirmed job is on the disk (`synchronous=FULL`): it survives the death of every process and of the machine. The file must be on
+a local disk, since SQLite's locks don't work on network file systems.
 
-- A level is a line of its own, oldest first; a job that was delayed joins the tail when its time has come, by the wall clock.
+- Each level is a separate line, oldest job first. A delayed job joins the end of its line when it is due by the wall clock.
 - `again`, `bury` and a replay are one transaction with the settlement: neither a loss nor a duplicate is possible between the two.
-- `give_back` leaves the job its place, and it doesn't count as redelivered, since it wasn't started. What a consumption still holds
-  when it is closed, or when its process dies, does.
-- What a dead process held comes back within about a second where this machine's process table shows it, and otherwise 15 to 20
-  seconds after its last sign of life (see `lease`).
+- `give_back` keeps the job's place and doesn't count as a delivery, since the job wasn't started. Jobs that a consumption holds
+  when it closes, or when its process dies, are delivered again as redelivered.
+- The jobs of a dead process are delivered again within about a second if this machine's process table shows the death, and
+  otherwise 15 to 20 seconds after the process's last beat (see `lease`).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .taker import Taker
 from .write import Close, Open, Publish
 
 WINDOW = 1000
-"""Most publishes of one broker that aren't confirmed yet; the next ones wait, inside their deadlines."""
+"""At most this many publishes of one broker are unconfirmed at once; further publishes wait, within their deadlines."""
 CLOSE_S = 5.0
-"""How long closing may take where the file can't be written."""
+"""How long `close` waits if the file can't be written."""
 _FIRST_TRY_S = 1.0
 _FEATURES = Features(
     durable=True,
@@ -53,18 +53,18 @@ _FEATURES = Features(
 
 
 def path_of(url: str) -> str:
-    """Return the absolute path that `url` names, from this moment's working folder; ConfigurationError where it names none."""
+    """Return the absolute path in `url`, relative to the current folder; ConfigurationError if `url` has no path."""
     parts = urlsplit(url)
     path = unquote(parts.path.removeprefix("/"))
     problem = None
     if parts.netloc:
-        problem = "has a host: three slashes come before a relative path, four before an absolute one"
+        problem = "has a host: write three slashes before a relative path, four before an absolute path"
     elif parts.query or parts.fragment:
         problem = "takes no options"
     elif not path or "\0" in path:
         problem = "names no file"
     elif path == ":memory:":
-        problem = "names no file; in memory is memory://"
+        problem = "names no file; for a broker in memory use memory://"
     if problem:
         msg = f"the broker's URL {redact(url)!r} {problem}; for example sqlite:///jobs.db or sqlite:////var/lib/shop/jobs.db"
         raise ConfigurationError(msg)
@@ -76,13 +76,14 @@ def path_of(url: str) -> str:
 
 @final
 class _Consumption:
-    """The loop's side of a `Taker`."""
+    """A consumption: the part of a `Taker` that runs on the loop."""
 
     def __init__(self, store: Store, settling: Settling, subscriptions: Sequence[Subscription], sink: Sink) -> None:
         self._store = store
         self._sink = sink
         self._error: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._error.add_done_callback(lambda error: error.cancelled() or error.exception())  # nobody need wait for it
+        # the exception is read here, since perhaps nobody waits for `failed`
+        self._error.add_done_callback(lambda error: error.cancelled() or error.exception())
         self._closed = False
         windows = (
             Window(s.queue, level.value, s.prefetch, settling) for s in subscriptions for level in s.queue.levels
@@ -90,8 +91,8 @@ class _Consumption:
         self.taker = Taker(windows, self)
 
     async def open(self) -> None:
-        """Register; return when it is done or could not be done for now."""
-        write = Open("a consumer", self.taker)
+        """Register the consumer; return once registered, or after a second if the file is locked."""
+        write = Open("the registration of a consumer", self.taker)
         write.future = asyncio.get_running_loop().create_future()
         write.future.add_done_callback(lambda opened: opened.cancelled() or opened.exception())
         self._store.post(write)
@@ -105,7 +106,7 @@ class _Consumption:
 
     @property
     def ready(self) -> bool:
-        """Whether it is registered, and the file could be written when it was last tried."""
+        """Whether the consumer is registered, and the last attempt to write the file succeeded."""
         return self.taker.ready and self.taker.taking
 
     async def failed(self) -> None:
@@ -113,11 +114,11 @@ class _Consumption:
         await asyncio.shield(self._error)
 
     async def stop_taking(self) -> None:
-        """As `Consumption.stop_taking`; what is being claimed meanwhile is given back."""
+        """As `Consumption.stop_taking`; jobs that are claimed meanwhile are given back."""
         self.taker.taking = False
 
     async def close(self) -> None:
-        """As `Consumption.close`; where the file stays locked, what is held comes back by the lease, and what was done may run again."""
+        """As `Consumption.close`; if the file stays locked, held jobs come back when the lease ends, and finished jobs may run again."""
         if self._closed:
             return
         self._closed = True
@@ -127,10 +128,10 @@ class _Consumption:
         try:
             await self._store.run(Close("closing a consumer", self.taker, time.monotonic() + CLOSE_S))
         except (PublishTimeout, BrokerUnavailable, ConfigurationError):
-            self._store.post(Close("closing a consumer", self.taker))  # whenever it can be
+            self._store.post(Close("closing a consumer", self.taker))  # once the file can be written
 
     def arrived(self, deliveries: Sequence[SqliteDelivery], /) -> None:
-        """Hand over what was claimed; give it back where nothing is taken any more."""
+        """Pass the claimed jobs to the sink, or give them back after `stop_taking`."""
         for delivery in deliveries:
             if self.taker.taking:
                 self._sink.deliver(delivery)
@@ -138,11 +139,11 @@ class _Consumption:
                 delivery.give_back()
 
     def lost(self) -> None:
-        """Tell the sink."""
+        """Call `lost` of the sink."""
         self._sink.lost()
 
     def cannot(self, error: ConfigurationError, /) -> None:
-        """End for good."""
+        """Fail the consumption with `error`."""
         if not self._error.done():
             self._error.set_exception(error)
         self._sink.lost()
@@ -164,10 +165,10 @@ class SqliteBroker:
         return _FEATURES
 
     def post(self, queue: Queue, envelope: Envelope) -> None:
-        """Never at once here: `publish` groups what comes together by itself."""
+        """Return None: `publish` already writes concurrent publishes in one transaction."""
 
     async def publish(self, queue: Queue, envelope: Envelope) -> None:
-        """As `Broker.publish`; every queue exists, so that no job is unroutable. ConfigurationError where the file can't be used."""
+        """As `Broker.publish`; every queue exists, so no job is unroutable. ConfigurationError if the file can't be used."""
         about = f"job {envelope.job_id} for queue {queue.name!r}"
         row, deadline = packed(queue.name, envelope, when_ms(envelope, self._clock)), envelope.deadline
         if self._window is None:
@@ -176,7 +177,7 @@ class SqliteBroker:
             async with asyncio.timeout_at(deadline):
                 await self._window.acquire()
         except TimeoutError:
-            msg = f"{about} wasn't published in time: {WINDOW} others wait to be written to {self._store.path}"
+            msg = f"{about} wasn't published in time: {WINDOW} earlier publishes still wait to be written to {self._store.path}"
             raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False) from None
         try:
             await self._store.run(Publish(about, row, deadline))
@@ -184,9 +185,9 @@ class SqliteBroker:
             self._window.release()
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
-        """As `Broker.consume`; where the file is locked it returns within a second, and goes on trying."""
+        """As `Broker.consume`; if the file is locked, the call returns within a second, and the consumption goes on trying."""
         if self._store.closed:
-            msg = f"the broker on {self._store.path} was closed; open a new one"
+            msg = f"the broker on {self._store.path} is closed; open a new one"
             raise ConfigurationError(msg)
         consumption = _Consumption(self._store, self._settling, subscriptions, sink)
         await consumption.open()
@@ -194,7 +195,7 @@ class SqliteBroker:
         return consumption
 
     async def close(self) -> None:
-        """As `Broker.close`; within about ten seconds."""
+        """As `Broker.close`; takes at most about ten seconds."""
         consumptions, self._consumptions = self._consumptions, []
         try:
             await asyncio.gather(*(consumption.close() for consumption in consumptions))

@@ -13,7 +13,7 @@ from .rows import unpack
 
 
 class Settles(Protocol):
-    """What settles deliveries; see `Delivery`."""
+    """Settles deliveries; see `leveret.broker.Delivery`."""
 
     def done(self, delivery: SqliteDelivery, /) -> None:
         """As `Delivery.done`."""
@@ -34,7 +34,7 @@ class Settles(Protocol):
 
 @final
 class Window:
-    """One level of one queue: how much of it is held, and whether more may wait in the file. The thread's own."""
+    """One level of one queue: the number of held jobs, and whether more may wait in the file. Only the store's thread uses it."""
 
     __slots__ = ("held", "level", "maybe", "prefetch", "queue", "settling")
 
@@ -64,16 +64,16 @@ class SqliteDelivery:
 
     @property
     def live(self) -> bool:
-        """Whether its lease holds. One that is settled stays live: a retry that was committed late isn't lost."""
+        """Whether the lease is alive. A settled delivery stays live: a retry that was committed late isn't lost."""
         return self.lease.alive
 
     @property
     def unsettled(self) -> bool:
-        """Whether it can still be settled: its lease holds and nobody settled it."""
+        """Whether the delivery can still be settled: its lease is alive and it isn't settled."""
         return self.lease.alive and not self.settled
 
     def done(self) -> None:
-        """As `Delivery.done`; where the file is locked it is kept, and tried until it succeeds."""
+        """As `Delivery.done`; while the file is locked, the write is tried until it succeeds."""
         self.window.settling.done(self)
 
     async def again(self, envelope: Envelope, /) -> None:
@@ -85,5 +85,5 @@ class SqliteDelivery:
         await self.window.settling.bury(self, envelope)
 
     def give_back(self) -> None:
-        """As `Delivery.give_back`; it keeps its place, and doesn't count as redelivered."""
+        """As `Delivery.give_back`; the job keeps its place, and doesn't count as redelivered."""
         self.window.settling.give_back(self)

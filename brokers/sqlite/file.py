@@ -1,4 +1,4 @@
-"""One connection to the SQLite file: what stands in a transaction, and what is known of the file between two of them."""
+"""One connection to the SQLite file: the statements of a transaction, and what is remembered between transactions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("leveret.sqlite")
 _PROMOTED_AT_ONCE = 1000
 _FREE_PAGES = 1000
 
-# `+column` keeps an index out of it: the rowids say it all.
+# `+column` prevents the use of an index: the rowids are selective enough.
 _CLAIM = (
     "UPDATE jobs SET claimed_by = ?, deliveries = deliveries + 1 WHERE seq IN ("  # noqa: S608 - columns of ours
     "SELECT seq FROM jobs WHERE queue = ? AND level = ? AND claimed_by IS NULL AND due_ms IS NULL ORDER BY seq LIMIT ?)"
@@ -45,7 +45,7 @@ _PROMOTED = (
 
 @final
 class File:
-    """The file at `path`, through one connection; the store's thread alone uses it."""
+    """The file at `path`, through one connection; only the store's thread uses it."""
 
     def __init__(self, path: str, clock: Clock, *, create: bool) -> None:
         self.path = path
@@ -64,16 +64,16 @@ class File:
         self._lost: list[Taker] = []
 
     def connect(self) -> sqlite3.Connection:
-        """Return the connection to what is at `path` now. ConfigurationError where that can't be used."""
+        """Return the connection to the file that is at `path` now; ConfigurationError if it can't be used."""
         if self._connection is not None:
             with suppress(OSError):
                 found = os.stat(self.path)  # noqa: PTH116 - each turn: a Path costs more than the call
                 if (found.st_dev, found.st_ino) == self._inode:
                     return self._connection
-            log.warning("%s was deleted or replaced under a running program; opening what is there now", self.path)
+            log.warning("%s was deleted or replaced while in use; opening the file that is there now", self.path)
             self.disconnect()
             for taker in self.takers:
-                taker.lease.id = -1  # a row of the old file; one of that number in the new is somebody else's
+                taker.lease.id = -1  # the old id is from the old file; in the new file it may be another worker's
         self._connection = open_file(self.path, create=self._create)
         found = os.stat(self.path)  # noqa: PTH116
         self._inode = (found.st_dev, found.st_ino)
@@ -82,11 +82,11 @@ class File:
         return self._connection
 
     def reads_bytes(self, error: sqlite3.Error) -> bool:
-        """Whether `error` was that of a text that isn't UTF-8, and reading such texts as bytes, from now on, mends it.
+        """Return whether `error` is about a text that isn't UTF-8; then, from now on, such texts are read as bytes.
 
-        Not from the start: a function that is called for each text costs more than all else that is done to read a row.
+        This isn't the default: a function call per text costs more than all other work of reading a row.
         """
-        # it is Python's own error, without a code of SQLite's
+        # Python raises this error itself, without a code of SQLite
         if (
             self._connection is None
             or hasattr(error, "sqlite_errorcode")
@@ -97,13 +97,13 @@ class File:
         return True
 
     def disconnect(self) -> None:
-        """Close the connection; what wasn't committed is rolled back."""
+        """Close the connection, which rolls back an open transaction."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
     def abandon(self) -> sqlite3.Connection | None:
-        """In a forked child: forget the parent's connection without closing it, and whatever was held."""
+        """In a forked child: forget the parent's connection without closing it, and end the parent's leases here."""
         connection, self._connection = self._connection, None
         for taker in self.takers:
             taker.lease.alive = taker.ready = False
@@ -123,7 +123,7 @@ class File:
                 self.disconnect()  # which rolls back
 
     def release_all(self) -> None:
-        """Free what is held here, if that can be done now: others see otherwise that this one is dead."""
+        """Free all held jobs if the file can be written now; otherwise other workers free them when the leases end."""
         if self._connection is not None:
             with suppress(sqlite3.Error):
                 for taker in self.takers:
@@ -132,11 +132,11 @@ class File:
 
     @property
     def takes(self) -> bool:
-        """Whether somebody consumes here."""
+        """Whether a consumption takes jobs through this file."""
         return any(taker.taking for taker in self.takers)
 
     def has_news(self, connection: sqlite3.Connection, now: float) -> bool:
-        """Whether a transaction is due without anybody asking for it: a beat, a death, a job to claim."""
+        """Whether a transaction is due although nothing is to be written: for a beat, a dead worker, or a job to claim."""
         if not self.takers:
             return False
         if now >= self.beats.next or any(taker.lease.id is None for taker in self.takers):
@@ -150,7 +150,7 @@ class File:
         return bool(self._dead) or self._is_due(connection) or self._may_claim(connection)
 
     def _look(self, connection: sqlite3.Connection) -> None:
-        """See whether another connection wrote since; then anything may wait."""
+        """Check whether another connection wrote to the file; then every window may have jobs to claim."""
         version: int = connection.execute("PRAGMA data_version").fetchone()[0]
         if version != self._version:
             self._version = version
@@ -166,7 +166,7 @@ class File:
         return self._next_due_ms <= self._clock.now() * 1000
 
     def _may_claim(self, connection: sqlite3.Connection) -> bool:
-        """Whether there is something to claim; looked at before the lock is taken, so that idle workers don't fight for it."""
+        """Whether there is a job to claim; checked before the lock is taken, so that idle workers don't compete for it."""
         for taker in self.takers:
             for window in taker.windows if taker.taking else ():
                 if window.maybe and window.held < window.prefetch:
@@ -187,7 +187,7 @@ class File:
     def transact(
         self, connection: sqlite3.Connection, writes: list[Write], done: list[SqliteDelivery], back: list[SqliteDelivery]
     ) -> Turn:  # fmt: skip
-        """Do everything that is to be done, in the transaction that was begun."""
+        """Do all the work of a turn, in the transaction that the caller began."""
         turn = Turn(writes)
         self._look(connection)
         for taker in self.takers:
@@ -213,7 +213,7 @@ class File:
         return turn
 
     def _hold(self, connection: sqlite3.Connection, taker: Taker) -> set[str]:
-        """See that the lease is still ours; get one where there is none. Return the queues that are new by it."""
+        """Check that the lease is still valid, or get a new lease; return the new queues that this adds."""
         if taker.lease.id is not None:
             if connection.execute("SELECT 1 FROM workers WHERE id = ?", (taker.lease.id,)).fetchone():
                 return set()
@@ -224,7 +224,7 @@ class File:
 
     def _lose(self, taker: Taker) -> None:
         log.warning(
-            "the lease on %s was lost: this process showed no life for %g s; what it held is delivered again",
+            "the lease on %s was lost: this process sent no beat for %g s; the jobs that it held are delivered again",
             self.path,
             leases.LEASE_S,
         )
@@ -236,7 +236,7 @@ class File:
         self._lost.append(taker)
 
     def _beat(self, connection: sqlite3.Connection, turn: Turn) -> None:
-        """Show life, and take from the dead what they held."""
+        """Raise the beats of this process, and free the jobs of workers whose beats stopped."""
         mine = [taker.lease.id for taker in self.takers]
         connection.execute(
             "UPDATE workers SET beat = beat + 1 WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(mine),)
@@ -244,7 +244,9 @@ class File:
         turn.beats = self.beats.counted(connection.execute("SELECT id, beat FROM workers").fetchall(), mine)
         for worker in turn.beats.silent:
             log.warning(
-                "a worker on %s showed no life for %g s; what it held is delivered again", self.path, leases.LEASE_S
+                "a worker on %s sent no beat for %g s; the jobs that it held are delivered again",
+                self.path,
+                leases.LEASE_S,
             )
             self._reap(connection, worker)
 
@@ -257,7 +259,7 @@ class File:
     def _settle(
         self, connection: sqlite3.Connection, done: list[SqliteDelivery], given_back: list[SqliteDelivery], turn: Turn
     ) -> None:
-        """Delete and free the rows that were settled."""
+        """Delete the rows of finished jobs and free the rows that were given back."""
         gone = turn.gone
         back: defaultdict[Lease, list[int]] = defaultdict(list)
         lost = 0
@@ -278,10 +280,10 @@ class File:
             turn.added = True
             self._any_may_wait()
         if lost:
-            log.warning("%d finished jobs of %s will run again: their lease was lost", lost, self.path)
+            log.warning("%d finished jobs of %s will run again, since their lease was lost", lost, self.path)
 
     def _add(self, connection: sqlite3.Connection, turn: Turn) -> None:
-        """Add the rows of jobs and dead letters, many with each statement."""
+        """Add the rows of jobs and dead letters, many per statement."""
         tables = ("jobs", turn.jobs), ("dead", turn.letters)
         turn.names |= {row[0] for _, rows in tables for row in rows} - self._names
         if turn.names:
@@ -298,7 +300,7 @@ class File:
             self._any_may_wait()
 
     def _promote(self, connection: sqlite3.Connection) -> None:
-        """Make ready what is due: it joins the tail of its level, as a job that is published now would."""
+        """Move the delayed jobs that are due to the ends of their levels, by new rows."""
         rows = connection.execute(_DUE, (self._clock.now() * 1000, _PROMOTED_AT_ONCE)).fetchone()[0]
         connection.execute(_PROMOTED, (rows,))
         connection.execute("DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?))", (rows,))
@@ -319,7 +321,7 @@ class File:
             turn.claimed.append((taker, claimed))
 
     def committed(self, turn: Turn) -> None:
-        """Now that it stands: know it."""
+        """Take over the results of `turn`, which was committed."""
         self._dead.clear()
         self._opened.clear()
         turn.lost, self._lost = self._lost, []
@@ -343,9 +345,9 @@ class File:
             self._shrink()
 
     def _shrink(self) -> None:
-        """Give some of the file's free pages back to the disk, where there are many."""
+        """Return some of the file's free pages to the disk, if there are many."""
         assert self._connection is not None
-        with suppress(sqlite3.Error):  # it was locked: there is a next time
+        with suppress(sqlite3.Error):  # the file was locked; the next beat tries again
             free, pages = (
                 self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count")
             )

@@ -1,4 +1,4 @@
-"""Who is who: a process by its boot, its process namespace, its number and its start time."""
+"""The identity of a process: its boot, its process namespace, its number and its start time."""
 
 from __future__ import annotations
 
@@ -22,27 +22,26 @@ def _identity(pid: int) -> str:
 
 
 def my_identity() -> str:
-    """Return what tells this process from every other, so that its death can be seen: boot, namespace, number, start; "" off Linux."""
+    """Return this process's identity, by which others notice its death: boot, namespace, number, start; "" outside Linux."""
     return _identity(os.getpid())
 
 
 def known_dead(identity: str) -> bool:
-    """Whether the process of `identity` is certainly gone; False where that can't be told from here."""
+    """Return whether the process of `identity` is certainly dead; False if this process can't know."""
     mine = my_identity().split()
     other = identity.split()
     if len(mine) != 4 or len(other) != 4 or mine[:2] != other[:2]:
         return False
     pid = int(other[2])
     try:
-        os.kill(pid, 0)  # signal 0 touches nobody
+        os.kill(pid, 0)  # signal 0 only checks
     except ProcessLookupError:
         return True
     except OSError:
-        pass  # another user's
+        pass  # another user's process
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return False  # hidden from this user
-    return (
-        fields[19] != other[3] or fields[0] in "ZX"
-    )  # its number was given to another, or nobody has fetched its end yet
+    # another process has the number now, or the dead process waits for its parent
+    return fields[19] != other[3] or fields[0] in "ZX"

@@ -1,10 +1,12 @@
-"""A lease: a worker's row in the file, and what is claimed under it.
+"""A lease: a worker's row in the file, and the jobs that are claimed under it.
 
-A worker is a row in `workers`, and what it holds bears that row's id. Its lease is `LEASE_S` long, and no clock is shared for it:
-each worker raises its row's `beat` every `BEAT_S` and looks at the others' in the same transaction; one that stood still over
-`LEASE_S / BEAT_S` of the observer's own beats is dead, and what it held is free again. So neither a jump of the wall clock, nor a
-suspended laptop, nor a lock that stops everybody makes a living worker lose what it holds. Where a row's process is known to be gone
-(same boot, same process namespace, no such process or another one of that number) its jobs are free within `LOOK_S`.
+Each worker has a row in `workers`, and the jobs that it holds have the id of that row. A lease lasts `LEASE_S`, without any shared
+clock: each worker raises the `beat` of its row every `BEAT_S`, and reads the other rows in the same transaction. A worker whose
+beat stood still over `LEASE_S / BEAT_S` beats of the observer counts as dead, and its jobs are free again. So a living worker
+keeps its jobs through a jump of the wall clock, a suspended laptop, or a lock that stops everybody.
+
+If the process of a row is known to be dead, its jobs are free within `LOOK_S`. It is known to be dead if boot and process namespace are
+the same, and no process, or a different one, has its number.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ from collections.abc import Collection, Iterable
 from typing import final
 
 LEASE_S = 15.0
-"""A worker that showed no life for so long has lost what it holds."""
+"""A worker that sends no beat for this long loses its jobs, seconds."""
 BEAT_S = 5.0
-"""How often a worker shows life; LEASE_S is a multiple of it."""
+"""How often a worker sends a beat, seconds; LEASE_S is a multiple of BEAT_S."""
 LOOK_S = 1.0
-"""How often a worker looks for processes of this machine that are gone."""
+"""How often a worker looks for dead processes of this machine, seconds."""
 
 
 @final
 class Lease:
-    """One row of `workers`: what is claimed under it is this process's own while it is `alive`."""
+    """One row of `workers`: its jobs belong to this process while the lease is `alive`."""
 
     __slots__ = ("alive", "id")
 
@@ -34,16 +36,16 @@ class Lease:
 
 @final
 class Beats:
-    """The beats of one observer, and what it counted of the others'. It knows neither a database nor a shared clock."""
+    """The beats of one observer, and its counts of the other workers' beats; independent of the database and of a shared clock."""
 
     def __init__(self) -> None:
         self.next = 0.0
-        """When the next one is due, `time.monotonic()` seconds."""
+        """When the next beat is due, `time.monotonic()` seconds."""
         self._others: dict[int, tuple[int, int]] = {}
-        """By worker: its beat when it was last looked at, and how often in a row it had stood still by then."""
+        """By worker: the last beat that was read, and how many reads in a row found it unchanged."""
 
     def counted(self, beats: Iterable[tuple[int, int]], mine: Collection[int | None]) -> Count:
-        """Return what follows from one look at all workers' beats; it isn't known before it is `keep`-ed: a transaction may fail."""
+        """Return the result of reading all workers' beats; it counts only after `keep`, since the transaction may fail."""
         count = Count()
         for worker, beat in beats:
             if worker in mine:
@@ -57,18 +59,18 @@ class Beats:
         return count
 
     def keep(self, count: Count) -> None:
-        """Take over what was counted, after its transaction was committed."""
+        """Take over `count`, after its transaction was committed."""
         self._others = count.others
         self.next = time.monotonic() + BEAT_S
 
 
 @final
 class Count:
-    """One look at the others' beats."""
+    """The result of one read of the other workers' beats."""
 
     __slots__ = ("others", "silent")
 
     def __init__(self) -> None:
         self.others: dict[int, tuple[int, int]] = {}
         self.silent: list[int] = []
-        """Those that showed no life for `LEASE_S`: what they hold is free again."""
+        """Workers without a beat for `LEASE_S`, whose jobs are free again."""

@@ -1,4 +1,4 @@
-"""A row: its columns, and how an envelope becomes a row and a row an envelope."""
+"""A row: its columns, and the conversion between envelopes and rows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Row: TypeAlias = tuple[
 ]  # fmt: skip
 JOB_ID: Final = 3
 BODY: Final = 7
-"""Where the id and the body stand in a `Row`."""
+"""The places of the id and the body in a `Row`."""
 READ: Final = "queue, level, job_id, job, content_type, content_encoding, CAST(body AS BLOB), created_s, app, correlation_id, reply_to, headers"
-"""What `unpack` reads; a body that a foreign producer wrote as text comes as its bytes."""
+"""The columns that `unpack` takes; a body that a foreign producer wrote as text is read as bytes."""
 
 
 def text_or_bytes(value: bytes) -> str | bytes:
-    """Return a text column's value, as its bytes where it isn't UTF-8: Python would raise, and one such row stop the whole file."""
+    """Return a text column's value, or its bytes if it isn't UTF-8: Python would raise, and one such row would stop the whole file."""
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -34,21 +34,21 @@ def text_or_bytes(value: bytes) -> str | bytes:
 
 
 def _inserts(table: str, when: str) -> tuple[tuple[int, str], ...]:
-    # One statement for many rows: between two statements the thread would have to wait for the interpreter's lock each time.
+    # One statement for many rows: between two statements the thread would wait for the interpreter's lock.
     row = f"({', '.join('?' * (_COLUMNS.count(',') + 1))})"
     start = f"INSERT INTO {table} ({_COLUMNS.format(when)}) VALUES "  # noqa: S608 - columns of ours
     return tuple((count, start + ", ".join([row] * count)) for count in (64, 8, 1))
 
 
 INSERTS: Final = {"jobs": _inserts("jobs", "due_ms"), "dead": _inserts("dead", "buried_ms")}
-"""By table: statements that insert so many rows, most first."""
+"""By table: the number of rows and the statement that inserts them, the largest number first."""
 
 
 _NOT_JSON: dict[str, tuple[type, Callable[[Any], str], Callable[[str], object]]] = {
     "$bytes": (bytes, lambda value: base64.b64encode(value).decode(), base64.b64decode),
     "$datetime": (datetime, datetime.isoformat, datetime.fromisoformat),
     "$decimal": (Decimal, str, Decimal),
-}  # what a foreign producer's headers may hold beside what JSON has
+}  # types that a foreign producer's headers may hold and JSON doesn't have
 
 
 def _to_json(value: object) -> object:
@@ -57,7 +57,7 @@ def _to_json(value: object) -> object:
     for name, (kind, write, _) in _NOT_JSON.items():
         if isinstance(value, kind):
             return {name: write(value)}
-    msg = f"a header holds {value!r:.80}, which can't be stored"
+    msg = f"its headers hold {value!r:.80}, which can't be stored"
     raise TypeError(msg)
 
 
@@ -69,18 +69,18 @@ def _from_json(table: dict[str, Any]) -> Any:
     return table
 
 
-# The standard library's JSON, since it brings back NaN and lone surrogates as they were.
+# The standard library's JSON, since it restores NaN and lone surrogates unchanged.
 _encode = json.JSONEncoder(default=_to_json, separators=(",", ":")).encode
 _decode = json.JSONDecoder(object_hook=_from_json).decode
 
 
 def headers_text(table: Mapping[str, object]) -> str | None:
-    """Return what stands in the column `headers` for a headers table as AMQP has it."""
+    """Return the value of the column `headers` for a headers table of AMQP."""
     return _encode(dict(table)) if table else None
 
 
 def pack(queue: str, envelope: Envelope, when_ms: int | None) -> Row:
-    """Return the row of `envelope`; TypeError for a header that can't be stored."""
+    """Return the row of `envelope`; TypeError if a header can't be stored."""
     return (
         queue, envelope.priority.value, when_ms, envelope.job_id, envelope.job, envelope.content_type, envelope.content_encoding,
         envelope.body, envelope.created_s, envelope.app, envelope.correlation_id, envelope.reply_to, headers_text(pack_headers(envelope)),
@@ -88,7 +88,7 @@ def pack(queue: str, envelope: Envelope, when_ms: int | None) -> Row:
 
 
 def packed(queue: str, envelope: Envelope, when_ms: int | None) -> Row:
-    """Return the row of `envelope`, or raise InvalidJob where a header can't be stored."""
+    """Return the row of `envelope`; InvalidJob if a header can't be stored."""
     try:
         return pack(queue, envelope, when_ms)
     except (TypeError, ValueError, RecursionError) as error:
@@ -97,43 +97,21 @@ def packed(queue: str, envelope: Envelope, when_ms: int | None) -> Row:
 
 
 def unpack(row: Sequence[Any]) -> tuple[Envelope, str | None]:
-    """Return the envelope in a row of `READ`, and what is wrong with it, if anything."""
+    """Return the envelope in a row of `READ`, and its problem, if any."""
     fields: dict[str, Any] = {}
     problem = None
     (
-        queue,
-        level,
-        job_id,
-        job,
-        content_type,
-        content_encoding,
-        body,
-        created_s,
-        app,
-        correlation_id,
-        reply_to,
-        headers,
-    ) = row
-    # written out, since each job comes here: a loop takes three times as long
+        queue, level, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers,
+    ) = row  # fmt: skip
+    # written out, since every job passes here: a loop takes three times as long
     if (
         type(job_id) is bytes or type(job) is bytes or type(content_type) is bytes or type(content_encoding) is bytes or type(app) is bytes
         or type(correlation_id) is bytes or type(reply_to) is bytes or type(headers) is bytes or type(level) is bytes
     ):  # fmt: skip
         row, problem = _readable(row)
         (
-            queue,
-            level,
-            job_id,
-            job,
-            content_type,
-            content_encoding,
-            body,
-            created_s,
-            app,
-            correlation_id,
-            reply_to,
-            headers,
-        ) = row
+            queue, level, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers,
+        ) = row  # fmt: skip
     if headers is not None:
         try:
             fields, wrong = unpack_headers(_decode(headers))
@@ -141,9 +119,12 @@ def unpack(row: Sequence[Any]) -> tuple[Envelope, str | None]:
         except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             problem = problem or f"the headers can't be read: {error}"
     try:
-        fields["priority"] = Priority(level)  # where it stands says more than a header
+        fields["priority"] = Priority(level)  # the column decides, not a header
     except ValueError:
-        problem = problem or f"its level {level!r:.80} is none of {', '.join(known.value for known in Priority)}"
+        problem = (
+            problem
+            or f"its level {level!r:.80} is unknown; the levels are {', '.join(known.value for known in Priority)}"
+        )
     envelope = Envelope(
         job_id=job_id, job=job, queue=queue, body=body, content_type=content_type, content_encoding=content_encoding,
         created_s=created_s, app=app, correlation_id=correlation_id, reply_to=reply_to, **fields,
@@ -152,11 +133,11 @@ def unpack(row: Sequence[Any]) -> tuple[Envelope, str | None]:
 
 
 def _readable(row: Sequence[Any]) -> tuple[list[Any], str | None]:
-    """Return a foreign producer's row with what isn't UTF-8 replaced, the body as it came; and what is wrong with it."""
+    """Return a foreign producer's row with invalid UTF-8 replaced and the body unchanged, and the problem, if any."""
     problem = None
     texts = list(row)
     for place, (name, value) in enumerate(zip(READ.split(", "), row, strict=True)):
         if isinstance(value, bytes) and "body" not in name:
-            problem = problem or f"its column {name} is no UTF-8 text: {value!r:.80}"
+            problem = problem or f"its column {name} isn't UTF-8 text: {value!r:.80}"
             texts[place] = value.decode(errors="replace")
     return texts, problem

@@ -1,4 +1,4 @@
-"""The schema of the SQLite file: its tables, and how the file is opened and upgraded."""
+"""The schema of the SQLite file: its tables, and how a file is opened and upgraded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from leveret.errors import ConfigurationError
 log = logging.getLogger("leveret.sqlite")
 
 MIN_SQLITE = (3, 35)
-"""The first with RETURNING."""
+"""The first version with RETURNING."""
 APPLICATION_ID: Final = 0x6C767274
-"""Says in the file's header that it is ours ("lvrt")."""
+"""Marks the file as leveret's in its header ("lvrt")."""
 BUSY_MS: Final = 20
-"""How long one try waits for a lock, milliseconds; between tries, deadlines are looked at."""
+"""How long one attempt waits for a lock, milliseconds; deadlines are checked between attempts."""
 _WAL_KEPT_BYTES = 64 << 20
 
 _PLACE = "seq INTEGER PRIMARY KEY AUTOINCREMENT, queue TEXT NOT NULL, level TEXT NOT NULL"
@@ -25,8 +25,8 @@ _FIELDS = (
     "job_id TEXT NOT NULL, job TEXT NOT NULL, content_type TEXT NOT NULL, content_encoding TEXT, body BLOB NOT NULL,"
     " created_s INTEGER NOT NULL, app TEXT, correlation_id TEXT, reply_to TEXT, headers TEXT"
 )
-# Each brings a file from one version to the next; what a release has shipped is never changed. A job's place in its level is its
-# `seq`; one that waits for its time has `due_ms`, and gets a new `seq` when that has come. `deliveries` counts those of this row.
+# Each entry upgrades a file by one version; a released entry is never changed. A job's place in its level is its `seq`. A delayed
+# job has `due_ms`, and gets a new `seq` when it is due. `deliveries` counts the deliveries of the row.
 _VERSIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE queues (name TEXT PRIMARY KEY) WITHOUT ROWID",
@@ -46,8 +46,8 @@ def open_file(path: str, *, create: bool) -> sqlite3.Connection:
     """Open the file and bring it to this release's schema.
 
     Raises:
-        ConfigurationError: It can't be opened or isn't ours, and waiting wouldn't help.
-        sqlite3.Error: It is locked or the disk fails, for now.
+        ConfigurationError: The file can't be opened or isn't leveret's; waiting won't help.
+        sqlite3.Error: The file is locked or the disk fails; waiting may help.
     """
     _check_path(path, create=create)
     try:
@@ -61,10 +61,10 @@ def open_file(path: str, *, create: bool) -> sqlite3.Connection:
         connection.close()
         code = getattr(error, "sqlite_errorcode", -1) & 0xFF
         if code == sqlite3.SQLITE_NOTADB:
-            msg = f"{path} is not a SQLite database"
+            msg = f"{path} isn't a SQLite database; name another file in the broker's URL"
             raise ConfigurationError(msg) from error
         if code in {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}:
-            msg = f"the SQLite file {path} can't be written, or its folder can't: {error}"
+            msg = f"the SQLite file {path} or its folder can't be written: {error}"
             raise ConfigurationError(msg) from error
         raise
     return connection
@@ -79,15 +79,15 @@ def _check_path(path: str, *, create: bool) -> None:
     if file.is_dir():
         problem = "is a folder"
     elif not file.parent.is_dir():
-        problem = f"can't be made: there is no folder {file.parent}"
+        problem = f"can't be created: the folder {file.parent} doesn't exist"
     elif not file.exists():
         if create and _may_write(file.parent):
             return
-        problem = f"can't be made: the folder {file.parent} can't be written" if create else "doesn't exist"
+        problem = f"can't be created: the folder {file.parent} can't be written" if create else "doesn't exist"
     elif not _may_write(file):
         problem = "can't be written: it is read-only for this user"
     elif not _may_write(file.parent):
-        problem = f"can't be used: its folder {file.parent} can't be written, where SQLite keeps the log beside it"
+        problem = f"can't be used: SQLite keeps its log beside it, and the folder {file.parent} can't be written"
     else:
         return
     msg = f"the SQLite file {path} {problem}"
@@ -98,10 +98,10 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
     def value(pragma: str) -> Any:
         return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
 
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # works on an empty file only, and has to come first
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # works only on an empty file, so it comes first
     _check_ours(value, connection, path)
     if value("journal_mode = WAL") != "wal":
-        msg = f"the file system of {path} can't do SQLite's write-ahead log; use a file on a local disk"
+        msg = f"the file system of {path} doesn't support SQLite's write-ahead log; use a file on a local disk"
         raise ConfigurationError(msg)
     for setting in (
         "synchronous = FULL",
@@ -128,11 +128,11 @@ def _check_ours(value: Any, connection: sqlite3.Connection, path: str) -> None:
         value("application_id") != APPLICATION_ID
         and connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
     ):
-        msg = f"{path} is another program's SQLite database; give leveret a file of its own"
+        msg = f"{path} is another program's SQLite database; use a separate file for leveret"
         raise ConfigurationError(msg)
     version = value("user_version")
     if version > len(_VERSIONS) and value("application_id") == APPLICATION_ID:
-        msg = f"{path} was written by a newer leveret (schema {version}, this one knows {len(_VERSIONS)}): upgrade leveret"
+        msg = f"{path} was written by a newer leveret (schema {version}, this one supports {len(_VERSIONS)}); upgrade leveret"
         raise ConfigurationError(msg)
 
 
@@ -159,13 +159,13 @@ def _warn_of_network(path: str) -> None:
             for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
         ]
     except OSError:
-        return  # not Linux: the documentation says it
+        return  # not Linux: only the documentation warns
     real = os.path.realpath(path)
     under = [(where, kind) for where, kind in mounts if real.startswith(where.rstrip("/") + "/")]
     kind = max(under, key=lambda mount: len(mount[0]))[1] if under else ""
     if kind.startswith(_NETWORK):
         log.warning(
-            "%s is on a network file system (%s): SQLite's locks don't hold there, and jobs may be lost or run twice",
+            "%s is on a network file system (%s): SQLite's locks don't work there, and jobs may be lost or run twice",
             path,
             kind,
         )

@@ -1,4 +1,4 @@
-"""What becomes of a delivery: each verb is one transaction, shared with whatever else is written in that turn."""
+"""The settlement of a delivery: each verb is part of one transaction, shared with the other writes of that turn."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ class Settling:
         self._clock = clock
 
     def done(self, delivery: SqliteDelivery) -> None:
-        """Delete the row; where the file is locked, that is tried until it succeeds."""
+        """Delete the row, trying until it succeeds while the file is locked."""
         if delivery.unsettled:
             self._store.done(delivery)
 
     async def again(self, delivery: SqliteDelivery, envelope: Envelope) -> None:
-        """Put `envelope` into the queue in one transaction with the ack; no effect where a late commit settled the delivery."""
+        """Add `envelope` to the queue in one transaction with the ack; do nothing if a late commit settled the delivery."""
         if delivery.unsettled:
             name = delivery.queue.name
             row = packed(name, envelope, when_ms(envelope, self._clock))
-            about = f"job {envelope.job_id}, to go again to queue {name!r},"
+            about = f"the retry of job {envelope.job_id} in queue {name!r}"
             await self._store.run(Again(about, delivery, row, envelope.deadline))
 
     async def bury(self, delivery: SqliteDelivery, envelope: Envelope) -> None:
-        """Put `envelope` among the dead letters in one transaction with the ack; no effect where a late commit settled the delivery."""
+        """Add `envelope` to the dead letters in one transaction with the ack; do nothing if a late commit settled the delivery."""
         if delivery.unsettled:
             name = delivery.queue.name
             buried = msgspec.structs.replace(envelope, origin=envelope.origin or name)
             row = packed(name, buried, int(self._clock.now() * 1000))
-            about = f"job {envelope.job_id}, to be buried from queue {name!r},"
+            about = f"the burial of job {envelope.job_id} from queue {name!r}"
             await self._store.run(Bury(about, delivery, row, envelope.deadline))
 
     def give_back(self, delivery: SqliteDelivery) -> None:
-        """Free the row; it keeps its place, and doesn't count as redelivered."""
+        """Free the row; the job keeps its place, and doesn't count as redelivered."""
         if delivery.unsettled:
             self._store.give_back(delivery)
 
 
 def when_ms(envelope: Envelope, clock: Clock) -> int | None:
-    """Return the moment before which a job isn't claimed, Unix ms; None where it may run at once."""
+    """Return the time before which a job isn't claimed, Unix ms; None if the job may run at once."""
     return envelope.due_ms if envelope.due_in_s(clock.now()) else None

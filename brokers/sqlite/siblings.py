@@ -1,4 +1,4 @@
-"""The stores of one process: each hears of what another one wrote to the same file, and all of them survive a fork."""
+"""The stores of one process: each notices what another wrote to the same file, and all of them survive a fork."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Protocol
 
 
 class Sibling(Protocol):
-    """A store, as the others of its process see it."""
+    """A store, as the other stores of its process see it."""
 
     @property
     def path(self) -> str:
-        """The file."""
+        """The path of the file."""
         ...
 
     @property
     def takes(self) -> bool:
-        """Whether somebody consumes there."""
+        """Whether a consumption takes jobs through the store."""
         ...
 
     @property
     def in_sqlite(self) -> threading.Lock:
-        """Held while its thread is inside SQLite."""
+        """Held while the store's thread is inside SQLite."""
         ...
 
     def notice(self) -> None:
@@ -32,7 +32,7 @@ class Sibling(Protocol):
         ...
 
     def forked(self) -> None:
-        """In a child: begin again."""
+        """In a forked child: start over with an empty store."""
         ...
 
 
@@ -43,20 +43,20 @@ _paused: list[Sibling] = []
 
 
 def register(store: Sibling) -> None:
-    """Add `store`, for as long as it lives."""
+    """Add `store`, until it is garbage-collected."""
     with _registry_lock:
         _registry.add(store)
 
 
 def notice(writer: Sibling) -> None:
-    """Let the others look at the file that `writer` wrote to."""
+    """Let the other stores of the same file look at what `writer` wrote."""
     for other in _stores():
         if other is not writer and other.path == writer.path and other.takes:
             other.notice()
 
 
 def leak(connection: sqlite3.Connection | None) -> None:
-    """Keep a parent's connection unused: closing it could end the parent's locks."""
+    """Keep the parent's connection alive and unused, since closing it could end the parent's locks."""
     _leaked.append(connection)
 
 
@@ -66,7 +66,7 @@ def _stores() -> list[Sibling]:
 
 
 def _before_fork() -> None:
-    # a fork in the middle of a call would leave SQLite's own locks taken for ever in the child
+    # a fork in the middle of a call would leave SQLite's internal locks taken for ever in the child
     global _paused  # noqa: PLW0603
     _paused = [store for store in _stores() if store.in_sqlite.acquire(timeout=1.0)]
 

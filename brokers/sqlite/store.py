@@ -1,7 +1,7 @@
-"""One SQLite file as this process uses it: the schema, and the one thread that touches it.
+"""A process's access to one SQLite file, through one thread.
 
-Everything that a process wants of the file (publishes, settlements, claims) meets in `Store`, whose thread does all of it that has
-gathered in one transaction: the cost of a durable commit is shared by whatever came while the last one was being written.
+`Store` collects the publishes, settlements and claims of its process. Its thread writes all that were collected in one
+transaction, so that everything which came during the last commit shares the cost of the next.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .write import OVER, PENDING, TAKEN, Look, Open, Turn, Write
 log = logging.getLogger("leveret.sqlite")
 
 POLL_S = 0.025
-"""How often a worker looks whether another process changed the file, and whether a delayed job is due."""
+"""How often a worker checks whether another process changed the file, and whether a delayed job is due, seconds."""
 BATCH_BYTES = 32 << 20
-"""Most bytes of bodies in one transaction, the first job apart."""
+"""At most this many bytes of bodies in one transaction; a single larger job is written alone."""
 _SAY_AFTER_S = 1.0
-"""A file that can't be written for so long is worth a line in the log."""
+"""After this many seconds without a successful write a warning is logged."""
 _BUSY_PAUSE_S = 0.005
 
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
@@ -43,7 +43,7 @@ _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 @final
 class Store:
-    """The file at `path`, as one loop of this process uses it through one thread."""
+    """The file at `path`, which one loop of this process uses through one thread."""
 
     def __init__(self, path: str, runtime: Runtime, *, create: bool = True) -> None:
         self.path = path
@@ -53,24 +53,24 @@ class Store:
         siblings.register(self)
 
     def _reset(self) -> None:
-        """Begin anew: at first, and in a forked child, which has no thread and must not use the connection."""
+        """Set the initial state; also in a forked child, which has no thread and must not use the connection."""
         self._wake = threading.Condition(threading.Lock())
         self.in_sqlite = threading.Lock()  # held while the thread is inside SQLite; a fork waits for it
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        # the loop's: gathered in this turn
+        # used by the loop: collected in this turn
         self._out: list[Write] = []
         self._out_done: list[SqliteDelivery] = []
         self._out_back: list[SqliteDelivery] = []
         self._flushing = False
-        # under the lock: on its way to the thread
+        # under the lock: handed over to the thread
         self._in: list[Write] = []
         self._in_done: list[SqliteDelivery] = []
         self._in_back: list[SqliteDelivery] = []
         self._noticed = False
         self._stop_by: float | None = None
         self._stopped: asyncio.Future[None] | None = None
-        # the thread's
+        # used by the thread
         self._writes: list[Write] = []
         self._done: list[SqliteDelivery] = []
         self._back: list[SqliteDelivery] = []
@@ -82,10 +82,10 @@ class Store:
         self._why = ""
 
     async def run(self, write: Write) -> Any:
-        """Do `write`, and return what it returned; raises by its deadline, and then it isn't done later."""
+        """Do `write` and return its result; raise at its deadline, after which a write that isn't in a transaction is never done."""
         loop = self._attach()
         if self.closed:
-            raise self._unavailable(write, "the broker was closed")
+            raise self._unavailable(write, "the broker is closed")
         if write.deadline <= time.monotonic():
             raise self._late(write, maybe=False)
         write.future = loop.create_future()
@@ -104,20 +104,20 @@ class Store:
                 timer.cancel()
 
     def post(self, write: Write) -> None:
-        """Do `write`, whenever it can be done; nobody waits for it."""
+        """Do `write` as soon as the file can be written, without waiting for it."""
         loop = self._attach()
         self._out.append(write)
         self._flush_soon(loop)
 
     def done(self, delivery: SqliteDelivery) -> None:
-        """Delete its row, in the next transaction; tried until it was done."""
+        """Delete the row of `delivery` in the next transaction, trying until it succeeds."""
         delivery.settled = True
         loop = self._attach()
         self._out_done.append(delivery)
         self._flush_soon(loop)
 
     def give_back(self, delivery: SqliteDelivery) -> None:
-        """Free its row, in the next transaction; tried until it was done."""
+        """Free the row of `delivery` in the next transaction, trying until it succeeds."""
         delivery.settled = True
         loop = self._attach()
         self._out_back.append(delivery)
@@ -131,7 +131,7 @@ class Store:
         return loop
 
     def _flush_soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        # the thread is woken once a turn of the loop, with everything that the turn brought
+        # wakes the thread once per loop turn, with everything collected in that turn
         if not self._flushing:
             self._flushing = True
             loop.call_soon(self._flush)
@@ -158,18 +158,18 @@ class Store:
         write.future.set_exception(self._late(write, maybe=maybe))
 
     def _late(self, write: Write, *, maybe: bool) -> PublishTimeout:
-        why = "it is being written" if maybe else self._why or "its deadline had passed before it could be written"
+        why = "the write is under way" if maybe else self._why or "its deadline passed before it could be written"
         return PublishTimeout(
             f"{write.about} wasn't confirmed in time by {self.path}: {why}", job_id=write.job_id, maybe_published=maybe
         )
 
     def forked(self) -> None:
-        """In a child: nothing of the parent's goes on here. Its connection is kept unused: closing it could end the parent's locks."""
+        """In a forked child: drop the parent's work. The parent's connection is kept unused, since closing it could end the parent's locks."""
         siblings.leak(self._file.abandon())
         self._reset()
 
     async def close(self, timeout_s: float) -> None:
-        """End the thread: it does what it still can within `timeout_s`. Idempotent."""
+        """End the thread, which has `timeout_s` to do the remaining work. Idempotent."""
         loop = self._attach()
         if self._thread is None or not self._thread.is_alive():
             self._stop_by = 0.0
@@ -181,7 +181,7 @@ class Store:
             self._stopped = stopped
             self._wake.notify()
         with suppress(TimeoutError):
-            # the thread ends by itself, unless the disk hangs: then it is left behind, a daemon
+            # the thread ends by itself unless the disk hangs; then it is left running, as a daemon
             await asyncio.wait_for(stopped, timeout_s + 1.0)
 
     @property
@@ -190,14 +190,14 @@ class Store:
         return self._stop_by is not None
 
     def notice(self) -> None:
-        """Look at the file now: another store of this process wrote to it."""
+        """Look at the file now, since another store of this process wrote to it."""
         with self._wake:
             self._noticed = True
             self._wake.notify()
 
     @property
     def takes(self) -> bool:
-        """Whether somebody consumes here."""
+        """Whether a consumption takes jobs through this store."""
         return self._file.takes
 
     def _main(self) -> None:
@@ -206,8 +206,8 @@ class Store:
                 with self.in_sqlite:
                     self._turn()
         except Exception as error:
-            log.exception("the thread of %s ended; what it held is delivered again", self.path)
-            self._give_up(ConfigurationError(f"the thread of {self.path} ended by a bug in leveret: {error!r}"))
+            log.exception("the thread of %s ended; the jobs that it held are delivered again", self.path)
+            self._give_up(ConfigurationError(f"the thread of {self.path} ended because of a bug in leveret: {error!r}"))
         finally:
             self._end()
 
@@ -223,7 +223,7 @@ class Store:
             taker.lease.alive = taker.ready = False
         with self._wake:
             left = [*self._writes, *self._in]
-        self._post(_refuse, [(write, self._unavailable(write, "the broker was closed")) for write in left])
+        self._post(_refuse, [(write, self._unavailable(write, "the broker is closed")) for write in left])
         self._post(self._ended)
 
     def _ended(self) -> None:
@@ -231,7 +231,7 @@ class Store:
             self._stopped.set_result(None)
 
     def _collect(self) -> bool:
-        """Wait for something to do; False when it is time to end."""
+        """Wait for work; return False when the thread must end."""
         with self._wake:
             if not (self._in or self._in_done or self._in_back or self._noticed):
                 patience = self._patience()
@@ -249,7 +249,7 @@ class Store:
             return bool(self._writes or self._done or self._back) and time.monotonic() < self._stop_by
 
     def _patience(self) -> float | None:
-        """Seconds to wait for news; None: for ever."""
+        """Return how long to wait for work, seconds; None means for ever."""
         now = time.monotonic()
         if self._not_before > now:
             return self._not_before - now
@@ -261,7 +261,7 @@ class Store:
 
     def _turn(self) -> None:
         now = time.monotonic()
-        # one whose deadline passed is never taken, though the loop may be too busy to say so yet
+        # a write whose deadline passed is never taken, even if the busy loop hasn't expired it yet
         self._writes = [write for write in self._writes if write.state == PENDING and write.deadline > now]
         takers = self._file.takers
         takers += [write.taker for write in self._writes if isinstance(write, Open) and write.taker not in takers]
@@ -280,15 +280,15 @@ class Store:
                 connection.execute("COMMIT")
             except sqlite3.Error as error:
                 if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR:
-                    self._doubt(taken, error)  # what reached the disk then is anybody's guess
+                    self._doubt(taken, error)  # whether the transaction reached the disk is unknown
                 raise
         except ConfigurationError as error:
             self._give_up(error)
         except sqlite3.Error as error:
             self._rollback()
-            if not self._file.reads_bytes(error):  # then it is tried again at once
+            if not self._file.reads_bytes(error):  # otherwise the next turn tries again, reading bytes
                 self._failed(error, taken)
-        except (ValueError, OverflowError) as error:  # a text that has no UTF-8, a number of more than 64 bits
+        except (ValueError, OverflowError) as error:  # a text that can't be UTF-8, or a number of more than 64 bits
             self._rollback()
             self._refused(error, taken)
         else:
@@ -312,7 +312,7 @@ class Store:
             self._post(_answer, looks)
 
     def _take(self) -> list[Write]:
-        """Take what goes into this transaction; from here on its deadline can't call it back."""
+        """Take the writes of this transaction; from here on a deadline can't cancel them."""
         taken: list[Write] = []
         size = 0
         now = time.monotonic()  # waiting for the lock may have taken a while
@@ -343,7 +343,7 @@ class Store:
             siblings.notice(self)
 
     def _tell(self, turn: Turn) -> None:
-        """On the loop: say what became of everything."""
+        """On the loop: report the results of `turn`."""
         _answer(turn.writes)
         for taker in turn.lost:
             if taker.listener is not None:
@@ -357,7 +357,7 @@ class Store:
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
-            # the loop was closed, and nobody called close(): end, and let others have what is held here
+            # the loop was closed without a call of close(): end the thread, and release the held jobs to others
             with self._wake:
                 self._stop_by = self._stop_by or 0.0
 
@@ -375,7 +375,7 @@ class Store:
         self._fail(
             taken,
             lambda write: PublishTimeout(
-                f"{write.about}: the disk of {self.path} failed while it was being written: {error}",
+                f"{write.about}: the disk of {self.path} failed during the write: {error}",
                 job_id=write.job_id, maybe_published=True,
             ),
         )  # fmt: skip
@@ -386,7 +386,7 @@ class Store:
             self._file.disconnect()
             self._give_up(
                 ConfigurationError(
-                    f"{self.path} is damaged: {error}; restore it, or move it away and start with a new one"
+                    f"{self.path} is damaged: {error}; restore the file, or move it away and start with a new one"
                 )
             )
             return
@@ -396,7 +396,7 @@ class Store:
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         if code in _BUSY:
-            # nothing is refused and nothing is lost: it is tried again until somebody's deadline passes
+            # nothing is refused or lost: the writes are tried again until their deadlines pass
             self._why = "the file is locked by another process"
             self._not_before = now + _BUSY_PAUSE_S
         else:
@@ -415,10 +415,10 @@ class Store:
             self._said = True
             for taker in self._file.takers:
                 taker.ready = False
-            log.warning("waiting for %s, which can't be written: %s; trying again", self.path, self._why)
+            log.warning("%s can't be written: %s; trying again", self.path, self._why)
 
     def _refused(self, error: Exception, taken: list[Write]) -> None:
-        """One of these can't be stored: try them one by one, so that it fails alone."""
+        """Try the writes one by one, so that the write which SQLite refuses fails alone."""
         if len(taken) == 1:
             self._fail(taken, lambda write: self._unavailable(write, f"SQLite refuses it: {error}"))
             return
@@ -430,7 +430,7 @@ class Store:
         self._writes = left
 
     def _give_up(self, error: ConfigurationError) -> None:
-        """The file can't be used, and waiting won't help."""
+        """Fail everything with `error`: the file can't be used, and waiting won't help."""
         takers, self._file.takers = self._file.takers, []
         self._fail(self._writes, lambda _: error)
         if self._done:
@@ -444,14 +444,14 @@ class Store:
 
 
 def _answer(writes: Iterable[Write]) -> None:
-    """On the loop: end the futures of writes that were done."""
+    """On the loop: end the futures of the writes that succeeded."""
     for write in writes:
         if write.future is not None and not write.future.done():
             write.future.set_result(write.result)
 
 
 def _refuse(refused: Iterable[tuple[Write, LeveretError]]) -> None:
-    """On the loop: end the futures of writes that weren't done."""
+    """On the loop: end the futures of the writes that failed."""
     for write, error in refused:
         if write.future is not None and not write.future.done():
             write.future.set_exception(error)

@@ -1,4 +1,4 @@
-"""A taker: somebody who claims rows under a lease, through windows."""
+"""A taker: a consumption or an admin that claims rows under a lease."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from .lease import Lease
 
 
 class Listener(Protocol):
-    """Who hears, on the loop, what becomes of a `Taker`."""
+    """Notified, on the loop, of the events of a `Taker`."""
 
     def arrived(self, deliveries: Sequence[SqliteDelivery], /) -> None:
-        """These were claimed."""
+        """Called with newly claimed deliveries."""
         ...
 
     def lost(self) -> None:
-        """The lease was lost."""
+        """Called when the lease was lost."""
         ...
 
     def cannot(self, error: ConfigurationError, /) -> None:
-        """It was given up for good."""
+        """Called when the file can't be used and waiting won't help."""
         ...
 
 
 @final
 class Taker:
-    """Somebody with a lease: a consumption with its windows, or an admin with dead letters open."""
+    """A consumption with its windows, or an admin with open dead letters, and its lease."""
 
     __slots__ = ("lease", "listener", "ready", "taking", "windows")
 

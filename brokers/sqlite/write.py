@@ -1,6 +1,6 @@
-"""A write: one thing to do in the next transaction. Each kind adds its part to a `Turn`, which is done in few statements.
+"""A write: one thing to do in the next transaction. Each kind of write adds its part to a `Turn`, which takes few statements.
 
-Only `Run` and `Look` know SQLite.
+Only `Run` and `Look` use SQLite directly.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .rows import BODY, JOB_ID, Row
 from .taker import Taker
 
 PENDING, TAKEN, OVER = range(3)
-"""States of a `Write`: it can be called back; it is in a transaction; its future is done."""
+"""The states of a `Write`: it can still be cancelled; it is in a transaction; its future has ended."""
 
 Call: TypeAlias = Callable[[sqlite3.Connection], Any]
 
 
 @final
 class Turn:
-    """One transaction: first what it is to do, by kind and not by write, then what came of it."""
+    """One transaction: its work, collected by kind over all writes, and then its results."""
 
     def __init__(self, writes: list[Write]) -> None:
         self.writes = writes
@@ -33,25 +33,25 @@ class Turn:
         self.letters: list[Row] = []
         """Rows to add to `dead`."""
         self.gone: defaultdict[Lease, list[int]] = defaultdict(list)
-        """By lease: rows of `jobs` to delete."""
+        """The rows of `jobs` to delete, by lease."""
         self.settled: list[SqliteDelivery] = []
-        """Deliveries that writes settle: they are settled once it is committed."""
+        """Deliveries that the writes settle; marked as settled after the commit."""
         self.closing: list[Taker] = []
-        """Takers to release, after all else."""
+        """Takers to release, after all other work."""
         self.calls: list[Run] = []
         self.names: set[str] = set()
-        """Queues that are new by it."""
+        """Queues that this transaction adds."""
         self.freed: Counter[Window] = Counter()
-        """How many places it frees in each window."""
+        """The number of places that this transaction frees, by window."""
         self.claimed: list[tuple[Taker, list[SqliteDelivery]]] = []
         self.lost: list[Taker] = []
-        """Takers whose lease is lost."""
+        """Takers whose leases were lost."""
         self.beats: Count | None = None
         self.added = False
-        """Whether others may find something to claim."""
+        """Whether other workers may find jobs to claim."""
 
     def settle(self, delivery: SqliteDelivery) -> bool:
-        """Delete the row of `delivery`. False where nothing is left to do: its lease is lost, or a try that was committed late settled it."""
+        """Delete the row of `delivery`; return False if its lease is lost, or an earlier attempt, committed late, settled it."""
         if not delivery.unsettled:
             return False
         self.gone[delivery.lease].append(delivery.seq)
@@ -61,24 +61,24 @@ class Turn:
 
 
 class Write:
-    """One thing to do, all or nothing, and the future that hears how it went."""
+    """One thing to do, all or nothing, and the future for its result."""
 
     __slots__ = ("about", "deadline", "future", "job_id", "result", "size", "state")
 
     def __init__(self, about: str, *, deadline: float = float("inf"), job_id: str | None = None, size: int = 0) -> None:
         self.about = about
-        """For messages: "job … for queue 'emails'"."""
+        """What is written, for messages: "job … for queue 'emails'"."""
         self.deadline = deadline
         self.job_id = job_id
         self.size = size
-        """Bytes of its body."""
+        """The size of the body, in bytes."""
         self.future: asyncio.Future[Any] | None = None
         self.result: Any = None
-        """What the future returns, after the commit."""
+        """The result of the future, after the commit."""
         self.state = PENDING
 
     def apply(self, turn: Turn) -> None:
-        """Add to `turn` what is to be done."""
+        """Add the work to `turn`."""
         raise NotImplementedError
 
 
@@ -142,12 +142,12 @@ class Open(Write):
         self.taker = taker
 
     def apply(self, turn: Turn) -> None:
-        """Nothing: a taker that waits to be opened gets its lease before all else, as one that lost its lease does."""
+        """Do nothing: every transaction first gets a lease for each taker that has none."""
 
 
 @final
 class Close(Write):
-    """Gives back what a taker holds, and its lease."""
+    """Frees the jobs that a taker holds, and deletes its lease."""
 
     __slots__ = ("taker",)
 
@@ -163,7 +163,7 @@ class Close(Write):
 
 @final
 class Run(Write):
-    """Runs any statements; the future returns what `call` returned."""
+    """Runs any statements; the future returns the result of `call`."""
 
     __slots__ = ("call",)
 
@@ -178,7 +178,7 @@ class Run(Write):
 
 @final
 class Look(Write):
-    """Reads: in a transaction for itself that writes nothing and that no lock stops, so that it is part of no turn."""
+    """Reads in a separate transaction, which no lock of a writer stops; it isn't part of a turn."""
 
     __slots__ = ("call",)
 

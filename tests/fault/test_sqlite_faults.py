@@ -339,7 +339,7 @@ async def test_settlements_survive_a_full_disk(small_disk: Path, caplog: pytest.
     row = await depth_of(path)
 
     assert (row.unsettled, row.dead) == (9, 1)
-    assert sum("waiting for" in message for message in caplog.messages) == 1
+    assert sum("can't be written" in message for message in caplog.messages) == 1
     await broker.close()
 
 

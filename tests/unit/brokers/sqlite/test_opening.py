@@ -118,7 +118,7 @@ async def test_an_admin_makes_no_file(tmp_path: Path) -> None:
 
 async def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     """A typo in the path must be one line with the path in it."""
-    assert f"no folder {tmp_path}/missing" in await refusal(tmp_path / "missing" / "jobs.db")
+    assert f"the folder {tmp_path}/missing doesn't exist" in await refusal(tmp_path / "missing" / "jobs.db")
 
 
 async def test_a_folder_is_no_file(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ async def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("remember the milk\n" * 100)
 
-    assert "is not a SQLite database" in await refusal(path)
+    assert "isn't a SQLite database" in await refusal(path)
     assert path.read_text() == "remember the milk\n" * 100
 
 
