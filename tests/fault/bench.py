@@ -203,6 +203,6 @@ async def link_to(rabbit: Rabbit) -> AsyncGenerator[FaultProxy, None]:
     """A link to the shared broker that can be spoilt."""
     host, _, port = rabbit.url.rpartition("@")[2].partition("/")[0].partition(":")
     if host not in ("127.0.0.1", "localhost") or "guest:guest@" not in rabbit.url:
-        pytest.skip("the RabbitMQ isn't on this machine, so that its link can't be spoilt")
+        pytest.skip("RabbitMQ isn't on this machine, so its link can't be cut or frozen")
     async with FaultProxy(int(port or 5672)) as link:
         yield link

@@ -1,4 +1,4 @@
-"""RabbitMQ nodes as plain child processes: found, started, killed, paused; nothing installed, nothing left behind."""
+"""RabbitMQ nodes as plain child processes: find, start, kill and pause them; nothing is installed or left behind."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ _HERE = Path(__file__).parent
 _AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 _BOOT_S = 90.0
 
-# A mount namespace of the node's own: /proc and /dev for Erlang, and the node's folder as /mnt.
+# A mount namespace for the node alone: /proc and /dev for Erlang, and the node's folder as /mnt.
 _ENTER = """set -e; root=$1 folder=$2; shift 2
 mount --rbind /proc "$root/proc"; mount --rbind /dev "$root/dev"; mount --bind "$folder" "$root/mnt"
 exec chroot "$root" "$@"
@@ -30,11 +30,11 @@ exec chroot "$root" "$@"
 
 
 class Unavailable(Exception):
-    """There is no RabbitMQ here, and the message says what would help."""
+    """This machine has no RabbitMQ; the message says what would help."""
 
 
 class Rabbit:
-    """A RabbitMQ that tests may use: `url` always; the levers only where the tests own the process (`Node`)."""
+    """A RabbitMQ for tests: `url` always works; the levers work only if the tests own the process (`Node`)."""
 
     def __init__(self, url: str, *, why_no_levers: str = "") -> None:
         self.url = url
@@ -44,23 +44,23 @@ class Rabbit:
         pytest.skip(self.why_no_levers)
 
     async def start(self) -> None:
-        """Return once AMQP answers; data of a former life is still there. Does nothing to a running node."""
+        """Start the node with its old data, and return once AMQP answers. A running node is left alone."""
         self._no_lever()
 
     async def stop(self) -> None:
-        """Stop as an administrator would."""
+        """Stop the node as an administrator would."""
         self._no_lever()
 
     async def kill9(self) -> None:
-        """Stop as a power cut would: no code of the node's runs. Its data stays for the next `start`; see `flush`."""
+        """Stop the node as a power cut would: none of its code runs. Its data stays for the next `start`; see `flush`."""
         self._no_lever()
 
     async def flush(self) -> None:
-        """Write to disk which quorum queues there are. Before `kill9`, or RabbitMQ forgets those declared in the last second."""
+        """Write the list of quorum queues to disk. Call before `kill9`, or RabbitMQ forgets queues declared in the last second."""
         self._no_lever()
 
     def pause(self) -> None:
-        """Hang the node: connections stay up, nothing answers."""
+        """Hang the node: connections stay up, and nothing answers."""
         self._no_lever()
 
     def resume(self) -> None:
@@ -68,36 +68,36 @@ class Rabbit:
         self._no_lever()
 
     async def ctl(self, *arguments: str, timeout_s: float = 60) -> str:
-        """Run rabbitmqctl and return what it printed; a failure raises `RuntimeError` with its words. Takes 1 to 2 s."""
+        """Run rabbitmqctl, which takes 1 to 2 s, and return its output; RuntimeError with its stderr if it fails."""
         self._no_lever()
 
     async def close(self) -> None:
-        """End whatever was started for it."""
+        """End all processes that were started for the broker."""
 
 
 @dataclass(frozen=True)
 class Installation:
-    """Where a RabbitMQ lies that can be run as a child process."""
+    """A RabbitMQ installation that can be run as a child process."""
 
     tools: str  # the folder of rabbitmq-server and rabbitmqctl
     root: Path | None = None  # a folder to run it in by chroot
 
     def argv(self, folder: Path, *command: str) -> list[str]:
-        """Return the command as it's run from here, with the node's folder in its view (at `inside`)."""
+        """Return the arguments that run `command` from here, with the node's folder mounted at `inside`."""
         if self.root is None:
             return list(command)
         enter = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", _ENTER, "enter"]
         return [*enter, str(self.root), str(folder), *command]
 
     def inside(self, folder: Path) -> str:
-        """Return what the node calls its folder."""
+        """Return the path of the node's folder as the node sees it."""
         return str(folder) if self.root is None else "/mnt"
 
 
 class Node(Rabbit):
-    """A private node on free ports, with its own folder and its own epmd. Signals go to processes it started only.
+    """A private node on free ports, with its own folder and its own epmd. Only processes that it started get signals.
 
-    The process is this thread's child and dies with it, whatever kills the tests (where `setpriv` exists: Linux).
+    The process is this thread's child and dies with it, even if the tests are killed (on Linux with `setpriv`).
     """
 
     def __init__(
@@ -135,14 +135,14 @@ class Node(Rabbit):
 
     @property
     def pid(self) -> int | None:
-        """The Erlang machine's process id while it runs."""
+        """The process id of the Erlang machine; None while it doesn't run."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     async def start(self) -> None:
-        """Return once AMQP answers; data of a former life is still there. Does nothing to a running node."""
+        """Start the node with its old data, and return once AMQP answers. A running node is left alone."""
         if self.pid is not None:
             return
-        if self._epmd is None:  # before the node: it would start a daemon of its own, that nobody ends
+        if self._epmd is None:  # before the node, which would start an epmd daemon that nobody ends
             epmd = "epmd" if self._installation.root is None else "/usr/bin/epmd"
             self._epmd = self._spawn(epmd, "-port", str(self._epmd_port), "-address", "127.0.0.1")
             await self._until_answers(self._epmd, self._epmd_port, b"")
@@ -150,7 +150,7 @@ class Node(Rabbit):
         await self._until_answers(self._process, self.port, _AMQP_HEADER)
 
     async def stop(self) -> None:
-        """Stop as an administrator would, within 60 s."""
+        """Stop the node as an administrator would; kill it after 60 s."""
         if self._process is not None and self.pid is not None:
             self._process.terminate()
             try:
@@ -159,17 +159,17 @@ class Node(Rabbit):
                 await self.kill9()
 
     async def kill9(self) -> None:
-        """Stop as a power cut would: no code of the node's runs. Its data stays for the next `start`; see `flush`."""
+        """Stop the node as a power cut would: none of its code runs. Its data stays for the next `start`; see `flush`."""
         if self._process is not None:
             _kill_group(self._process)
 
     async def flush(self) -> None:
-        """Write to disk which quorum queues there are. Before `kill9`, or RabbitMQ forgets those declared in the last second."""
+        """Write the list of quorum queues to disk. Call before `kill9`, or RabbitMQ forgets queues declared in the last second."""
         # Seen on 3.10, 4.0 and 4.3: 300 of 300 confirmed messages lost where the kill came within a second of the declare.
         await self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
 
     def pause(self) -> None:
-        """Hang the node: connections stay up, nothing answers."""
+        """Hang the node: connections stay up, and nothing answers."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -177,7 +177,7 @@ class Node(Rabbit):
         self._signal(signal.SIGCONT)
 
     async def ctl(self, *arguments: str, timeout_s: float = 60) -> str:
-        """Run rabbitmqctl and return what it printed; a failure raises `RuntimeError` with its words. Takes 1 to 2 s."""
+        """Run rabbitmqctl, which takes 1 to 2 s, and return its output; RuntimeError with its stderr if it fails."""
         command = self._installation.argv(self.folder, f"{self._installation.tools}/rabbitmqctl", "-q", *arguments)
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -215,7 +215,7 @@ class Node(Rabbit):
         if shutil.which("setpriv"):
             argv = ["setpriv", "--pdeathsig", "KILL", *argv]
         with (self.folder / "stdout").open("ab") as output:
-            # a session of its own: a ^C at the terminal is for the tests, which then end the node
+            # a new session: a ^C at the terminal goes to the tests only, which then end the node
             return subprocess.Popen(
                 argv,
                 env=self._environ(),
@@ -287,7 +287,7 @@ def free_ports(count: int) -> list[int]:
 
 
 async def _answers(host: str, port: int, header: bytes) -> bool:
-    """Tell whether the port accepts and, given AMQP's header, answers with Connection.Start."""
+    """Return whether the port accepts connections and, if `header` is AMQP's, answers with Connection.Start."""
     try:
         async with asyncio.timeout(1):
             reader, writer = await asyncio.open_connection(host, port)
@@ -302,13 +302,13 @@ async def _answers(host: str, port: int, header: bytes) -> bool:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)  # the group holds what this process started, and nothing else
+        os.killpg(process.pid, signal.SIGKILL)  # the group holds only processes that this process started
         process.wait(10)
 
 
 def local_installation() -> Installation | None:
-    """Return the rabbitmq-server that this machine has, or None."""
-    # Debian's /usr/sbin/rabbitmq-server is a wrapper that only root or the user rabbitmq may call; what it calls may be run by all.
+    """Return this machine's rabbitmq-server; None if it has none."""
+    # Debian's /usr/sbin/rabbitmq-server is a wrapper that only root or the user rabbitmq may run; everybody may run the script that it calls.
     if Path("/usr/lib/rabbitmq/bin/rabbitmq-server").exists():
         return Installation("/usr/lib/rabbitmq/bin")
     server = shutil.which("rabbitmq-server")
@@ -316,10 +316,10 @@ def local_installation() -> Installation | None:
 
 
 def unpacked_installation() -> Installation:
-    """Return a RabbitMQ of a Debian suite (`LEVERET_RABBIT_SUITE`, bookworm by default), unpacked now if it wasn't.
+    """Return the RabbitMQ of a Debian suite (`LEVERET_RABBIT_SUITE`, bookworm by default), unpacking it at first use.
 
     Raises:
-        Unavailable: this isn't Debian, we aren't root, the network or the kernel refused; the message says which.
+        Unavailable: This isn't Debian, the tests don't run as root, or the network or the kernel refused; the message says which.
     """
     if os.geteuid() != 0 or not Path("/etc/debian_version").exists() or not shutil.which("apt-get"):
         msg = "no RabbitMQ: set LEVERET_TEST_AMQP to a broker's URL, install rabbitmq-server, start Docker, or run as root on Debian"
@@ -344,8 +344,8 @@ def unpacked_installation() -> Installation:
 
 
 async def container_url() -> str | None:
-    """Start RabbitMQ in a container where Docker runs, and return its URL; testcontainers' reaper ends it after the tests."""
-    # Not tried yet: no machine that ran these tests had a Docker engine. It gives no levers, so tests that need one skip.
+    """Start RabbitMQ in a container and return its URL; None without Docker. Testcontainers' reaper ends it after the tests."""
+    # Not tried yet: no machine that ran these tests had Docker. A container has no levers, so tests that need one skip.
     if "DOCKER_HOST" not in os.environ:
         with socket.socket(socket.AF_UNIX) as engine:
             if engine.connect_ex("/var/run/docker.sock"):
@@ -361,15 +361,16 @@ async def container_url() -> str | None:
 
 
 def find_rabbit() -> Rabbit | Installation:
-    """Return a broker to use, or one to run: LEVERET_TEST_AMQP, a local rabbitmq-server, Docker, an unpacked package.
+    """Return a broker to use, or an installation to run.
 
-    `LEVERET_RABBIT_SUITE` asks for the package of that suite, whatever else there is.
+    In this order: the broker of LEVERET_TEST_AMQP, a local rabbitmq-server, Docker, an unpacked package. With
+    `LEVERET_RABBIT_SUITE` set and LEVERET_TEST_AMQP not set, the package of that suite is used.
 
     Raises:
-        Unavailable: there is none.
+        Unavailable: None of these works.
     """
     if url := os.environ.get("LEVERET_TEST_AMQP"):
-        return Rabbit(url, why_no_levers="LEVERET_TEST_AMQP names somebody's broker, which isn't ours to stop")
+        return Rabbit(url, why_no_levers="LEVERET_TEST_AMQP names a foreign broker, which the tests must not stop")
     if "LEVERET_RABBIT_SUITE" in os.environ:
         return unpacked_installation()
     if installation := local_installation():

@@ -1,8 +1,8 @@
-"""A TCP proxy that spoils a link: slow, dribbling, silent, cut.
+"""A TCP proxy that makes a link faulty: slow, dribbling, silent, cut.
 
 async with FaultProxy(node.port) as link:     # connect the program to link.url
     link.latency_s, link.jitter_s = 0.2, 0.1  # each chunk, each way
-    link.rate = 32_000                        # bytes a second, each way
+    link.rate = 32_000                        # bytes per second, each way
     link.piece, link.gap_s = 7, 0.002         # dribble: frames arrive in pieces
     link.freeze(); link.thaw()                # half-open: TCP stays up, nothing passes
     link.freeze("up")                         # one way: what the client sends is lost; "down": confirms and deliveries
@@ -23,7 +23,7 @@ Way = Literal["up", "down"]
 
 
 class FaultProxy:
-    """Listens on a free port of 127.0.0.1 and passes bytes on to `port`, until told otherwise."""
+    """Listens on a free port of 127.0.0.1 and passes bytes on to `port`, until a lever stops it."""
 
     def __init__(self, port: int, *, rng: random.Random | None = None) -> None:
         self.latency_s = self.jitter_s = self.gap_s = 0.0
@@ -60,12 +60,12 @@ class FaultProxy:
         return f"amqp://guest:guest@127.0.0.1:{self.port}/"
 
     def freeze(self, *ways: Way) -> None:
-        """Let nothing pass, on both ways or those named, though connections stay up and are accepted."""
+        """Stop passing bytes, on both ways or on `ways`; connections stay up, and new ones are accepted."""
         for way in ways or ("up", "down"):
             self._open[way].clear()
 
     def thaw(self) -> None:
-        """End `freeze`; what was held passes now."""
+        """End `freeze`, and pass the bytes that were held."""
         for event in self._open.values():
             event.set()
 
@@ -76,7 +76,7 @@ class FaultProxy:
                 _reset(writer)
 
     def cut_after(self, way: Way, count: int) -> None:
-        """Cut all connections once `count` more bytes went that way; those bytes arrive."""
+        """Cut all connections once `count` more bytes went the way `way`; those bytes arrive."""
         self._left[way] = count
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -90,7 +90,7 @@ class FaultProxy:
         self.accepted += 1
         try:
             target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:  # the node is down: so is the link
+        except OSError:  # the node is down
             _reset(writer)
             return
         link = (writer, target_writer)
@@ -98,14 +98,14 @@ class FaultProxy:
         try:
             await asyncio.gather(self._carry("up", reader, target_writer), self._carry("down", target_reader, writer))
         except OSError:
-            self._links.discard(link)  # one side is gone; below, the other follows
+            self._links.discard(link)  # one side is closed; the other is closed below
         finally:
             self._links.discard(link)
             for one in link:
                 one.close()
 
     async def _carry(self, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Read as it comes and write when due, so that latency is added to each chunk and not summed over them."""
+        """Read at once and write when due, so that latency is added to each chunk instead of summed over all chunks."""
         chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
         sending = asyncio.ensure_future(self._send(way, chunks, writer))
         try:
@@ -138,7 +138,7 @@ class FaultProxy:
             self.passed[way] += len(data)
             if cut:
                 del self._left[way]
-                await asyncio.sleep(0.01)  # a RST overtakes what the kernel still holds
+                await asyncio.sleep(0.01)  # a RST overtakes the bytes that the kernel still holds
                 self.reset()
                 return
         if writer.can_write_eof():

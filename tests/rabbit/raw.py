@@ -1,4 +1,4 @@
-"""Plain AMQP for tests: what a foreign producer sends, and what lies in a queue, byte for byte."""
+"""Plain AMQP for tests: publish as a foreign producer does, and read a queue byte for byte."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -16,7 +16,7 @@ _DEADLINE_S = 20.0
 
 @dataclass(frozen=True)
 class Found:
-    """A message as it lay in a queue."""
+    """A message as it was in a queue."""
 
     body: bytes
     properties: Basic.Properties  # unset ones are None
@@ -26,19 +26,19 @@ class Found:
 
     @property
     def headers(self) -> Mapping[str, Any]:  # Any: AMQP's field table holds whatever was sent
-        """Its headers; empty where it has none."""
+        """The message's headers; empty if it has none."""
         return self.properties.headers or {}
 
 
 class Raw:
-    """One plain connection. Each call has a channel of its own, since an error closes its channel, and 20 s to end."""
+    """One plain connection. Each call has its own channel, since an error closes the channel, and at most 20 s."""
 
     def __init__(self, connection: aio_pika.abc.AbstractConnection) -> None:
         self._connection = connection
 
     @asynccontextmanager
     async def channel(self) -> AsyncGenerator[aiormq.abc.AbstractChannel]:
-        """Open a channel with confirms, for whatever has no method here."""
+        """Open a channel with confirms, for calls that have no method here."""
         async with asyncio.timeout(_DEADLINE_S):
             channel = self._connection.channel(on_return_raises=True)
             await channel.initialize()
@@ -50,7 +50,7 @@ class Raw:
     async def publish(
         self, routing_key: str, body: bytes, *, exchange: str = "", properties: Basic.Properties | None = None
     ) -> None:
-        """Publish as it stands, unset properties unset; return when confirmed, raise where no queue takes it."""
+        """Publish without adding any property; return once confirmed, raise DeliveryError if no queue takes the message."""
         async with self.channel() as channel:
             await channel.basic_publish(
                 body,
@@ -66,7 +66,7 @@ class Raw:
             await channel.queue_declare(queue, durable=True, arguments=dict(arguments or {}))
 
     async def take_all(self, queue: str) -> list[Found]:
-        """Take what is ready in the queue, in order; it is gone then."""
+        """Take all ready messages out of the queue, in order."""
         found: list[Found] = []
         async with self.channel() as channel:
             while not isinstance((one := await channel.basic_get(queue, no_ack=True)).delivery, Basic.GetEmpty):
@@ -74,7 +74,7 @@ class Raw:
         return found
 
     async def look(self, queue: str) -> list[Found]:
-        """Return what is ready in the queue and leave it there; it comes back with `redelivered` set."""
+        """Return all ready messages and leave them in the queue, with `redelivered` set."""
         found: list[Found] = []
         # closing the channel gives the messages back in order; on 3.10 a nack with requeue doesn't keep the order
         async with self.channel() as channel:
@@ -83,7 +83,7 @@ class Raw:
         return found
 
     async def count(self, queue: str) -> int | None:
-        """Return how many messages are ready, or None where there is no such queue."""
+        """Return the number of ready messages; None if the queue doesn't exist."""
         try:
             async with self.channel() as channel:
                 return (await channel.queue_declare(queue, passive=True)).message_count
@@ -91,7 +91,7 @@ class Raw:
             return None
 
     async def until_count(self, queue: str, expected: int | None) -> None:
-        """Wait until `count` is that; `TimeoutError` after 20 s, with the count seen last."""
+        """Wait until `count` returns `expected`; TimeoutError with the last count after 20 s."""
         count = None
         try:
             async with asyncio.timeout(_DEADLINE_S):
@@ -102,12 +102,12 @@ class Raw:
             raise TimeoutError(msg) from None
 
     async def delete(self, queue: str) -> None:
-        """Delete the queue with all that is in it; nothing where there is none."""
+        """Delete the queue and its messages, if it exists."""
         async with self.channel() as channel:
             await channel.queue_delete(queue)
 
     async def delete_exchange(self, exchange: str) -> None:
-        """Delete the exchange; nothing where there is none."""
+        """Delete the exchange, if it exists."""
         async with self.channel() as channel:
             await channel.exchange_delete(exchange)
 

@@ -34,14 +34,14 @@ RAW_PROPERTIES = commands.Basic.Properties(message_id="id-1", delivery_mode=2).m
 
 
 async def connect(url: str, timeout_s: float = 10) -> Connection:
-    """Open a connection."""
+    """Open a connection to `url`."""
     [address] = addresses(url, RabbitSettings(heartbeat_s=60))
     return await amqp.connect(address, "test", timeout_s)
 
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncGenerator[Connection]:
-    """Open a connection for the block; a test may have ended it."""
+    """Open a connection for the block; the block may close it."""
     connection = await connect(url)
     try:
         yield connection
@@ -51,13 +51,13 @@ async def connected(url: str) -> AsyncGenerator[Connection]:
 
 @pytest_asyncio.fixture
 async def connection(rabbit: Rabbit) -> AsyncGenerator[Connection]:
-    """A connection to the session's broker."""
+    """An open connection to the session's broker."""
     async with connected(rabbit.url) as opened:
         yield opened
 
 
 async def declare(channel: Channel, queue: str, arguments: dict[str, Any] | None = None) -> None:
-    """Declare a queue that goes with its connection."""
+    """Declare a queue that is deleted with its connection."""
     await channel.call(commands.Queue.Declare(queue=queue, exclusive=True, arguments=arguments or {}), 10)
 
 
@@ -76,7 +76,7 @@ def publish(channel: Channel, queue: str, body: bytes = b"x", timeout_s: float =
 
 
 async def ends_with_closed(waited: Awaitable[Any], code: int) -> Closed:
-    """Wait for it, 10 s at most; it must end with that code."""
+    """Wait at most 10 s for `waited` to raise `Closed` with `code`, and return the exception."""
     with pytest.raises(Closed) as closed:
         async with asyncio.timeout(10):
             await waited
@@ -85,7 +85,7 @@ async def ends_with_closed(waited: Awaitable[Any], code: int) -> Closed:
 
 
 async def until_closed(connection: Connection, timeout_s: float = 10) -> Closed:
-    """Wait until it says that it was closed."""
+    """Wait until `connection` is closed, and return why."""
     ended: asyncio.Future[Closed] = connection.loop.create_future()
     if connection.closed is None:
         connection.on_closed = ended.set_result
@@ -96,7 +96,7 @@ async def until_closed(connection: Connection, timeout_s: float = 10) -> Closed:
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
-    """Wait until it holds."""
+    """Wait until `condition` returns True."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)  # what the broker does to a connection has no event of ours
@@ -107,7 +107,7 @@ def ignore(tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
 
 
 def port_of(rabbit: Rabbit) -> int:
-    """Return the port in its URL."""
+    """Return the port in the URL of `rabbit`."""
     return int(rabbit.url.rsplit(":", 1)[1].rstrip("/"))
 
 

@@ -27,8 +27,8 @@ async def look(job: Look) -> None:
     os.rename(job.file + ".new", job.file)
 """
 
-# Each costs up to 30 ms at every start and up to 3 MB in every process; several also mean that a worker does what only the
-# command line, a cron process or a blocking publisher should.
+# Each costs up to 30 ms per start and up to 3 MB per process. Some also mean that a worker does the work of the command line,
+# of a cron process or of a blocking publisher.
 _UNWANTED = {
     "aio_pika",
     "aiormq",

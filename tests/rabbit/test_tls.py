@@ -29,7 +29,7 @@ PASSWORD = "s3cret-pa55"
 
 @dataclass(frozen=True)
 class Secured:
-    """A node with a TLS port, and files of its authorities."""
+    """A node with a TLS port, and the folder with the files of its authorities."""
 
     node: Node
     port: int
@@ -44,13 +44,13 @@ class Secured:
         scheme: str = "amqps",
         port: int = 0,
     ) -> str:
-        """Return a URL of the TLS port, or of `port`; {ca}, {other}, {client} … in `query` are files."""
+        """Return a URL of the TLS port, or of `port`; {ca}, {other}, {client} … in `query` are replaced by the paths of files."""
         named = {file.stem: str(file) for file in self.folder.iterdir()}
         return f"{scheme}://{login}@{host}:{port or self.port}/?{query.format_map(named)}"
 
 
 async def accepts(port: int) -> bool:
-    """Tell whether something listens there."""
+    """Return whether something listens on `port` of 127.0.0.1."""
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
@@ -60,7 +60,7 @@ async def accepts(port: int) -> bool:
 
 
 class Secure(Protocol):
-    """Starts a node whose certificate, for localhost, is of the authority in ca.pem; other.pem is another's."""
+    """Starts a node with a certificate for localhost by the authority in ca.pem; other.pem is another authority."""
 
     def __call__(
         self, *, conf: Mapping[str, str] | None = None, expired: bool = False, plugins: Sequence[str] = ()
@@ -69,7 +69,7 @@ class Secure(Protocol):
 
 @pytest_asyncio.fixture
 async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncGenerator[Secure]:
-    """Start nodes with TLS; skips where the broker isn't ours to run."""
+    """Start nodes with TLS; skip if the tests can't run a node."""
     started: list[Node] = []
 
     async def start(
@@ -97,7 +97,7 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
             plugins=plugins,
         )
         started.append(node)
-        with (node.folder / "rabbitmq.conf").open("a") as config:  # its files must lie where the node sees them
+        with (node.folder / "rabbitmq.conf").open("a") as config:  # the files must be in a folder that the node sees
             for option, pem in (
                 ("cacertfile", authority.cert_pem),
                 ("certfile", server.cert_chain_pems[0]),
@@ -107,7 +107,7 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
                 config.write(f"ssl_options.{option} = {rabbit_found.inside(node.folder)}/{option}\n")
         await node.start()
         async with asyncio.timeout(30):
-            while not await accepts(port):  # RabbitMQ 4 opens it after the plain one
+            while not await accepts(port):  # RabbitMQ 4 opens the TLS port after the plain port
                 await asyncio.sleep(0.05)
         return Secured(node, port, tmp_path)
 
@@ -117,7 +117,7 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
 
 
 async def works(url: str) -> None:
-    """Connect and have a call answered."""
+    """Connect to `url` and make a call."""
     connection = await connect_any(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
     try:
         channel = await connection.channel(10)
@@ -128,7 +128,7 @@ async def works(url: str) -> None:
 
 
 async def refusal(url: str) -> str:
-    """Return what the one error says: it must be a ConfigurationError of one line, without a password."""
+    """Return the text of the ConfigurationError for `url`, which must be one line without the password."""
     with pytest.raises(ConfigurationError) as refused:
         await connect_any(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
     text = str(refused.value)

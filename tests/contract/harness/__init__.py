@@ -1,7 +1,7 @@
-"""What the conformance suite needs of a broker beyond the contract; a file per broker.
+"""What the conformance suite needs of a broker beyond the contract; one file per broker.
 
-A lever is a fault of the real thing, no mock: the memory broker's own switch, another connection's exclusive lock on the SQLite file,
-a link to RabbitMQ on which nothing moves any more.
+A lever causes a real fault, not a mocked one: the memory broker's own switch, another connection's exclusive lock on the SQLite
+file, a link to RabbitMQ on which nothing moves any more.
 """
 
 from tests.contract.harness.base import (

@@ -1,4 +1,4 @@
-"""What every harness has: brokers to open, queues to use, levers to break and heal them; and what tests say of envelopes and time."""
+"""The base of every harness: brokers, queues, and levers that break and heal them; and helpers for envelopes and time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from leveret.runtime import Runtime
 from leveret.schemes import broker_module
 
 PATIENCE_S = 15.0
-"""How long anything that must happen may take on a loaded machine; it never takes so long where all is well."""
+"""How long a test waits for an event on a loaded machine, seconds; a passing test never waits this long."""
 
 
 def soon(seconds: float = PATIENCE_S) -> float:
-    """A deadline for a publish that is expected to work."""
+    """Return the deadline of a publish that is expected to succeed."""
     return time.monotonic() + seconds
 
 
 def make_envelope(queue: Queue, body: bytes = b'{"n": 1}', **fields: Any) -> Envelope:
-    """An envelope as a publisher makes one."""
+    """Return an envelope as a publisher makes it."""
     usual: dict[str, Any] = {
         "job_id": new_job_id(),
         "job": "contract.case",
@@ -43,13 +43,13 @@ def make_envelope(queue: Queue, body: bytes = b'{"n": 1}', **fields: Any) -> Env
 
 
 def timed(envelope: Envelope, deadline: float, *, delay_s: float = 0.0, clock: Clock | None = None) -> Envelope:
-    """`envelope` with its time: confirmed by `deadline`, due in `delay_s` by `clock` (the system's)."""
+    """Return `envelope` with its times: confirmed by `deadline`, due in `delay_s` by `clock` (by default the system's)."""
     due_ms = moment_ms((clock or SystemClock()).now() + delay_s) if delay_s else envelope.due_ms
     return msgspec.structs.replace(envelope, deadline=deadline, due_ms=due_ms)
 
 
 class Recorder:
-    """A sink that keeps what it is given, for a test to wait for."""
+    """A sink that keeps its deliveries until a test takes them."""
 
     def __init__(self) -> None:
         self._arrived: asyncio.Queue[Delivery] = asyncio.Queue()
@@ -64,7 +64,7 @@ class Recorder:
         self.lost_once.set()
 
     async def next(self, timeout_s: float = PATIENCE_S) -> Delivery:
-        """Return the next delivery, or fail."""
+        """Return the next delivery; TimeoutError after `timeout_s`."""
         return await asyncio.wait_for(self._arrived.get(), timeout_s)
 
     async def take(self, count: int) -> list[Delivery]:
@@ -73,15 +73,15 @@ class Recorder:
 
     @property
     def waiting(self) -> int:
-        """Deliveries that came and that no test took."""
+        """The number of deliveries that the test hasn't taken."""
         return self._arrived.qsize()
 
 
 class Harness(ABC):
-    """One broker under test; what it opened it closes, what it made it deletes."""
+    """One broker under test; the harness closes what it opened and deletes what it made."""
 
     example: ClassVar[str]
-    """A URL of the broker, of which its features can be asked."""
+    """A URL of the broker, for asking for its features."""
     queue_type: ClassVar[Literal["quorum", "classic"]] = "quorum"
 
     def __init__(self, url: str) -> None:
@@ -89,11 +89,11 @@ class Harness(ABC):
         self.queues: list[Queue] = []
         self._open: list[Broker | Admin] = []
 
-    async def start(self) -> None:  # noqa: B027 - most have nothing to do
-        """Make ready what brokers will be opened on."""
+    async def start(self) -> None:  # noqa: B027 - most harnesses have nothing to prepare
+        """Prepare the environment before any broker is opened."""
 
     def queue(self, *, priorities: bool = True) -> Queue:
-        """A queue that nobody used before, deleted at the end."""
+        """Return a new queue, which is deleted at the end."""
         queue = Queue(f"t-{uuid.uuid4().hex[:12]}", type=self.queue_type, priorities=priorities)
         self.queues.append(queue)
         return queue
@@ -102,13 +102,13 @@ class Harness(ABC):
         return Runtime(app="contract", clock=clock or SystemClock())
 
     def open(self) -> Broker:
-        """A broker of its own, as another process would have; closed at the end."""
+        """Return a new broker, as another process would open it; closed at the end."""
         broker = broker_module(self.url).open_broker(self.url, self.runtime())
         self._open.append(broker)
         return broker
 
     def admin(self) -> Admin:
-        """An admin; closed at the end."""
+        """Return an admin, which is closed at the end."""
         admin = broker_module(self.url).open_admin(self.url, self.runtime())
         self._open.append(admin)
         return admin
@@ -125,32 +125,32 @@ class Harness(ABC):
         content_encoding: str | None = None,
         headers: Mapping[str, Any] | None = None,
     ) -> None:
-        """Put what a foreign producer would, at NORMAL; the queue must have been published to or consumed before."""
+        """Publish as a foreign producer would, at NORMAL; the queue must exist, by a publish or a consumption."""
 
     @abstractmethod
     async def break_publishing(self) -> None:
-        """From now on no publish can be confirmed, though what was delivered stays live for a few seconds."""
+        """Let no publish be confirmed from now on, while deliveries stay live for a few seconds."""
 
     @abstractmethod
     async def heal(self) -> None:
-        """Let it work again."""
+        """End `break_publishing`."""
 
     def cut(self) -> None:
-        """Cut every connection; new ones are let in. For a broker that is `connected`."""
+        """Cut every connection, and accept new ones. For a broker that is `connected`."""
         raise NotImplementedError
 
     async def delete(self, queue: Queue) -> None:
-        """Delete `queue`, all levels, behind the broker's back. For a broker whose queues are `deletable`."""
+        """Delete `queue`, all levels, without the broker's knowledge. For a broker whose queues are `deletable`."""
         raise NotImplementedError
 
     @classmethod
     def features(cls) -> Features:
-        """What its broker promises of the queues that `queue` makes: the suite leaves out what it doesn't promise."""
+        """Return what the broker promises of the queues that `queue` makes; the suite skips the tests of other promises."""
         broker = broker_module(cls.example).open_broker(cls.example, Runtime(app="contract"))
         return broker.features(Queue("any", type=cls.queue_type))
 
     async def close(self) -> None:
-        """End everything and delete every queue."""
+        """Heal and close everything that was opened."""
         await self.heal()
         for opened in self._open:
             await asyncio.wait_for(opened.close(), PATIENCE_S)
@@ -159,18 +159,18 @@ class Harness(ABC):
 async def consume(
     broker: Broker, *queues: Queue, prefetch: int = 100, sink: Recorder | None = None
 ) -> tuple[Consumption, Recorder]:
-    """Start to take from `queues`; return once every consumer is registered."""
+    """Consume `queues` with a recorder as the sink."""
     recorder = sink or Recorder()
     consumption = await broker.consume([Subscription(queue, prefetch) for queue in queues], recorder)
     return consumption, recorder
 
 
 async def depth(admin: Admin, queue: Queue) -> Depth:
-    """The depths of one queue."""
+    """Return the depth of one queue."""
     [row] = await admin.depths([queue])
     return row
 
 
 def received(envelope: Envelope, **fields: Any) -> Envelope:
-    """What must arrive of `envelope`."""
+    """Return the envelope that must arrive when `envelope` is published."""
     return msgspec.structs.replace(envelope, **{"cause": None, "deadline": float("inf")} | fields)

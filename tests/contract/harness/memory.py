@@ -1,4 +1,4 @@
-"""The memory broker under test; broken by its own switch."""
+"""The memory broker under test; its own switch breaks it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.contract.harness.base import Harness
 
 
 class MemoryHarness(Harness):
-    """The memory broker, on a store under a name that nobody else has."""
+    """The memory broker, on a store with a unique name."""
 
     example = "memory://"
 
@@ -23,7 +23,7 @@ class MemoryHarness(Harness):
         self.store = self.open_store(self.url)
 
     def open_store(self, url: str) -> MemoryStore:
-        """The store behind `url`."""
+        """Return the store of `url`."""
         return memory_store(url)
 
     async def put(

@@ -1,4 +1,4 @@
-"""A RabbitMQ under test, reached through a link that can stand still."""
+"""A RabbitMQ under test, behind a link that can freeze."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.contract.harness.base import Harness
 from tests.rabbit.proxy import FaultProxy
 from tests.rabbit.raw import connect
 
-_NOT_HERE = "the RabbitMQ isn't on this machine, so that its link can't be spoilt"
+_NOT_HERE = "RabbitMQ isn't on this machine, so its link can't be cut or frozen"
 
 
 class RabbitHarness(Harness):
-    """A RabbitMQ node, reached through a link that can stand still."""
+    """A RabbitMQ node behind a link that can freeze."""
 
     example = "amqp://localhost/"
 
@@ -29,7 +29,7 @@ class RabbitHarness(Harness):
         self._link: FaultProxy | None = None
 
     async def start(self) -> None:
-        """Build the link, where the node is on this machine; brokers made after this go through it."""
+        """Make the link if the node is on this machine; brokers that are opened later use it."""
         parts = urlsplit(self.direct_url)
         if parts.scheme == "amqp" and parts.hostname in {"127.0.0.1", "localhost"}:
             self._link = await FaultProxy(parts.port or 5672).__aenter__()

@@ -1,4 +1,4 @@
-"""A SQLite file under test; broken by another connection that holds the exclusive lock."""
+"""A SQLite file under test; another connection's exclusive lock breaks it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.contract.harness.base import PATIENCE_S, Harness
 
 
 class SqliteHarness(Harness):
-    """A SQLite file; broken by another connection that holds the exclusive lock."""
+    """A SQLite file; another connection's exclusive lock breaks it."""
 
     example = "sqlite:///jobs.db"
 
