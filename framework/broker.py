@@ -71,10 +71,10 @@ class Delivery(Protocol):
 
     @property
     def live(self) -> bool:
-        """Whether the delivery can still be settled. False once its channel or lease is gone: the broker delivers the job again.
+        """Whether the channel or lease is still there, so that the delivery can be settled. Once it is gone, the broker delivers the job again.
 
-        A settlement may be committed after its caller has stopped waiting. The delivery stays live, and the next try of the
-        same settlement returns as done.
+        A settlement may be committed after its caller has stopped waiting. The delivery must then stay live, and the next try of the
+        same settlement must return as done. After a settlement that has returned, either value is right.
         """
         ...
 
@@ -85,6 +85,8 @@ class Delivery(Protocol):
     async def again(self, envelope: Envelope, /) -> None:
         """Publish `envelope` to the delivery's queue, due at its `due_ms` and confirmed by its `deadline`, then acknowledge.
 
+        A `due_ms` that has passed means now.
+
         Raises the errors of `Broker.publish`; the delivery is then not acknowledged. A call after a `PublishTimeout` waits
         for the first publish if the broker can: while a broker blocks publishers, every further copy that is written would run.
         """
@@ -92,6 +94,8 @@ class Delivery(Protocol):
 
     async def bury(self, envelope: Envelope, /) -> None:
         """Publish `envelope` to the queue's dead letters, its body unchanged, confirmed by its `deadline`, then acknowledge.
+
+        The letter keeps the priority. A missing `origin` is the delivery's queue.
 
         Raises the errors of `Broker.publish`; the delivery is then not acknowledged. A call after a `PublishTimeout` waits for
         the first publish, as in `again`.
@@ -111,7 +115,7 @@ class Sink(Protocol):
         ...
 
     def lost(self) -> None:
-        """Forget the deliveries that haven't started and are no longer `live`; there are some."""
+        """Forget the deliveries that haven't started and are no longer `live`. There may be none."""
         ...
 
 
@@ -120,7 +124,7 @@ class Subscription(msgspec.Struct, frozen=True):
 
     queue: Queue
     prefetch: int
-    """The maximum of unsettled deliveries per level."""
+    """The maximum of unsettled deliveries per level; of all levels together without `Features.window_per_level`."""
 
 
 class Consumption(Protocol):
@@ -174,20 +178,24 @@ class Broker(Protocol):
     """
 
     def features(self, queue: Queue | None = None, /) -> Features:
-        """Return what the broker promises for `queue`; None stands for a queue with all defaults."""
+        """Return what the broker promises for `queue`; None stands for a queue with all defaults. Connects to nothing."""
         ...
 
     async def publish(self, queue: Queue, envelope: Envelope) -> None:
         """Publish `envelope`, and return once the broker has confirmed the job; it isn't delivered before `due_ms`.
 
+        Declares the queue if it doesn't exist. `pack_headers` of `leveret.headers` has the headers to send.
+
         A confirmed job is durable if the broker is. Concurrent calls are safe: a bounded window of unconfirmed publishes gives
-        back-pressure. By the envelope's `deadline`, raises `BrokerUnavailable`, `PublishTimeout` (the job may be published) or
-        `Unroutable` (no queue took the job).
+        back-pressure. By the envelope's `deadline`, raises `BrokerUnavailable` (also after `close`), `PublishTimeout` (the job may
+        be published), `Unroutable` (no queue took the job), `InvalidJob` or `MessageTooLarge` (the broker can't carry its headers).
         """
         ...
 
     def post(self, queue: Queue, envelope: Envelope) -> Posted | None:
         """Publish a job without delay and without a task, if it can be sent at once; None: nothing was done, use `publish`.
+
+        A broker may always return None. `due_ms` of the envelope is None.
 
         Meant for many publishes at a time: a task and its wake-up cost more than the publish.
         """
@@ -195,6 +203,9 @@ class Broker(Protocol):
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
         """Start to consume. Returns after the first try to connect, even if the try failed; the broker then tries again.
+
+        Declares the queues that don't exist. Deliveries may come before the return, and a broker may consume several times at once.
+        Jobs of one level that come back unsettled keep their order.
 
         Raises `ConfigurationError` if waiting wouldn't help: a refused login, or a queue that exists with other arguments.
         """

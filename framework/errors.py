@@ -6,7 +6,7 @@
     ├── PublishError                a publish wasn't confirmed
     │   ├── BrokerUnavailable       the job wasn't published: try later
     │   ├── PublishTimeout          no confirm in time: publish again under the same id
-    │   ├── Unroutable              no queue took the job: declare the queue, or start its worker first
+    │   ├── Unroutable              no queue took the job: somebody deleted the queue; publish again, which declares it
     │   ├── MessageTooLarge         refused before a byte was sent
     │   └── InvalidJob              the job can't be decoded as its own class, or its options are wrong
     └── PublishManyError            at least one job of `publish_many` failed; `results` says which

@@ -126,7 +126,10 @@ class LayerFacts(msgspec.Struct, frozen=True, kw_only=True):
     limit_s: _Seconds | None = None
     """Seconds after which the middleware ends a run. None: no time limit."""
     tries_in_place: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """How often, at most, it repeats the run inside it within one attempt. Each repeat may use up the time limits inside it again."""
+    """How often, at most, it repeats the run inside it within one attempt. Each repeat may use up the time limits inside it again.
+
+    Its own `limit_s` holds for all repeats together.
+    """
     retries: tuple[RetryWaits, ...] = ()
     """How the middleware retries; the first entry that matches a failure applies."""
 

@@ -32,7 +32,7 @@ def cli() -> None:
     Environment, unless an option overrides it:
       LEVERET_APP     the app, as module:attribute, such as shop:app
       LEVERET_BROKER  the broker's URL: amqp://user:password@host/vhost or sqlite:///jobs.db
-      LEVERET_LOG     debug, info, warning or error; debug adds tracebacks
+      LEVERET_LOG     debug, info, warning, error or critical; debug adds tracebacks
 
     \b
     Exit codes:

@@ -91,17 +91,18 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
 def check_limits(handler: Handler, features: Features) -> None:
     """Raise ConfigurationError for a time limit so long that the broker would first deliver the job again."""
     facts = [facts_of(layer, f"handler {handler.name}") for layer in handler.layers]
-    in_place = max((one.tries_in_place for one in facts), default=0)
     held_s = float("inf") if features.held_at_most_s is None else features.held_at_most_s
-    for limit_s in (one.limit_s for one in facts if one.limit_s is not None):
-        if limit_s * (1 + in_place) > held_s * 0.75:
-            tries = f", with {in_place} tries in place," if in_place else ""
+    runs = 1  # of what stands inside the middleware so far, within one attempt
+    for one in facts:
+        if one.limit_s is not None and one.limit_s * runs > held_s * 0.75:
+            times = f", {runs} times per attempt," if runs > 1 else ""
             msg = (
-                f"handler {handler.name}: a time-out of {limit_s:g} s{tries} is above three quarters of the {held_s:g} s after which "
+                f"handler {handler.name}: a time-out of {one.limit_s:g} s{times} is above three quarters of the {held_s:g} s after which "
                 "the broker delivers the job again (RabbitMQ's consumer_timeout). Shorten the time-out, or raise "
                 "consumer_timeout in the broker and consumer_timeout_s in its settings"
             )
             raise ConfigurationError(msg)
+        runs *= 1 + one.tries_in_place
 
 
 def _check_attempt(function: Callable[..., Any], name: str, parameter: str) -> None:

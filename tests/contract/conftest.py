@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.contract import harness as package
 from tests.contract.harness import Harness
-from tests.contract.harness.memory import MemoryHarness
-from tests.contract.harness.rabbitmq import ClassicHarness, RabbitHarness
-from tests.contract.harness.sqlite import SqliteHarness
-
-BROKERS: dict[str, type[Harness]] = {
-    "memory": MemoryHarness,
-    "sqlite": SqliteHarness,
-    "rabbitmq-quorum": RabbitHarness,
-    "rabbitmq-classic": ClassicHarness,
-}
-if theirs := os.environ.get(
-    "LEVERET_TEST_HARNESS"
-):  # module:class, of a broker that lives elsewhere: the suite runs on that one
-    module, _, name = theirs.partition(":")
-    BROKERS = {module: getattr(importlib.import_module(module), name)}
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.rabbit if issubclass(harness, RabbitHarness) else ())
-        for name, harness in BROKERS.items()
-    ]
-)
+def _brokers() -> dict[str, type[Harness]]:
+    """Return the harnesses by name: those of every file in harness/, or the one that LEVERET_TEST_HARNESS names (module:class)."""
+    theirs = os.environ.get("LEVERET_TEST_HARNESS")
+    if not theirs:
+        files = [
+            importlib.import_module(f"{package.__name__}.{found.name}")
+            for found in pkgutil.iter_modules(package.__path__)
+        ]
+        return {name: harness for file in files for name, harness in getattr(file, "HARNESSES", {}).items()}
+    module, colon, name = theirs.partition(":")
+    if not module or not colon or not name:
+        msg = f"LEVERET_TEST_HARNESS={theirs!r}: expected module:class, the subclass of tests.contract.harness.Harness to run the suite on"
+        raise pytest.UsageError(msg)
+    return {module: getattr(importlib.import_module(module), name)}
+
+
+BROKERS = _brokers()
+
+
+@pytest.fixture(params=[pytest.param(name, marks=harness.marks) for name, harness in BROKERS.items()])
 def unopened(request: pytest.FixtureRequest, tmp_path: Path) -> Harness:
     """Each broker in turn. No coroutine, since a RabbitMQ is asked for by name, and its fixture runs a loop of its own."""
-    harness: Any = BROKERS[request.param]
-    if issubclass(harness, RabbitHarness):
-        return harness(request.getfixturevalue("rabbit").url)
-    return harness(tmp_path / "jobs.db") if issubclass(harness, SqliteHarness) else harness()
+    return BROKERS[request.param].make(request, tmp_path)
 
 
 @pytest.fixture

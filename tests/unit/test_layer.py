@@ -172,14 +172,14 @@ async def test_facts_are_read_whatever_the_class() -> None:
     class Patient(Own):
         def facts(self) -> LayerFacts:
             waits = RetryWaits(on="HTTPError", max_attempts=6, immediate=1, ceilings_s=(1, 5, 30))
-            return LayerFacts(limit_s=50, tries_in_place=1, retries=(waits,))
+            return LayerFacts(limit_s=100, tries_in_place=1, retries=(waits,))
 
     (handler,) = (await described(make_app(Patient()))).handlers
     (waits,) = handler.retries
-    assert handler.timeout_s == 50
+    assert handler.timeout_s == 100
     assert (waits.on, waits.max_attempts, waits.immediate) == ("HTTPError", 6, 1)
     assert waits.ceilings_s == [1, 5, 30, 30, 30]
-    with pytest.raises(ConfigurationError, match="a time-out of 50 s, with 1 tries in place, is above three quarters"):
+    with pytest.raises(ConfigurationError, match="a time-out of 100 s is above three quarters"):
         await described(make_app(Patient(), broker=_IMPATIENT))
 
 
@@ -187,8 +187,15 @@ async def test_tries_in_place_of_one_count_for_the_limit_of_another() -> None:
     """`Retries` runs a `Timeout` inside it again: three times 40 s hold a delivery longer than 100 s."""
     app = make_app(Retries(Rule(OSError, immediate=2)), Timeout(40), broker=_IMPATIENT)
 
-    with pytest.raises(ConfigurationError, match="a time-out of 40 s, with 2 tries in place, is above three quarters"):
+    with pytest.raises(ConfigurationError, match="a time-out of 40 s, 3 times per attempt, is above three quarters"):
         await described(app)
+
+
+async def test_a_limit_outside_the_tries_in_place_is_counted_once() -> None:
+    """A `Timeout` round `Retries` ends all tries together; counted three times, a right program would not start."""
+    app = make_app(Timeout(80), Retries(Rule(OSError, immediate=2)), broker=_IMPATIENT)
+
+    assert (await described(app)).handlers[0].timeout_s == 80
 
 
 async def test_facts_that_change_their_type_later_are_refused_too() -> None:

@@ -7,9 +7,11 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import msgspec
+import pytest
 
 from leveret.admin import Admin, Depth
 from leveret.broker import Broker, Consumption, Delivery, Features, Subscription
@@ -83,6 +85,13 @@ class Harness(ABC):
     example: ClassVar[str]
     """A URL of the broker, for asking for its features."""
     queue_type: ClassVar[Literal["quorum", "classic"]] = "quorum"
+    marks: ClassVar[tuple[pytest.MarkDecorator, ...]] = ()
+    """Marks of every case on this broker."""
+
+    @classmethod
+    @abstractmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> Harness:
+        """Return a harness for one case, which may use `folder`."""
 
     def __init__(self, url: str) -> None:
         self.url = url

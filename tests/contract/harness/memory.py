@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from leveret.brokers.memory import MemoryStore
 from leveret.brokers.memory.store import memory_store
@@ -17,6 +20,11 @@ class MemoryHarness(Harness):
     """The memory broker, on a store with a unique name."""
 
     example = "memory://"
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> Harness:
+        """Return a harness for one case."""
+        return cls()
 
     def __init__(self) -> None:
         super().__init__(f"{self.example}{uuid.uuid4().hex}")
@@ -55,3 +63,6 @@ class MemoryHarness(Harness):
 
     def cut(self) -> None:
         self.store.disconnect()
+
+
+HARNESSES: dict[str, type[Harness]] = {"memory": MemoryHarness}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit, urlunsplit
 
@@ -22,6 +23,12 @@ class RabbitHarness(Harness):
     """A RabbitMQ node behind a link that can freeze."""
 
     example = "amqp://localhost/"
+    marks = (pytest.mark.rabbit,)
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> Harness:
+        """Return a harness for one case."""
+        return cls(request.getfixturevalue("rabbit").url)
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -97,3 +104,6 @@ class ClassicHarness(RabbitHarness):
     """The same with classic queues."""
 
     queue_type: ClassVar[Literal["quorum", "classic"]] = "classic"
+
+
+HARNESSES: dict[str, type[Harness]] = {"rabbitmq-quorum": RabbitHarness, "rabbitmq-classic": ClassicHarness}

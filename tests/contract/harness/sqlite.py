@@ -8,6 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from leveret.envelope import JSON
 from leveret.ids import new_job_id
 from leveret.job import Queue
@@ -18,6 +20,11 @@ class SqliteHarness(Harness):
     """A SQLite file; another connection's exclusive lock breaks it."""
 
     example = "sqlite:///jobs.db"
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> Harness:
+        """Return a harness for one case."""
+        return cls(folder / "jobs.db")
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"sqlite:///{path}")
@@ -62,3 +69,6 @@ class SqliteHarness(Harness):
             self._blocker.execute("ROLLBACK")
             self._blocker.close()
             self._blocker = None
+
+
+HARNESSES: dict[str, type[Harness]] = {"sqlite": SqliteHarness}
