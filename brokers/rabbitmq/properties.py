@@ -275,7 +275,7 @@ def _read(properties: bytes) -> tuple[dict[str, Any], dict[str, Any], str | None
             return found, {}, None
         table = found["table"] = frames.table_of(octets)
     except ValueError as error:
-        # if the headers table is malformed, the other properties were read, and are kept when the job is buried
+        # a malformed headers table doesn't lose the other properties: they are kept when the job is buried
         return found, {}, f"the AMQP properties can't be read: {error}"[:300]
     fields, problem = unpack_headers(table)
     return found, fields, problem

@@ -69,11 +69,11 @@ class Posting(Carried, eq=False, kw_only=True):
         return self.message_id
 
     def error(self) -> PublishError | None:
-        """What became of it."""
+        """Return the error of the ended publish; None if confirmed."""
         return None if self.failure is None else self._error(self.failure)
 
     def late(self) -> PublishError:
-        """What its caller is told who has no more time."""
+        """Return the error for a caller whose deadline passed."""
         return self._error(Late("no confirm in time"))
 
     def _error(self, failure: Exception) -> PublishError:
@@ -83,7 +83,7 @@ class Posting(Carried, eq=False, kw_only=True):
 
 
 class Publishing:
-    """Confirmed publishes on one connection, which is made when needed, by whoever comes first, for all who wait."""
+    """Confirmed publishes. The first publish opens the connection, and concurrent publishes wait for the same attempt."""
 
     def __init__(self, where: tuple[Address, ...], runtime: Runtime, name: str) -> None:
         self._links = Links(where, runtime, name)
@@ -135,16 +135,12 @@ class Publishing:
         link, route, job_id = posted.link, posted.route, posted.job_id
         match error:
             case Returned():
-                link.declared -= {
-                    route.queue,
-                    route.ladder,
-                }  # the queue was deleted: the next publish declares it again
+                # the queue was deleted: the next publish declares it again
+                link.declared -= {route.queue, route.ladder}
                 link.declared.add(None)
                 link.ready.clear()
-                msg = _says(
-                    route, posted.job, f"no queue took it: exchange {route.exchange} has no binding for key {route.key}"
-                )
-                return Unroutable(msg, job_id=job_id, queue=route.target)
+                msg = f"no queue took it: exchange {route.exchange} has no binding for key {route.key}"
+                return Unroutable(_says(route, posted.job, msg), job_id=job_id, queue=route.target)
             case Nacked():
                 return BrokerUnavailable(_says(route, posted.job, str(error)), job_id=job_id)
             case Late():

@@ -43,5 +43,5 @@ def known_dead(identity: str) -> bool:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return False  # hidden from this user
-    # another process has the number now, or the dead process waits for its parent
+    # another process has the number now, or the process is dead and its parent hasn't collected it yet
     return fields[19] != other[3] or fields[0] in "ZX"

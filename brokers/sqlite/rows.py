@@ -44,11 +44,12 @@ INSERTS: Final = {"jobs": _inserts("jobs", "due_ms"), "dead": _inserts("dead", "
 """By table: the number of rows and the statement that inserts them, the largest number first."""
 
 
+# Types that a foreign producer's headers may hold and JSON doesn't have.
 _NOT_JSON: dict[str, tuple[type, Callable[[Any], str], Callable[[str], object]]] = {
     "$bytes": (bytes, lambda value: base64.b64encode(value).decode(), base64.b64decode),
     "$datetime": (datetime, datetime.isoformat, datetime.fromisoformat),
     "$decimal": (Decimal, str, Decimal),
-}  # types that a foreign producer's headers may hold and JSON doesn't have
+}
 
 
 def _to_json(value: object) -> object:
