@@ -189,7 +189,7 @@ class Taker:
             self._narrow_for = NARROW_FOR
             await self._cancel()
             logger.warning(
-                "queue %s: holding %d MiB of unsettled bodies; reducing the prefetch to %d",
+                "queue %s: %d MiB of unsettled bodies are held; consuming pauses, then continues with a prefetch of %d",
                 self.queue.name,
                 held >> 20,
                 self._prefetch,

@@ -31,7 +31,7 @@ POLL_S = 0.025
 BATCH_BYTES = 32 << 20
 """At most this many bytes of bodies in one transaction; a single larger job is written alone."""
 _SAY_AFTER_S = 1.0
-"""After this many seconds without a successful write a warning is logged."""
+"""How long the file may stay locked before a warning is logged, seconds."""
 _BUSY_PAUSE_S = 0.005
 
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}

@@ -100,7 +100,7 @@ async def test_large_bodies_are_held_a_few_at_a_time_and_each_runs_once(
     peak_kib = worker.peak_kib
     await worker.drained()
 
-    assert "MiB of unsettled bodies; reducing the prefetch to " in worker.log, worker.log
+    assert "MiB of unsettled bodies are held; consuming pauses" in worker.log, worker.log
     assert " ERROR " not in worker.log
     assert depth.consumers == 1, "consumers of one queue, of one worker"
     assert Counter(one.recorder.ids("start")) == Counter([*ids, *small]), "each ran once"
@@ -125,7 +125,7 @@ async def test_after_large_bodies_a_queue_takes_as_much_as_before(
     )
     worker = await one.working("--concurrency", "20", "--queue", f"{one.queue.name}=20")
     await one.until_ended([*ids, *first], timeout_s=60)
-    assert "unsettled bodies; reducing the prefetch to 2\n" in worker.log, worker.log
+    assert "are held; consuming pauses, then continues with a prefetch of 2\n" in worker.log, worker.log
 
     small = await one.publish(*(one.recorder.Note() for _ in range(2500)))  # the first thousand follow large ones
     await one.until_ended([*ids, *first, *small], timeout_s=60)
