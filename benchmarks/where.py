@@ -67,13 +67,13 @@ def _place(file: str) -> str:
 
 
 def show(what: str, found: Samples, jobs: int) -> None:
-    """Print shares and microseconds a job, by file and by function."""
+    """Print shares and microseconds per job, by file and by function."""
     functions, total = found.functions, found.functions.total()
     files: Counter[str] = Counter()
     for (file, _), samples in functions.items():
         files[file] += samples
     each_us = found.cpu_s / jobs * 1e6
-    print(f"\n{what}: {each_us:.1f} CPU us a job, {total} samples\n")
+    print(f"\n{what}: {each_us:.1f} CPU us per job, {total} samples\n")
     for file, samples in files.most_common(16):
         print(f"{samples / total:6.1%}  {samples / total * each_us:5.2f} us  {file}")
     print()

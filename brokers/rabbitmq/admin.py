@@ -223,21 +223,26 @@ class RabbitDeadLetters:
 
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
         """Publish `envelope` to the queue that it came from, confirmed; then ack the letter."""
+        self._held(letter)  # before the publish: a letter that can't be acked then would be replayed again
         await self._admin.replay(envelope)
         await self.drop(letter)
 
     async def drop(self, letter: DeadLetter) -> None:
         """Ack the letter, which deletes it."""
+        tag = self._held(letter).tag
+        self._channel.ack(tag, multiple=False)
+        self._open.discard(tag)
+        self._dropped = True
+
+    def _held(self, letter: DeadLetter) -> RabbitDeadLetter:
+        """Return the letter, or raise: it isn't one of RabbitMQ's, or the channel that it came on is closed."""
         if not isinstance(letter, RabbitDeadLetter):
-            msg = f"drop() takes a dead letter of RabbitMQ, not {letter!r}"
+            msg = f"replay() and drop() take a dead letter of RabbitMQ, not {letter!r}"
             raise TypeError(msg)
         if self._channel.closed is not None:
-            raise BrokerUnavailable(
-                f"the channel to the dead letters of {self._name} is closed: {self._channel.closed}"
-            )
-        self._channel.ack(letter.tag, multiple=False)
-        self._open.discard(letter.tag)
-        self._dropped = True
+            msg = f"the channel to the dead letters of {self._name} is closed: {self._channel.closed}"
+            raise BrokerUnavailable(msg)
+        return letter
 
     async def close(self) -> None:
         """Close the channel, once the broker has received the drops; a dead-letter queue is always a quorum queue."""

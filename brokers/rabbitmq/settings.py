@@ -11,7 +11,7 @@ class RabbitSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the RabbitMQ broker; ValueError for an invalid value."""
 
     heartbeat_s: float = 15.0
-    """The heartbeat interval that leveret asks for; a dead peer is noticed after about three intervals. Whole seconds from 1 to 3600."""
+    """Heartbeat interval, 1 to 3600 seconds, rounded to whole ones for AMQP. A dead peer is noticed after about three intervals."""
     consumer_timeout_s: float = 1800.0
     """The broker's limit for an unacked delivery (RabbitMQ's `consumer_timeout`); a `Timeout` must stay under 3/4 of it."""
 

@@ -6,9 +6,11 @@ import asyncio
 import time
 
 import msgspec
+import pytest
 
 from leveret.admin import Admin, DeadLetter
 from leveret.broker import Broker
+from leveret.errors import LeveretError
 from leveret.job import Priority, Queue
 from tests.contract.harness import PATIENCE_S, Harness, consume, depth, make_envelope, received, soon, timed
 
@@ -228,3 +230,17 @@ async def test_a_job_replayed_and_buried_again_is_not_read_twice_in_one_go(harne
 
     assert read == [b"1", b"2"]
     assert await dead_bodies(admin, queue, 2) == [b"1", b"2"]
+
+
+async def test_a_letter_whose_reader_is_closed_is_not_replayed(harness: Harness) -> None:
+    """Published before it is known that the letter can't be taken out, the job would run, stay a dead letter, and be replayed again."""
+    broker, admin, queue = harness.open(), harness.admin(), harness.queue()
+    await bury(broker, queue, b"1")
+    async with admin.dead(queue) as letters:
+        [letter] = [letter async for letter in letters]
+
+    with pytest.raises(LeveretError):
+        await letters.replay(letter, letter.envelope)
+
+    row = await depth(admin, queue)
+    assert (row.ready, row.dead) == (0, 1)

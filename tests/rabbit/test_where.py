@@ -18,7 +18,7 @@ def test_the_profile_still_runs(rabbit: Rabbit) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines() if "CPU us a job" in line] == [
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if "CPU us per job" in line] == [
         "publish pipelined",
         "consume, standard chain",
     ]
