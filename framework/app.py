@@ -62,6 +62,24 @@ class _Schedule(Protocol):
     def __call__(self, function: Callable[[datetime], _Emits], /) -> Callable[[datetime], _Emits]: ...
 
 
+def _check_context(where: str, keyword: str, function: object, decorator: str) -> None:
+    """Refuse a lifespan or an `around_sync` that couldn't be entered, with what to change."""
+    if (
+        inspect.isgeneratorfunction(function)
+        or inspect.isasyncgenfunction(function)
+        or inspect.iscoroutinefunction(function)
+    ):
+        advice = f"decorate {function.__name__} with @{decorator}"
+    elif function is None or (
+        callable(function) and not isinstance(function, (AbstractContextManager, AbstractAsyncContextManager))
+    ):
+        return
+    else:  # what contextlib's decorators return is callable too: it can decorate functions
+        advice = "pass the function without calling it"
+    msg = f"{where}: {keyword} must be a function that returns a context manager, not {function!r:.80}; {advice}"
+    raise ConfigurationError(msg)
+
+
 class Capture(msgspec.Struct, frozen=True):
     """Where an app's jobs go while a test runs the app."""
 
@@ -135,10 +153,8 @@ class App(Generic[_R]):
             if url is not None and not isinstance(url, str):  # pyright: ignore[reportUnnecessaryIsInstance]
                 msg = f"{where}: {keyword} must be a URL, not {url!r:.80}"
                 raise ConfigurationError(msg)
-        for keyword, function in (("lifespan", lifespan), ("around_sync", around_sync)):
-            if function is not None and not callable(function):
-                msg = f"{where}: {keyword} must be a function that returns a context manager, not {function!r:.80}; pass the function without calling it"
-                raise ConfigurationError(msg)
+        _check_context(where, "lifespan", lifespan, "asynccontextmanager")
+        _check_context(where, "around_sync", around_sync, "contextmanager")
         if isinstance(modules, str) or not all(isinstance(module, str) for module in modules):  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"{where}: modules must be a list of module names, not {modules!r:.80}"
             raise ConfigurationError(msg)
