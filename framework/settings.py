@@ -49,6 +49,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in ("unknown_grace_s", "connect_timeout_s", "reconnect_base_s", "reconnect_cap_s"):
             check_seconds(f"settings: {name}", getattr(self, name))
+        for name in ("warn_body_bytes", "max_body_bytes", "max_header_bytes"):
+            if type(given := getattr(self, name)) is not int:  # a bool is an int
+                msg = f"settings: {name} must be a whole number of bytes, not {given!r}"
+                raise ValueError(msg)
+        if not isinstance(self.validate, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"settings: validate must be True or False, not {self.validate!r}"
+            raise ValueError(msg)  # not a TypeError, as for every other setting
         for name in ("heartbeat_s", "consumer_timeout_s"):
             if (given := getattr(self, name)) is not None:
                 check_seconds(f"settings: {name}", given)
@@ -56,7 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 warnings.warn(msg, DeprecationWarning, stacklevel=2)
         if not isinstance(self.brokers, (list, tuple)):
             msg = f"settings: brokers must be a list, such as [RabbitSettings(…)], not {self.brokers!r:.80}"
-            raise ValueError(msg)  # not a TypeError, as for every other setting
+            raise ValueError(msg)
         if self.encoding not in ("json", "msgpack"):
             msg = f"settings: encoding must be json or msgpack, not {self.encoding!r}"
             raise ValueError(msg)

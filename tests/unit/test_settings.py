@@ -78,6 +78,29 @@ def test_wrong_settings_of_the_broker_are_refused_where_they_are_written(wrong: 
         RabbitSettings(**wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
+SECONDS: list[object] = ["3", None, True, float("nan"), float("inf"), 0]
+BYTES: list[object] = ["2000", None, True, float("nan"), float("inf"), 2000.0]
+WRONG: list[tuple[str, list[object], str]] = [
+    *[
+        (name, SECONDS, "a number of seconds above 0")
+        for name in ("unknown_grace_s", "connect_timeout_s", "reconnect_base_s", "reconnect_cap_s")
+    ],
+    *[(name, BYTES, "a whole number of bytes") for name in ("warn_body_bytes", "max_body_bytes", "max_header_bytes")],
+    ("validate", [1, "no", None], "True or False"),
+    ("encoding", ["xml", None, []], "json or msgpack"),
+    ("brokers", [None, "amqp"], "a list"),
+]
+
+
+@pytest.mark.parametrize(
+    ("setting", "wrong", "said"), [(name, wrong, said) for name, values, said in WRONG for wrong in values]
+)
+def test_a_setting_of_a_wrong_type_is_one_line_that_names_the_setting(setting: str, wrong: object, said: str) -> None:
+    """A TypeError out of a comparison names no setting, and `validate="no"` would switch the validation on."""
+    with pytest.raises(ValueError, match=f"^settings: {setting} must be {said}.*, not .*$"):
+        Settings(**{setting: wrong})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("name", ["heartbeat_s", "consumer_timeout_s"])
 def test_the_keywords_of_the_version_before_still_work_and_warn(name: str) -> None:
     """An upgrade must neither end start-up with a TypeError nor drop the setting without a word."""
