@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import selectors
+import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, final
 
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, PublishTimeout
 from ..job import Job
 from ..options import TIMEOUT_S, PublishOptions
+from ..texts import is_ours
 
 if TYPE_CHECKING:
     from ..options import Outgoing
@@ -27,6 +30,7 @@ _T = TypeVar("_T")
 FLUSH_S = 5.0
 """Seconds that `close()` and the interpreter's exit wait for publishes in progress."""
 _MARGIN_S = 1.0
+_ASYNCIO = os.path.join(os.path.dirname(asyncio.__file__), "")  # noqa: PTH118, PTH120 - compared with file names of frames
 
 
 class _Thread:
@@ -42,13 +46,19 @@ class _Thread:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
 
-    def submit(self, make: Callable[[], Awaitable[_T]]) -> Future[_T]:
-        """Run `make()` on the loop, in a copy of the caller's context, so that jobs inherit its correlation id and trace."""
+    def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Run `work` on the loop, in a copy of the caller's context: correlation and trace are inherited."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
 
-        async def run() -> _T:
-            return await make()
-
-        return asyncio.run_coroutine_threadsafe(run(), self.loop)
+    def where(self) -> str:
+        """Return the user's line at which the thread is, "" if it is in leveret or waits."""
+        frame = sys._current_frames().get(self._thread.ident or 0)  # pyright: ignore[reportPrivateUsage] - Python documents it
+        users: FrameType | None = None
+        while frame is not None and not is_ours(file := frame.f_code.co_filename) and not file.startswith(_ASYNCIO):
+            users, frame = frame, frame.f_back
+        if users is None or users.f_code.co_filename == selectors.__file__:
+            return ""
+        return f"{users.f_code.co_filename}, line {users.f_lineno}, in {users.f_code.co_name}"
 
 
 _lock = threading.Lock()
@@ -74,18 +84,28 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Opened:
-    """An entered `app.publisher()` of this process."""
+    """An `app.publisher()` of this process, which the first publish enters on the loop."""
 
     def __init__(self, make: Callable[[], AbstractAsyncContextManager[Publisher, None]]) -> None:
         self.pid = os.getpid()
         self.thread = _background()
+        self.publisher: Publisher | None = None
+        self._make = make
         self._stack = AsyncExitStack()
+        self._left = False
         self.flying: set[Future[Any]] = set()
 
-        async def enter() -> Publisher:
-            return await self._stack.enter_async_context(make())
+    async def enter(self) -> Publisher:
+        """Enter the publisher. Entering doesn't wait, so no second publish can come in between."""
+        if self._left:
+            msg = "nothing was sent: another thread closed this publisher; publish again, which opens it"
+            raise BrokerUnavailable(msg)
+        self.publisher = await self._stack.enter_async_context(self._make())
+        return self.publisher
 
-        self.publisher = self.thread.submit(enter).result(FLUSH_S)
+    async def _leave(self) -> None:
+        self._left = True
+        await self._stack.aclose()
 
     def close(self) -> None:
         # After a fork, the parent owns the connection.
@@ -95,7 +115,7 @@ class _Opened:
             with suppress(Exception):
                 future.result(FLUSH_S)
         with suppress(FutureTimeoutError):
-            self.thread.submit(self._stack.aclose).result(FLUSH_S)
+            self.thread.submit(self._leave()).result(FLUSH_S)
 
 
 @final
@@ -151,19 +171,36 @@ class BlockingPublisher:
         if asyncio._get_running_loop() is opened.thread.loop:
             msg = "middleware called the blocking publisher on that publisher's own event loop, where it would wait for itself; use app.publisher() there"
             raise RuntimeError(msg)
-        future = opened.thread.submit(lambda: make(opened.publisher))
+        begun = abandoned = False
+
+        async def run() -> _T:
+            nonlocal begun
+            begun = True
+            if abandoned:  # the caller has raised by now that nothing was sent
+                raise asyncio.CancelledError
+            return await make(opened.publisher or await opened.enter())
+
+        future = opened.thread.submit(run())
         opened.flying.add(future)
         future.add_done_callback(opened.flying.discard)
-        # The publisher raises at once for a timeout_s that isn't a number.
+        # the publisher itself refuses a timeout_s that isn't a number
         limit = timeout_s + _MARGIN_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else FLUSH_S  # pyright: ignore[reportUnnecessaryIsInstance]
         try:
             return future.result(limit)
         except FutureTimeoutError:
             if future.done():
                 raise
+            abandoned = True  # before `begun` is read: a publish that begins later then sees it
+            maybe_published = begun
             future.cancel()
-            msg = "the publishing thread didn't answer within timeout_s; look for middleware whose publish() blocks"
-            raise PublishTimeout(msg, job_id=job_id, maybe_published=True) from None
+            at = opened.thread.where()
+            cause = (
+                f"middleware blocks the event loop that all blocking publishers share, at {at}"
+                if at
+                else "middleware waits"
+            )
+            msg = f"{'no confirm arrived' if maybe_published else 'nothing was sent'} within {limit:g} s: {cause}"
+            raise PublishTimeout(msg, job_id=job_id, maybe_published=maybe_published) from None
 
     def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
         """Publish `job` and block until the publish is confirmed; otherwise as `Publisher.publish`."""

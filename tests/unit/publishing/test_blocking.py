@@ -1,13 +1,15 @@
 """The blocking publisher: from threads, after a fork, from `def` handlers."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
-from leveret import App, InvalidJob, Job, Outgoing, Queue
+from leveret import App, Envelope, InvalidJob, Job, Outgoing, Publish, PublishTimeout, Queue, Receipt
 from leveret.testing import running
 
 notes = Queue("notes")
@@ -36,6 +38,75 @@ def test_it_publishes_without_any_set_up_from_many_threads() -> None:
     assert len(set(ids)) == 160
     publisher.close()
     assert publisher.publish(Note(1)).state == "confirmed"
+    publisher.close()
+
+
+class Blocks:
+    """Publish middleware that blocks its thread until it is released."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.released = threading.Event()
+
+    async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
+        self.entered.set()
+        self.released.wait(30)
+        return await proceed(envelope)
+
+
+class Counts:
+    """Publish middleware that counts."""
+
+    def __init__(self) -> None:
+        self.passed = 0
+
+    async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
+        self.passed += 1
+        return await proceed(envelope)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["at its first use", "later"])
+def test_middleware_of_another_app_that_blocks_the_shared_loop_is_named(*, opened: bool) -> None:
+    """A bare TimeoutError after 5 s passes `except PublishError`, and nobody would look for the fault in another app."""
+    blocks, counts = Blocks(), Counts()
+    blocked = App("blocked", broker="memory://blocked", middleware=[blocks]).blocking_publisher()
+    publisher = App("victim", broker="memory://victim", middleware=[counts]).blocking_publisher()
+    if opened:
+        publisher.publish(Note(1))
+    thread = threading.Thread(target=blocked.publish, args=(Note(1),))
+    thread.start()
+    assert blocks.entered.wait(10)
+
+    began = time.monotonic()
+    try:
+        with pytest.raises(
+            PublishTimeout, match=rf"^nothing was sent .* at {re.escape(__file__)}, line \d+, in publish$"
+        ) as raised:
+            publisher.publish(Note(2), job_id="id-2", timeout_s=0.2)
+        took_s = time.monotonic() - began
+    finally:
+        blocks.released.set()
+    thread.join(10)
+
+    assert (raised.value.job_id, raised.value.maybe_published) == ("id-2", False)
+    assert took_s < 2.0, "timeout_s and a second, with room for a loaded machine"
+    publisher.publish(Note(3))
+    assert counts.passed == 1 + opened, "the job that wasn't sent must not be sent once the loop is free"
+    publisher.close()
+    blocked.close()
+
+
+def test_a_timeout_after_the_publish_began_says_that_the_job_may_be_published() -> None:
+    """A caller who is told that nothing was sent publishes again under another id, and the job runs twice."""
+    blocks = Blocks()
+    publisher = App("late", broker="memory://late", middleware=[blocks]).blocking_publisher()
+    try:
+        with pytest.raises(PublishTimeout, match=r"^no confirm arrived .*, in publish$") as raised:
+            publisher.publish(Note(1), timeout_s=0.1)
+    finally:
+        blocks.released.set()
+
+    assert raised.value.maybe_published
     publisher.close()
 
 
