@@ -71,7 +71,11 @@ def path_of(url: str) -> str:
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         msg = f"this Python has SQLite {sqlite3.sqlite_version}; the SQLite broker needs {'.'.join(map(str, MIN_SQLITE))} or later"
         raise ConfigurationError(msg)
-    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
+    try:
+        return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
+    except FileNotFoundError:
+        msg = f"the broker's URL {redact(url)!r} is relative to the working directory, which was deleted; change to another one and start again"
+        raise ConfigurationError(msg) from None
 
 
 @final

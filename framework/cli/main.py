@@ -5,15 +5,19 @@ Only the command line imports click and rich. `work` hands over to `python -m le
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import cast
 
 import click
 
 from .. import __version__
 from ..errors import LeveretError
 from ..process.logs import one_line, report_error, set_up_logs
+from ..process.streams import discard, open_closed_streams, tell
 from ..settings import environment, redact
 from .cron import cron
 from .dead import dead
@@ -21,6 +25,9 @@ from .describe import describe
 from .publish import publish
 from .queues import queues
 from .work import work
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What the system says when a full disk, or a terminal that is gone, takes no output."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -56,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A fault that a user can correct prints one line, never a traceback.
     """
+    open_closed_streams()
+    # a job, or `describe`, may have characters that the output's encoding lacks
+    cast("TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
     try:
         level = environment(os.environ).log_level.lower()
         # workers and cron log at info; the other commands answer on standard output and log warnings only
@@ -66,17 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return answer if isinstance(answer, int) else 0
     except click.UsageError as error:
         if error.ctx is None or error.ctx.get_help() == error.message:  # no command given: print the help
-            print(error.message, file=sys.stderr)
+            tell(error.message)
         else:
             message = redact(one_line(error.format_message())).rstrip(".")
-            print(f"leveret: {message} (see {error.ctx.command_path} --help)", file=sys.stderr)
+            tell(f"leveret: {message} (see {error.ctx.command_path} --help)")
         return 2
     except (click.Abort, KeyboardInterrupt):
-        print("leveret: interrupted", file=sys.stderr)
+        tell("leveret: interrupted")
         return 130
     except LeveretError as error:
         return report_error(error)
-    except BrokenPipeError:
-        # the reader of our output has closed the pipe: discard what is still buffered
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):  # the reader who closed the pipe has seen enough
+            where = "standard output can't be written: " if error.errno in _UNWRITABLE else ""
+            tell(f"leveret: {where}{redact(one_line(str(error)))}")
         return 1

@@ -23,7 +23,11 @@ def load(path: str, what: str) -> Any:
     if not colon or not module_name or not attribute:
         msg = f"expected module:{what}, such as shop:{what}, not {path!r}"
         raise ConfigurationError(msg)
-    here = os.getcwd()  # noqa: PTH109 - a worker needs no pathlib
+    try:
+        here = os.getcwd()  # noqa: PTH109 - a worker needs no pathlib
+    except FileNotFoundError:
+        msg = f"{path!r}: the working directory was deleted; change to another one and start again"
+        raise ConfigurationError(msg) from None
     if here not in sys.path:
         sys.path.insert(0, here)
     module = _import(module_name, path)

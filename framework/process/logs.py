@@ -9,6 +9,7 @@ import sys
 
 from ..errors import ConfigurationError, LeveretError
 from ..settings import redact
+from .streams import tell
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s %(message)s"
@@ -71,6 +72,6 @@ def report_error(error: LeveretError, report: int | None = None) -> int:
     if wrong and report is not None:
         os.write(report, line.encode(errors="replace")[: _REPORT_BYTES - 1] + b"\n")
     else:
-        print(line, file=sys.stderr)  # noqa: T201 - output of a command
+        tell(line)
     logging.getLogger("leveret").debug("traceback of the error", exc_info=error)
     return 2 if wrong else 1

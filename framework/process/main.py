@@ -31,6 +31,7 @@ from .logs import report_error, set_up_logs
 from .loop import run_loop
 from .options import WorkOptions
 from .signals import HURRY_S, Stop, exit_now
+from .streams import open_closed_streams, tell
 
 logger = logging.getLogger("leveret.worker")
 
@@ -122,6 +123,7 @@ def _cut_off() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run `python -m leveret.process.main OPTIONS`, where OPTIONS is `WorkOptions` as JSON; return the exit code."""
+    open_closed_streams()
     try:
         options = msgspec.json.decode(argv[0], type=WorkOptions)
     except (IndexError, msgspec.MsgspecError):
@@ -138,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:  # the signal came before the loop handled signals: nothing has started
         code = 130
     except Exception:  # the user's code, such as a lifespan: the user needs its traceback  # noqa: BLE001
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201 - as Python itself does
+        tell(redact(traceback.format_exc().rstrip("\n")))
         code = 1
     if code:
         exit_now(code)

@@ -18,6 +18,7 @@ from ..errors import ConfigurationError
 from ..waits import first_of
 from .options import WorkOptions
 from .signals import HURRY_S, Stop
+from .streams import tell
 
 logger = logging.getLogger("leveret.supervisor")
 
@@ -163,7 +164,7 @@ class _Workers:
         except BlockingIOError:
             reason = f"leveret: worker number {index} ended with exit code {REFUSED} and gave no reason"
         if not self._refused:
-            print(reason, file=sys.stderr, flush=True)  # noqa: T201 - output of a command
+            tell(reason)
         self._refused = True
 
 

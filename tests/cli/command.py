@@ -79,7 +79,7 @@ class Ran:
 
     def __init__(self, done: "subprocess.CompletedProcess[bytes]") -> None:
         self.code = done.returncode
-        self.out = done.stdout.decode()
+        self.out = done.stdout.decode(errors="replace")
         self.err = done.stderr.decode()
 
     @property
