@@ -57,12 +57,19 @@ def _import(module_name: str, path: str) -> ModuleType:
         else:
             msg = f"{path!r}: importing {module_name} failed: {error}{_where(error)}"
         raise ConfigurationError(msg) from error
-    except Exception as error:
-        msg = f"{path!r}: importing {module_name} failed: {type(error).__name__}: {error}{_where(error)}"
+    except (Exception, SystemExit) as error:
+        msg = f"{path!r}: importing {module_name} failed: {_said(error)}{_where(error)}"
         raise ConfigurationError(msg) from error
 
 
-def _where(error: Exception) -> str:
+def _said(error: BaseException) -> str:
+    """Return an import's error in words."""
+    if isinstance(error, SystemExit):
+        return f"a module called sys.exit({'' if error.code is None else repr(error.code)}) while it was imported"
+    return f"{type(error).__name__}: {error}"
+
+
+def _where(error: BaseException) -> str:
     """Return the user's line that raised, past the frames of leveret and of the import machinery."""
     if isinstance(error, SyntaxError):  # the message already names the line
         return ""
@@ -82,7 +89,7 @@ def load_app(path: str, *, modules: bool = True) -> App[Any]:
             app.import_modules()
         except LeveretError:
             raise
-        except Exception as error:
-            msg = f"{path!r}: importing the app's modules failed: {type(error).__name__}: {error}{_where(error)}"
+        except (Exception, SystemExit) as error:
+            msg = f"{path!r}: importing the app's modules failed: {_said(error)}{_where(error)}"
             raise ConfigurationError(msg) from error
     return app  # pyright: ignore[reportUnknownVariableType]

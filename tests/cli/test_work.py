@@ -64,6 +64,23 @@ def test_what_is_wrong_is_one_line_and_exit_2(project: Project, arguments: tuple
     assert "hunter2" not in ran.line
 
 
+@pytest.mark.parametrize("command", [("work",), ("work", "-p", "2"), ("cron",), ("describe",), ("queues",)])
+def test_a_module_that_calls_sys_exit_is_named(project: Project, command: tuple[str, ...]) -> None:
+    """A script's last line, or its parser of arguments, would end a worker without a word, with an exit code that means something else."""
+    project.write("script.py", "import sys\n\nsys.exit(3)\n")
+    project.write(
+        "bad.py", "from leveret import App\n\napp = App('bad', broker='sqlite:///bad.db', modules=['script'])\n"
+    )
+
+    for app in ("bad:app", "script:app"):
+        ran = project.run(*command, LEVERET_APP=app)
+
+        assert ran.code == 2, ran
+        assert f"leveret: '{app}': importing " in ran.line
+        assert "failed: a module called sys.exit(3) while it was imported" in ran.line
+        assert ran.line.endswith(f"({project.folder / 'script.py'}, line 3)")
+
+
 @pytest.mark.parametrize("command", ["work", "cron", "describe", "queues"])
 def test_no_app_or_no_broker_is_one_line_that_lists_the_choices(project: Project, command: str) -> None:
     """A service in production that lost its setting must not fall back on anything."""
