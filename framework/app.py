@@ -24,7 +24,7 @@ from .job import Job
 from .layer import AnyLayer, Layer, check_layers, instrumentation
 from .options import Outgoing
 from .outcome import Outcome
-from .publishing.publisher import Publisher
+from .publishing.publisher import Publisher, PublisherBlock
 from .publishing.sender import Sender
 from .runtime import Runtime
 from .schemes import broker_module
@@ -369,7 +369,7 @@ class App(Generic[_R]):
 
     def publisher(self) -> AbstractAsyncContextManager[Publisher, None]:
         """Return a publisher to enter in a service's lifespan; entering doesn't wait for the broker."""
-        return cast("AbstractAsyncContextManager[Publisher, None]", self._publisher())
+        return PublisherBlock(self._publisher())
 
     def blocking_publisher(self) -> BlockingPublisher:
         """Return a publisher for code without asyncio, such as Django, Flask or a script. Nothing starts before the first use.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from typing import Unpack, final
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import NoReturn, Unpack, final
 
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, InvalidJob
@@ -82,3 +84,26 @@ class Publisher:
             msg = "publish_many() takes a list or another iterable of jobs, not a single job; publish a single job with publish()"
             raise InvalidJob(msg)
         return await Batch(sender, time.monotonic() + seconds_of("timeout_s", timeout_s)).publish(jobs)
+
+
+@final
+class PublisherBlock:
+    """What `App.publisher` returns: `async with` enters it. Any other use is an error that says so."""
+
+    def __init__(self, block: AbstractAsyncContextManager[Publisher]) -> None:
+        self._block = block
+
+    async def __aenter__(self) -> Publisher:
+        return await self._block.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        await self._block.__aexit__(kind, error, trace)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        msg = (
+            f"app.publisher() has no {name!r} before it is entered: write `async with app.publisher() as publisher:` and use publisher in "
+            "the block, or keep app.blocking_publisher() in code without asyncio"
+        )
+        raise AttributeError(msg)

@@ -456,3 +456,19 @@ async def test_ids_sort_by_the_time_of_their_making(publisher: Publisher) -> Non
 
     assert ids == sorted(ids)
     assert {one[14] for one in ids} == {"7"}
+
+
+async def test_a_publisher_that_was_not_entered_says_how_to_enter_it() -> None:
+    """Who forgets `async with` reads of an attribute of contextlib's insides, and has no idea what to change."""
+    app = App("shop", broker="memory://")
+    publisher: Any = app.publisher()
+
+    for forgotten in ("publish", "publish_many"):
+        with pytest.raises(
+            AttributeError, match=rf"has no '{forgotten}' before .* `async with app\.publisher\(\) as publisher:`"
+        ):
+            getattr(publisher, forgotten)
+    async with publisher as entered:
+        assert (await entered.publish(Mail(7))).state == "confirmed"
+    with pytest.raises(BrokerUnavailable, match="was left"):
+        await entered.publish(Mail(8))
