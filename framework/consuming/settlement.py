@@ -99,7 +99,7 @@ class Settlement:
                 elif (republishing := self.settle(delivery, ending, error, arrived)) is not None:
                     return self._republished(republishing, delivery, job, ending, error)
             if self._observe is not None:
-                self._observe(Ended(delivery.envelope, job, ending, error))
+                self._show(self._observe, Ended(delivery.envelope, job, ending, error))
         except Exception as bug:  # noqa: BLE001 - see there
             self._stuck(delivery, bug)
         return None
@@ -116,13 +116,20 @@ class Settlement:
             if not await republishing:
                 self._lost(delivery, ending)
             if self._observe is not None:
-                self._observe(Ended(delivery.envelope, job, ending, error))
+                self._show(self._observe, Ended(delivery.envelope, job, ending, error))
         except asyncio.CancelledError as cancelled:
             if not self.cut:
                 self._stuck(delivery, cancelled)
             raise
         except Exception as bug:  # noqa: BLE001 - see there
             self._stuck(delivery, bug)
+
+    def _show(self, observe: Callable[[Ended], None], ended: Ended) -> None:
+        """Call the observer. Its error says nothing about the settlement, which is over or left to the broker."""
+        try:
+            observe(ended)
+        except Exception as bug:
+            logger.exception("%s: the observer of its ending raised: %r", what(ended.envelope), bug)  # noqa: TRY401 - one line, without its traceback, as a rule
 
     def _stuck(self, delivery: Delivery, bug: BaseException) -> None:
         """Log that leveret's own code failed, or that user code cancelled it. The delivery stays unacknowledged, so that no job is lost."""
