@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from ..process.logs import LEVELS, one_line
 
 _WIDE = 1000
 """Columns when the output isn't a terminal: a pipe or a file gets whole lines, for grep and cut."""
+
+_UNITS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_DURATION = re.compile(f"{_NUMBER}|" + "".join(f"(?:{_NUMBER}{unit})?" for unit in _UNITS), re.ASCII)
 
 log_level_option = click.option(
     "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Log level.  [default: LEVERET_LOG, else info]"
@@ -102,19 +107,25 @@ def progress(what: str, total: int) -> Generator[Callable[[], None], None, None]
         yield lambda: bar.advance(task)
 
 
-def number_of_seconds(*, zero: bool) -> Callable[[click.Context, click.Parameter, str | None], float | None]:
-    """Return a callback for an option in seconds: finite and above 0, or at least 0 with `zero`."""
+def duration(*, zero: bool) -> Callable[[click.Context, click.Parameter, str | None], float | None]:
+    """Return a callback for an option that takes a duration, above 0 or with `zero` at least 0. The command receives seconds."""
 
     def convert(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
         if value is None:
             return None
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if not (number >= 0 if zero else number > 0) or number == float("inf"):
-            msg = f"expected a number of seconds {'of at least 0' if zero else 'above 0'}, not {value!r}"
+        number = _seconds_in(value)
+        if number is None or not (number >= 0 if zero else number > 0) or number == float("inf"):
+            msg = f"expected a duration {'of at least 0' if zero else 'above 0'}, such as 90, 90s, 15m, 1h30m or 2d, not {value!r}"
             raise click.BadParameter(msg, param=parameter)
         return number
 
     return convert
+
+
+def _seconds_in(text: str) -> float | None:
+    """Return the seconds of `90`, `90s` or `1h30m`; None for another text, such as `1h30`, whose 30 may be meant as minutes."""
+    match = _DURATION.fullmatch(text)
+    if match is None or not text:
+        return None
+    plain, *counts = match.groups()
+    return float(plain) if plain else sum(float(n or 0) * unit for n, unit in zip(counts, _UNITS.values(), strict=True))

@@ -18,7 +18,7 @@ from ..job import Job, Priority, spec_of
 from ..outcome import MAX_DELAY_S
 from ..process.loading import load
 from ..settings import redact
-from .output import number_of_seconds
+from .output import duration
 from .target import find_target, near, run
 
 _PUBLISH_TIMEOUT_S = 10.0
@@ -33,9 +33,9 @@ _PUBLISH_TIMEOUT_S = 10.0
 @click.option(
     "--delay",
     "delay_s",
-    metavar="SECONDS",
-    callback=number_of_seconds(zero=True),
-    help="Run the job at the earliest after this many seconds.",
+    metavar="DURATION",
+    callback=duration(zero=True),
+    help="Run the job at the earliest after this time, such as 90s, 15m or 1h30m.",
 )
 @click.option(
     "--at",
@@ -46,9 +46,9 @@ _PUBLISH_TIMEOUT_S = 10.0
 @click.option(
     "--expires",
     "expires_s",
-    metavar="SECONDS",
-    callback=number_of_seconds(zero=False),
-    help="Drop the job if it hasn't started within this many seconds.",
+    metavar="DURATION",
+    callback=duration(zero=False),
+    help="Drop the job if it hasn't started within this time, such as 90s, 15m or 2d.",
 )
 @click.option(
     "--header", "-H", "headers", multiple=True, metavar="NAME=VALUE", help="A header with a text value. Repeatable."
@@ -77,7 +77,7 @@ def publish(
     \b
     Examples:
       leveret publish shop.jobs:SendInvoice '{"order_id": 7, "email": "a@example.org"}' --app shop:app
-      leveret publish shop.jobs:SendInvoice - --priority high --delay 60 --broker sqlite:///shop.db < invoice.json
+      leveret publish shop.jobs:SendInvoice - --priority high --delay 1m --broker sqlite:///shop.db < invoice.json
     """  # noqa: D301
     job_class = _job_class(job)
     body = sys.stdin.buffer.read() if payload == "-" else os.fsencode(payload)

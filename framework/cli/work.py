@@ -11,7 +11,7 @@ import msgspec
 
 from ..process.options import WorkOptions
 from ..settings import environment
-from .output import log_level_option, number_of_seconds
+from .output import duration, log_level_option
 from .target import app_path
 
 
@@ -44,11 +44,11 @@ from .target import app_path
 @click.option(
     "--grace",
     "grace_s",
-    metavar="SECONDS",
-    default="30",
+    metavar="DURATION",
+    default="30s",
     show_default=True,
-    callback=number_of_seconds(zero=True),
-    help="Time for running jobs to finish when the worker stops.",
+    callback=duration(zero=True),
+    help="Time for running jobs to finish when the worker stops, such as 90s, 15m or 1h30m.",
 )
 @click.option(
     "--reload",

@@ -75,7 +75,10 @@ def test_publish_carries_headers_delay_and_expiry(project: Project) -> None:
         (("shop:app", "{}"), "'shop:app' isn't a Job class"),
         (("shop:Note", "{}", "--priority", "high"), "takes only the priority NORMAL, not HIGH"),
         (("shop:Note", "{}", "--priority", "soon"), "'soon' is not one of"),
-        (("shop:Note", "{}", "--delay", "x"), "expected a number of seconds of at least 0, not 'x'"),
+        (
+            ("shop:Note", "{}", "--delay", "x"),
+            "expected a duration of at least 0, such as 90, 90s, 15m, 1h30m or 2d, not 'x'",
+        ),
         (("shop:Note", "{}", "--delay", "9999999"), "is above the limit of 48 days"),
         (("shop:Note", "{}", "--at", "tomorrow"), "expected an ISO time with UTC offset"),
         (("shop:Note", "{}", "--at", "2026-01-01T09:00"), "expected an ISO time with UTC offset"),

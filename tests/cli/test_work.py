@@ -25,8 +25,14 @@ from tests.rabbit.node import Rabbit
         ),
         (("work", "--processes", "0"), "'--processes' / '-p': 0 is not in the range"),
         (("work", "--concurrency", "0"), "'--concurrency' / '-c': 0 is not in the range"),
-        (("work", "--grace=-1"), "'--grace': expected a number of seconds of at least 0, not '-1'"),
-        (("work", "--grace", "nan"), "'--grace': expected a number of seconds of at least 0, not 'nan'"),
+        (
+            ("work", "--grace=-1"),
+            "'--grace': expected a duration of at least 0, such as 90, 90s, 15m, 1h30m or 2d, not '-1'",
+        ),
+        (
+            ("work", "--grace", "nan"),
+            "'--grace': expected a duration of at least 0, such as 90, 90s, 15m, 1h30m or 2d, not 'nan'",
+        ),
         (("work", "--log-level", "loud"), "'--log-level': 'loud' is not one of"),
         (("work", "shop"), "expected module:app, such as shop:app, not 'shop'"),
         (("work", "shpo:app"), "'shpo:app': no module 'shpo' in "),
