@@ -34,6 +34,11 @@ class Wanted(msgspec.Struct, frozen=True):
     ids: tuple[str, ...]
     limit: int | None
 
+    @property
+    def narrow(self) -> bool:
+        """Whether some letters may be left out."""
+        return bool(self.job is not None or self.error is not None or self.ids)
+
     def __contains__(self, envelope: Envelope) -> bool:
         """Whether the command is for this letter."""
         if self.job is not None and envelope.job != self.job:
@@ -135,6 +140,9 @@ def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> N
     found = run(read())
     if as_json:
         print_json(found[:limit])
+        return
+    if not found:
+        click.echo(f"no dead letters in {queue}{' that match the options' if wanted.narrow else ''}")
         return
     print_table(
         ["id", "job", "level", ">runs", "buried at", "reason"],

@@ -20,6 +20,8 @@ _WIDE = 1000
 _UNITS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _DURATION = re.compile(f"{_NUMBER}|" + "".join(f"(?:{_NUMBER}{unit})?" for unit in _UNITS), re.ASCII)
+_PADDING = re.compile(r" +((?:\x1b\[[\d;]*m)*)$")
+"""The spaces at the end of a line, before the codes that end its colours."""
 
 log_level_option = click.option(
     "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Log level.  [default: LEVERET_LOG, else info]"
@@ -40,6 +42,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     from rich.table import Table
     from rich.text import Text
 
+    # capture what rich makes of it, since rich pads each line to the width of the table
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
@@ -52,7 +55,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     for row in rows:
         # Text, not str: a job's error may contain what rich reads as markup
         table.add_row(*(Text(one_line("-" if cell is None else str(cell))) for cell in row))
-    console.print(table)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        click.echo(_PADDING.sub(r"\1", line))
 
 
 def lines(text: str) -> str:

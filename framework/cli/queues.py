@@ -56,7 +56,7 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
     Example:
       leveret queues emails --app shop:app
     """  # noqa: D301
-    if not names and not target.queues:
+    if not names and target.app is None:
         msg = "name the queues, or the app with --app module:app"
         raise click.UsageError(msg)
 
@@ -68,6 +68,9 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
     depths, delayed = run(read())
     if as_json:
         print_json(depths)
+        return
+    if not depths:
+        click.echo("no queues: the app has no handlers")
         return
     print_table(
         ["queue", ">ready", "levels", ">unsettled", ">delayed", ">dead", ">consumers", ""],

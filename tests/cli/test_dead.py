@@ -330,3 +330,32 @@ asyncio.run(main(sys.argv[1]))
     assert f"job {ids[1]} stays in {here}.dead" in ran.line
     assert gone in ran.line
     assert [letter["id"] for letter in project.run("dead", "list", here, "--json", **env).json] == [ids[1]]
+
+
+def test_an_empty_table_is_a_sentence(project: Project) -> None:
+    """Bare headings look like a command that failed halfway; and a filter that matches nothing like an empty queue."""
+    project.write("empty.py", "from leveret import App\n\napp = App('empty', broker='sqlite:///shop.db')\n")
+    project.publish("Note", {})
+
+    assert project.run("dead", "list", "emails").out == "no dead letters in emails\n"
+    assert (
+        project.run("dead", "list", "emails", "--job", "note").out
+        == "no dead letters in emails that match the options\n"
+    )
+    assert project.run("dead", "list", "emails", "--json").json == []
+    assert project.run("queues", "--app", "empty:app").out == "no queues: the app has no handlers\n"
+    assert project.run("queues", "--app", "empty:app", "--json").json == []
+
+
+def test_rows_of_a_table_are_not_padded(project: Project) -> None:
+    """A row with one long reason would wrap all others on a terminal, and add spaces to whatever is copied from it."""
+    for title in ("a", "a much longer title than the other"):
+        project.publish("Report", {"title": title})
+    with project.start("work") as worker:
+        worker.wait_for("is buried", 2)
+        worker.stop()
+
+    for command in (("queues",), ("dead", "list", "reports")):
+        lines = project.run(*command).out.splitlines()
+        assert len(lines) > 2
+        assert [line for line in lines if line != line.rstrip()] == []
