@@ -120,7 +120,7 @@ class _Opened:
 
 @final
 class BlockingPublisher:
-    """Publishes from threads and `def` code; without set-up, `close()` and `with` are optional.
+    """Publishes from threads and `def` code. It needs no set-up; `close()` and `with` are optional.
 
     Keep it in a variable of a module. It starts at the first use, and again after a `fork` (gunicorn's prefork). Many
     threads may share it. In an `async def`, use `App.publisher` instead: a `BlockingPublisher` blocks the event loop.
