@@ -29,6 +29,10 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     """A connection to the broker can be lost; its deliveries are then no longer `live`."""
     queue_type: str | None
     """The type of the queue on this broker; None if the broker ignores `Queue(type=…)`."""
+    keeps_order: bool
+    """Jobs of one level are delivered in the order in which they were published; so are the jobs that a closed consumption held."""
+    keeps_place: bool
+    """A job that is given back keeps its place in its level. If False, it comes back ahead of the jobs that were never delivered."""
     window_per_level: bool
     """Each priority level has a prefetch window, so that held jobs of one level don't block the deliveries of another."""
     deletable: bool

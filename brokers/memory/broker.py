@@ -25,6 +25,8 @@ _FEATURES = Features(
     counts_redelivery=True,
     connected=True,
     queue_type=None,
+    keeps_order=True,
+    keeps_place=True,
     window_per_level=True,
     deletable=False,
 )

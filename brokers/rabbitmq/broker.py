@@ -39,7 +39,10 @@ class RabbitBroker:
         self._consumptions: set[RabbitConsumption] = set()
 
     def features(self, queue: Queue | None = None, /) -> Features:
-        """As `Broker.features`; a classic queue holds all levels in one physical queue, with one window."""
+        """As `Broker.features`; a classic queue holds all levels in one physical queue, with one window.
+
+        A quorum queue puts returned jobs ahead of all others, but not back into their order (measured on 3.10.8).
+        """
         queue = queue or _ANY
         return Features(
             durable=True,
@@ -47,6 +50,8 @@ class RabbitBroker:
             counts_redelivery=True,
             connected=True,
             queue_type=queue.type,
+            keeps_order=True,
+            keeps_place=queue.type == "classic",
             window_per_level=queue.type == "quorum",
             deletable=True,
             bounds_headers=True,

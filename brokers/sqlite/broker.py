@@ -47,6 +47,8 @@ _FEATURES = Features(
     counts_redelivery=True,
     connected=False,
     queue_type=None,
+    keeps_order=True,
+    keeps_place=True,
     window_per_level=True,
     deletable=False,
 )

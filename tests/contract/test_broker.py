@@ -127,6 +127,7 @@ async def test_a_job_published_before_anybody_consumes_waits(harness: Harness) -
     assert (await sink.next()).envelope.body == b"early"
 
 
+@pytest.mark.features(keeps_order=True)
 async def test_jobs_of_one_level_come_in_the_order_of_their_publishes(harness: Harness) -> None:
     """Out of order, a fair queue becomes a lottery."""
     broker, queue = harness.open(), harness.queue()
@@ -186,6 +187,7 @@ async def test_a_thousand_publishes_at_once_all_arrive_once(harness: Harness) ->
     assert sink.waiting == 0
 
 
+@pytest.mark.features(keeps_order=True)
 async def test_prefetch_bounds_what_is_held_and_done_opens_the_window(harness: Harness) -> None:
     """Without the bound one worker hoards the queue; if done doesn't open it, the worker stops after its first window."""
     broker, queue = harness.open(), harness.queue()
@@ -270,6 +272,7 @@ async def test_done_is_final(harness: Harness) -> None:
     assert await rest_of(harness, queue) == []
 
 
+@pytest.mark.features(keeps_order=True)
 async def test_what_was_not_settled_comes_back_in_its_order(harness: Harness) -> None:
     """A worker that ends in the middle of its jobs must lose none."""
     broker, queue = harness.open(), harness.queue()
@@ -371,6 +374,7 @@ async def test_a_job_given_back_goes_to_another_consumer(harness: Harness) -> No
     assert again.envelope == delivery.envelope
 
 
+@pytest.mark.features(keeps_order=True)
 async def test_after_stop_taking_nothing_comes_and_what_is_held_can_be_settled(harness: Harness) -> None:
     """A drain that takes on new jobs never ends; one that can't ack the old ones repeats them."""
     broker, queue = harness.open(), harness.queue()
@@ -703,3 +707,24 @@ async def test_a_sink_hears_only_of_its_own_consumption(harness: Harness) -> Non
     assert (await sinks[0].next()).envelope.body == b"first"
     assert (await sinks[1].next()).envelope.body == b"second"
     assert (sinks[0].waiting, sinks[1].waiting) == (0, 0)
+
+
+async def test_a_job_given_back_keeps_its_place(harness: Harness) -> None:
+    """A stop gives back the jobs that a worker holds: at the end of the queue the oldest jobs would wait longest."""
+    broker, queue = harness.open(), harness.queue()
+    sent = [b"%d" % number for number in range(8)]
+    await publish(broker, queue, *sent)
+
+    consumption, sink = await consume(broker, queue, prefetch=6)
+    held = await sink.take(6)
+    await consumption.stop_taking()
+    for number in (4, 1, 3):
+        held[number].give_back()
+        await asyncio.sleep(0.02)  # one settlement per loop turn, so that the broker sees this order
+    await consumption.close()  # 0, 2 and 5 come back
+
+    order = bodies(await rest_of(harness, queue, 8))
+    if broker.features(queue).keeps_place:
+        assert order == sent
+    else:
+        assert (sorted(order[:6]), order[6:]) == (sent[:6], sent[6:])
