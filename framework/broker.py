@@ -192,7 +192,8 @@ class Broker(Protocol):
 
         A confirmed job is durable if the broker is. Concurrent calls are safe: a bounded window of unconfirmed publishes gives
         back-pressure. By the envelope's `deadline`, raises `BrokerUnavailable` (also after `close`), `PublishTimeout` (the job may
-        be published), `Unroutable` (no queue took the job), `InvalidJob` or `MessageTooLarge` (the broker can't carry its headers).
+        `Unroutable` (no queue took the job). If waiting wouldn't help (a refused login, a file that can't be used), raises
+        `BrokerUnavailable` with the `ConfigurationError` as its `__cause__`.
         """
         ...
 

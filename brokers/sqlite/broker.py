@@ -174,7 +174,7 @@ class SqliteBroker:
         """Return None: `publish` already writes concurrent publishes in one transaction."""
 
     async def publish(self, queue: Queue, envelope: Envelope) -> None:
-        """As `Broker.publish`; every queue exists, so no job is unroutable. ConfigurationError if the file can't be used."""
+        """As `Broker.publish`; every queue exists, so no job is unroutable."""
         about = f"job {envelope.job_id} for queue {queue.name!r}"
         row, deadline = packed(queue.name, envelope, when_ms(envelope, self._clock)), envelope.deadline
         if self._window is None:

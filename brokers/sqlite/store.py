@@ -432,7 +432,7 @@ class Store:
     def _give_up(self, error: ConfigurationError) -> None:
         """Fail everything with `error`: the file can't be used, and waiting won't help."""
         takers, self._file.takers = self._file.takers, []
-        self._fail(self._writes, lambda _: error)
+        self._fail(self._writes, lambda write: error if write.job_id is None else _unusable(write, error))
         if self._done:
             log.warning("%d finished jobs couldn't be deleted from %s: %s", len(self._done), self.path, error)
         self._done.clear()
@@ -441,6 +441,13 @@ class Store:
             taker.lease.alive = taker.ready = False
             if taker.listener is not None:
                 self._post(taker.listener.cannot, error)
+
+
+def _unusable(write: Write, error: ConfigurationError) -> BrokerUnavailable:
+    """Return the error of a publish, a retry or a burial to a file that can't be used: publishers handle `PublishError` only."""
+    unavailable = BrokerUnavailable(str(error), job_id=write.job_id)
+    unavailable.__cause__ = error
+    return unavailable
 
 
 def _answer(writes: Iterable[Write]) -> None:

@@ -166,6 +166,8 @@ class Scheduler:
             except ConfigurationError:
                 raise
             except PublishError as error:
+                if isinstance(error.__cause__, ConfigurationError):
+                    raise error.__cause__ from None
                 if isinstance(error, PublishTimeout) and error.maybe_published:
                     # the broker blocks publishers after the write; each further try would write a copy that runs when the block ends
                     timeout_s = max(PUBLISH_TIMEOUT_S, self._left_s(following))

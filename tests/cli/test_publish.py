@@ -113,6 +113,15 @@ def test_publish_to_a_broker_inside_one_process_is_refused(project: Project) -> 
     assert "memory:// exists only inside the process that opens it" in ran.line
 
 
+def test_publish_to_a_file_that_cannot_be_used_is_a_configuration_error(project: Project) -> None:
+    """Exit code 1 makes a script try again: a missing folder needs a person."""
+    ran = project.run("publish", "shop:Note", "{}", "--broker", "sqlite:///missing/shop.db")
+
+    assert ran.code == 2
+    assert ran.line.startswith("leveret: the SQLite file")
+    assert "doesn't exist" in ran.line
+
+
 @pytest.mark.rabbit
 def test_publish_and_queues_on_rabbitmq(project: Project, rabbit: Rabbit) -> None:
     """The same commands on the broker of production."""

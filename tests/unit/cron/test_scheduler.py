@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from leveret import App, ConfigurationError, Envelope, Job, Outgoing, Publish, Queue, Receipt
+from leveret import App, BrokerUnavailable, ConfigurationError, Envelope, Job, Outgoing, Publish, Queue, Receipt
 from leveret.brokers.memory import MemoryBroker, MemoryStore
 from leveret.clock import ManualClock
 from leveret.cron.scheduler import Scheduler
@@ -205,9 +205,16 @@ async def test_a_layer_that_raises_costs_its_own_slot_alone(caplog: pytest.LogCa
     assert "missed slot 2027-01-15 08:01:00+00:00, publish middleware raised" in caplog.text
 
 
-async def test_what_waiting_would_not_mend_ends_it_as_it_is() -> None:
+def refused_by_a_broker() -> BrokerUnavailable:
+    error = BrokerUnavailable("login refused")
+    error.__cause__ = ConfigurationError("login refused")
+    return error
+
+
+@pytest.mark.parametrize("error", [ConfigurationError("login refused"), refused_by_a_broker()], ids=["raw", "cause"])
+async def test_what_waiting_would_not_mend_ends_it_as_it_is(error: Exception) -> None:
     """A refused login must be one line and exit 2, not a group of exceptions."""
-    lab = Lab(every_minute(middleware=[Moody(ConfigurationError("login refused"))]))
+    lab = Lab(every_minute(middleware=[Moody(error)]))
     task = asyncio.create_task(lab.scheduler.run())
     await lab.until(lambda: lab.clock.sleepers > 0)
     lab.clock.advance(60)

@@ -16,7 +16,7 @@ from leveret.admin import Admin
 from leveret.broker import Broker, Subscription
 from leveret.brokers.sqlite import open_admin, open_broker
 from leveret.brokers.sqlite.broker import path_of
-from leveret.errors import ConfigurationError
+from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.job import Queue
 from leveret.runtime import Runtime
 from tests.contract.harness import Recorder, make_envelope, soon, timed
@@ -38,12 +38,16 @@ def names_in(folder: Path) -> list[str]:
 
 
 async def refusal(path: Path) -> str:
-    """Return what a publisher, a worker and an admin are told about `path`: the same, whoever asks."""
+    """Return the text with which a publisher, a worker and an admin refuse `path`: the same for all.
+
+    A publisher raises the `PublishError` that its callers handle; workers and commands raise `ConfigurationError`.
+    """
     broker: Broker = open_broker(f"sqlite:///{path}", RUNTIME)
     admin: Admin = open_admin(f"sqlite:///{path}", RUNTIME)
     try:
-        with pytest.raises(ConfigurationError) as published:
+        with pytest.raises(BrokerUnavailable) as published:
             await publish(broker)
+        assert isinstance(published.value.__cause__, ConfigurationError)
         with pytest.raises(ConfigurationError) as consumed:
             await broker.consume([Subscription(QUEUE, 1)], Recorder())
         if exists(path):
@@ -176,7 +180,7 @@ _READ_ONLY = """
 import asyncio, os, sys
 from leveret.brokers.sqlite import open_broker
 from leveret.envelope import Envelope
-from leveret.errors import ConfigurationError
+from leveret.errors import BrokerUnavailable
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
@@ -188,7 +192,7 @@ async def main():
     broker = open_broker(sys.argv[1], Runtime(app="unit"))
     try:
         await broker.publish(Queue("jobs"), Envelope(job_id="1", job="a", queue="jobs", deadline=asyncio.get_running_loop().time() + 5))
-    except ConfigurationError as error:
+    except BrokerUnavailable as error:
         print(error)
     await broker.close()
 
