@@ -73,7 +73,8 @@ class File:
             log.warning("%s was deleted or replaced while in use; opening the file that is there now", self.path)
             self.disconnect()
             for taker in self.takers:
-                taker.lease.id = -1  # the old id is from the old file; in the new file it may be another worker's
+                if taker.lease.id is not None:
+                    self._lose(taker)  # in the new file the lease's id may be another worker's
         self._connection = open_file(self.path, create=self._create)
         found = os.stat(self.path)  # noqa: PTH116
         self._inode = (found.st_dev, found.st_ino)
@@ -217,17 +218,17 @@ class File:
         if taker.lease.id is not None:
             if connection.execute("SELECT 1 FROM workers WHERE id = ?", (taker.lease.id,)).fetchone():
                 return set()
+            log.warning(
+                "the lease on %s was lost: this process sent no beat for %g s; the jobs that it held are delivered again",
+                self.path,
+                leases.LEASE_S,
+            )
             self._lose(taker)
         taker.lease.id = connection.execute("INSERT INTO workers (identity) VALUES (?)", (my_identity(),)).lastrowid
         self._opened.append(taker.lease)
         return {window.queue.name for window in taker.windows} - self._names
 
     def _lose(self, taker: Taker) -> None:
-        log.warning(
-            "the lease on %s was lost: this process sent no beat for %g s; the jobs that it held are delivered again",
-            self.path,
-            leases.LEASE_S,
-        )
         taker.lease.alive = False
         taker.lease = Lease()
         for window in taker.windows:

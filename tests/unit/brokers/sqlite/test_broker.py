@@ -563,7 +563,7 @@ async def test_a_forked_child_publishes_on_a_connection_of_its_own(path: Path, o
 async def test_a_file_deleted_under_a_running_worker_is_noticed(
     path: Path, opened: Callable[..., Broker], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On the old, nameless file every publish would be confirmed and no worker would ever see it."""
+    """On the old, nameless file every publish would be confirmed and no worker would ever see it; a false cause misleads."""
     publisher, worker = opened(), opened()
     await publish(publisher, b"1")
     consumption, sink = await consume(worker, QUEUE)
@@ -577,6 +577,7 @@ async def test_a_file_deleted_under_a_running_worker_is_noticed(
     assert (delivery.envelope.body, delivery.live, old.live) == (b"2", True, False)
     assert sink.losses == 1
     assert "deleted or replaced" in caplog.text
+    assert "sent no beat" not in caplog.text
     await consumption.close()
 
 
