@@ -15,6 +15,7 @@ from leveret.clock import Clock
 
 from . import lease as leases
 from .delivery import SqliteDelivery
+from .due import Due
 from .identity import known_dead, my_identity
 from .lease import Beats, Lease
 from .rows import INSERTS, READ, text_or_bytes
@@ -35,7 +36,6 @@ _CLAIM = (
 )
 _SETTLE = "DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
 _GIVE_BACK = "UPDATE jobs SET claimed_by = NULL, deliveries = deliveries - 1 WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
-_DUE = "SELECT json_group_array(seq) FROM (SELECT seq FROM jobs WHERE due_ms <= ? ORDER BY due_ms, seq LIMIT ?)"
 _COLUMNS = "job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers"
 _PROMOTED = (
     f"INSERT INTO jobs (queue, level, {_COLUMNS}) SELECT queue, level, {_COLUMNS} FROM jobs"  # noqa: S608 - columns of ours
@@ -57,7 +57,7 @@ class File:
         self._inode: tuple[int, int] | None = None
         self._version = -1
         self._names: set[str] = set()
-        self._next_due_ms: float | None = None
+        self._due = Due(clock)
         self._next_look = 0.0
         self._dead: list[int] = []
         self._opened: list[Lease] = []
@@ -72,6 +72,7 @@ class File:
                     return self._connection
             log.warning("%s was deleted or replaced while in use; opening the file that is there now", self.path)
             self.disconnect()
+            self._due = Due(self._clock)
             for taker in self.takers:
                 if taker.lease.id is not None:
                     self._lose(taker)  # in the new file the lease's id may be another worker's
@@ -113,7 +114,7 @@ class File:
     def rollback(self) -> None:
         """Undo a transaction that failed."""
         self._any_may_wait()
-        self._next_due_ms = None
+        self._due.changed()
         for lease in self._opened:
             lease.id = None
         self._opened.clear()
@@ -148,23 +149,17 @@ class File:
             rows = connection.execute("SELECT id, identity FROM workers").fetchall()
             self._dead = [worker for worker, identity in rows if worker not in mine and known_dead(identity)]
         self._look(connection)
-        return bool(self._dead) or self._is_due(connection) or self._may_claim(connection)
+        return bool(self._dead) or (self.takes and self._due.any(connection)) or self._may_claim(connection)
 
     def _look(self, connection: sqlite3.Connection) -> None:
         """Check whether another connection wrote to the file; then every window may have jobs to claim."""
         version: int = connection.execute("PRAGMA data_version").fetchone()[0]
         if version != self._version:
             self._version = version
-            self._next_due_ms = None
+            self._due.changed()
             self._any_may_wait()
-
-    def _is_due(self, connection: sqlite3.Connection) -> bool:
-        if not self.takes:
-            return False
-        if self._next_due_ms is None:
-            due: int | None = connection.execute("SELECT min(due_ms) FROM jobs WHERE due_ms IS NOT NULL").fetchone()[0]
-            self._next_due_ms = float("inf") if due is None else float(due)
-        return self._next_due_ms <= self._clock.now() * 1000
+        if self.takes:
+            self._due.look(connection)
 
     def _may_claim(self, connection: sqlite3.Connection) -> bool:
         """Whether there is a job to claim; checked before the lock is taken, so that idle workers don't compete for it."""
@@ -206,7 +201,7 @@ class File:
         for taker in turn.closing:
             if taker.lease.id is not None:
                 self._reap(connection, taker.lease.id)
-        if self._is_due(connection):
+        if self.takes and self._due.any(connection):
             self._promote(connection)
         for taker in self.takers:
             if taker.taking and taker not in turn.closing:
@@ -297,15 +292,15 @@ class File:
                     start += count
         if turn.jobs:
             turn.added = True
-            self._next_due_ms = None
+            self._due.changed()
             self._any_may_wait()
 
     def _promote(self, connection: sqlite3.Connection) -> None:
         """Move the delayed jobs that are due to the ends of their levels, by new rows."""
-        rows = connection.execute(_DUE, (self._clock.now() * 1000, _PROMOTED_AT_ONCE)).fetchone()[0]
+        rows = self._due.rows(connection, _PROMOTED_AT_ONCE)
         connection.execute(_PROMOTED, (rows,))
         connection.execute("DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?))", (rows,))
-        self._next_due_ms = None
+        self._due.changed()
         self._any_may_wait()
 
     def _claim(self, connection: sqlite3.Connection, taker: Taker, turn: Turn) -> None:

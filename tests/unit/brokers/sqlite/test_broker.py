@@ -301,6 +301,64 @@ async def test_a_clock_set_back_delays_no_job_that_has_no_delay(opened: Callable
     assert (await sink.next()).envelope.body == b"1"
 
 
+class SetClock(ManualClock):
+    """A clock whose wall time can be set, as an operator or NTP does; its monotonic time goes on."""
+
+    step_s = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.step_s
+
+
+async def settled_turns() -> None:
+    """Wait for some looks at the file."""
+    await asyncio.sleep(0.2)
+
+
+async def test_a_clock_set_back_holds_up_no_job_that_was_delayed_before(opened: Callable[..., Broker]) -> None:
+    """A retry that was due in 3 s would run two hours later, or never if its customer has gone by then."""
+    clock = SetClock()
+    broker, other = (opened(Runtime(app="unit", clock=clock)) for _ in range(2))
+    _, sink = await consume(broker, QUEUE)
+    await publish(other, b"before", delay_s=3, clock=clock)
+    await settled_turns()
+
+    clock.step_s = -7200
+    await settled_turns()
+    await publish(other, b"after", delay_s=60, clock=clock)
+    clock.advance(2.5)
+    await settled_turns()
+    assert sink.waiting == 0
+    clock.advance(0.5)
+    first = await sink.next()
+    clock.advance(56.5)
+    await settled_turns()
+    assert sink.waiting == 0
+    clock.advance(0.5)
+
+    assert (first.envelope.body, (await sink.next()).envelope.body) == (b"before", b"after")
+
+
+async def test_a_clock_set_forward_and_back_delivers_no_job_early(opened: Callable[..., Broker]) -> None:
+    """After a wrong step is corrected each job must be due when it was asked for, whatever the clock was when it came."""
+    clock = SetClock()
+    broker = opened(Runtime(app="unit", clock=clock))
+    _, sink = await consume(broker, QUEUE)
+    for step_s, body, delay_s in ((0, b"9000", 9000), (7200, b"4000", 4000), (0, b"5000", 5000)):
+        clock.step_s = step_s
+        await settled_turns()
+        await publish(broker, body, delay_s=delay_s, clock=clock)
+        await settled_turns()
+
+    came = list[tuple[float, bytes]]()
+    while len(came) < 3:
+        clock.advance(500)
+        await asyncio.sleep(0.1)
+        came += [(clock.monotonic(), each.envelope.body) for each in await sink.take(sink.waiting)]
+
+    assert came == [(4000, b"4000"), (5000, b"5000"), (9000, b"9000")]
+
+
 async def test_many_jobs_due_at_once_keep_their_order(opened: Callable[..., Broker]) -> None:
     """They are made ready some thousand at a time."""
     clock = ManualClock()
