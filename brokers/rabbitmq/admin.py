@@ -22,7 +22,7 @@ from . import topology
 from .address import Address
 from .channel import Channel
 from .connection import Connection
-from .properties import from_dead_queue
+from .properties import from_dead_queue, max_delivered_bytes
 from .publishing import Publishing
 from .route import Route
 from .session import FAULTS, ConnectionLost, connect_any, kind_of, reason_of, settled
@@ -44,6 +44,7 @@ class RabbitAdmin:
     def __init__(self, where: tuple[Address, ...], runtime: Runtime) -> None:
         self._where = where
         self._name = f"leveret {runtime.app} admin"
+        self.max_body_bytes = runtime.settings.max_body_bytes
         self._timeout_s = runtime.settings.connect_timeout_s
         self._publishing = Publishing(where, runtime, self._name)
         self._connection: Connection | None = None
@@ -218,7 +219,10 @@ class RabbitDeadLetters:
             if got is None:
                 return
             self._open.add(got.tag)
-            envelope, _ = from_dead_queue(got.properties, got.body, self._name)
+            most_properties = max_delivered_bytes(self._channel.connection.frame_max)
+            envelope, _ = from_dead_queue(
+                got.properties, got.body, self._name, most_properties, self._admin.max_body_bytes
+            )
             yield RabbitDeadLetter(envelope, got.tag)
 
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:

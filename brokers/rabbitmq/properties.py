@@ -16,7 +16,7 @@ import msgspec
 
 from leveret.envelope import JSON, Envelope
 from leveret.failure import Failure
-from leveret.headers import pack_headers, unpack_headers
+from leveret.headers import is_brokers_own, pack_headers, unpack_headers
 from leveret.ids import new_job_id
 from leveret.job import Priority, Queue
 
@@ -233,8 +233,36 @@ def _plain_envelope(raw: bytes, body: bytes, queue: str, level: Priority | None)
     )
 
 
-def from_dead_queue(properties: bytes, body: bytes, queue: str) -> tuple[Envelope, str | None]:
-    """Return the envelope taken from the dead letters of `queue`, buried by leveret or by the broker itself, and its problem, if any."""
+def max_delivered_bytes(frame_max: int) -> int:
+    """Return the limit for the properties of a delivery: larger ones couldn't be published again with the headers that a retry adds."""
+    return (frame_max - frames.PROPERTIES_OVERHEAD) * 3 // 4
+
+
+def id_in(properties: bytes) -> str | None:
+    """Return the id of a message that is too large to be decoded whole; None if it has none that can be read."""
+    try:
+        return frames.decode_properties(properties).get("message_id")
+    except ValueError:
+        return None
+
+
+def excess(properties_bytes: int, max_properties_bytes: int, body_bytes: int, max_body_bytes: int) -> str | None:
+    """Return which limit a message exceeds, and by which size; None if it exceeds none."""
+    if body_bytes > max_body_bytes:
+        return f"a body of {body_bytes} bytes, limit {max_body_bytes}"
+    if properties_bytes > max_properties_bytes:
+        return f"{properties_bytes} bytes of properties, limit {max_properties_bytes}"
+    return None
+
+
+def from_dead_queue(
+    properties: bytes, body: bytes, queue: str, max_properties_bytes: int = 1 << 62, max_body_bytes: int = 1 << 62
+) -> tuple[Envelope, str | None]:
+    """Return the envelope taken from the dead letters of `queue`, buried by leveret or by the broker itself, and its problem, if any.
+
+    RabbitMQ keeps no reason with a message that a worker rejected. A worker rejects only what exceeds the limits, so the reason is
+    computed again here.
+    """
     found, fields, problem = _read(properties)
     if not found.get("message_id"):
         import hashlib  # half a MB that a worker doesn't need
@@ -246,6 +274,10 @@ def from_dead_queue(properties: bytes, body: bytes, queue: str) -> tuple[Envelop
         death = _death(found.get("table"), queue)
         if death is not None:
             level, reason = death
+            if reason == "rejected":
+                size = len(properties) - _added(found["table"])
+                exceeds = excess(size, max_properties_bytes, len(body), max_body_bytes)
+                reason = reason if exceeds is None else f"too large to be published again: {exceeds}"
             fields.setdefault("priority", level or _level_of_property(found.get("priority")))
             # so that `dead list` can say why
             failure = Failure(
@@ -257,6 +289,11 @@ def from_dead_queue(properties: bytes, body: bytes, queue: str) -> tuple[Envelop
             )
             fields["errors"] = fields.get("errors") or msgspec.json.encode([failure]).decode()
     return _envelope(found, fields, fields["origin"], body), problem
+
+
+def _added(table: Mapping[str, Any]) -> int:
+    """Return the bytes of the headers that RabbitMQ itself added to a message."""
+    return len(encode_table({name: value for name, value in table.items() if is_brokers_own(name)}))
 
 
 def _level_of_property(priority: int | None) -> Priority:

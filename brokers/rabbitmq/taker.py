@@ -22,7 +22,7 @@ from leveret.runtime import Runtime
 from . import topology
 from .channel import Channel
 from .connection import Connection
-from .properties import from_job_queue
+from .properties import excess, from_job_queue, id_in, max_delivered_bytes
 from .publishing import Posting
 from .session import settled
 from .settling import Settling
@@ -127,8 +127,7 @@ class Taker:
         self._deliver = session.sink.deliver
         self._name = subscription.queue.name
         self._max_body_bytes = session.runtime.settings.max_body_bytes
-        self._max_properties_bytes = session.connection.max_properties_bytes * 3 // 4
-        """A message with larger properties couldn't be published again with the headers that a retry adds."""
+        self._max_properties_bytes = max_delivered_bytes(session.connection.frame_max)
         self._consumer_tags: list[str] = []
         self._open: set[int] = set()
         """Delivered, unsettled tags: at most as many as the windows hold, even while the oldest job runs for long."""
@@ -232,7 +231,7 @@ class Taker:
             self._flush_soon()
             return
         if size > self._max_body_bytes or len(properties) > self._max_properties_bytes:
-            self._reject(tag, size)
+            self._reject(tag, properties, size)
             return
         envelope, problem = from_job_queue(properties, body, self._name, level)
         self._largest = max(self._largest, size)
@@ -245,11 +244,13 @@ class Taker:
         self._open.add(tag)
         self._deliver(RabbitDelivery(self, tag, envelope, problem, redelivered))
 
-    def _reject(self, tag: int, size: int) -> None:
+    def _reject(self, tag: int, properties: bytes, size: int) -> None:
+        job_id = id_in(properties)
         logger.error(
-            "a message of %d bytes from queue %s is over the limits and can't be published again; RabbitMQ moves it to %s.dead",
-            size,
+            "%s from queue %s is too large to be published again: %s; RabbitMQ moves it to %s.dead",
+            f"job {job_id}" if job_id else "a message without an id",
             self.queue.name,
+            excess(len(properties), self._max_properties_bytes, size, self._max_body_bytes),
             self.queue.name,
         )
         self._channel.reject(tag)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import time
 from collections import Counter
 
@@ -14,7 +15,7 @@ import pytest
 from leveret.broker import Broker, Delivery
 from leveret.envelope import MSGPACK
 from leveret.errors import BrokerUnavailable, PublishError, PublishTimeout, Unroutable
-from leveret.failure import Failure
+from leveret.failure import Failure, failures_of
 from leveret.job import LEVELS, Priority, Queue
 from tests.contract.harness import PATIENCE_S, Harness, Recorder, consume, depth, make_envelope, received, soon, timed
 
@@ -728,3 +729,28 @@ async def test_a_job_given_back_keeps_its_place(harness: Harness) -> None:
         assert order == sent
     else:
         assert (sorted(order[:6]), order[6:]) == (sent[:6], sent[6:])
+
+
+@pytest.mark.features(bounds_headers=True)
+async def test_a_message_too_large_to_be_published_again_is_buried_with_its_size(
+    harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator who reads "rejected" alone looks for a program that rejects: the log and the letter name id, size and limit."""
+    queue, admin = harness.queue(), harness.admin()
+    _, sink = await consume(harness.open(), queue)
+
+    await harness.put(queue, b"{}", job_id="too-large", headers={"x": "y" * 100_000})
+    await publish(harness.open(), queue, b"behind")
+    assert (await sink.next()).envelope.body == b"behind"
+    async with asyncio.timeout(PATIENCE_S):
+        while (await depth(admin, queue)).dead == 0:
+            await asyncio.sleep(0.05)
+    async with admin.dead(queue) as letters:
+        [letter] = [letter async for letter in letters]
+
+    [failure] = failures_of(letter.envelope)
+    [said] = [record.getMessage() for record in caplog.records if "too large to be published again" in record.message]
+    size = re.search(r"too large to be published again: 100\d{3} bytes of properties, limit \d+", said)
+    assert said.startswith(f"job too-large from queue {queue.name} "), said
+    assert size is not None, said
+    assert size.group() in failure.message
