@@ -153,7 +153,7 @@ class RabbitAdmin:
         siblings = await self.count(topology.sibling(name, Priority.HIGH)) is not None
         priority = None if siblings else topology.PRIORITY_PROPERTY[level]
         again = msgspec.structs.replace(envelope, origin=None)
-        route = Route(topology.JOBS, topology.job_key(name, level), priority, None, None, name)
+        route = Route(topology.JOBS, topology.job_key(name, level), priority, None, None, ends_at=name)
         await self._publishing.send(route, again, time.monotonic() + _STEP_S)
 
     async def close(self) -> None:

@@ -15,8 +15,8 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     priority: int | None
     queue: Queue | None
     ladder: str | None
-    dead: str | None = None
-    """The dead-letter queue that the route leads to, for errors."""
+    ends_at: str | None = None
+    """The queue that the route leads to, if it isn't `queue`: a queue of dead letters, or a queue that needn't be declared."""
     kept: bool = False
     """Whether the route is made once and used for every publish to its level."""
 
@@ -28,4 +28,4 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     @property
     def target(self) -> str:
         """The name of the target queue, for messages."""
-        return self.dead or (self.queue.name if self.queue is not None else self.key)
+        return self.ends_at or (self.queue.name if self.queue is not None else self.key)

@@ -31,7 +31,7 @@ class Routing:
 
     def dead(self, queue: Queue) -> Route:
         """Return the route to the dead letters of `queue`."""
-        return Route(topology.DEAD, queue.name, None, queue, None, topology.dead_queue(queue.name))
+        return Route(topology.DEAD, queue.name, None, queue, None, ends_at=topology.dead_queue(queue.name))
 
     async def ready(self, queue: Queue, envelope: Envelope, publishing: Publishing) -> Route:
         """Return the route of `envelope`; for a delay, declare the ladder on `publishing` first, and use the delay that is left then."""
