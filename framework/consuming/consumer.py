@@ -61,7 +61,8 @@ class Consumer:
         self._take, self._free, self._queues = self._slots.take, self._slots.free, self._slots.queues  # looked up once
         self._end = self._settlement.end
         self._subscriptions: list[Subscription] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Held | None] = {}
+        """The running tasks, each with the delivery that it runs; None for a delivery that is settled without a run."""
         self._sweeper: Timer | None = None
         self._sweep_s = float("inf")
         """Seconds between two looks at the waiting deliveries."""
@@ -192,7 +193,7 @@ class Consumer:
     def _start(self, held: Held, queue: QueueHeld) -> None:
         held.task = task = self._create_task(self._work(held, queue))
         if not task.done():  # an eager task factory may have run it to its end
-            self._tasks.add(task)
+            self._tasks[task] = held
         if self._watchers:
             self._tell()
 
@@ -204,13 +205,13 @@ class Consumer:
                 await rest
 
         task = self._create_task(settle())
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._forget)
         if self._watchers:
             self._tell()
 
     def _forget(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if self._watchers:
             self._tell()
 
@@ -278,16 +279,29 @@ class Consumer:
             for held in in_arrival_order(self._slots.remove(lambda _: True)):
                 # Not in a task: even without any grace, the delivery must be given back.
                 self._settlement.end(held.delivery, None, NotStarted(), None)
-            while self._tasks and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
+            while self._unfinished() and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
                 wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
                 await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         finally:  # after a cancellation too: no handler outlives its worker
             if hurried is not None:
                 hurried.cancel()
-            drained = not self._tasks
+            drained = not self._unfinished()
             again = "a second signal to stop" if hurry is not None and hurry.is_set() else "cancelled"
             await self.cut_off(again if time.monotonic() < ends else f"the grace of {grace_s:g} s is over")
         return drained
+
+    def _unfinished(self) -> bool:
+        """Return whether tasks still run. Gives back the deliveries of tasks that were cancelled before their first step.
+
+        The end of a whole program (asyncio.run) cancels such tasks. Their code never runs, so nothing else removes them.
+        """
+        for task in [task for task in self._tasks if task.done()]:
+            held = self._tasks.pop(task)
+            if held is not None:
+                held.task = None
+                self._free(held.route, self._queues[held.delivery.queue.name])
+                self._settlement.end(held.delivery, None, NotStarted(), None)
+        return bool(self._tasks)
 
     def _stop_starting(self) -> None:
         self._stopping = True
@@ -298,7 +312,7 @@ class Consumer:
     async def cut_off(self, why: str) -> None:
         """Cancel the jobs that still run, without settling them, so that the broker delivers them again. Only the first call acts."""
         self._stop_starting()
-        if self._tasks and not self._settlement.cut:
+        if self._unfinished() and not self._settlement.cut:
             names = ", ".join(sorted(self._slots.busy_queues)) or "settling"
             logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
