@@ -11,6 +11,7 @@ from leveret.clock import Clock, SystemClock
 from leveret.layer import Consume
 from leveret.outcome import Bury, Done, Outcome, Retry, Snooze
 from leveret.runtime import Runtime
+from leveret.texts import named, one_line
 
 logger = logging.getLogger("leveret.attempt")
 
@@ -99,10 +100,10 @@ class Logs:
             if outcome.delay_s is not None:
                 text = f", again in {_duration(outcome.delay_s)}"
         if error is not None:
-            fields["error"] = _line(f"{type(error).__qualname__}: {error}")
+            fields["error"] = named(error)
             text += f": {fields['error']}"
         if isinstance(outcome, Bury):
-            fields["reason"] = _line(outcome.reason)
+            fields["reason"] = one_line(outcome.reason)
             text = f": {fields['reason']}"
         logger.log(
             level,
@@ -119,7 +120,3 @@ class Logs:
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

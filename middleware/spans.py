@@ -36,6 +36,7 @@ from leveret.attempt import Attempt
 from leveret.envelope import Envelope, Receipt
 from leveret.layer import Consume, Publish
 from leveret.outcome import Bury, Outcome, Retry, Snooze
+from leveret.texts import named, said_by
 
 # The broker isn't known here; the names and ids belong to leveret.
 SYSTEM = "leveret"
@@ -192,6 +193,10 @@ def _conclude(span: Span, outcome: Outcome) -> None:
 
 
 def _record(span: Span, error: BaseException) -> None:
-    span.record_exception(error)
-    span.set_attribute(ERROR_TYPE, type(error).__qualname__)
-    span.set_status(Status(StatusCode.ERROR, f"{type(error).__qualname__}: {error}"))
+    kind = type(error).__qualname__
+    try:
+        span.record_exception(error)
+    except Exception:  # noqa: BLE001 - a user's __str__
+        span.add_event("exception", {"exception.type": kind, "exception.message": said_by(error)})
+    span.set_attribute(ERROR_TYPE, kind)
+    span.set_status(Status(StatusCode.ERROR, named(error)))

@@ -79,6 +79,20 @@ async def test_each_ending_is_one_line_at_its_level(
     assert (record.levelno, record.getMessage()) == (level, f"job greet id-1 attempt 2: {text}")
 
 
+async def test_an_error_whose_text_cannot_be_made_is_retried_like_any_other(caplog: pytest.LogCaptureFixture) -> None:
+    """The line would raise outside of `Retries`, and bury the job at its first attempt."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    outcome = await chain(Logs(), Retries(), handler=taking(ManualClock(), 0.0, Mute()))(attempt())
+    (record,) = [record for record in caplog.records if record.name == "leveret.attempt"]
+    assert isinstance(outcome, Retry)
+    assert cast("Any", record).error.startswith("test_an_error_whose_text")
+    assert cast("Any", record).error.endswith("Mute: the message can't be shown: __str__ raises")
+
+
 async def test_every_value_is_in_the_record(caplog: pytest.LogCaptureFixture) -> None:
     """A JSON formatter would have to parse the text."""
     error = OSError("gone")

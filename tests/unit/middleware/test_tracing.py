@@ -305,6 +305,24 @@ async def test_a_failed_run_is_an_error(spans: Spans, error: BaseException) -> N
     assert (run.attributes["leveret.outcome"], run.attributes["error.type"]) == ("bury", type(error).__name__)
 
 
+async def test_an_error_whose_text_cannot_be_made_is_recorded_all_the_same(spans: Spans) -> None:
+    """The span would raise outside of `Retries`, and bury the job at its first attempt."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    async def handler(_: Attempt[Any]) -> Outcome:
+        raise Mute
+
+    outcome = await chain(Tracing(tracer_provider=spans.provider), Retries(), handler=handler)(attempt())
+    (span,) = spans.named("process emails")
+    assert isinstance(outcome, Retry)
+    assert span.status.status_code is StatusCode.ERROR
+    assert (span.status.description or "").endswith("Mute: the message can't be shown: __str__ raises")
+    assert [event.name for event in span.events] == ["exception"]
+
+
 async def test_a_snooze_and_a_run_that_is_cut_off_are_no_errors(spans: Spans) -> None:
     """A rate limit or a deploy would look like an outage."""
     layer = Tracing(tracer_provider=spans.provider)
