@@ -6,6 +6,9 @@ import msgspec
 
 from .envelope import Envelope
 
+CANCELLED = "the task of the run was cancelled, neither by a Timeout nor by a stop"
+"""The argument of the CancelledError of a run that a handler cancelled. Middleware between may still claim it, as `asyncio.timeout` does."""
+
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One entry of `Envelope.errors`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import msgspec
 
 from leveret.attempt import Attempt
 from leveret.backoff import ceiling_s, full_jitter
+from leveret.failure import CANCELLED
 from leveret.layer import Consume, LayerFacts, RetryWaits
 from leveret.outcome import MAX_DELAY_S, Bury, Outcome, Retry, Snooze
 from leveret.runtime import Runtime
@@ -95,7 +97,7 @@ class _Plan(msgspec.Struct, frozen=True):
 class Retries:
     """Retries failures after exponential waits with full jitter, and buries the job after the last attempt.
 
-    A failure is any exception except a cancellation. The first rule that matches a failure applies; if no rule matches,
+    A failure is any exception except a cancellation by a `Timeout` further out or by a stop. The first rule that matches a failure applies; if no rule matches,
     the arguments below apply. They also apply to a returned or raised `Retry`: without a delay, the `Retry` gets one; at
     `max_attempts`, the job is buried. `Snooze`, `Bury`, `Done` and `Expired` pass unchanged. A retry is published and
     confirmed before the job is acknowledged, so that jobs run at least once.
@@ -170,7 +172,12 @@ class Retries:
         try:
             while True:
                 try:
-                    outcome = await proceed(attempt)
+                    try:
+                        outcome = await proceed(attempt)
+                    except asyncio.CancelledError as cancelled:
+                        if cancelled.args != (CANCELLED,):
+                            raise
+                        raise RuntimeError(CANCELLED) from cancelled
                 except (
                     Retry,
                     Snooze,

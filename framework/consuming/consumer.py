@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 
 from ..attempt import make_attempt
 from ..broker import Broker, Consumption, Delivery, Features, Subscription
@@ -22,7 +22,7 @@ from ..outcome import OUTCOMES, Bury, CutOff, Ending, Kind, NotStarted, Retry, S
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
 from ..texts import named
-from .handler import Handler, innermost
+from .handler import Handler, innermost, take_back_cancels
 from .settlement import Ended, Lost, Settlement
 from .slots import Gate, Held, Limits, QueueHeld, Route, Slots, in_arrival_order
 
@@ -83,7 +83,13 @@ class Consumer:
     ) -> None:
         routes: list[Route] = []
         for handler in handlers:
-            inner = innermost(handler, clock=self._clock, threads=self._threads, around_sync=around_sync)
+            inner = innermost(
+                handler,
+                clock=self._clock,
+                threads=self._threads,
+                around_sync=around_sync,
+                stopping=lambda: self._stopping,
+            )
             routes.append(
                 Route(
                     handler,
@@ -248,7 +254,7 @@ class Consumer:
         except asyncio.CancelledError as cancelled:
             if not self._settlement.cut:
                 # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
-                await _take_back_cancels()
+                await take_back_cancels()
             ending = CutOff() if self._stopping else _refused(cancelled)
         except Exception as failed:  # noqa: BLE001 - an error that leaves the chain buries the job
             ending = _refused(failed)
@@ -258,7 +264,7 @@ class Consumer:
         try:
             if rest is not None:
                 if not self._settlement.cut:
-                    await _take_back_cancels()
+                    await take_back_cancels()
                 await rest
         finally:
             task, held.task = held.task, None
@@ -321,16 +327,6 @@ class Consumer:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-async def _take_back_cancels() -> None:
-    """Take back cancels that a handler requested for its own task, so that they don't cut off its settlement. A pending one is raised at the next wait."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        while task.uncancel():
-            pass
-        with suppress(asyncio.CancelledError):
-            await asyncio.sleep(0)
 
 
 def _refused(error: BaseException) -> Bury:

@@ -7,7 +7,7 @@ import inspect
 import typing
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..attempt import Attempt
 from ..broker import Features
 from ..clock import Clock
 from ..errors import ConfigurationError
+from ..failure import CANCELLED
 from ..job import Job, Queue, Spec, spec_of
 from ..layer import AnyLayer, Consume, facts_of
 from ..outcome import OUTCOMES, Bury, Done, Expired, Outcome, Retry, Snooze
@@ -134,12 +135,14 @@ def innermost(
     clock: Clock,
     threads: Executor,
     around_sync: Callable[[], AbstractContextManager[object]] | None,
+    stopping: Callable[[], bool],
 ) -> Consume:
     """Return the innermost step of `handler`'s chain.
 
     The step checks the expiry and calls the function (an `async def` on the loop, a `def` in a thread). Outcomes are always
     returned, even those that the function raises; other exceptions are raised. An exception that would end the process or
-    look like a cancellation from outside becomes a RuntimeError, so that no job stops its worker.
+    look like a cancellation from outside becomes a RuntimeError, so that no job stops its worker. A cancellation that neither
+    a `Timeout` nor a stop requested is marked with `CANCELLED`; for `Retries` it is a failure.
     """
     call = _on_loop(handler) if handler.is_async else _in_thread(handler, threads, around_sync or nullcontext)
 
@@ -154,7 +157,13 @@ def innermost(
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                raise
+                if not attempt.remaining_s() or stopping():
+                    raise
+                # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
+                await take_back_cancels()
+                if stopping():
+                    raise
+                raise asyncio.CancelledError(CANCELLED) from error
             msg = "the handler raised CancelledError, but nothing had cancelled it"
             raise RuntimeError(msg) from error
         except BaseExceptionGroup as group:
@@ -180,6 +189,16 @@ def innermost(
         raise TypeError(msg)
 
     return run
+
+
+async def take_back_cancels() -> None:
+    """Take back cancels that a handler requested for its own task, so that they don't cut off its settlement. A pending one is raised at the next wait."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        while task.uncancel():
+            pass
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
 
 
 def _single(group: BaseExceptionGroup[BaseException]) -> Retry | Snooze | Bury | None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from leveret import App, Attempt, Bury, ConfigurationError, Done, Job, Queue, Retry, Snooze
-from leveret.middleware import Timeout
+from leveret import App, Attempt, Bury, ConfigurationError, Consume, Done, Job, Outcome, Queue, Retry, Snooze
+from leveret.middleware import Retries, Rule, Timeout
 from leveret.testing import attempt as make_attempt
 from leveret.testing import running
 
@@ -149,6 +149,47 @@ async def test_whatever_a_handler_raises_is_one_ending_and_the_worker_lives(
         assert len(lab.buried) == 2
         if outcome is not None:
             assert lab.buried[0].outcome == outcome
+
+
+async def test_a_handler_that_cancels_its_own_task_has_failed() -> None:
+    """Such a job would be buried at its first attempt, whatever its `Retries` says."""
+    app = App("cancels", broker="memory://", middleware=[Retries(Rule(RuntimeError, immediate=1), max_attempts=2)])
+
+    @app.handler
+    async def handler(job: Thing) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.Event().wait()
+
+    async with running(app) as lab:
+        receipt = await lab.publish(Thing())
+        await lab.drain()
+        first, last = lab.attempts(receipt.job_id)
+
+    said = "RuntimeError: the task of the run was cancelled, neither by a Timeout nor by a stop"
+    assert isinstance(first.outcome, Retry)
+    assert last.outcome == Bury(f"{said} (attempt 2 of 2)")
+
+
+async def test_middleware_may_end_a_run_with_a_cancellation_that_it_takes_back() -> None:
+    """`asyncio.timeout` in a user's middleware would end runs with an error that its rules don't know."""
+
+    async def limited(attempt: Attempt[Any], proceed: Consume) -> Outcome:
+        async with asyncio.timeout(0.01):
+            return await proceed(attempt)
+
+    app = App("limited", broker="memory://", middleware=[Retries(max_attempts=1), limited])
+
+    @app.handler
+    async def handler(job: Thing) -> None:
+        await asyncio.Event().wait()
+
+    async with running(app) as lab:
+        await lab.publish(Thing())
+        await lab.drain()
+        (buried,) = lab.buried
+    assert isinstance(buried.error, TimeoutError)
 
 
 @pytest.mark.parametrize("rubbish", [7, "done", Done, Bury, object()])

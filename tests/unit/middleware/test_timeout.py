@@ -164,7 +164,11 @@ async def test_a_handler_in_a_thread_that_is_cut_off_is_not_said_to_be_late(capl
 
     with ThreadPoolExecutor(1) as threads:
         step = innermost(
-            resolve(Registration(greet, Greet, ()), ()), clock=ManualClock(), threads=threads, around_sync=None
+            resolve(Registration(greet, Greet, ()), ()),
+            clock=ManualClock(),
+            threads=threads,
+            around_sync=None,
+            stopping=lambda: True,
         )
         task = asyncio.ensure_future(chain(Timeout(60), handler=step)(attempt()))
         await begun.wait()
