@@ -14,6 +14,10 @@ _json = msgspec.json.Encoder()
 _msgpack = msgspec.msgpack.Encoder()
 
 
+_NOT_ENCODED = frozenset({"utf-8", "utf8", "us-ascii", "binary"})
+"""Content encodings that change nothing in a JSON or MessagePack body. kombu, Celery and pika programs set one on every message."""
+
+
 class UndecodableError(Exception):
     """The body isn't a job of the expected class; the text is the reason."""
 
@@ -46,10 +50,11 @@ class Decoder:
     def decode(self, body: bytes, content_type: str, content_encoding: str | None = None) -> Job:
         """Return the job in `body`, or raise `UndecodableError`.
 
-        The content type must be JSON or MessagePack; parameters such as `; charset=utf-8` are allowed. A content encoding
-        can't be decoded. Whatever a `__post_init__` raises, and the RecursionError of deep nesting, become `UndecodableError`.
+        The content type must be JSON or MessagePack; parameters such as `; charset=utf-8` are allowed. The content encoding
+        may be the name of a character set (`utf-8`, `us-ascii`) or `binary`, in any case. Compressed bodies can't be decoded.
+        Whatever a `__post_init__` raises, and the RecursionError of deep nesting, become `UndecodableError`.
         """
-        if content_encoding:
+        if content_encoding and content_encoding.lower() not in _NOT_ENCODED:
             msg = f"content encoding {content_encoding!r:.80} isn't supported"
             raise UndecodableError(msg)
         decode = self._by_type.get(content_type) or self._by_type.get(content_type.partition(";")[0].strip().lower())

@@ -28,7 +28,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The payload alone, still encoded."""
     content_type: str = JSON
     content_encoding: str | None = None
-    """Never set by leveret; a body with a content encoding can't be decoded."""
+    """Never set by leveret, and kept. A worker decodes bodies with `utf-8`, `utf8`, `us-ascii` and `binary` only."""
     created_s: int = 0
     """When the job was published, Unix seconds, publisher's clock; 0 if a foreign producer sent no time."""
     app: str | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from leveret import Retry
 from leveret.failure import failures_of
 from tests.contract.harness import Harness
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, letters_of, make_app, publish
@@ -55,4 +56,25 @@ async def test_what_cannot_be_decoded_is_buried_byte_for_byte_and_the_good_jobs_
     assert all("\n" not in record.getMessage() for record in caplog.records)
     told = [record.getMessage() for record in caplog.records if record.name.startswith("leveret")]
     assert {sum(job_id + " " in line for line in told) for job_id in found} == {1}
+    await assert_empty(harness, queue)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "us-ascii", "binary"])
+async def test_an_encoding_that_changes_nothing_runs_and_is_kept(harness: Harness, encoding: str) -> None:
+    """kombu, Celery and pika programs send one with every message; a retry that drops it changes the message for the next reader."""
+    queue = harness.queue()
+    runs = Runs(lambda _, attempt: Retry() if attempt.number == 1 else None)
+    work = job_class(queue)
+    app = make_app(harness, work, runs)
+    await publish(app, work(n=0))  # and so the queue is there
+    await harness.put(queue, b'{"n": 1}', job="contract.work", job_id="foreign", content_encoding=encoding)
+
+    async with app.worker(queues=[queue.name]):
+        attempts = [await runs.next() for _ in range(4)]
+
+    assert [
+        (attempt.number, attempt.job, attempt.envelope.content_encoding)
+        for attempt in attempts
+        if attempt.job_id == "foreign"
+    ] == [(1, work(n=1), encoding), (2, work(n=1), encoding)]
     await assert_empty(harness, queue)
