@@ -26,7 +26,7 @@ from .options import Outgoing
 from .outcome import Outcome
 from .publishing.publisher import Publisher, PublisherBlock
 from .publishing.sender import Sender
-from .runtime import Runtime
+from .runtime import Runtime, Shared
 from .schemes import broker_module
 from .settings import Settings, environment, redact
 
@@ -221,11 +221,11 @@ class App(Generic[_R]):
             raise ConfigurationError(msg)
         return set_to or self._default_broker
 
-    def runtime(self, processes: int = 1) -> Runtime:
+    def runtime(self, processes: int = 1, shared: Shared | None = None) -> Runtime:
         """Return the runtime that a process of this app hands to its broker and middleware."""
         if self._capture is not None:
             return self._capture.runtime
-        return Runtime(app=self._name, settings=self._settings, processes=processes)
+        return Runtime(app=self._name, settings=self._settings, processes=processes, shared=shared)
 
     def open_broker(self, runtime: Runtime) -> Broker:
         """Return the app's broker, without connecting; ConfigurationError for a missing or wrong URL."""

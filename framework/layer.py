@@ -6,7 +6,7 @@ of these protocols, each independently of the others. A method with the right na
 
 - `Readiness`: when its queue may start the next job.
 - `Bypass`: whether its `publish` has nothing to do now.
-- `Bound`: takes the clock, the random generator and the number of processes from the worker or publisher.
+- `Bound`: takes clock, chance, the number of processes and their shared memory from the worker or publisher.
 - `Stated`: states its time limit and its retries, as `LayerFacts`.
 - `once = True` (a class attribute): a handler's middleware of this class replaces the app's, instead of running inside
   the app's.
@@ -68,7 +68,7 @@ class Readiness(Protocol):
 
     @abstractmethod
     def ready_in_s(self) -> float:
-        """Return the seconds until the next start is allowed; 0 means now. The call reserves nothing: `consume` counts the start."""
+        """Return the seconds until the next start is allowed; 0: now. Asking twice costs no more than asking once: `consume` counts the start."""
         ...
 
     def starts_now(self) -> int:
@@ -77,7 +77,10 @@ class Readiness(Protocol):
 
     @property
     def starts_per_s(self) -> float | None:
-        """Starts per second in this process; a low number lowers the prefetch. Also read before `bind`. Default: None, not known."""
+        """Starts per second of this process when all processes have jobs. A lower figure lowers the prefetch.
+
+        Also read before `bind`. The default None means not known.
+        """
         return None
 
 
@@ -91,7 +94,7 @@ class Bypass(Protocol):
 
 
 class Bound(Protocol):
-    """Middleware that needs the clock, the random generator or the number of processes."""
+    """Middleware that needs the clock, chance, the number of processes, or their shared memory."""
 
     @abstractmethod
     def bind(self, runtime: Runtime, /) -> None:

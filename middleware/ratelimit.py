@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import final
 
@@ -11,14 +12,15 @@ from leveret.layer import Consume
 from leveret.outcome import Outcome, Snooze
 from leveret.runtime import Runtime
 
+from .buckets import ALMOST_S, BUSY_S, IN_SLOT_S, Bucket, SharedBucket
+
+logger = logging.getLogger("leveret.ratelimit")
+
 _LATE_S = 0.01
 """Seconds by which an event loop may wake up late without losing a start."""
-_IN_SLOT_S = 0.25
-"""The longest wait that a job spends in its slot; for a longer wait, the job is snoozed."""
 _NEAR_S = 5.0
 _LONGEST_S = 86_400.0
-# Float sums are off in the last bits; without this margin, a clock moved by exactly the wait would never reach the start.
-_ALMOST_S = 1e-6
+_FAR, _NEAR = 0, 1
 
 
 @final
@@ -28,7 +30,10 @@ class RateLimit:
     In the first `every_s` after a quiet time, up to `limit + burst - 1` jobs may start. Give `burst=1` if somebody else
     enforces the limit.
 
-    Each process gets an equal share, with a burst of at least one start. If every handler of a queue has the same instance,
+    All processes draw from one bucket, so the limit holds and is reached in whichever process the jobs are. A process
+    that is killed takes at most `burst` unused starts with it, besides those of the jobs that wait in its slots.
+
+    Where every handler of a queue has
     the consumer starts no job of the queue before the limit allows a start. Otherwise, a job waits in its slot for up to
     0.25 s. For a longer wait, the job is snoozed, which costs no attempt; snoozed jobs are spread out over the next starts.
 
@@ -61,7 +66,7 @@ class RateLimit:
         return f"RateLimit({self.limit:g}, every_s={self.every_s:g}{f', burst={self.burst}' if self.burst > 1 else ''})"
 
     def bind(self, runtime: Runtime) -> None:
-        """Take the clock, the random generator and the number of processes that share the limit.
+        """Take clock, chance, the number of processes to share with, and their memory.
 
         A second runtime on the system's clock, such as a publisher's in this process, resets nothing unless it has more
         processes. A clock of another kind resets the limit.
@@ -76,37 +81,46 @@ class RateLimit:
         self._clock = runtime.clock
         self._rng = runtime.rng
         self._processes = runtime.processes
-        self._interval_s = self.every_s / self.limit * runtime.processes
-        self._ahead_s = (max(1.0, self.burst / runtime.processes) - 1.0) * self._interval_s
-        self._next = float("-inf")  # GCRA's "theoretical arrival time", on `clock.monotonic`
-        self._far = self._near = float("-inf")  # the latest places given to snoozed jobs
+        interval_s = self.every_s / self.limit
+        self._share_s = interval_s * runtime.processes
+        shared = self._shared_bucket(runtime, interval_s)
+        self._bucket = shared or Bucket(self._clock, self._share_s, self.burst / runtime.processes)
+        self._place_apart_s = interval_s if shared else self._share_s
+
+    def _shared_bucket(self, runtime: Runtime, interval_s: float) -> SharedBucket | None:
+        """Return the bucket of all processes; None without shared memory."""
+        if runtime.shared is None:
+            return None
+        region = runtime.shared.region()
+        why = "this app has too many rate limits"
+        if region is not None:
+            try:
+                return SharedBucket(self._clock, interval_s, self.burst, region)
+            except ValueError:
+                why = "another process of this `leveret work` has another rate limit in this place; restart `leveret work`"
+        logger.warning("%r: this process starts at most %g jobs per second: %s", self, self.starts_per_s, why)
+        return None
 
     @property
     def starts_per_s(self) -> float:
-        """The starts per second of this process; bounds its prefetch."""
-        return 1.0 / self._interval_s
+        """This process's share when all processes have jobs, in starts per second; bounds its prefetch."""
+        return 1.0 / self._share_s
 
     def ready_in_s(self) -> float:
-        """Return the seconds until a start is allowed; 0 means now. The call reserves nothing."""
-        wait_s = self._next - self._ahead_s - self._clock.monotonic()
-        return wait_s if wait_s > _ALMOST_S else 0.0
+        """Return the seconds until a start is allowed, 0 for now. Asking twice takes no more than asking once."""
+        return self._bucket.ready_in_s()
 
     def starts_now(self) -> int:
         """Return how many starts are allowed now, so that the consumer asks once for all of them."""
-        if self.ready_in_s() > 0:
-            return 0
-        left_s = self._ahead_s - max(0.0, self._next - self._clock.monotonic())
-        return int(max(0.0, left_s + _ALMOST_S) / self._interval_s) + 1
+        return self._bucket.starts_now()
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
         """Run the job now, after a short wait in its slot, or after a snooze."""
-        now = self._clock.monotonic()
-        wait_s = self._next - self._ahead_s - now
-        if wait_s > _IN_SLOT_S:
+        while (wait_s := self._bucket.take()) is None:
+            await self._clock.sleep(BUSY_S)
+        if wait_s > IN_SLOT_S:
             return Snooze(self._place_s(wait_s, came_back=attempt.envelope.passes > 0))
-        # Taken before the wait, so that jobs that come meanwhile wait behind this one.
-        self._next = max(self._next, now) + self._interval_s
-        if wait_s > _ALMOST_S:
+        if wait_s > ALMOST_S:
             await self._clock.sleep(wait_s)
         return await proceed(attempt)
 
@@ -119,9 +133,10 @@ class RateLimit:
         """
         now = self._clock.monotonic()
         first = now + wait_s
+        places, apart_s = self._bucket.places, self._place_apart_s
         if came_back:
-            place = max(self._near + self._interval_s, first)
-            self._near = place = place if place - now <= max(_NEAR_S, wait_s) else first
+            place = max(places[_NEAR] + apart_s, first)
+            places[_NEAR] = place = place if place - now <= max(_NEAR_S, wait_s) else first
         else:
-            self._far = place = max(self._far + self._interval_s, first)
-        return min(place - now + self._rng.uniform(0.0, 0.1 * self._interval_s), _LONGEST_S)
+            places[_FAR] = place = max(places[_FAR] + apart_s, first)
+        return min(place - now + self._rng.uniform(0.0, 0.1 * apart_s), _LONGEST_S)

@@ -24,6 +24,7 @@ from ..app import App
 from ..consuming.worker import working
 from ..errors import ConfigurationError, LeveretError
 from ..outcome import Kind
+from ..runtime import Shared
 from ..settings import redact
 from ..waits import first_of
 from .loading import load_app
@@ -59,7 +60,7 @@ async def run(options: WorkOptions) -> int:
             app,
             queues=list(options.queues),
             limits=options.limits,
-            runtime=app.runtime(options.processes),
+            runtime=app.runtime(options.processes, _shared(options)),
             grace_s=options.grace_s,
             hurry=stop.hurried,
             lifespan=partial(_lifespan, app, stop),
@@ -98,6 +99,14 @@ async def run(options: WorkOptions) -> int:
         # closing the loop would wait for threads that were cut off, whose jobs other workers run by now
         exit_now(1)
     return 0
+
+
+def _shared(options: WorkOptions) -> Shared | None:
+    if options.shared is None:
+        return None
+    from .shared import SharedMemory
+
+    return SharedMemory(options.shared)
 
 
 @asynccontextmanager

@@ -23,6 +23,8 @@ class WorkOptions(msgspec.Struct, frozen=True, kw_only=True):
     reload: bool = False
     lifeline: int | None = None
     """A file descriptor that reads end-of-file when the supervisor has ended."""
+    shared: int | None = None
+    """A file descriptor of the memory that all workers share."""
     report: int | None = None
     """A file descriptor for the line of a configuration error; the supervisor prints the line once for all workers."""
     index: int = 0

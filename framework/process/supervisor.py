@@ -17,6 +17,7 @@ from ..backoff import full_jitter
 from ..errors import ConfigurationError
 from ..waits import first_of
 from .options import WorkOptions
+from .shared import make_shared
 from .signals import HURRY_S, Stop
 from .streams import tell
 
@@ -60,15 +61,25 @@ class _Workers:
         self._lifeline, self._ours = os.pipe()
         self._reasons, self._reason = os.pipe()
         os.set_blocking(self._reasons, False)
+        self._shared = self._make_shared()
 
     @property
     def stop(self) -> asyncio.Event:
         """Set when the workers are asked to stop."""
         return self._stop.asked
 
+    def _make_shared(self) -> int | None:
+        return make_shared() if self._options.processes > 1 else None
+
+    def _close_shared(self) -> None:
+        if self._shared is not None:
+            os.close(self._shared)
+
     def reload(self) -> None:
         """Let all workers drain, and start them again."""
         self._refused = False
+        self._close_shared()
+        self._shared = self._make_shared()  # the new code may have other rate limits in the same places
         self._reloading.update(child.pid for child in self._running)
         self._terminate()
         self._changed.set()
@@ -78,6 +89,7 @@ class _Workers:
         """Close the pipes: workers that still run then drain."""
         for end in (self._lifeline, self._ours, self._reasons, self._reason):
             os.close(end)
+        self._close_shared()
 
     def _terminate(self) -> None:
         for child in self._running:
@@ -123,14 +135,20 @@ class _Workers:
 
     async def _start(self, index: int) -> asyncio.subprocess.Process:
         options = msgspec.structs.replace(
-            self._options, lifeline=self._lifeline, report=self._reason, index=index, reload=False
+            self._options,
+            lifeline=self._lifeline,
+            shared=self._shared,
+            report=self._reason,
+            index=index,
+            reload=False,
         )
+        fds = [fd for fd in (self._lifeline, self._shared, self._reason) if fd is not None]
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "leveret.process.main",
             msgspec.json.encode(options).decode(),
-            pass_fds=[self._lifeline, self._reason],
+            pass_fds=fds,
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # ^C in the terminal reaches only this process, which passes it on once
         )

@@ -175,6 +175,12 @@ class Project:
             )
         )
 
+    def call(self, code: str) -> None:
+        """Run `code` in Python, in the folder."""
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=self.folder, env=self.environment({}), timeout=PATIENCE_S, check=True
+        )
+
     def publish(self, job: str, payload: Mapping[str, object], *options: str, **environment: str) -> str:
         """Publish a job by the command; return its id."""
         ran = self.run("publish", f"shop:{job}", json.dumps(payload), *options, **environment)
