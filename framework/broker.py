@@ -192,7 +192,8 @@ class Broker(Protocol):
 
         A confirmed job is durable if the broker is. Concurrent calls are safe: a bounded window of unconfirmed publishes gives
         back-pressure. By the envelope's `deadline`, raises `BrokerUnavailable` (also after `close`), `PublishTimeout` (the job may
-        `Unroutable` (no queue took the job). If waiting wouldn't help (a refused login, a file that can't be used), raises
+        be published), `Unroutable` (no queue took the job), `InvalidJob` or `MessageTooLarge` (the broker can't carry its headers).
+        If waiting wouldn't help (a refused login, a file that can't be used), raises
         `BrokerUnavailable` with the `ConfigurationError` as its `__cause__`.
         """
         ...
@@ -210,8 +211,6 @@ class Broker(Protocol):
         """Start to consume. Returns after the first try to connect, even if the try failed; the broker then tries again.
 
         Declares the queues that don't exist. Deliveries may come before the return, and a broker may consume several times at once.
-        Jobs of one level that come back unsettled keep their order.
-
         Raises `ConfigurationError` if waiting wouldn't help: a refused login, or a queue that exists with other arguments.
         """
         ...

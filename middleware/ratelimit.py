@@ -33,7 +33,7 @@ class RateLimit:
     All processes draw from one bucket, so the limit holds and is reached in whichever process the jobs are. A process
     that is killed takes at most `burst` unused starts with it, besides those of the jobs that wait in its slots.
 
-    Where every handler of a queue has
+    If every handler of a queue has the same instance,
     the consumer starts no job of the queue before the limit allows a start. Otherwise, a job waits in its slot for up to
     0.25 s. For a longer wait, the job is snoozed, which costs no attempt; snoozed jobs are spread out over the next starts.
 
