@@ -11,7 +11,7 @@ from leveret.clock import Clock, ManualClock
 from leveret.envelope import Envelope
 from leveret.layer import check_layers
 from leveret.outcome import Done
-from leveret.runtime import Runtime
+from leveret.runtime import Region, Runtime, Shared
 
 QUEUE = Queue("emails")
 
@@ -22,9 +22,34 @@ class Greet(Job, name="greet", queue=QUEUE):
     who: str = "Ada"
 
 
-def runtime(clock: Clock | None = None, *, processes: int = 1, seed: int = 1) -> Runtime:
+class Memory:
+    """What the workers' shared memory is to one of several processes, all of them played in this one."""
+
+    def __init__(self, regions: list[Any]) -> None:
+        self._regions = iter(regions)
+
+    def region(self) -> Region | None:
+        return next(self._regions, None)
+
+
+class Piece:
+    """A region with a lock that a test can keep."""
+
+    def __init__(self) -> None:
+        self.numbers: memoryview[float] = memoryview(bytearray(64)).cast("d")
+        self.kept = False
+
+    def lock(self) -> bool:
+        return not self.kept
+
+    def unlock(self) -> None: ...
+
+
+def runtime(clock: Clock | None = None, *, processes: int = 1, seed: int = 1, shared: Shared | None = None) -> Runtime:
     """A runtime whose clock is moved by hand and whose chance repeats."""
-    return Runtime(app="test", clock=clock or ManualClock(), rng=random.Random(seed), processes=processes)
+    return Runtime(
+        app="test", clock=clock or ManualClock(), rng=random.Random(seed), processes=processes, shared=shared
+    )
 
 
 def attempt(number: int = 1, **fields: Any) -> Attempt[Any]:

@@ -15,7 +15,7 @@ from leveret.clock import ManualClock
 from leveret.middleware import RateLimit, Retries
 from leveret.runtime import Runtime
 from leveret.testing import running
-from tests.unit.runs import QUEUE, Greet, attempt, chain, runtime
+from tests.unit.runs import QUEUE, Greet, Memory, Piece, attempt, chain, runtime
 
 
 class Other(Job, name="other", queue=QUEUE):
@@ -184,24 +184,20 @@ async def test_snoozed_jobs_get_places_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "limit", "every_s", "processes", "slower", "most_passes"),
+    ("count", "limit", "every_s", "processes", "shared", "slower", "most_passes"),
     [
-        (1000, 10, 1.0, 1, 1.1, 3.0),
-        (1000, 10, 1.0, 4, 1.3, 4.0),
-        (5000, 50, 1.0, 1, 1.1, 3.0),
-        (20, 1, 10.0, 1, 1.1, 2.0),
-        (
-            20,
-            1,
-            10.0,
-            4,
-            2.0,
-            2.0,
-        ),  # few jobs, each in a process chosen by chance: some processes have none at their time
+        (1000, 10, 1.0, 1, False, 1.1, 3.0),
+        (1000, 10, 1.0, 4, False, 1.3, 4.0),
+        (1000, 10, 1.0, 4, True, 1.1, 3.0),
+        (5000, 50, 1.0, 1, False, 1.1, 3.0),
+        (20, 1, 10.0, 1, False, 1.1, 2.0),
+        # few jobs, each in a process chosen by chance: some processes have none at their time
+        (20, 1, 10.0, 4, False, 2.0, 2.0),
+        (20, 1, 10.0, 4, True, 1.1, 2.0),
     ],
 )
 async def test_a_heap_of_limited_jobs_ends_in_good_time(
-    count: int, limit: int, every_s: float, processes: int, slower: float, most_passes: float
+    count: int, limit: int, every_s: float, processes: int, shared: bool, slower: float, most_passes: float
 ) -> None:
     """Snoozes that miss their starts would take many times as long, or keep the broker busy with trips back and forth.
 
@@ -211,8 +207,9 @@ async def test_a_heap_of_limited_jobs_ends_in_good_time(
     starts: list[float] = []
     rng = random.Random(7)
     layers = [RateLimit(limit, every_s=every_s) for _ in range(processes)]
+    piece = Piece()
     steps = [
-        step_on(clock, layer, starts, processes=processes, seed=n)
+        step_on(clock, layer, starts, processes=processes, seed=n, shared=Memory([piece]) if shared else None)
         for n, (clock, layer) in enumerate(zip(clocks, layers, strict=True))
     ]
     order = itertools.count()

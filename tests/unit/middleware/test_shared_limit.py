@@ -16,34 +16,11 @@ from leveret import Attempt, Done, Snooze
 from leveret.clock import ManualClock
 from leveret.middleware import RateLimit
 from leveret.process.shared import SharedMemory, make_shared
-from leveret.runtime import Region, Runtime
+from leveret.runtime import Runtime
 from tests.unit.middleware.test_ratelimit import most_in
-from tests.unit.runs import attempt, chain
+from tests.unit.runs import Memory, Piece, attempt, chain
 
 PATIENCE_S = 20.0
-
-
-class Memory:
-    """What the workers' shared memory is to one of several processes, all of them played in this one."""
-
-    def __init__(self, regions: list[Any]) -> None:
-        self._regions = iter(regions)
-
-    def region(self) -> Region | None:
-        return next(self._regions, None)
-
-
-class Piece:
-    """A region with a lock that a test can keep."""
-
-    def __init__(self) -> None:
-        self.numbers: memoryview[float] = memoryview(bytearray(64)).cast("d")
-        self.kept = False
-
-    def lock(self) -> bool:
-        return not self.kept
-
-    def unlock(self) -> None: ...
 
 
 class Process:
