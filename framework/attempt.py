@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from datetime import datetime, timezone
 from typing import Any, Generic, Protocol, Unpack, final
 
 from typing_extensions import TypeVar
 
+from .clock import Clock
 from .envelope import Envelope, Receipt
 from .job import Job
 from .options import PublishOptions
@@ -30,9 +30,20 @@ class Publishes(Protocol):
 class Attempt(Generic[_R_co]):
     """One run of one job. Plain `Attempt` fits any app; the type of its `resources` is then `object`."""
 
-    __slots__ = ("_arrived", "_deadline", "_envelope", "_job", "_log", "_publisher", "_redelivered", "_resources")
+    __slots__ = (
+        "_arrived",
+        "_clock",
+        "_deadline",
+        "_envelope",
+        "_job",
+        "_log",
+        "_publisher",
+        "_redelivered",
+        "_resources",
+    )
 
     _arrived: float
+    _clock: Clock
     _deadline: float
     _envelope: Envelope
     _job: Job
@@ -47,7 +58,13 @@ class Attempt(Generic[_R_co]):
 
     @staticmethod
     def _make(
-        job: Job, envelope: Envelope, redelivered: bool, arrived: float, resources: object, publisher: Publishes
+        job: Job,
+        envelope: Envelope,
+        redelivered: bool,
+        arrived: float,
+        resources: object,
+        publisher: Publishes,
+        clock: Clock,
     ) -> Attempt[Any]:
         """Make the attempt of a job that arrived at `arrived`, in Unix seconds; for the consumer and `leveret.testing`."""
         attempt: Attempt[Any] = Attempt.__new__(Attempt)
@@ -57,6 +74,7 @@ class Attempt(Generic[_R_co]):
         attempt._arrived = arrived
         attempt._resources = resources
         attempt._publisher = publisher
+        attempt._clock = clock
         attempt._deadline = float("inf")
         attempt._log = None
         return attempt
@@ -116,10 +134,10 @@ class Attempt(Generic[_R_co]):
         """Return the seconds until the earliest `Timeout` ends this run; inf without a `Timeout`."""
         if self._deadline == float("inf"):
             return self._deadline
-        return max(0.0, self._deadline - time.monotonic())
+        return max(0.0, self._deadline - self._clock.monotonic())
 
     def end_by(self, deadline: float, /) -> float:
-        """Set the time at which this run will be ended, in seconds of `time.monotonic`, and return the old one. For middleware such as `Timeout`."""
+        """Set the time at which this run will be ended, in seconds of `Runtime.clock.monotonic`, and return the old one. For middleware such as `Timeout`."""
         before, self._deadline = self._deadline, deadline
         return before
 

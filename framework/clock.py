@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 
 def moment_ms(seconds: float) -> int:
@@ -35,8 +35,11 @@ class Clock(Protocol):
         """Return a time that never goes back, for waits and deadlines."""
         ...
 
-    def call_later(self, delay_s: float, function: Callable[[], object], /) -> Timer:
-        """Call `function` on the running loop after `delay_s`."""
+    def call_later(self, delay_s: float, function: Callable[[], object], /, *, limit: bool = False) -> Timer:
+        """Call `function` on the running loop after `delay_s`.
+
+        `limit` marks a call that only ends something which takes too long; `ManualClock.next_due_in_s` leaves it out.
+        """
         ...
 
     async def sleep(self, delay_s: float, /) -> None:
@@ -50,7 +53,7 @@ class SystemClock:
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
 
-    def call_later(self, delay_s: float, function: Callable[[], object], /) -> Timer:
+    def call_later(self, delay_s: float, function: Callable[[], object], /, *, limit: bool = False) -> Timer:  # noqa: ARG002
         """Call `function` on the running loop after `delay_s`."""
         return asyncio.get_running_loop().call_later(delay_s, function)
 
@@ -68,6 +71,16 @@ class _ManualTimer:
         self.function = None
 
 
+_Timers: TypeAlias = list[tuple[float, int, _ManualTimer]]
+
+
+def _next_due(timers: _Timers) -> float:
+    """Return the time of the first timer that isn't cancelled; inf without such a timer."""
+    while timers and timers[0][2].function is None:
+        heapq.heappop(timers)
+    return timers[0][0] if timers else math.inf
+
+
 class ManualClock:
     """A clock for tests that stands still until `advance`.
 
@@ -77,7 +90,8 @@ class ManualClock:
     def __init__(self, now: float = 1_800_000_000.0) -> None:
         self._start = now
         self._elapsed = 0.0
-        self._timers: list[tuple[float, int, _ManualTimer]] = []
+        self._timers: _Timers = []
+        self._limits: _Timers = []
         self._order = itertools.count()
         self.sleepers = 0
         """How many coroutines are in `sleep` now."""
@@ -90,10 +104,10 @@ class ManualClock:
         """Return the sum of all advances."""
         return self._elapsed
 
-    def call_later(self, delay_s: float, function: Callable[[], object], /) -> Timer:
+    def call_later(self, delay_s: float, function: Callable[[], object], /, *, limit: bool = False) -> Timer:
         """Call `function` when the clock has advanced by `delay_s`."""
         timer = _ManualTimer(self._elapsed + max(0.0, delay_s), function)
-        heapq.heappush(self._timers, (timer.due, next(self._order), timer))
+        heapq.heappush(self._limits if limit else self._timers, (timer.due, next(self._order), timer))
         return timer
 
     async def sleep(self, delay_s: float, /) -> None:
@@ -113,10 +127,9 @@ class ManualClock:
             timer.cancel()
 
     def next_due_in_s(self) -> float | None:
-        """Return the seconds until the next timer; None without a timer."""
-        while self._timers and self._timers[0][2].function is None:
-            heapq.heappop(self._timers)
-        return self._timers[0][0] - self._elapsed if self._timers else None
+        """Return the seconds until the next timer that isn't a limit; None without such a timer."""
+        due = _next_due(self._timers)
+        return None if due == math.inf else due - self._elapsed
 
     def advance(self, seconds: float, /) -> None:
         """Move the clock forward, and fire the timers that fall due on the way."""
@@ -124,8 +137,8 @@ class ManualClock:
             msg = f"a clock can't be advanced by {seconds} s"
             raise ValueError(msg)
         until = self._elapsed + seconds
-        while (due_in := self.next_due_in_s()) is not None and self._elapsed + due_in <= until:
-            due, _, timer = heapq.heappop(self._timers)
+        while (due := _next_due(timers := min(self._timers, self._limits, key=_next_due))) <= until:
+            _, _, timer = heapq.heappop(timers)
             self._elapsed = max(self._elapsed, due)
             function, timer.function = timer.function, None
             if function is not None:

@@ -1,4 +1,4 @@
-"""The deadlines of many runs on one timer of the loop.
+"""The deadlines of many runs on one timer of the runtime's clock.
 
 `asyncio.timeout` costs about 4 µs per use (measured), most of it for a loop timer that is nearly always cancelled. A deadline
 here costs adding an entry to a set and removing it. One timer, set for the earliest deadline, looks at all entries.
@@ -7,12 +7,13 @@ here costs adding an entry to a set and removing it. One timer, set for the earl
 from __future__ import annotations
 
 import asyncio
-import time
 
 import msgspec
 
+from .clock import Clock, Timer
+
 TICK_S = 0.05
-"""How far a run may exceed its deadline: deadlines within one tick share one look."""
+"""How far a run may exceed its deadline, and the least time between two looks."""
 
 
 class Deadline(msgspec.Struct, eq=False, gc=False):
@@ -22,7 +23,7 @@ class Deadline(msgspec.Struct, eq=False, gc=False):
     cancelling: int
     """How many cancellations of the task were pending when the deadline was set."""
     at: float
-    """`time.monotonic()` seconds."""
+    """Seconds of the clock's `monotonic`."""
     expired: bool = False
     """Whether the deadline has cancelled the task."""
     taken_back: bool = False
@@ -30,16 +31,17 @@ class Deadline(msgspec.Struct, eq=False, gc=False):
 
 
 class Deadlines:
-    """The deadlines of one loop's tasks."""
+    """The deadlines of one loop's tasks, by one clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._entries: set[Deadline] = set()
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
+        self._clock = clock
+        self._timer: Timer | None = None
         self._look_at = float("inf")
 
     def set(self, deadline: float) -> Deadline:
-        """Cancel the current task at `deadline` (`time.monotonic`), at most 50 ms late, unless `clear` is called before."""
+        """Cancel the current task at `deadline` (the clock's `monotonic`), at most 50 ms late, unless `clear` is called before."""
         task = asyncio.current_task(self._loop)
         assert task is not None
         entry = Deadline(task, task.cancelling(), deadline)
@@ -62,31 +64,31 @@ class Deadlines:
         entry.taken_back = True
         return entry.task.uncancel() <= entry.cancelling
 
-    def _look(self, deadline: float) -> None:
-        """Look at all deadlines at the end of the tick in which `deadline` lies."""
+    def _look(self, at: float) -> None:
+        """Look at all deadlines at the time `at`."""
         if self._timer is not None:
             self._timer.cancel()
-        self._look_at = (int(deadline / TICK_S) + 1) * TICK_S
-        self._timer = self._loop.call_later(max(0.0, self._look_at - time.monotonic()), self._expire)
+        self._look_at = at
+        self._timer = self._clock.call_later(max(0.0, at - self._clock.monotonic()), self._expire, limit=True)
 
     def _expire(self) -> None:
-        now, self._timer, self._look_at = time.monotonic(), None, float("inf")
+        now, self._timer, self._look_at = self._clock.monotonic(), None, float("inf")
         for entry in [entry for entry in self._entries if entry.at <= now]:
             self._entries.discard(entry)
             entry.expired = True
             entry.task.cancel()
         if self._entries:
-            self._look(min(entry.at for entry in self._entries))
+            self._look(max(now + TICK_S, min(entry.at for entry in self._entries)))
 
 
-_of_loop: tuple[asyncio.AbstractEventLoop, Deadlines] | None = None
+_latest: tuple[asyncio.AbstractEventLoop, Clock, Deadlines] | None = None
 
 
-def deadlines() -> Deadlines:
-    """Return the deadlines of the running loop. Only the latest loop is kept: a worker process has just one."""
-    global _of_loop  # noqa: PLW0603 - called for each run, so the look-up must cost no more than one comparison
+def deadlines(clock: Clock) -> Deadlines:
+    """Return the deadlines of the running loop by `clock`. Only the latest pair is kept: a worker process has just one."""
+    global _latest  # noqa: PLW0603 - called for each run, so the look-up must cost no more than two comparisons
     loop = asyncio.get_running_loop()
-    known = _of_loop
-    if known is None or known[0] is not loop:
-        known = _of_loop = (loop, Deadlines())
-    return known[1]
+    known = _latest
+    if known is None or known[0] is not loop or known[1] is not clock:
+        known = _latest = (loop, clock, Deadlines(clock))
+    return known[2]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import ClassVar, Literal, final
 
 from leveret.attempt import Attempt
+from leveret.clock import Clock, SystemClock
 from leveret.deadlines import deadlines
 from leveret.layer import Consume, LayerFacts
 from leveret.outcome import Outcome
+from leveret.runtime import Runtime
 
 
 @final
@@ -37,9 +38,14 @@ class Timeout:
             msg = f"Timeout: limit_s must be above 0 and finite, not {limit_s}"
             raise ValueError(msg)
         self.limit_s = limit_s
+        self._clock: Clock = SystemClock()
 
     def __repr__(self) -> str:
         return f"Timeout({self.limit_s:g})"
+
+    def bind(self, runtime: Runtime) -> None:
+        """Take the clock."""
+        self._clock = runtime.clock
 
     def facts(self) -> LayerFacts:
         """Return the limit."""
@@ -47,11 +53,12 @@ class Timeout:
 
     async def consume(self, attempt: Attempt, proceed: Consume) -> Outcome:
         """Run the job. Raises TimeoutError up to 50 ms after the limit; the handler's own TimeoutError passes unchanged."""
-        deadline = time.monotonic() + self.limit_s
+        clock = self._clock
+        deadline = clock.monotonic() + self.limit_s
         outer = attempt.end_by(deadline)
         if outer < deadline:
             attempt.end_by(outer)
-        wheel = deadlines()
+        wheel = deadlines(clock)
         entry = wheel.set(deadline)
         try:
             return await proceed(attempt)

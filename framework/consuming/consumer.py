@@ -238,7 +238,9 @@ class Consumer:
             self._slots.begun(queue)
         try:
             job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
-            attempt = make_attempt(job, envelope, delivery.redelivered, held.arrived, self._resources, self._publisher)
+            attempt = make_attempt(
+                job, envelope, delivery.redelivered, held.arrived, self._resources, self._publisher, self._clock
+            )
             current_attempt.set(attempt)
             ending = await route.step(attempt)
             if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]

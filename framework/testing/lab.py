@@ -118,11 +118,13 @@ class Lab:
         return tuple(run for run in self._runs if run.envelope.job_id == job_id)
 
     def advance(self, seconds: float, /) -> None:
-        """Move the clock; jobs that fall due run at the next `drain`."""
+        """Move the clock. Jobs that fall due run at the next `drain`; a `Timeout` that is over ends its run."""
         self._clock.advance(seconds)
 
     async def drain(self) -> None:
         """Run until no job is left, including retries and snoozes: the clock moves to the next due time again and again.
+
+        The clock never moves to the end of a `Timeout`: a handler that waits for something real isn't timed out.
 
         Raises RuntimeError for a handler that doesn't end within 30 real seconds, and for a job that snoozes or retries for
         ever. Jobs of queues without a handler in this app stay in their queues.
@@ -220,7 +222,9 @@ def attempt(*, resources: Any = None, number: int = 1) -> Attempt[Any]:
     memory = _memory()
     sender = Sender(memory.MemoryBroker(memory.MemoryStore(), runtime), (), runtime)
     envelope = Envelope(job_id="00000000-0000-7000-8000-000000000000", job="test.attempt", queue="test", attempt=number)
-    return make_attempt(_TestedJob(), envelope, number > 1, runtime.clock.now(), resources, Publisher(sender))
+    return make_attempt(
+        _TestedJob(), envelope, number > 1, runtime.clock.now(), resources, Publisher(sender), runtime.clock
+    )
 
 
 class _TestedJob(Job, name="test.attempt", queue=Queue("test")):

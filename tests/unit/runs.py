@@ -7,7 +7,7 @@ from typing import Any, cast
 from leveret import Attempt, Job, Outcome, Queue
 from leveret.attempt import make_attempt
 from leveret.chain import bind, fold_consume
-from leveret.clock import Clock, ManualClock
+from leveret.clock import Clock, ManualClock, SystemClock
 from leveret.envelope import Envelope
 from leveret.layer import check_layers
 from leveret.outcome import Done
@@ -52,12 +52,12 @@ def runtime(clock: Clock | None = None, *, processes: int = 1, seed: int = 1, sh
     )
 
 
-def attempt(number: int = 1, **fields: Any) -> Attempt[Any]:
-    """The attempt that a consumer would make."""
+def attempt(number: int = 1, *, clock: Clock | None = None, **fields: Any) -> Attempt[Any]:
+    """The attempt that a consumer would make; its deadlines are the machine's without a `clock`."""
     envelope = Envelope(
         **{"job_id": "id-1", "job": "greet", "queue": "emails", "body": b'{"who":"Ada"}', "attempt": number, **fields}
     )
-    return make_attempt(Greet(), envelope, False, 0.0, None, cast("Any", None))
+    return make_attempt(Greet(), envelope, False, 0.0, None, cast("Any", None), clock or SystemClock())
 
 
 def chain(

@@ -261,6 +261,7 @@ async def test_a_thread_past_its_time_out_keeps_its_slot_until_it_ends() -> None
     """The retry would run beside the first run: twice at once."""
     running_now, most, starts = 0, 0, 0
     lock = threading.Lock()
+    loop = asyncio.get_running_loop()
     app = App("overrun", broker="memory://", middleware=[Timeout(0.05)])
 
     @app.handler
@@ -270,6 +271,7 @@ async def test_a_thread_past_its_time_out_keeps_its_slot_until_it_ends() -> None
             running_now += 1
             starts += 1
             most = max(most, running_now)
+        loop.call_soon_threadsafe(lab.advance, 0.06)
         time.sleep(0.2)  # a thread that can't be stopped is what is tested
         with lock:
             running_now -= 1

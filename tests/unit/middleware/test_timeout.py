@@ -3,17 +3,24 @@
 import asyncio
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
 
 from leveret import App, Attempt, Bury, ConfigurationError, Done, Outcome
-from leveret.clock import ManualClock
+from leveret.clock import ManualClock, SystemClock
 from leveret.consuming.handler import Registration, innermost, resolve
 from leveret.middleware import Retries, Timeout
 from leveret.testing import running
-from tests.unit.runs import Greet, attempt, chain
+from tests.unit import runs
+from tests.unit.runs import Greet, attempt
+
+
+def chain(*layers: Any, handler: Any) -> Callable[[Attempt[Any]], Awaitable[Outcome]]:
+    """A chain whose limits are in real time."""
+    return runs.chain(*layers, handler=handler, bound=runs.runtime(SystemClock()))
 
 
 async def forever(_: Attempt[Any]) -> None:
@@ -136,10 +143,12 @@ async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytes
     app = App("shop", middleware=[Retries(max_attempts=2, base_s=0.001, cap_s=0.001), Timeout(0.02)])
     now = threading.Lock()
     overlapped: list[bool] = []
+    loop = asyncio.get_running_loop()
 
     @app.handler
     def greet(job: Greet) -> None:
         overlapped.append(not now.acquire(blocking=False))
+        loop.call_soon_threadsafe(lab.advance, 0.03)
         time.sleep(0.1)
         now.release()
 
@@ -151,6 +160,38 @@ async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytes
     assert run.outcome == Bury("TimeoutError: greet was ended by its Timeout of 0.02 s (attempt 2 of 2)")
     said = [record.getMessage() for record in caplog.records if "is past its time limit" in record.getMessage()]
     assert [line.partition(" is past")[0] for line in said] == [f"job greet {receipt.job_id}"] * 2
+
+
+async def test_the_time_of_a_lab_ends_a_run_and_a_drain_does_not_move_it_there() -> None:
+    """A test couldn't try a time-out without waiting for it; or a drain would end every handler that waits for a thread or a socket."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    left_s: list[float] = []
+    app = App("shop", middleware=[Retries(max_attempts=2), Timeout(30)])
+
+    @app.handler
+    async def greet(job: Greet, attempt: Attempt) -> None:
+        left_s.append(attempt.remaining_s())
+        begun.set()
+        await go_on.wait()
+
+    async with running(app) as lab:
+        receipt = await lab.publish(Greet())
+        await lab.publish(Greet(), delay_s=7)
+        draining = asyncio.ensure_future(lab.drain())
+        await begun.wait()
+        lab.advance(29)
+        await asyncio.sleep(0.05)
+        assert not lab.attempts(receipt.job_id)
+        lab.advance(1)
+        while not (ended := lab.attempts(receipt.job_id)):
+            await asyncio.sleep(0)
+        assert isinstance(ended[0].error, TimeoutError)
+        await asyncio.sleep(0.05)
+        assert not draining.done()  # the second attempt waits for `go_on`, and no time passes
+        go_on.set()
+        await draining
+        assert [run.number for run in lab.done] == [1, 2]
+    assert left_s == [30] * 3
 
 
 async def test_a_handler_in_a_thread_that_is_cut_off_is_not_said_to_be_late(caplog: pytest.LogCaptureFixture) -> None:
