@@ -30,12 +30,13 @@ class RateLimit:
     In the first `every_s` after a quiet time, up to `limit + burst - 1` jobs may start. Give `burst=1` if somebody else
     enforces the limit.
 
-    All processes draw from one bucket: the limit is kept and reached whichever process has the jobs. A start may come up to
-    10 ms after a process drew it. A killed process loses at most `burst` starts, and those of jobs that wait in its slots.
+    All processes draw from one bucket, so the limit holds and is reached in whichever process the jobs are. A start may come
+    up to 10 ms after a process drew it. A process that is killed takes at most `burst` unused starts with it, besides those
+    of the jobs that wait in its slots.
 
-    Where every handler of a queue has this very instance, the consumer starts nothing of the queue before it may. On some
-    jobs of a queue it waits in the slot for up to 0.25 s, and otherwise snoozes the job, spread out over the starts to
-    come: that costs no attempt.
+    If every handler of a queue has the same instance, the consumer starts no job of the queue before the limit allows a
+    start. Otherwise, a job waits in its slot for up to 0.25 s. For a longer wait, the job is snoozed, which costs no attempt;
+    snoozed jobs are spread out over the next starts.
 
     Args:
         limit: Starts per `every_s`, above 0; a fraction is allowed.

@@ -83,16 +83,13 @@ class Settlement:
         """Count an ending and settle its delivery; return the rest of the settlement to await, or None."""
         error: BaseException | None = None
         try:
-            if isinstance(ending, Done) and delivery.live and not self.cut:  # nearly all: written out
+            if self.cut or isinstance(ending, CutOff):
+                ending = CutOff()  # counted in `Consumer.cut_off`, because a thread may never get here
+            elif isinstance(ending, Done) and delivery.live:  # nearly all
                 self.counts[Done] += 1
                 delivery.done()
-                if self._observe is not None:
-                    self._observe(Ended(delivery.envelope, job, ending, None))
-                return None
-            if self.cut:
-                ending = CutOff()
-            error = ending.__cause__ if isinstance(ending, BaseException) else None
-            if not isinstance(ending, CutOff):  # counted in `cut_off`, because a thread may never get here
+            else:
+                error = ending.__cause__ if isinstance(ending, BaseException) else None
                 self.counts[type(ending)] += 1
                 if not delivery.live:
                     self._lost(delivery, ending)

@@ -470,5 +470,5 @@ async def test_a_publisher_that_was_not_entered_says_how_to_enter_it() -> None:
             getattr(publisher, forgotten)
     async with publisher as entered:
         assert (await entered.publish(Mail(7))).state == "confirmed"
-    with pytest.raises(BrokerUnavailable, match="was left"):
+    with pytest.raises(BrokerUnavailable, match="this publisher is closed"):
         await entered.publish(Mail(8))
