@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, final
+from typing import Any, Literal, TypeAlias, TypeVar, final
 
 import msgspec
 from typing_extensions import dataclass_transform
@@ -31,6 +31,15 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
 _RESERVED = re.compile(r"(\.(low|normal|high|urgent|dead|suspects))\Z|\Alv\.")
 MAX_NAME_BYTES = 150
 
+WhenExpired: TypeAlias = Literal["drop", "dead"]
+"""What becomes of an expired job: it is dropped, or it goes to the dead letters."""
+
+
+def _check_expired(where: str, expired: object) -> None:
+    if expired not in ("drop", "dead"):
+        msg = f"{where}: expired must be drop or dead, not {expired!r}"
+        raise ValueError(msg)
+
 
 def _check_name(kind: str, name: object) -> str:
     if not isinstance(name, str):
@@ -52,15 +61,24 @@ class Queue:
         type: "quorum" (default): replicated on a cluster of brokers, with a prefetch window per level. "classic": one broker
             queue with strict priorities, which can starve the lower levels.
         priorities: Whether the queue takes other levels than NORMAL.
+        expired: "drop" (default): a worker drops a job that has expired. "dead": the job goes to the queue's dead letters. The
+            class keyword `expired` of a job takes precedence.
 
     Raises:
-        ValueError: The name is invalid or reserved, or the type is unknown.
+        ValueError: The name is invalid or reserved, or `type` or `expired` is unknown.
         TypeError: The name isn't a str.
     """
 
-    __slots__ = ("_name", "_priorities", "_type")
+    __slots__ = ("_expired", "_name", "_priorities", "_type")
 
-    def __init__(self, name: str, *, type: Literal["quorum", "classic"] = "quorum", priorities: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        type: Literal["quorum", "classic"] = "quorum",
+        priorities: bool = True,
+        expired: WhenExpired = "drop",
+    ) -> None:
         _check_name("queue", name)
         if _RESERVED.search(name):
             msg = f"the queue name {name!r} is reserved: a name can't end in .low, .normal, .high, .urgent, .dead or .suspects, or begin with lv."
@@ -68,7 +86,9 @@ class Queue:
         if type not in ("quorum", "classic"):
             msg = f"queue {name!r}: type must be quorum or classic, not {type!r}"
             raise ValueError(msg)
+        _check_expired(f"queue {name!r}", expired)
         self._name = name
+        self._expired: WhenExpired = expired
         self._type: Literal["quorum", "classic"] = type
         self._priorities = bool(priorities)
 
@@ -88,15 +108,21 @@ class Queue:
         return self._priorities
 
     @property
+    def expired(self) -> WhenExpired:
+        """What becomes of an expired job; a matter of workers, not of the broker."""
+        return self._expired
+
+    @property
     def levels(self) -> tuple[Priority, ...]:
         """The queue's levels, most urgent first."""
         return LEVELS if self._priorities else (Priority.NORMAL,)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Queue) and (self._name, self._type, self._priorities) == (
+        return isinstance(other, Queue) and (self._name, self._type, self._priorities, self._expired) == (
             other._name,
             other._type,
             other._priorities,
+            other._expired,
         )
 
     def __hash__(self) -> int:
@@ -104,7 +130,8 @@ class Queue:
 
     def __repr__(self) -> str:
         kind = "" if self._type == "quorum" else ", type='classic'"
-        return f"Queue({self._name!r}{kind}{'' if self._priorities else ', priorities=False'})"
+        expired = "" if self._expired == "drop" else f", expired={self._expired!r}"
+        return f"Queue({self._name!r}{kind}{'' if self._priorities else ', priorities=False'}{expired})"
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -115,6 +142,13 @@ class Spec(msgspec.Struct, frozen=True):
     priority: Priority
     expires_s: float | None
     version: int = 1
+    expired: WhenExpired | None = None
+    """What becomes of an expired job; None: as its queue says."""
+
+    @property
+    def keeps_expired(self) -> bool:
+        """Whether an expired job goes to the dead letters."""
+        return (self.expired or self.queue.expired) == "dead"
 
 
 _M = TypeVar("_M", bound="JobMeta")
@@ -123,7 +157,7 @@ _specs: dict[type, Spec] = {}
 
 @dataclass_transform(field_specifiers=(msgspec.field,))
 class JobMeta(msgspec.StructMeta):
-    """The metaclass of `Job`: takes leveret's four class keywords, and passes the others to msgspec."""
+    """The metaclass of `Job`: takes leveret's five class keywords, and passes the others to msgspec."""
 
     def __new__(  # noqa: D102 - the class has the docstring
         mcls: type[_M],
@@ -136,6 +170,7 @@ class JobMeta(msgspec.StructMeta):
         queue: Queue | None = None,
         priority: Priority = Priority.NORMAL,
         expires_s: float | None = None,
+        expired: WhenExpired | None = None,
         tag: bool | str | int | Callable[[str], str | int] | None = None,
         tag_field: str | None = None,
         rename: Literal["lower", "upper", "camel", "pascal", "kebab"]
@@ -176,15 +211,17 @@ class JobMeta(msgspec.StructMeta):
         options: Any = {key: value for key, (value, default) in given.items() if value is not default}
         cls = super().__new__(mcls, class_name, bases, namespace, **options)
         if name is None and queue is None:
-            if priority is not Priority.NORMAL or expires_s is not None:
-                msg = f"job class {class_name}: priority and expires_s need a name and a queue; add name= and queue="
+            if priority is not Priority.NORMAL or expires_s is not None or expired is not None:
+                msg = f"job class {class_name}: priority, expires_s and expired need a name and a queue; add name= and queue="
                 raise TypeError(msg)
             return cls
-        _specs[cls] = _spec(class_name, name, queue, priority, expires_s)
+        _specs[cls] = _spec(class_name, name, queue, priority, expires_s, expired)
         return cls
 
 
-def _spec(class_name: str, name: object, queue: object, priority: object, expires_s: object) -> Spec:
+def _spec(
+    class_name: str, name: object, queue: object, priority: object, expires_s: object, expired: WhenExpired | None
+) -> Spec:
     try:
         checked = _check_name("job", name)
     except (TypeError, ValueError) as error:
@@ -206,14 +243,17 @@ def _spec(class_name: str, name: object, queue: object, priority: object, expire
     if expires_s is not None and not 0 < expires_s < float("inf"):
         msg = f"job class {class_name}: expires_s must be above 0 and finite, not {expires_s}"
         raise ValueError(msg)
-    return Spec(checked, queue, priority, expires_s)
+    if expired is not None:
+        _check_expired(f"job class {class_name}", expired)
+    return Spec(checked, queue, priority, expires_s, expired=expired)
 
 
 class Job(msgspec.Struct, metaclass=JobMeta):
-    """A job's contract: its fields, and the class keywords `name`, `queue`, `priority` and `expires_s`.
+    """A job's contract: its fields, and the class keywords `name`, `queue`, `priority`, `expires_s` and `expired`.
 
-    `priority` defaults to NORMAL. `expires_s` counts in seconds from the publish, and defaults to None: never. A subclass
-    inherits fields but no specification. A subclass without `name` and `queue` is abstract and can't be published.
+    `priority` defaults to NORMAL. `expires_s` counts in seconds from the publish, and defaults to None: never. `expired` says
+    whether an expired job is dropped ("drop") or goes to the dead letters ("dead"), and defaults to the queue's `expired`. A
+    subclass inherits fields but no specification. A subclass without `name` and `queue` is abstract and can't be published.
     """
 
 

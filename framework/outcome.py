@@ -1,7 +1,7 @@
 """The outcomes of a run. A chain returns an `Outcome`, and only `settlement.py` acts on it.
 
     Done     acked                       Retry    published again, attempt + 1, then acked
-    Expired  acked and counted           Snooze   published again, same attempt, then acked
+    Expired  acked, or buried            Snooze   published again, same attempt, then acked
                                          Bury     published to the dead-letter queue, then acked
 
 `Retry`, `Snooze` and `Bury` are exceptions, so that a handler can return them or raise them from any depth. The error that
@@ -24,6 +24,8 @@ class Kind(Enum):
 
     DONE = "done"
     EXPIRED = "expired"
+    EXPIRED_ON_ARRIVAL = "expired on arrival"
+    """The job had expired before its first delivery: it waited in the queue, or the clocks of publisher and worker differ."""
     RETRY = "retry"
     SNOOZE = "snooze"
     BURY = "bury"
@@ -42,9 +44,17 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Expired(msgspec.Struct, frozen=True):
-    """The job had expired before it ran; the job is acked and counted."""
+    """The job had expired before it ran; the job is acked and counted, or buried."""
 
     kind: ClassVar[Kind] = Kind.EXPIRED
+    keep: bool = False
+    """Whether the job goes to the dead letters."""
+
+
+class ExpiredOnArrival(Expired, frozen=True):
+    """The job had expired before its first delivery."""
+
+    kind: ClassVar[Kind] = Kind.EXPIRED_ON_ARRIVAL
 
 
 def _delay(name: str, delay_s: float, *, zero: bool) -> float:

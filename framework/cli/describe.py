@@ -83,6 +83,8 @@ def _handler(handler: HandlerRecord) -> list[str]:
         limits.append(f"{handler.starts_per_s:g} starts per second")
     if handler.expires_s is not None:
         limits.append(f"expires {seconds(handler.expires_s)} after the publish")
+    if handler.expired == "dead":
+        limits.append("expired jobs become dead letters")
     text = [
         f"  job {handler.job}{version} ({handler.job_class}), {_RUNS[handler.runs]}",
         f"    chain    {' → '.join([*chain, handler.handler])}",

@@ -76,6 +76,8 @@ class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
     starts_per_s: float | None
     """The lowest rate limit of the handler's middleware, for one `leveret work`."""
     expires_s: float | None
+    expired: str
+    """What becomes of an expired job: "drop" or "dead"."""
     layers: list[LayerRecord]
     """Outermost first."""
     retries: list[Waits]
@@ -176,6 +178,7 @@ def _handler(handler: Handler) -> HandlerRecord:
         timeout_s=min((one.limit_s for one in facts if one.limit_s is not None), default=None),
         starts_per_s=min((rate for rate in rates if rate is not None), default=None),
         expires_s=spec.expires_s,
+        expired="dead" if spec.keeps_expired else "drop",
         layers=[_sides(layer) for layer in handler.layers],
         retries=[_waits(waits) for one in facts for waits in one.retries],
     )

@@ -20,10 +20,9 @@ from ..errors import ConfigurationError
 from ..failure import CANCELLED
 from ..job import Job, Queue, Spec, spec_of
 from ..layer import AnyLayer, Consume, facts_of
-from ..outcome import OUTCOMES, Bury, Done, Expired, Outcome, Retry, Snooze
+from ..outcome import OUTCOMES, Bury, Done, Expired, ExpiredOnArrival, Outcome, Retry, Snooze
 
 _DONE = Done()
-_EXPIRED = Expired()
 _OVERDUE = "is past its time limit, but its thread can't be stopped; it keeps its slot, and fails when it returns"
 _GOES_ON = "is cut off, but its thread can't be stopped; it runs until it returns or the process ends"
 
@@ -144,12 +143,15 @@ def innermost(
     look like a cancellation from outside becomes a RuntimeError, so that no job stops its worker. A cancellation that neither
     a `Timeout` nor a stop requested is marked with `CANCELLED`; for `Retries` it is a failure.
     """
+    keep = handler.spec.keeps_expired
+    expired, expired_on_arrival = Expired(keep), ExpiredOnArrival(keep)
     call = _on_loop(handler) if handler.is_async else _in_thread(handler, threads, around_sync or nullcontext)
 
     async def run(attempt: Attempt) -> Outcome:
         expires_at_ms = attempt.envelope.expires_at_ms
         if expires_at_ms is not None and clock.now() * 1000 >= expires_at_ms:
-            return _EXPIRED
+            late = attempt.first_seen.timestamp() * 1000 >= expires_at_ms
+            return expired_on_arrival if late else expired
         try:
             said = await call(attempt)
         except (Retry, Snooze, Bury) as outcome:

@@ -23,7 +23,20 @@ from ..failure import Failure, failures_of
 from ..headers import MOST
 from ..job import Job
 from ..layer import AnyLayer
-from ..outcome import Bury, CutOff, Done, Ending, Expired, Kind, NotStarted, Retry, Snooze, Undecodable, Unknown
+from ..outcome import (
+    Bury,
+    CutOff,
+    Done,
+    Ending,
+    Expired,
+    ExpiredOnArrival,
+    Kind,
+    NotStarted,
+    Retry,
+    Snooze,
+    Undecodable,
+    Unknown,
+)
 from ..runtime import Runtime
 from ..texts import below_ours, named, one_line, said_by
 
@@ -156,8 +169,12 @@ class Settlement:
         if not envelope.first_seen_ms:
             envelope = msgspec.structs.replace(envelope, first_seen_ms=int((arrived or self._clock.now()) * 1000))
         match ending:
-            case Expired():
-                logger.warning("%s expired before it ran, and is dropped", what(envelope))
+            case Expired(keep):
+                reason = _expiry(envelope) if isinstance(ending, ExpiredOnArrival) else "expired before it ran"
+                becomes = f"buried in {delivery.queue.name}.dead" if keep else "dropped"
+                logger.warning("%s %s; the job is %s", what(envelope), reason, becomes)
+                if keep:
+                    return self._bury(delivery, self._failed(envelope, None, reason))
                 delivery.done()
             case Snooze(delay_s):
                 return self._again(delivery, _next(envelope, cause="snooze"), delay_s)
@@ -328,6 +345,20 @@ class Settlement:
             failures = failures[1:]
             text = msgspec.json.encode(failures)
         return msgspec.structs.replace(envelope, errors=text.decode())
+
+
+def _expiry(envelope: Envelope) -> str:
+    """Return why a job may have expired before its first delivery: its age is by the publisher's clock, the delivery by this one."""
+    arrived_ms, expires_at_ms = envelope.first_seen_ms or 0, envelope.expires_at_ms or 0
+    age = (
+        f"was {arrived_ms / 1000 - envelope.created_s:.0f} s old by its time stamp"
+        if envelope.created_s
+        else "had no time stamp"
+    )
+    return (
+        f"had expired {(arrived_ms - expires_at_ms) / 1000:.0f} s before it first arrived, when it {age}: either it waited in the queue, "
+        "or the clocks of its publisher and of this worker differ"
+    )
 
 
 def _next(envelope: Envelope, **changes: Any) -> Envelope:

@@ -44,6 +44,17 @@ def test_a_queue_name_may_be_as_long_as_it_is_said() -> None:
     assert Queue("x" * MAX_NAME_BYTES).name == "x" * MAX_NAME_BYTES
 
 
+def test_what_becomes_of_expired_jobs_is_part_of_a_queue() -> None:
+    """Two parts of an app that disagree on it must be told so: otherwise the order of imports decides what is dropped."""
+    keeping = Queue("emails", expired="dead")
+
+    assert keeping != emails
+    assert (keeping.expired, emails.expired) == ("dead", "drop")
+    assert repr(keeping) == "Queue('emails', expired='dead')"
+    with pytest.raises(ValueError, match="queue 'emails': expired must be drop or dead, not True"):
+        Queue("emails", expired=cast("Any", True))
+
+
 def test_the_specification_is_the_classs_own() -> None:
     """A subclass would be published under its parent's name, and run by its parent's handler."""
 
@@ -78,6 +89,8 @@ def test_a_job_class_takes_msgspecs_own_keywords() -> None:
         ({"name": "x", "queue": emails, "expires_s": "60"}, "expires_s must be a number of seconds"),
         ({"name": "x", "queue": emails, "expires_s": 0}, "above 0"),
         ({"priority": Priority.LOW}, "need a name and a queue"),
+        ({"expired": "dead"}, "need a name and a queue"),
+        ({"name": "x", "queue": emails, "expired": "keep"}, "expired must be drop or dead, not 'keep'"),
         (
             {"name": "x", "queue": Queue("flat", priorities=False), "priority": Priority.LOW},
             "takes only priority NORMAL",

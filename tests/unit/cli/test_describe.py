@@ -20,7 +20,7 @@ class Mail(Job, name="mail", queue=emails, expires_s=60):
     n: int
 
 
-class Report(Job, name="report", queue=reports):
+class Report(Job, name="report", queue=reports, expired="dead"):
     n: int
 
 
@@ -108,6 +108,10 @@ async def test_a_handler_says_what_it_takes_and_how_it_runs() -> None:
     assert f"({report.job_class}), a def, in a thread\n" in text_of(record)
     limits = "100 at once per process; time limit 300 s; 50 starts per second; expires 60 s after the publish"
     assert limits in text_of(record)
+    assert (mail.expired, report.expired) == ("drop", "dead")
+    assert "8 at once per process; time limit 30 s; 50 starts per second; expired jobs become dead letters" in text_of(
+        record
+    )
 
 
 async def test_retry_waits_are_shown_rule_by_rule() -> None:
