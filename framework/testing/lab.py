@@ -45,28 +45,53 @@ MOST_RUNS = 100_000
 """Runs after which `drain` raises: a job snoozes for ever."""
 
 
-class _State(Protocol):
+class State(Protocol):
+    """The part of a store's state that the lab reads."""
+
     @property
-    def delayed(self) -> int: ...
+    def delayed(self) -> int:
+        """The number of jobs that aren't due yet."""
+        ...
+
     @property
-    def next_due_in_s(self) -> float | None: ...
+    def next_due_in_s(self) -> float | None:
+        """Seconds until the next delayed job is due; None without delayed jobs."""
+        ...
+
     @property
-    def version(self) -> int: ...
+    def version(self) -> int:
+        """Increases with every change."""
+        ...
 
 
-class _Store(Protocol):
-    def state(self, clock: ManualClock) -> _State: ...
+class Store(Protocol):
+    """The part of a store that the lab uses."""
+
+    def state(self, clock: ManualClock) -> State:
+        """Return the state of the store."""
+        ...
 
 
-class _Memory(Protocol):
-    """The part of `leveret.brokers.memory` that the lab uses; looked up by scheme, because this folder imports no broker."""
-
-    def MemoryStore(self) -> _Store: ...  # noqa: N802 - a class there
-    def MemoryBroker(self, store: _Store, runtime: Runtime) -> Broker: ...  # noqa: N802
+_StoreT = TypeVar("_StoreT", bound=Store)
 
 
-def _memory() -> _Memory:
-    return cast("_Memory", broker_module("memory://"))
+class Memory(Protocol[_StoreT]):
+    """The part of `leveret.brokers.memory` that the lab uses; looked up by scheme, because this folder imports no broker.
+
+    `tests/unit/testing/test_lab.py` lets the type checkers compare the two.
+    """
+
+    def MemoryStore(self) -> _StoreT:  # noqa: N802 - a class there
+        """Return a new store."""
+        ...
+
+    def MemoryBroker(self, store: _StoreT, runtime: Runtime) -> Broker:  # noqa: N802
+        """Return a broker on `store`."""
+        ...
+
+
+def _memory() -> Memory[Any]:
+    return cast("Memory[Any]", broker_module("memory://"))
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -90,7 +115,7 @@ class Run(msgspec.Struct, frozen=True):
 class Lab:
     """The lab of `running`: publishes jobs, moves the time, shows the runs."""
 
-    def __init__(self, clock: ManualClock, store: _Store) -> None:
+    def __init__(self, clock: ManualClock, store: Store) -> None:
         self._clock = clock
         self._store = store
         self._published: list[Published] = []
