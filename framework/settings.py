@@ -84,7 +84,7 @@ class Environment(msgspec.Struct, frozen=True):
     broker: str | None
     """LEVERET_BROKER: the broker's URL; "" if the variable is set but empty, which is most likely a lost setting."""
     app: str | None
-    """LEVERET_APP: module:attribute of the app, for commands without APP or --app."""
+    """LEVERET_APP: module:attribute of the app, for commands that get neither APP nor --app."""
     log_level: str
     """LEVERET_LOG: debug, info (the default), warning or error."""
 

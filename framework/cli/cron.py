@@ -10,11 +10,11 @@ from ..process.loading import load_app
 from ..process.logs import set_up_logs
 from ..settings import environment
 from .output import log_level_option
-from .target import app_path, find_target
+from .target import app_options, app_path, find_target
 
 
 @click.command(short_help="Publish an app's recurring jobs when they are due.")
-@click.argument("app", required=False, metavar="[APP]")
+@app_options
 @log_level_option
 def cron(app: str | None, log_level: str | None) -> None:
     """Publish the recurring jobs of APP (module:attribute, default LEVERET_APP) when they are due.

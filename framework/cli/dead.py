@@ -118,9 +118,9 @@ def dead() -> None:
 
 
 @dead.command("list", short_help="List the dead letters of a queue, oldest first.")
+@target_options
 @click.argument("queue")
 @wanted_options
-@target_options
 @json_option
 def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> None:
     """List the dead letters of QUEUE, oldest first (default: at most 100). The command changes nothing.
@@ -153,9 +153,9 @@ def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> N
 
 
 @dead.command(short_help="Show one dead letter in full.")
+@target_options
 @click.argument("queue")
 @click.argument("job_id", metavar="ID")
-@target_options
 @json_option
 def show(queue: str, job_id: str, target: Target, as_json: bool) -> None:
     """Show one dead letter of QUEUE in full: headers, every failed run with its traceback, body.
@@ -212,10 +212,10 @@ def replayed(envelope: Envelope) -> Envelope:
 
 
 @dead.command(short_help="Put dead letters back into their queue.")
+@target_options
 @click.argument("queue")
 @wanted_options
 @click.option("--dry-run", is_flag=True, help="Only count the dead letters; change nothing.")
-@target_options
 @json_option
 def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: bool) -> int:
     """Put dead letters of QUEUE back into their original queue, at their level: all, or those that match the options.
@@ -238,11 +238,11 @@ def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: b
 
 
 @dead.command(short_help="Delete dead letters for good.")
+@target_options
 @click.argument("queue")
 @wanted_options
 @click.option("--dry-run", is_flag=True, help="Only count the dead letters; change nothing.")
 @click.option("--yes", is_flag=True, help="Don't ask for confirmation.")
-@target_options
 @json_option
 def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, as_json: bool) -> int:
     """Delete dead letters of QUEUE for good: all, or those that match the options.

@@ -10,13 +10,13 @@ from ..process.loading import load_app
 from .description import MOST_WAITS, AppRecord, BrokerRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
 from .description import describe as describe_app
 from .output import json_option, lines, print_json, seconds
-from .target import app_path, run
+from .target import app_options, app_path, run
 
 _RUNS = {"on the loop": "an async def, on the event loop", "in a thread": "a def, in a thread"}
 
 
 @click.command(short_help="Show an app's handlers, middleware, queues and schedules.")
-@click.argument("app", required=False, metavar="[APP]")
+@app_options
 @json_option
 def describe(app: str | None, as_json: bool) -> None:
     """Show the parts of APP (module:attribute, default LEVERET_APP).

@@ -19,12 +19,13 @@ from ..outcome import MAX_DELAY_S
 from ..process.loading import load
 from ..settings import redact
 from .output import duration
-from .target import find_target, near, run
+from .target import app_options, find_target, near, run
 
 _PUBLISH_TIMEOUT_S = 10.0
 
 
 @click.command(short_help="Publish one job from JSON; print its id.")
+@app_options
 @click.argument("job", metavar="MODULE:CLASS")
 @click.argument("payload", metavar="JSON")
 @click.option(
@@ -53,9 +54,6 @@ _PUBLISH_TIMEOUT_S = 10.0
 @click.option(
     "--header", "-H", "headers", multiple=True, metavar="NAME=VALUE", help="A header with a text value. Repeatable."
 )
-@click.option(
-    "--app", metavar="MODULE:APP", help="Publish with this app's broker and middleware.  [default: LEVERET_APP]"
-)
 @click.option("--broker", metavar="URL", help="The broker's URL, if there is no app.  [default: LEVERET_BROKER]")
 def publish(
     job: str,
@@ -71,12 +69,14 @@ def publish(
 ) -> None:
     """Publish one job of MODULE:CLASS from JSON (- reads standard input). Print the job's id when the broker has confirmed it.
 
+    APP (module:attribute, default LEVERET_APP) has the broker and the middleware for the publish.
+
     The JSON is decoded as that class, so a wrong type or a missing field is refused before anything is sent. An unknown field is
     ignored, as in a rolling deploy.
 
     \b
     Examples:
-      leveret publish shop.jobs:SendInvoice '{"order_id": 7, "email": "a@example.org"}' --app shop:app
+      leveret publish shop:app shop.jobs:SendInvoice '{"order_id": 7, "email": "a@example.org"}'
       leveret publish shop.jobs:SendInvoice - --priority high --delay 1m --broker sqlite:///shop.db < invoice.json
     """  # noqa: D301
     job_class = _job_class(job)

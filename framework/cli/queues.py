@@ -42,8 +42,8 @@ def queues() -> None:
 
 
 @queues.command(short_help="Show the depths of queues.")
-@click.argument("names", nargs=-1, metavar="[NAME]...")
 @target_options
+@click.argument("names", nargs=-1, metavar="[NAME]...")
 @json_option
 def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
     """Show the depths of the queues NAME…, or of all queues for which the app has handlers. The word `show` is optional.
@@ -97,8 +97,8 @@ def _levels(depth: Depth) -> str:
 
 
 @queues.command(short_help="Delete all waiting jobs of a queue.")
-@click.argument("name")
 @target_options
+@click.argument("name")
 @click.option("--yes", is_flag=True, help="Don't ask for confirmation.")
 @json_option
 def purge(name: str, target: Target, yes: bool, as_json: bool) -> None:

@@ -7,9 +7,9 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 import msgspec
@@ -80,10 +80,64 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if 0 < len(names) <= 20 else ""
 
 
-def target_options(command: Callable[..., _T]) -> Callable[..., _T]:
-    """Give a command --app and --broker. The command receives them as `target`, with the app's modules imported."""
+class _App(click.Argument):
+    """The argument [APP], which may be left out before a command's other arguments.
 
-    @click.option("--app", metavar="MODULE:APP", help="The app whose broker and queues to use.  [default: LEVERET_APP]")
+    click gives the first word to the first argument. This class passes a word that isn't an app on to the next argument.
+    """
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> tuple[Any, list[str]]:
+        """Move the words on if the first isn't an app; a word too many joins `args`, which click reports."""
+        words = cast("dict[str | None, Any]", opts)
+        others = [other for other in ctx.command.params if isinstance(other, click.Argument) and other is not self]
+        word = words[self.name]
+        if (
+            others
+            and isinstance(word, str)
+            and not self._names_app(word, [words[other.name] for other in others], others)
+        ):
+            del words[self.name]
+            for other in others:
+                following = words[other.name]
+                if other.nargs < 0:
+                    words[other.name] = (word, *following) if isinstance(following, tuple) else (word,)
+                    word = None
+                else:
+                    words[other.name], word = word, following
+            if isinstance(word, str):
+                args = [word, *args]
+        return super().handle_parse_result(ctx, opts, args)
+
+    @staticmethod
+    def _names_app(word: str, following: list[Any], others: list[click.Argument]) -> bool:
+        """Whether the first word is an app: it has a colon, and isn't needed as the MODULE:CLASS that comes next."""
+        needed = ":" in (others[0].metavar or "") and not isinstance(following[-1], str)
+        return ":" in word and not needed
+
+
+def app_options(command: Callable[..., _T]) -> Callable[..., _T]:
+    """Give a command the argument [APP], before its other arguments, and --app. The command receives the path as `app`, or None."""
+
+    @click.argument("app_word", cls=_App, required=False, is_eager=True, metavar="[APP]")
+    @click.option(
+        "--app", metavar="MODULE:APP", help="The app, if the argument APP is left out.  [default: LEVERET_APP]"
+    )
+    @functools.wraps(command)
+    def with_app(*args: Any, app_word: str | None, app: str | None, **options: Any) -> _T:
+        if app_word is not None and app is not None:
+            msg = f"the app is given twice: as the argument {app_word} and as --app {app}; leave one out"
+            raise click.UsageError(msg)
+        return command(*args, app=app_word or app, **options)
+
+    return with_app
+
+
+def target_options(command: Callable[..., _T]) -> Callable[..., _T]:
+    """Give a command the app as `app_options` does, and --broker. The command receives both as `target`, with the app's modules imported."""
+
+    @app_options
     @click.option("--broker", metavar="URL", help="The broker's URL, if there is no app.  [default: LEVERET_BROKER]")
     @functools.wraps(command)
     def with_target(*args: Any, app: str | None, broker: str | None, **options: Any) -> _T:
@@ -95,7 +149,7 @@ def target_options(command: Callable[..., _T]) -> Callable[..., _T]:
 def find_target(app_path: str | None, url: str | None, *, modules: bool = True) -> Target:
     """Return the target that the options give, or else the environment; ConfigurationError if there is none or it can't be used."""
     if app_path is not None and url is not None:
-        msg = "--app and --broker can't be combined: an app has its broker"
+        msg = "an app and --broker can't be combined: an app has its broker"
         raise click.UsageError(msg)
     known = environment(os.environ)
     if url is None and (app_path := app_path or known.app) is not None:
@@ -107,7 +161,7 @@ def find_target(app_path: str | None, url: str | None, *, modules: bool = True) 
         app, queues, runtime = None, {}, Runtime(app="leveret")
         url = url or known.broker
     if not url:
-        msg = f"{NO_BROKER}; or give an app with --app module:app or LEVERET_APP"
+        msg = f"{NO_BROKER}; or give an app, such as shop:app, as argument, with --app or in LEVERET_APP"
         raise ConfigurationError(msg)
     target = Target(url, runtime, app, queues)
     run(_check_shared(target))
@@ -129,7 +183,7 @@ def app_path(given: str | None) -> str:
     """Return the app's path that the command was given, or else LEVERET_APP; a usage error without either."""
     path = given or environment(os.environ).app
     if path is None:
-        msg = "no app given; pass module:app, such as `shop:app`, or set LEVERET_APP"
+        msg = "no app given; give one, such as shop:app, as argument, with --app or in LEVERET_APP"
         raise click.UsageError(msg)
     return path
 

@@ -12,11 +12,11 @@ import msgspec
 from ..process.options import WorkOptions
 from ..settings import environment
 from .output import duration, log_level_option
-from .target import app_path
+from .target import app_options, app_path
 
 
 @click.command(short_help="Run a worker: take jobs from queues and run their handlers.")
-@click.argument("app", required=False, metavar="[APP]")
+@app_options
 @click.option(
     "--queue",
     "-q",

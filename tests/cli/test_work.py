@@ -42,7 +42,7 @@ from tests.rabbit.node import Rabbit
             ("cron",),
             "app 'shop' has no enabled schedule; add one with @app.cron(…) and list its module in App(modules=[…])",
         ),
-        (("queues", "emails", "--app", "shop:app", "--broker", "memory://"), "--app and --broker can't be combined"),
+        (("queues", "emails", "--app", "shop:app", "--broker", "memory://"), "an app and --broker can't be combined"),
         (
             ("queues", "emails", "--broker", "rabbit://guest:hunter2@host"),
             "'rabbit://guest:***@host' has no known scheme",
@@ -56,7 +56,19 @@ from tests.rabbit.node import Rabbit
             ("queues", "a b", "--broker", "sqlite:///shop.db"),
             "a queue's name must have 1 to 150 characters of [A-Za-z0-9_.-], not 'a b'",
         ),
-        (("queues", "shop:app", "--broker", "sqlite:///shop.db"), "not 'shop:app'; did you mean --app shop:app?"),
+        (("queues", "emails", "shop:app"), "not 'shop:app'; did you mean --app shop:app?"),
+        (("queues", "shop:app", "--broker", "sqlite:///shop.db"), "an app and --broker can't be combined"),
+        (
+            ("queues", "shop:app", "--app", "shop:app"),
+            "the app is given twice: as the argument shop:app and as --app shop:app",
+        ),
+        (("work", "shop:app", "--app", "shop:app"), "the app is given twice"),
+        (("work", "shop:app", "emails"), "Got unexpected extra argument (emails)"),
+        (("dead", "list", "emails", "reports"), "Got unexpected extra argument (reports)"),
+        (("dead", "list", "shop:app"), "Missing argument 'QUEUE'"),
+        (("dead", "show", "emails"), "Missing argument 'ID'"),
+        (("publish", "shop:Note"), "Missing argument 'JSON'"),
+        (("publish", "shop:app", "shop:Note", "{}", "{}"), "Got unexpected extra argument ({})"),
         (("dead", "list", "emials"), "no queue 'emials' on sqlite:///shop.db; did you mean emails?"),
     ],
 )
@@ -68,6 +80,40 @@ def test_what_is_wrong_is_one_line_and_exit_2(project: Project, arguments: tuple
     assert ran.line.startswith("leveret: ")
     assert said in ran.line
     assert "hunter2" not in ran.line
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("describe",), ()),
+        (("queues",), ()),
+        (("queues",), ("plain", "emails")),
+        (("queues", "show"), ("plain",)),
+        (("queues", "purge"), ("plain", "--yes")),
+        (("dead", "list"), ("plain",)),
+        (("dead", "replay"), ("plain",)),
+        (("dead", "drop"), ("plain", "--yes")),
+        (("publish",), ("shop:Note", "{}")),
+        (("dead", "show"), ("emails", "no-such-id")),
+        (("cron",), ()),
+        (("work",), ("-q", "no-such-queue")),
+    ],
+    ids=" ".join,
+)
+def test_every_command_takes_the_app_in_the_same_three_ways(
+    project: Project, command: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    """Whoever learned `work shop:app` types `dead list shop:app emails`, and would be told that shop:app is a wrong queue."""
+    project.publish("Note", {}, "--id", "note-1")
+    argument = project.run(*command, "shop:app", *words, LEVERET_APP="")
+    option = project.run(*command, *words, "--app", "shop:app", LEVERET_APP="")
+    variable = project.run(*command, *words, LEVERET_APP="shop:app")
+
+    assert "no app" not in argument.err + option.err
+    assert "no broker is set" not in argument.err + option.err
+    assert argument.code == option.code == variable.code
+    assert argument.err == option.err == variable.err
+    assert argument.out.count("\n") == option.out.count("\n") == variable.out.count("\n")
 
 
 @pytest.mark.parametrize("command", [("work",), ("work", "-p", "2"), ("cron",), ("describe",), ("queues",)])
