@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Coroutine
 from datetime import datetime, timezone
+from types import CodeType
 from typing import Any, Generic, Protocol, Unpack, final
 
+import msgspec
 from typing_extensions import TypeVar
 
 from .clock import Clock
@@ -25,6 +29,30 @@ class Publishes(Protocol):
         """Publish `job`, as `Publisher.publish` does."""
         ...
 
+    def publish_blocking(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+        """Publish `job` from a thread, as `Publisher.publish_blocking` does."""
+        ...
+
+
+class Begun(msgspec.Struct, eq=False):
+    """A publish of a handler that hasn't finished."""
+
+    code: CodeType
+    line: int
+    unfinished: dict[Begun, None]
+    """The publishes of the attempt; this one leaves them when it finishes."""
+    publish: Coroutine[Any, Any, Receipt] | None = None
+    """The publish to await; None for a blocking publish."""
+
+    @property
+    def where(self) -> str:
+        """The file and line of the call."""
+        return f"{self.code.co_filename}:{self.line}"
+
+    def finish(self) -> None:
+        """Leave the unfinished publishes."""
+        self.unfinished.pop(self, None)
+
 
 @final
 class Attempt(Generic[_R_co]):
@@ -40,6 +68,7 @@ class Attempt(Generic[_R_co]):
         "_publisher",
         "_redelivered",
         "_resources",
+        "unfinished",
     )
 
     _arrived: float
@@ -51,6 +80,8 @@ class Attempt(Generic[_R_co]):
     _publisher: Publishes
     _redelivered: bool
     _resources: _R_co
+    unfinished: dict[Begun, None] | None
+    """For the worker: the publishes that the running handler began and that haven't finished; None if it began none."""
 
     def __init__(self) -> None:
         msg = "only a worker makes an Attempt; in a test, use leveret.testing.attempt()"
@@ -77,6 +108,7 @@ class Attempt(Generic[_R_co]):
         attempt._clock = clock
         attempt._deadline = float("inf")
         attempt._log = None
+        attempt.unfinished = None
         return attempt
 
     @property
@@ -141,9 +173,42 @@ class Attempt(Generic[_R_co]):
         before, self._deadline = self._deadline, deadline
         return before
 
-    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
-        """Publish `job`, as `Publisher.publish` does, over the worker's connection; the job inherits correlation id and trace."""
-        return await self._publisher.publish(job, **options)
+    def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Coroutine[Any, Any, Receipt]:
+        """Publish `job`, as `Publisher.publish` does, over the worker's connection; the job inherits correlation id and trace.
+
+        Await the result. A handler that returns before this publish has finished has failed. In a `def` handler, call
+        `publish_blocking`.
+        """
+        begun = self._begin()
+        begun.publish = publish = self._finished(begun, job, options)
+        return publish
+
+    def publish_blocking(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+        """Publish `job` from a `def` handler, and return once the broker has confirmed the publish; otherwise as `publish`.
+
+        Raises RuntimeError in an `async def` handler, where it would wait for itself.
+        """
+        begun = self._begin()
+        try:
+            return self._publisher.publish_blocking(job, **options)
+        finally:
+            begun.finish()
+
+    def _begin(self) -> Begun:
+        if self.unfinished is None:
+            self.unfinished = {}
+        frame = inspect.currentframe()
+        frame = frame and frame.f_back and frame.f_back.f_back
+        assert frame is not None
+        begun = Begun(frame.f_code, frame.f_lineno, self.unfinished)
+        self.unfinished[begun] = None
+        return begun
+
+    async def _finished(self, begun: Begun, job: Job, options: PublishOptions) -> Receipt:
+        try:
+            return await self._publisher.publish(job, **options)
+        finally:
+            begun.finish()
 
 
 make_attempt = Attempt._make  # pyright: ignore[reportPrivateUsage] - private, so that users don't make attempts by hand

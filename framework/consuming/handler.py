@@ -152,9 +152,12 @@ def innermost(
         if expires_at_ms is not None and clock.now() * 1000 >= expires_at_ms:
             late = attempt.first_seen.timestamp() * 1000 >= expires_at_ms
             return expired_on_arrival if late else expired
+        attempt.unfinished = None  # those of middleware, or of a try in place before
         try:
             said = await call(attempt)
         except (Retry, Snooze, Bury) as outcome:
+            if attempt.unfinished:
+                raise _unfinished(attempt, handler) from outcome
             return outcome
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
@@ -180,6 +183,8 @@ def innermost(
         except BaseException as error:
             msg = f"the handler raised {type(error).__name__}"
             raise RuntimeError(msg) from error
+        if attempt.unfinished:
+            raise _unfinished(attempt, handler)
         if said is None:
             return _DONE
         if isinstance(said, OUTCOMES):
@@ -191,6 +196,26 @@ def innermost(
         raise TypeError(msg)
 
     return run
+
+
+def _unfinished(attempt: Attempt, handler: Handler) -> RuntimeError:
+    """Return the error for a handler that ended before its publishes had."""
+    all_begun = list(attempt.unfinished or ())
+    begun = all_begun[0]
+    also = f" (and {len(all_begun) - 1} more)" if len(all_begun) > 1 else ""
+    awaited = {task.get_coro() for task in asyncio.all_tasks()}
+    lost = [one.publish for one in all_begun if one.publish is not None and one.publish not in awaited]
+    lost = [publish for publish in lost if inspect.getcoroutinestate(publish) == inspect.CORO_CREATED]
+    for publish in lost:
+        publish.close()  # or Python warns of it later, without a line
+    if begun.publish in lost:
+        fix = "await attempt.publish(…)" if handler.is_async else "attempt.publish_blocking(…)"
+        return RuntimeError(
+            f"attempt.publish at {begun.where} was never awaited{also}, so nothing was sent; write {fix}"
+        )
+    return RuntimeError(
+        f"the publish at {begun.where} hadn't finished{also} when the handler ended; wait for it in the handler"
+    )
 
 
 async def take_back_cancels() -> None:

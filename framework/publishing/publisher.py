@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from concurrent.futures import wait
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import NoReturn, Unpack, final
 
 from ..envelope import Receipt
-from ..errors import BrokerUnavailable, InvalidJob
+from ..errors import BrokerUnavailable, InvalidJob, PublishTimeout
 from ..job import Job
 from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, PublishOptions, unexpected
 from .batch import Batch
 from .sender import Sender, seconds_of
+
+_LOOK_S = 1.0
+"""Seconds between two looks of a waiting thread at whether its loop still lives."""
 
 
 @final
@@ -40,8 +44,8 @@ class Publisher:
         if self._loop is not None and asyncio._get_running_loop() is not self._loop:
             # A connection made on a loop that ends would take all of a worker's publishes, retries and burials with it.
             msg = (
-                "nothing was sent: this publisher belongs to another event loop (asyncio.run makes a new one); in a `def` handler "
-                "or a thread, use app.blocking_publisher(), kept in a variable of a module"
+                "nothing was sent: this publisher belongs to another event loop (asyncio.run makes a new one); in a `def` handler, "
+                "use attempt.publish_blocking(); in a thread, app.blocking_publisher(), kept in a variable of a module"
             )
             raise BrokerUnavailable(msg, job_id=job_id)
         return self._sender
@@ -72,6 +76,30 @@ class Publisher:
             raise unexpected("publish", options, PUBLISH_OPTIONS)
         timeout_s = options.pop("timeout_s", TIMEOUT_S)
         return await self._open(options.get("job_id")).publish(job, options, timeout_s)
+
+    def publish_blocking(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+        """Publish `job` on the publisher's loop from another thread, and wait for the confirm; otherwise as `publish`.
+
+        Raises RuntimeError on that loop, which would wait for itself.
+        """
+        loop, running = self._loop, asyncio._get_running_loop()
+        if running is not None and running is (loop or running):
+            msg = "publish_blocking would block the event loop that it waits for; in an `async def`, write await attempt.publish(…)"
+            raise RuntimeError(msg)
+        publish = self.publish(job, **options)
+        if loop is None:
+            return asyncio.run(publish)
+        try:
+            future = asyncio.run_coroutine_threadsafe(publish, loop)
+        except RuntimeError:  # the loop is closed
+            publish.close()
+            msg = "nothing was sent: the worker has ended"
+            raise BrokerUnavailable(msg, job_id=options.get("job_id")) from None
+        while not wait([future], _LOOK_S).done:  # the publish has a deadline; only a loop that ended doesn't reach it
+            if loop.is_closed():
+                msg = "the worker ended before the publish was confirmed"
+                raise PublishTimeout(msg, job_id=options.get("job_id"), maybe_published=True)
+        return future.result()
 
     async def publish_many(self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0) -> list[Receipt]:
         """Publish `jobs` pipelined, and return their receipts in order; `timeout_s` is for all of them.

@@ -62,6 +62,9 @@ async def options(publisher: Publisher, blocking: BlockingPublisher, attempt: At
     await attempt.publish(invoice, delay=60)  # wrong: no such option
     await attempt.publish(invoice, expires_s="60")  # wrong: seconds
     await attempt.publish(invoice, Priority.HIGH)  # wrong: by keyword
+    attempt.publish(invoice)  # wrong: not awaited
+    await attempt.publish_blocking(invoice)  # wrong: nothing to await
+    attempt.publish_blocking(invoice, delay=60)  # wrong: no such option
     await lab.publish(invoice, header={"x-tenant-id": "a"})  # wrong: no such option
     await lab.publish(invoice, at=60)  # wrong: a datetime
     await lab.publish(invoice, 60)  # wrong: by keyword
@@ -71,6 +74,8 @@ async def options(publisher: Publisher, blocking: BlockingPublisher, attempt: At
     Outgoing(invoice, timeout_s=5)  # wrong: publish_many has one for all its jobs
     of_a_job: OutgoingOptions = {"priority": Priority.LOW, "timeout_s": 5}  # wrong: it is an option of a publish, not of a job
     of_a_publish: PublishOptions = {"delay": 60}  # wrong: no such option
+def in_a_thread(attempt: Attempt) -> None:
+    attempt.publish(invoice)  # wrong: not awaited; a def handler has publish_blocking
 async def enqueue(publisher: Publisher, **options: Unpack[PublishOptions]) -> None:
     await publisher.publish(invoice, **options)
     Outgoing(invoice, **options)  # wrong (mypy only): timeout_s may be among them
