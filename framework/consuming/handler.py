@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
+from math import inf
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ import msgspec
 from ..attempt import Attempt
 from ..broker import Features
 from ..clock import Clock
+from ..deadlines import TICK_S
 from ..errors import ConfigurationError
 from ..failure import CANCELLED
 from ..job import Job, Queue, Spec, spec_of
@@ -146,12 +148,16 @@ def innermost(
     keep = handler.spec.keeps_expired
     expired, expired_on_arrival = Expired(keep), ExpiredOnArrival(keep)
     call = _on_loop(handler) if handler.is_async else _in_thread(handler, threads, around_sync or nullcontext)
+    facts = [facts_of(layer, f"handler {handler.name}") for layer in handler.layers]
+    limit_s = min((one.limit_s for one in facts if one.limit_s is not None), default=inf)
+    watched = handler.is_async and limit_s < inf
 
     async def run(attempt: Attempt) -> Outcome:
         expires_at_ms = attempt.envelope.expires_at_ms
         if expires_at_ms is not None and clock.now() * 1000 >= expires_at_ms:
             late = attempt.first_seen.timestamp() * 1000 >= expires_at_ms
             return expired_on_arrival if late else expired
+        begun = clock.monotonic() if watched else 0.0
         attempt.unfinished = None  # those of middleware, or of a try in place before
         try:
             said = await call(attempt)
@@ -183,19 +189,45 @@ def innermost(
         except BaseException as error:
             msg = f"the handler raised {type(error).__name__}"
             raise RuntimeError(msg) from error
+        if watched and (took_s := clock.monotonic() - begun) > limit_s + TICK_S:
+            _say_blocked(attempt, handler, limit_s, took_s)
         if attempt.unfinished:
             raise _unfinished(attempt, handler)
         if said is None:
             return _DONE
         if isinstance(said, OUTCOMES):
             return said
-        if inspect.isclass(said) and issubclass(said, OUTCOMES):
-            msg = f"handler {handler.name} returned the class {said.__name__}, not an instance of it"
-            raise TypeError(msg)
-        msg = f"handler {handler.name} returned {said!r:.80}; results aren't stored, so return None or an outcome"
-        raise TypeError(msg)
+        raise _no_outcome(said, handler)
 
     return run
+
+
+def _no_outcome(said: object, handler: Handler) -> TypeError:
+    """Return the error for a handler that returned something else than None or an outcome."""
+    if inspect.isclass(said) and issubclass(said, OUTCOMES):
+        return TypeError(f"handler {handler.name} returned the class {said.__name__}, not an instance of it")
+    return TypeError(
+        f"handler {handler.name} returned {said!r:.80}; results aren't stored, so return None or an outcome"
+    )
+
+
+def _say_blocked(attempt: Attempt, handler: Handler, limit_s: float, took_s: float) -> None:
+    """Log that a handler returned long after its time limit, unless its cancellation had come."""
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        return
+    code = getattr(inspect.unwrap(handler.function), "__code__", None)
+    place = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+    attempt.log.warning(
+        "job %s %s: handler %s%s blocked the event loop: it returned after %.2f s, and its Timeout of %g s couldn't end it. "
+        "Await what takes long, move it to asyncio.to_thread, or make the handler a def",
+        attempt.envelope.job,
+        attempt.job_id,
+        handler.name,
+        place,
+        took_s,
+        limit_s,
+    )
 
 
 def _unfinished(attempt: Attempt, handler: Handler) -> RuntimeError:

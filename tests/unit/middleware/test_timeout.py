@@ -12,7 +12,7 @@ import pytest
 from leveret import App, Attempt, Bury, ConfigurationError, Done, Outcome
 from leveret.clock import ManualClock, SystemClock
 from leveret.consuming.handler import Registration, innermost, resolve
-from leveret.middleware import Retries, Timeout
+from leveret.middleware import Logs, Retries, Timeout
 from leveret.testing import running
 from tests.unit import runs
 from tests.unit.runs import Greet, attempt
@@ -136,6 +136,33 @@ async def test_a_handler_that_finishes_all_the_same_is_done_and_no_longer_cancel
     assert await chain(Timeout(0.001), handler=handler)(attempt()) == Done()
     await asyncio.sleep(0)
     assert task.cancelling() == 0
+
+
+@pytest.mark.parametrize("blocks_s", [0.0, 0.15])
+async def test_a_handler_that_blocks_the_loop_past_its_limit_is_named(
+    caplog: pytest.LogCaptureFixture, blocks_s: float
+) -> None:
+    """No limit can end such a handler, so it would hold up all others, and count as done after 3 s with a limit of 1 s."""
+    app, ended = App("shop", broker="memory://", middleware=[Logs(), Retries(), Timeout(0.05)]), asyncio.Event()
+
+    @app.handler
+    async def greet(job: Greet) -> None:
+        time.sleep(blocks_s)  # noqa: ASYNC251 - what is tested
+        asyncio.get_running_loop().call_soon(ended.set)
+
+    async with app.publisher() as publisher, app.worker(queues=[]):
+        receipt = await publisher.publish(Greet())
+        await ended.wait()
+
+    said = [record.getMessage() for record in caplog.records if "blocked the event loop" in record.getMessage()]
+    if not blocks_s:
+        assert not said
+        return
+    (line,) = said
+    place = f"{__file__}:{greet.__code__.co_firstlineno}"
+    assert line.startswith(f"job greet {receipt.job_id}: handler {__name__}.{greet.__qualname__} ({place}) blocked")
+    assert "returned after 0.1" in line
+    assert "its Timeout of 0.05 s" in line
 
 
 async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytest.LogCaptureFixture) -> None:
