@@ -7,13 +7,23 @@ here costs adding an entry to a set and removing it. One timer, set for the earl
 from __future__ import annotations
 
 import asyncio
+import os
+from functools import partial
+from typing import Any
 
 import msgspec
 
+from .attempt import Attempt
 from .clock import Clock, Timer
+from .texts import is_ours
 
 TICK_S = 0.05
 """How far a run may exceed its deadline, and the least time between two looks."""
+
+IGNORED_S = 30.0
+"""A run that goes on after its cancellation is named each time that so many seconds have passed."""
+_ASYNCIO = os.path.join(os.path.dirname(asyncio.__file__), "")  # noqa: PTH118, PTH120 - pathlib drops the separator
+_CONSUMING = os.path.join(os.path.dirname(__file__), "consuming", "")  # noqa: PTH118, PTH120
 
 
 class Deadline(msgspec.Struct, eq=False, gc=False):
@@ -24,10 +34,14 @@ class Deadline(msgspec.Struct, eq=False, gc=False):
     """How many cancellations of the task were pending when the deadline was set."""
     at: float
     """Seconds of the clock's `monotonic`."""
+    attempt: Attempt[Any]
+    """The run of the task."""
     expired: bool = False
     """Whether the deadline has cancelled the task."""
     taken_back: bool = False
     """Whether the deadline's cancellation was taken back, so that the task goes on."""
+    naming: Timer | None = None
+    """Names the run if the run ignores its cancellation."""
 
 
 class Deadlines:
@@ -40,11 +54,11 @@ class Deadlines:
         self._timer: Timer | None = None
         self._look_at = float("inf")
 
-    def set(self, deadline: float) -> Deadline:
+    def set(self, deadline: float, attempt: Attempt) -> Deadline:
         """Cancel the current task at `deadline` (the clock's `monotonic`), at most 50 ms late, unless `clear` is called before."""
         task = asyncio.current_task(self._loop)
         assert task is not None
-        entry = Deadline(task, task.cancelling(), deadline)
+        entry = Deadline(task, task.cancelling(), deadline, attempt)
         self._entries.add(entry)
         if deadline < self._look_at - TICK_S:
             self._look(deadline)
@@ -54,7 +68,10 @@ class Deadlines:
         """Remove the deadline. If the deadline cancelled its task and the task ran on, take the cancellation back."""
         if not entry.expired:
             self._entries.discard(entry)
-        elif not entry.taken_back:
+            return
+        if entry.naming is not None:
+            entry.naming.cancel()
+        if not entry.taken_back:
             entry.task.uncancel()
 
     def was_it(self, entry: Deadline) -> bool:
@@ -77,8 +94,41 @@ class Deadlines:
             self._entries.discard(entry)
             entry.expired = True
             entry.task.cancel()
+            self._name_later(entry)
         if self._entries:
             self._look(max(now + TICK_S, min(entry.at for entry in self._entries)))
+
+    def _name_later(self, entry: Deadline) -> None:
+        entry.naming = self._clock.call_later(IGNORED_S, partial(self._name, entry), limit=True)
+
+    def _name(self, entry: Deadline) -> None:
+        """Log where a run is that ignores its cancellation. A thread can't be cancelled, which was logged when it was tried."""
+        if (place := _place(entry.task)) is not None:
+            envelope = entry.attempt.envelope
+            entry.attempt.log.warning(
+                "job %s %s ignores its cancellation: its Timeout was over %.0f s ago, it keeps its slot, and it is at %s",
+                envelope.job,
+                envelope.job_id,
+                self._clock.monotonic() - entry.at,
+                place,
+            )
+        self._name_later(entry)
+
+
+def _place(task: asyncio.Task[object]) -> str | None:
+    """Return the file, line and function at which the handler in `task` waits; None for a handler in a thread."""
+    place: str | None = None
+    step: Any = task.get_coro()
+    while step is not None:
+        frame = getattr(step, "cr_frame", None) or getattr(step, "gi_frame", None)
+        if frame is not None:
+            file = frame.f_code.co_filename
+            if file.startswith(_CONSUMING):
+                place = None  # so far only middleware
+            elif not is_ours(file) and not file.startswith(_ASYNCIO):
+                place = f"{file}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        step = getattr(step, "cr_await", None) or getattr(step, "gi_yieldfrom", None)
+    return place
 
 
 _latest: tuple[asyncio.AbstractEventLoop, Clock, Deadlines] | None = None

@@ -17,7 +17,8 @@ from leveret.runtime import Runtime
 class Timeout:
     """Ends a run after `limit_s`; the run then fails with TimeoutError.
 
-    An `async def` handler is cancelled. A `def` handler keeps running, because a thread can't be stopped. The worker logs a
+    An `async def` handler is cancelled, and has failed even if it returns afterwards. While it ignores the cancellation, the
+    worker logs its line every 30 s. A `def` handler keeps running, because a thread can't be stopped. The worker logs a
     warning, and the handler keeps its slot. The run fails when the handler returns, so that no retry runs beside it. A worker
     refuses a limit above three quarters of the setting `consumer_timeout_s`.
 
@@ -59,9 +60,13 @@ class Timeout:
         if outer < deadline:
             attempt.end_by(outer)
         wheel = deadlines(clock)
-        entry = wheel.set(deadline)
+        entry = wheel.set(deadline, attempt)
         try:
-            return await proceed(attempt)
+            outcome = await proceed(attempt)
+            if not entry.expired:
+                return outcome
+            msg = f"{attempt.envelope.job} was ended by its Timeout of {self.limit_s:g} s, but ignored the cancellation and returned"
+            raise TimeoutError(msg)
         except asyncio.CancelledError as error:
             if not wheel.was_it(entry):
                 raise

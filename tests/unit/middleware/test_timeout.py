@@ -5,11 +5,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
 
-from leveret import App, Attempt, Bury, ConfigurationError, Done, Outcome
+from leveret import App, Attempt, Bury, ConfigurationError, Consume, Done, Outcome
 from leveret.clock import ManualClock, SystemClock
 from leveret.consuming.handler import Registration, innermost, resolve
 from leveret.middleware import Logs, Retries, Timeout
@@ -122,8 +123,8 @@ async def test_a_shutdown_is_no_timeout() -> None:
         await task
 
 
-async def test_a_handler_that_finishes_all_the_same_is_done_and_no_longer_cancelled() -> None:
-    """What it did would be done twice, or the cancellation would strike whoever settles the job."""
+async def test_a_handler_that_swallows_its_cancellation_has_failed_and_is_no_longer_cancelled() -> None:
+    """Half of its work would count as done, or the cancellation would strike whoever settles the job."""
 
     async def handler(_: Attempt[Any]) -> None:
         try:
@@ -133,9 +134,51 @@ async def test_a_handler_that_finishes_all_the_same_is_done_and_no_longer_cancel
 
     task = asyncio.current_task()
     assert task is not None
-    assert await chain(Timeout(0.001), handler=handler)(attempt()) == Done()
+    with pytest.raises(TimeoutError, match=r"^greet was ended by its Timeout of 0.001 s, but ignored the cancellation"):
+        await chain(Timeout(0.001), handler=handler)(attempt())
     await asyncio.sleep(0)
     assert task.cancelling() == 0
+
+
+async def test_a_handler_that_ignores_its_cancellation_is_named_every_30_s(caplog: pytest.LogCaptureFixture) -> None:
+    """It would hold its slot in silence, and a worker with a hundred of them would stand still."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def note(attempt: Attempt, proceed: Consume) -> Outcome:
+        return await proceed(attempt)
+
+    async def wait_on() -> None:
+        while not go_on.is_set():
+            with suppress(asyncio.CancelledError):
+                await go_on.wait()
+
+    app = App("shop", middleware=[Retries(max_attempts=1), Timeout(1), note])
+
+    @app.handler
+    async def greet(job: Greet) -> None:
+        begun.set()
+        await wait_on()
+
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "ignores its cancel" in record.getMessage()]
+
+    async with running(app) as lab:
+        receipt = await lab.publish(Greet())
+        draining = asyncio.ensure_future(lab.drain())
+        await begun.wait()
+        lab.advance(1)
+        await asyncio.sleep(0.05)
+        lab.advance(29)
+        assert not lines()
+        lab.advance(31)
+        go_on.set()
+        await draining
+        lab.advance(60)
+        (buried,) = lab.buried
+    assert isinstance(buried.error, TimeoutError)
+    place = f"{__file__}:{wait_on.__code__.co_firstlineno + 3} in {wait_on.__qualname__}"
+    begins = f"job greet {receipt.job_id} ignores its cancellation: its Timeout was over"
+    assert lines() == [f"{begins} {late_s} s ago, it keeps its slot, and it is at {place}" for late_s in (30, 60)]
 
 
 @pytest.mark.parametrize("blocks_s", [0.0, 0.15])
@@ -177,6 +220,7 @@ async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytes
         overlapped.append(not now.acquire(blocking=False))
         loop.call_soon_threadsafe(lab.advance, 0.03)
         time.sleep(0.1)
+        loop.call_soon_threadsafe(lab.advance, 31)
         now.release()
 
     async with running(app) as lab:
@@ -185,6 +229,7 @@ async def test_a_handler_in_a_thread_keeps_its_slot_and_then_fails(caplog: pytes
         (run,) = lab.buried
     assert overlapped == [False, False]
     assert run.outcome == Bury("TimeoutError: greet was ended by its Timeout of 0.02 s (attempt 2 of 2)")
+    assert not [record for record in caplog.records if "ignores its cancel" in record.getMessage()]
     said = [record.getMessage() for record in caplog.records if "is past its time limit" in record.getMessage()]
     assert [line.partition(" is past")[0] for line in said] == [f"job greet {receipt.job_id}"] * 2
 
