@@ -150,14 +150,14 @@ def innermost(
     call = _on_loop(handler) if handler.is_async else _in_thread(handler, threads, around_sync or nullcontext)
     facts = [facts_of(layer, f"handler {handler.name}") for layer in handler.layers]
     limit_s = min((one.limit_s for one in facts if one.limit_s is not None), default=inf)
-    watched = handler.is_async and limit_s < inf
+    watched, monotonic = handler.is_async and limit_s < inf, clock.monotonic
 
     async def run(attempt: Attempt) -> Outcome:
         expires_at_ms = attempt.envelope.expires_at_ms
         if expires_at_ms is not None and clock.now() * 1000 >= expires_at_ms:
             late = attempt.first_seen.timestamp() * 1000 >= expires_at_ms
             return expired_on_arrival if late else expired
-        begun = clock.monotonic() if watched else 0.0
+        begun = monotonic() if watched else 0.0
         attempt.unfinished = None  # those of middleware, or of a try in place before
         try:
             said = await call(attempt)
@@ -189,7 +189,7 @@ def innermost(
         except BaseException as error:
             msg = f"the handler raised {type(error).__name__}"
             raise RuntimeError(msg) from error
-        if watched and (took_s := clock.monotonic() - begun) > limit_s + TICK_S:
+        if watched and (took_s := monotonic() - begun) > limit_s + TICK_S:
             _say_blocked(attempt, handler, limit_s, took_s)
         if attempt.unfinished:
             raise _unfinished(attempt, handler)
