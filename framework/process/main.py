@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -87,14 +87,7 @@ async def run(options: WorkOptions) -> int:
             raise
         logger.info("stopped while the app's lifespan was starting")
         return 0
-    counts = work.consumer.counts
-    ended = (
-        ", ".join(
-            f"{counts[kind]} {_SAID.get(kind, kind.value)}" for kind in sorted(counts, key=lambda kind: kind.value)
-        )
-        or "nothing"
-    )
-    logger.info("stopped%s: %s", "" if work.drained else ", cut off", ended)
+    logger.info("stopped%s: %s", "" if work.drained else ", cut off", _told(work.consumer.counts))
     if not work.drained:
         # closing the loop would wait for threads that were cut off, whose jobs other workers run by now
         exit_now(1)
@@ -107,6 +100,12 @@ def _shared(options: WorkOptions) -> Shared | None:
     from .shared import SharedMemory
 
     return SharedMemory(options.shared)
+
+
+def _told(counts: Mapping[Kind, int]) -> str:
+    """Return the endings of a worker in words, without those that never came."""
+    kinds = sorted((kind for kind, count in counts.items() if count), key=lambda kind: kind.value)
+    return ", ".join(f"{counts[kind]} {_SAID.get(kind, kind.value)}" for kind in kinds) or "nothing"
 
 
 @asynccontextmanager
