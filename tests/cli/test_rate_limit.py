@@ -1,7 +1,9 @@
 """`RateLimit` under `leveret work --processes`: what a provider behind the handlers would count."""
 
+import statistics
 import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -43,7 +45,9 @@ def test_the_limit_is_reached_though_one_process_has_the_backlog(project: Projec
     starts = sorted(float(line.split()[0]) for line in project.said)
     holders = Counter(line.split()[1] for line in project.said)
     assert max(holders.values()) > JOBS * 0.9  # or the test shows nothing
-    assert (JOBS - 1) / (starts[-1] - starts[0]) == pytest.approx(10, rel=0.05)
+    gaps = [later - earlier for earlier, later in pairwise(starts)]
+    assert 1 / statistics.median(gaps) == pytest.approx(10, rel=0.05)  # a machine that stalls once moves the mean alone
+    assert (JOBS - 1) / (starts[-1] - starts[0]) < 10.5
 
 
 def test_a_limit_that_changes_at_a_reload_is_shared_again(project: Project) -> None:
