@@ -14,6 +14,7 @@ from ..options import Outgoing
 from ..publishing.sender import Sender
 from ..runtime import Runtime
 from ..settings import redact
+from ..waits import first_of
 from .schedule import Schedule
 
 logger = logging.getLogger("leveret.cron")
@@ -126,13 +127,7 @@ class Scheduler:
 
     async def _stopped_within(self, delay_s: float) -> bool:
         """Wait `delay_s`, or until the stop; return whether the scheduler stops."""
-        sleeping = asyncio.ensure_future(self._clock.sleep(delay_s))
-        stopping = asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait({sleeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            sleeping.cancel()
-            stopping.cancel()
+        await first_of(self._clock.sleep(delay_s), self._stop.wait())
         return self._stop.is_set()
 
     def _now(self) -> datetime:
