@@ -97,9 +97,8 @@ class Publish(Write):
         turn.jobs.append(self.row)
 
 
-@final
-class Again(Write):
-    """Settles a delivery and adds the job of its next attempt."""
+class Replacement(Write):
+    """Settles a delivery and adds a row in its place."""
 
     __slots__ = ("delivery", "row")
 
@@ -107,6 +106,13 @@ class Again(Write):
         super().__init__(about, deadline=deadline, job_id=row[JOB_ID], size=len(row[BODY]))
         self.delivery = delivery
         self.row = row
+
+
+@final
+class Again(Replacement):
+    """Settles a delivery and adds the job of its next attempt."""
+
+    __slots__ = ()
 
     def apply(self, turn: Turn) -> None:
         """As `Write.apply`."""
@@ -115,15 +121,10 @@ class Again(Write):
 
 
 @final
-class Bury(Write):
+class Bury(Replacement):
     """Settles a delivery and adds a dead letter."""
 
-    __slots__ = ("delivery", "row")
-
-    def __init__(self, about: str, delivery: SqliteDelivery, row: Row, deadline: float) -> None:
-        super().__init__(about, deadline=deadline, job_id=row[JOB_ID], size=len(row[BODY]))
-        self.delivery = delivery
-        self.row = row
+    __slots__ = ()
 
     def apply(self, turn: Turn) -> None:
         """As `Write.apply`."""
