@@ -8,7 +8,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ import pytest
 from leveret.admin import Admin, Depth
 from leveret.broker import Broker, Consumption, Delivery, Features, Subscription
 from leveret.clock import Clock, SystemClock, moment_ms
-from leveret.envelope import JSON, Envelope
+from leveret.envelope import Envelope
 from leveret.ids import new_job_id
 from leveret.job import Queue
 from leveret.runtime import Runtime
@@ -79,6 +79,16 @@ class Recorder:
         return self._arrived.qsize()
 
 
+class Foreign(TypedDict, total=False):
+    """What a foreign producer may say of a message. Default: nothing, and JSON as the content type."""
+
+    job: str
+    job_id: str | None
+    content_type: str
+    content_encoding: str | None
+    headers: Mapping[str, Any] | None
+
+
 class Harness(ABC):
     """One broker under test; the harness closes what it opened and deletes what it made."""
 
@@ -123,17 +133,7 @@ class Harness(ABC):
         return admin
 
     @abstractmethod
-    async def put(
-        self,
-        queue: Queue,
-        body: bytes,
-        *,
-        job: str = "",
-        job_id: str | None = None,
-        content_type: str = JSON,
-        content_encoding: str | None = None,
-        headers: Mapping[str, Any] | None = None,
-    ) -> None:
+    async def put(self, queue: Queue, body: bytes, **fields: Unpack[Foreign]) -> None:
         """Publish as a foreign producer would, at NORMAL; the queue must exist, by a publish or a consumption."""
 
     @abstractmethod

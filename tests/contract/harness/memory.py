@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import pytest
 
 from leveret.brokers.memory import MemoryStore
 from leveret.brokers.memory.store import memory_store
-from leveret.envelope import JSON
 from leveret.job import Queue
-from tests.contract.harness.base import Harness
+from tests.contract.harness.base import Foreign, Harness
 
 
 class MemoryHarness(Harness):
@@ -34,26 +32,8 @@ class MemoryHarness(Harness):
         """Return the store of `url`."""
         return memory_store(url)
 
-    async def put(
-        self,
-        queue: Queue,
-        body: bytes,
-        *,
-        job: str = "",
-        job_id: str | None = None,
-        content_type: str = JSON,
-        content_encoding: str | None = None,
-        headers: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.store.inject(
-            queue.name,
-            body,
-            job=job,
-            job_id=job_id,
-            content_type=content_type,
-            content_encoding=content_encoding,
-            headers=headers,
-        )
+    async def put(self, queue: Queue, body: bytes, **fields: Unpack[Foreign]) -> None:
+        self.store.inject(queue.name, body, **fields)
 
     async def break_publishing(self) -> None:
         self.store.refuse()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
@@ -12,7 +11,7 @@ from pamqp.commands import Basic
 
 from leveret.envelope import JSON
 from leveret.job import Priority, Queue
-from tests.contract.harness.base import Harness
+from tests.contract.harness.base import Foreign, Harness
 from tests.rabbit.proxy import FaultProxy
 from tests.rabbit.raw import connect
 
@@ -43,23 +42,13 @@ class RabbitHarness(Harness):
             credentials = parts.netloc.rpartition("@")[0]
             self.url = urlunsplit(parts._replace(netloc=f"{credentials}@127.0.0.1:{self._link.port}"))
 
-    async def put(
-        self,
-        queue: Queue,
-        body: bytes,
-        *,
-        job: str = "",
-        job_id: str | None = None,
-        content_type: str = JSON,
-        content_encoding: str | None = None,
-        headers: Mapping[str, Any] | None = None,
-    ) -> None:
+    async def put(self, queue: Queue, body: bytes, **fields: Unpack[Foreign]) -> None:
         properties = Basic.Properties(
-            headers=dict(headers) if headers else None,
-            content_type=content_type,
-            content_encoding=content_encoding,
-            message_id=job_id,
-            message_type=job or None,
+            headers=dict(fields.get("headers") or {}) or None,
+            content_type=fields.get("content_type", JSON),
+            content_encoding=fields.get("content_encoding"),
+            message_id=fields.get("job_id"),
+            message_type=fields.get("job") or None,
         )
         async with connect(self.direct_url) as raw:
             await raw.publish(queue.name, body, properties=properties)

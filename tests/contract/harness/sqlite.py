@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import pytest
 
 from leveret.envelope import JSON
 from leveret.ids import new_job_id
 from leveret.job import Queue
-from tests.contract.harness.base import PATIENCE_S, Harness
+from tests.contract.harness.base import PATIENCE_S, Foreign, Harness
 
 
 class SqliteHarness(Harness):
@@ -31,17 +30,7 @@ class SqliteHarness(Harness):
         self.path = path
         self._blocker: sqlite3.Connection | None = None
 
-    async def put(
-        self,
-        queue: Queue,
-        body: bytes,
-        *,
-        job: str = "",
-        job_id: str | None = None,
-        content_type: str = JSON,
-        content_encoding: str | None = None,
-        headers: Mapping[str, Any] | None = None,
-    ) -> None:
+    async def put(self, queue: Queue, body: bytes, **fields: Unpack[Foreign]) -> None:
         from leveret.brokers.sqlite.rows import headers_text
 
         with closing(sqlite3.connect(self.path, timeout=PATIENCE_S)) as connection, connection:
@@ -50,12 +39,12 @@ class SqliteHarness(Harness):
                 " VALUES (?, 'normal', ?, ?, ?, ?, ?, 0, ?)",
                 (
                     queue.name,
-                    job_id or new_job_id(),
-                    job,
-                    content_type,
-                    content_encoding,
+                    fields.get("job_id") or new_job_id(),
+                    fields.get("job", ""),
+                    fields.get("content_type", JSON),
+                    fields.get("content_encoding"),
                     body,
-                    headers_text(headers or {}),
+                    headers_text(fields.get("headers") or {}),
                 ),
             )
 
