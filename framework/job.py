@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, TypeVar, final
@@ -134,6 +135,25 @@ class Queue:
         return f"Queue({self._name!r}{kind}{'' if self._priorities else ', priorities=False'}{expired})"
 
 
+EncHook: TypeAlias = Callable[[Any], Any]
+"""Turns a value of a type that msgspec can't encode into one that it can."""
+DecHook: TypeAlias = Callable[[type[Any], Any], Any]
+"""Turns a decoded value into one of the given type, which msgspec can't decode."""
+_NO_HOOKS = "give the job class enc_hook= and dec_hook="
+
+
+def _no_enc_hook(value: object) -> Any:
+    msg = f"values of type {type(value).__qualname__} can't be encoded; {_NO_HOOKS}"
+    raise TypeError(msg)
+
+
+def _no_dec_hook(kind: Any, value: object) -> object:
+    if isinstance(kind, type) and not isinstance(value, kind):
+        msg = f"values of type {kind.__qualname__} can't be decoded; {_NO_HOOKS}"
+        raise TypeError(msg)
+    return value
+
+
 class Spec(msgspec.Struct, frozen=True):
     """The specification of a concrete job class."""
 
@@ -153,11 +173,13 @@ class Spec(msgspec.Struct, frozen=True):
 
 _M = TypeVar("_M", bound="JobMeta")
 _specs: dict[type, Spec] = {}
+_enc_hooks: dict[type, EncHook] = {}
+_dec_hooks: dict[type, DecHook] = {}
 
 
 @dataclass_transform(field_specifiers=(msgspec.field,))
 class JobMeta(msgspec.StructMeta):
-    """The metaclass of `Job`: takes leveret's five class keywords, and passes the others to msgspec."""
+    """The metaclass of `Job`: takes leveret's eight class keywords, and passes the others to msgspec."""
 
     def __new__(  # noqa: D102 - the class has the docstring
         mcls: type[_M],
@@ -171,6 +193,9 @@ class JobMeta(msgspec.StructMeta):
         priority: Priority = Priority.NORMAL,
         expires_s: float | None = None,
         expired: WhenExpired | None = None,
+        version: int = 1,
+        enc_hook: EncHook | None = None,
+        dec_hook: DecHook | None = None,
         tag: bool | str | int | Callable[[str], str | int] | None = None,
         tag_field: str | None = None,
         rename: Literal["lower", "upper", "camel", "pascal", "kebab"]
@@ -210,17 +235,37 @@ class JobMeta(msgspec.StructMeta):
         # only the keywords that differ from the default: an explicit False would override the parent class
         options: Any = {key: value for key, (value, default) in given.items() if value is not default}
         cls = super().__new__(mcls, class_name, bases, namespace, **options)
+        if enc_hook is not None:
+            _enc_hooks[cls] = _check_hook(class_name, "enc_hook", enc_hook, "value")
+        if dec_hook is not None:
+            _dec_hooks[cls] = _check_hook(class_name, "dec_hook", dec_hook, "type, value")
         if name is None and queue is None:
-            if priority is not Priority.NORMAL or expires_s is not None or expired is not None:
-                msg = f"job class {class_name}: priority, expires_s and expired need a name and a queue; add name= and queue="
+            if priority is not Priority.NORMAL or expires_s is not None or expired is not None or version != 1:
+                msg = f"job class {class_name}: priority, expires_s, expired and version need a name and a queue; add name= and queue="
                 raise TypeError(msg)
             return cls
-        _specs[cls] = _spec(class_name, name, queue, priority, expires_s, expired)
+        _specs[cls] = _spec(class_name, name, queue, priority, expires_s, expired, version)
         return cls
 
 
+_H = TypeVar("_H", bound=Callable[..., Any])
+
+
+def _check_hook(class_name: str, keyword: str, hook: _H, parameters: str) -> _H:
+    if not callable(hook) or inspect.iscoroutinefunction(hook):
+        msg = f"job class {class_name}: {keyword} must be a plain function of ({parameters}), not {hook!r:.80}"
+        raise TypeError(msg)
+    return hook
+
+
 def _spec(
-    class_name: str, name: object, queue: object, priority: object, expires_s: object, expired: WhenExpired | None
+    class_name: str,
+    name: object,
+    queue: object,
+    priority: object,
+    expires_s: object,
+    expired: WhenExpired | None,
+    version: object,
 ) -> Spec:
     try:
         checked = _check_name("job", name)
@@ -245,18 +290,41 @@ def _spec(
         raise ValueError(msg)
     if expired is not None:
         _check_expired(f"job class {class_name}", expired)
-    return Spec(checked, queue, priority, expires_s, expired=expired)
+    if isinstance(version, bool) or not isinstance(version, int):
+        msg = f"job class {class_name}: version must be an int, not {version!r}"
+        raise TypeError(msg)
+    if not 1 <= version < 1 << 63:
+        msg = f"job class {class_name}: version must be at least 1 and fit into 64 bits, not {version}"
+        raise ValueError(msg)
+    return Spec(checked, queue, priority, expires_s, version, expired)
 
 
 class Job(msgspec.Struct, metaclass=JobMeta):
-    """A job's contract: its fields, and the class keywords `name`, `queue`, `priority`, `expires_s` and `expired`.
+    """A job's contract: its fields, and the class keywords below. Other class keywords go to `msgspec.Struct`.
 
-    `priority` defaults to NORMAL. `expires_s` counts in seconds from the publish, and defaults to None: never. `expired` says
-    whether an expired job is dropped ("drop") or goes to the dead letters ("dead"), and defaults to the queue's `expired`. A
-    subclass inherits fields but no specification. A subclass without `name` and `queue` is abstract and can't be published.
+    A subclass inherits fields and hooks, but no other keyword. A subclass without `name` and `queue` is abstract and can't be
+    published.
+
+    Class keywords:
+        name: The job's name on the wire.
+        queue: The job's queue.
+        priority: The priority of a publish that gives none. Default: NORMAL.
+        expires_s: Seconds from the publish after which a job that hasn't started expires. Default: never.
+        expired: Whether an expired job is dropped ("drop") or goes to the dead letters ("dead"). Default: as its queue says.
+        version: The version of the fields, at least 1. Every publish sends it. A worker runs jobs up to the version of its own
+            class; a job of a newer version waits for another worker. Default: 1.
+        enc_hook: A function of a value of a type that msgspec can't encode; returns a value that msgspec can encode.
+        dec_hook: A function of a type that msgspec can't decode, and of the decoded value; returns an instance of that type.
     """
 
 
 def spec_of(job_class: type) -> Spec | None:
     """Return the specification of `job_class` itself; None for an abstract class, since a specification isn't inherited."""
     return _specs.get(job_class)
+
+
+def hooks_of(job_class: type[Job]) -> tuple[EncHook, DecHook]:
+    """Return the hooks that `job_class` has or inherits; without any, hooks that refuse the type and say what to do."""
+    enc_hook = next((_enc_hooks[base] for base in job_class.__mro__ if base in _enc_hooks), _no_enc_hook)
+    dec_hook = next((_dec_hooks[base] for base in job_class.__mro__ if base in _dec_hooks), _no_dec_hook)
+    return enc_hook, dec_hook

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from typing import Literal
 
 from .. import codec
 from ..broker import Broker, Posted
@@ -20,6 +21,7 @@ from ..job import Job, Priority, Queue, spec_of
 from ..layer import AnyLayer, is_bypass, is_publish_layer
 from ..options import Outgoing, OutgoingOptions
 from ..runtime import Runtime
+from ..texts import said_by
 
 logger = logging.getLogger("leveret.publisher")
 
@@ -44,16 +46,17 @@ def _never() -> bool:
 
 
 class _Contract:
-    """The specification and the decoder of a job class, looked up once per class."""
+    """The specification and the codec of a job class, looked up once per class."""
 
-    __slots__ = ("decoder", "spec")
+    __slots__ = ("decoder", "encode", "spec")
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, encoding: Literal["json", "msgpack"]) -> None:
         spec = spec_of(type(job))
         if spec is None:
             msg = f"{type(job).__name__} is abstract and can't be published; give the class a name= and a queue="
             raise InvalidJob(msg)
         self.spec = spec
+        self.encode = codec.encoder(type(job), encoding)
         try:
             self.decoder = codec.Decoder(type(job))
         # A type that is only imported under TYPE_CHECKING, for example, or a union that msgspec can't decode.
@@ -83,7 +86,6 @@ class Sender:
         self._broker = broker
         self._runtime = runtime
         self._settings = runtime.settings
-        self._encode = codec.encoder(runtime.settings.encoding)
         self._content_type = codec.content_type(runtime.settings.encoding)
         self._queues: dict[str, Queue] = {}
         self._contracts: dict[type, _Contract] = {}
@@ -109,7 +111,7 @@ class Sender:
             raise InvalidJob(msg)
         contract = self._contracts.get(type(job))
         if contract is None:
-            contract = self._contracts[type(job)] = _Contract(job)
+            contract = self._contracts[type(job)] = _Contract(job, self._settings.encoding)
             queue = contract.spec.queue
             self._decoders[queue.name, contract.spec.name] = contract.decoder
             known = self._queues.setdefault(queue.name, queue)
@@ -182,9 +184,9 @@ class Sender:
     def _encoded(self, job: Job, contract: _Contract, job_id: str) -> bytes:
         settings = self._settings
         try:
-            body = self._encode(job)
+            body = contract.encode(job)
         except Exception as error:
-            msg = f"the job can't be encoded: {error}"
+            msg = f"the job can't be encoded: {said_by(error)}"
             raise InvalidJob(msg, job_id=job_id) from error
         if len(body) > settings.max_body_bytes:
             msg = f"the body has {len(body)} bytes, the limit is {settings.max_body_bytes}; store the data elsewhere and send a reference"

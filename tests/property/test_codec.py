@@ -65,7 +65,7 @@ decoder = Decoder(Order)
 @given(orders, st.sampled_from(["json", "msgpack"]))
 def test_a_job_survives_the_round_trip(order: Order, encoding: Any) -> None:
     """A handler would run with other data than was published."""
-    assert decoder.decode(encoder(encoding)(order), content_type(encoding)) == order
+    assert decoder.decode(encoder(Order, encoding)(order), content_type(encoding)) == order
 
 
 @given(st.binary(max_size=200), st.sampled_from(["json", "msgpack"]))
@@ -78,7 +78,7 @@ def test_random_bytes_are_a_job_or_undecodable(body: bytes, encoding: Any) -> No
 @given(orders, st.data())
 def test_a_body_that_was_cut_or_changed_is_a_job_or_undecodable(order: Order, data: st.DataObject) -> None:
     """Nearly right input goes further into the decoder than noise does."""
-    body = bytearray(encoder("json")(order))
+    body = bytearray(encoder(Order, "json")(order))
     for _ in range(data.draw(st.integers(1, 3))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     with suppress(UndecodableError):

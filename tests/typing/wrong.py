@@ -30,6 +30,9 @@ SendDigest(region="de").region = "us"  # wrong: frozen
 class NamedQueue(Job, name="x", queue="emails"): ...  # wrong (pyright only): a Queue, not its name
 class Misspelt(Job, nmae="x", queue=emails): ...  # wrong (pyright only): no such class keyword
 class Untimely(Job, name="x", queue=emails, expires_s="60"): ...  # wrong (pyright only): seconds are a number
+class Unversioned(Job, name="x", queue=emails, version="2"): ...  # wrong (pyright only): an int
+class Unhooked(Job, name="x", queue=emails, enc_hook="encode"): ...  # wrong (pyright only): a function
+class Halfhooked(Job, name="x", queue=emails, dec_hook=lambda value: value): ...  # wrong (pyright only): of the type and the value
 Queue("emails", type="stream")  # wrong: quorum or classic
 Queue(emails)  # wrong: a name
 

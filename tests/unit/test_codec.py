@@ -19,7 +19,7 @@ def test_an_encoding_that_changes_nothing_is_decoded(encoding: str | None, kind:
     """kombu, Celery and pika programs send one with every message, so every one of their jobs would be buried."""
     job: Job = Greet("Grace")
 
-    assert decoder.decode(encoder(kind)(job), content_type, encoding) == job
+    assert decoder.decode(encoder(Greet, kind)(job), content_type, encoding) == job
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,10 @@ def test_a_job_class_takes_msgspecs_own_keywords() -> None:
     assert pickle.loads(pickle.dumps(job)) == job
 
 
+async def asynchronous(kind: type[Any], value: Any) -> Any:
+    """No hook."""
+
+
 @pytest.mark.parametrize(
     ("keywords", "says"),
     [
@@ -94,6 +98,16 @@ def test_a_job_class_takes_msgspecs_own_keywords() -> None:
         (
             {"name": "x", "queue": Queue("flat", priorities=False), "priority": Priority.LOW},
             "takes only priority NORMAL",
+        ),
+        ({"version": 2}, "version need a name and a queue"),
+        ({"name": "x", "queue": emails, "version": 0}, "version must be at least 1 and fit into 64 bits, not 0"),
+        ({"name": "x", "queue": emails, "version": 1 << 63}, "fit into 64 bits"),
+        ({"name": "x", "queue": emails, "version": True}, "version must be an int, not True"),
+        ({"name": "x", "queue": emails, "version": "2"}, "version must be an int, not '2'"),
+        ({"enc_hook": 3}, r"enc_hook must be a plain function of \(value\), not 3"),
+        (
+            {"dec_hook": asynchronous},
+            r"dec_hook must be a plain function of \(type, value\), not <function asynchronous",
         ),
     ],
 )
