@@ -106,20 +106,27 @@ _Seconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgs
 
 
 class RetryWaits(msgspec.Struct, frozen=True, kw_only=True):
-    """How middleware retries a failure. Raises ValueError for more than one attempt without `ceilings_s`."""
+    """How middleware retries a failure. Raises ValueError for an entry that doesn't say when, or how often."""
 
     on: str | None = None
     """The failures that the entry applies to, such as "ConnectionError, TimeoutError". None: all that no earlier entry names."""
-    max_attempts: Annotated[int, msgspec.Meta(ge=1)]
-    """Runs in total; then the job is buried."""
+    max_attempts: Annotated[int, msgspec.Meta(ge=1)] | None
+    """Runs in total; then the job is buried. None: `stop` decides."""
     immediate: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Further tries in place, within one attempt."""
     ceilings_s: tuple[_Seconds, ...] = ()
     """The longest wait after each attempt, in seconds; the last entry also holds for all later attempts."""
+    wait: str | None = None
+    """What computes the waits if their ceilings aren't known, such as "wait_random(0, 60)"."""
+    stop: str | None = None
+    """What decides when the job is buried if the number of runs isn't known, such as "stop_after_delay(3600)"."""
 
     def __post_init__(self) -> None:
-        if self.max_attempts != 1 and not self.ceilings_s:
-            msg = f"RetryWaits: max_attempts={self.max_attempts} needs ceilings_s, the longest wait after each attempt"
+        if self.max_attempts != 1 and not self.ceilings_s and not self.wait:
+            msg = f"RetryWaits: max_attempts={self.max_attempts} needs ceilings_s, the longest wait after each attempt, or wait"
+            raise ValueError(msg)
+        if self.max_attempts is None and not self.stop:
+            msg = "RetryWaits: max_attempts=None needs stop, which decides when the job is buried"
             raise ValueError(msg)
 
 

@@ -12,17 +12,21 @@ import msgspec
 
 from leveret.attempt import Attempt
 from leveret.backoff import ceiling_s, full_jitter
+from leveret.errors import ConfigurationError
 from leveret.failure import CANCELLED
 from leveret.layer import Consume, LayerFacts, RetryWaits
 from leveret.outcome import MAX_DELAY_S, Bury, Outcome, Retry, Snooze
 from leveret.runtime import Runtime
 from leveret.texts import named
 
+from .strategies import TenacityStop, Wait, check_stop, check_wait, seconds_by, shown, stopped_by
+
 logger = logging.getLogger("leveret.retries")
 
 On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
 """The failures that a rule applies to: an exception type, a tuple of types, or a predicate."""
 
+_MAX_ATTEMPTS = 5
 _MOST_CEILINGS = 32
 """The maximum of ceilings that `facts` states per rule; by then the wait has reached any cap."""
 _IN_PLACE_BASE_S = 0.005
@@ -41,12 +45,19 @@ class Rule:
         base_s: Ceiling of the first wait, in seconds; the ceiling doubles with each attempt. Default: the figure of `Retries`.
         cap_s: Ceiling of any wait, in seconds. Default: the figure of `Retries`.
         bury: Bury the job at once, without another attempt. Default: False.
+        wait: Computes the wait instead of the back-off: a plain function of the `Attempt` and the error that returns seconds,
+            or a wait strategy of tenacity. If it raises or returns anything but 0 s to 48 days, the back-off computes the wait,
+            with a warning. Default: the `wait` of `Retries`, unless the rule has a `base_s` or a `cap_s`.
+        stop: Decides instead of `max_attempts` when the job is buried: a stop strategy of tenacity. Its time starts at the
+            job's first delivery. If it raises, `max_attempts` decides, with a warning. Default: the `stop` of `Retries`, unless
+            the rule has a `max_attempts`.
 
     Raises:
+        ConfigurationError: Both `stop` and `max_attempts` are given.
         TypeError, ValueError: An argument is wrong.
     """
 
-    __slots__ = ("base_s", "bury", "cap_s", "immediate", "max_attempts", "on")
+    __slots__ = ("base_s", "bury", "cap_s", "immediate", "max_attempts", "on", "stop", "wait")
 
     def __init__(
         self,
@@ -57,16 +68,19 @@ class Rule:
         base_s: float | None = None,
         cap_s: float | None = None,
         bury: bool = False,
+        wait: Wait | None = None,
+        stop: TenacityStop | None = None,
     ) -> None:
         _check_on(on)
+        _check_strategies("Rule", wait, stop, max_attempts)
         if max_attempts is not None:
             _check_count("Rule: max_attempts", max_attempts, 1)
         _check_count("Rule: immediate", immediate, 0)
         for name, seconds in (("base_s", base_s), ("cap_s", cap_s)):
             if seconds is not None:
                 _check_seconds(f"Rule: {name}", seconds)
-        if bury and not max_attempts is base_s is cap_s is None:
-            msg = "Rule: with bury=True, max_attempts, base_s and cap_s have no effect; leave them out"
+        if bury and any(given is not None for given in (max_attempts, base_s, cap_s, wait, stop)):
+            msg = "Rule: with bury=True, max_attempts, base_s, cap_s, wait and stop have no effect; leave them out"
             raise ValueError(msg)
         self.on = on
         self.max_attempts = max_attempts
@@ -74,12 +88,14 @@ class Rule:
         self.base_s = base_s
         self.cap_s = cap_s
         self.bury = bury
+        self.wait = wait
+        self.stop = stop
 
     def __repr__(self) -> str:
         on = f"({_shown(self.on)})" if isinstance(self.on, tuple) else _name(self.on)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
         given = [("max_attempts", None), ("immediate", 0), ("base_s", None), ("cap_s", None), ("bury", False)]
         said = [f"{name}={getattr(self, name)!r}" for name, default in given if getattr(self, name) != default]
-        return f"Rule({', '.join([on, *said])})"
+        return f"Rule({', '.join([on, *said, *_said(self.wait, self.stop)])})"
 
 
 class _Plan(msgspec.Struct, frozen=True):
@@ -91,6 +107,8 @@ class _Plan(msgspec.Struct, frozen=True):
     base_s: float
     cap_s: float
     bury: bool
+    wait: Wait | None
+    stop: TenacityStop | None
 
 
 @final
@@ -107,18 +125,32 @@ class Retries:
         max_attempts: Runs in total, including the first. Default: 5.
         base_s: Ceiling of the first wait, in seconds; the ceiling doubles with each attempt. Default: 1.
         cap_s: Ceiling of any wait, in seconds. Default: 600.
+        wait: Computes the wait instead of the back-off; see `Rule`.
+        stop: Decides instead of `max_attempts` when a job is buried; see `Rule`.
 
     Raises:
+        ConfigurationError: Both `stop` and `max_attempts` are given.
         TypeError, ValueError: An argument is wrong.
     """
 
     once: ClassVar[Literal[True]] = True
 
-    def __init__(self, *rules: Rule, max_attempts: int = 5, base_s: float = 1.0, cap_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        *rules: Rule,
+        max_attempts: int | None = None,
+        base_s: float = 1.0,
+        cap_s: float = 600.0,
+        wait: Wait | None = None,
+        stop: TenacityStop | None = None,
+    ) -> None:
         for rule in rules:
             if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
                 msg = f"Retries takes rules, such as Rule(ValueError, bury=True), not {rule!r}"
                 raise TypeError(msg)
+        _check_strategies("Retries", wait, stop, max_attempts)
+        if max_attempts is None:
+            max_attempts = _MAX_ATTEMPTS
         _check_count("Retries: max_attempts", max_attempts, 1)
         _check_seconds("Retries: base_s", base_s)
         _check_seconds("Retries: cap_s", cap_s)
@@ -126,7 +158,9 @@ class Retries:
         self.max_attempts = max_attempts
         self.base_s = base_s
         self.cap_s = cap_s
-        self._default = _Plan(Exception, max_attempts, 0, base_s, cap_s, False)
+        self.wait = wait
+        self.stop = stop
+        self._default = _Plan(Exception, max_attempts, 0, base_s, cap_s, False, wait, stop)
         self._plans = [self._plan(rule) for rule in rules]
         for plan, what in zip((*self._plans, self._default), (*rules, "Retries"), strict=True):
             if plan.base_s > plan.cap_s:
@@ -135,6 +169,8 @@ class Retries:
         self.bind(Runtime(app=""))
 
     def _plan(self, rule: Rule) -> _Plan:
+        inherits_wait = rule.wait is None and rule.base_s is None and rule.cap_s is None
+        inherits_stop = rule.stop is None and rule.max_attempts is None
         return _Plan(
             on=rule.on,
             max_attempts=self.max_attempts if rule.max_attempts is None else rule.max_attempts,
@@ -142,10 +178,14 @@ class Retries:
             base_s=self.base_s if rule.base_s is None else rule.base_s,
             cap_s=self.cap_s if rule.cap_s is None else rule.cap_s,
             bury=rule.bury,
+            wait=self.wait if inherits_wait else rule.wait,
+            stop=self.stop if inherits_stop else rule.stop,
         )
 
     def __repr__(self) -> str:
-        return f"Retries({', '.join([*map(repr, self.rules), f'max_attempts={self.max_attempts}', f'base_s={self.base_s:g}', f'cap_s={self.cap_s:g}'])})"
+        said = [] if self.stop is not None else [f"max_attempts={self.max_attempts}"]
+        said += [f"base_s={self.base_s:g}", f"cap_s={self.cap_s:g}"]
+        return f"Retries({', '.join([*map(repr, self.rules), *said, *_said(self.wait, self.stop)])})"
 
     def bind(self, runtime: Runtime) -> None:
         """Take the clock and the random generator."""
@@ -226,26 +266,63 @@ class Retries:
         outcome: Retry | Bury
         if plan.bury:
             outcome = Bury(f"{named(error)} (a rule buries it at once)")
-        elif attempt.number >= plan.max_attempts:
-            outcome = Bury(f"{named(error)} (attempt {attempt.number} of {plan.max_attempts})")
         else:
-            outcome = Retry(
-                max(at_least_s, full_jitter(attempt.number, base_s=plan.base_s, cap_s=plan.cap_s, rng=self._rng))
-            )
+            outcome = self._next(attempt, error, plan, named(error), at_least_s=at_least_s)
         outcome.__cause__ = error
         return outcome
 
     def _asked(self, attempt: Attempt, asked: Retry) -> Retry | Bury:
-        outcome: Retry | Bury
-        if attempt.number >= self.max_attempts:
-            why = "a retry was requested" if asked.__cause__ is None else named(asked.__cause__)
-            outcome = Bury(f"{why} (attempt {attempt.number} of {self.max_attempts})")
-        elif asked.delay_s is None:
-            outcome = Retry(full_jitter(attempt.number, base_s=self.base_s, cap_s=self.cap_s, rng=self._rng))
-        else:
-            return asked
-        outcome.__cause__ = asked.__cause__
+        cause = asked.__cause__
+        why = "a retry was requested" if cause is None else named(cause)
+        outcome = self._next(attempt, asked if cause is None else cause, self._default, why, asked.delay_s)
+        outcome.__cause__ = cause
         return outcome
+
+    def _next(
+        self,
+        attempt: Attempt,
+        error: BaseException,
+        plan: _Plan,
+        why: str,
+        delay_s: float | None = None,
+        *,
+        at_least_s: float = 0.0,
+    ) -> Retry | Bury:
+        if plan.stop is None and attempt.number >= plan.max_attempts:
+            return Bury(f"{why} (attempt {attempt.number} of {plan.max_attempts})")
+        if delay_s is None:
+            delay_s = max(at_least_s, self._wait_s(attempt, error, plan))
+        if plan.stop is not None and self._stops(attempt, error, plan, plan.stop, delay_s):
+            return Bury(f"{why} (attempt {attempt.number}, {shown(plan.stop)})")
+        return Retry(delay_s)
+
+    def _wait_s(self, attempt: Attempt, error: BaseException, plan: _Plan) -> float:
+        if plan.wait is not None:
+            try:
+                return seconds_by(plan.wait, attempt, error, self._clock)
+            except Exception as failed:  # noqa: BLE001 - a user's code; the job must not be lost
+                _say_failed(attempt, "wait", plan.wait, "the back-off computes the wait", failed)
+        return full_jitter(attempt.number, base_s=plan.base_s, cap_s=plan.cap_s, rng=self._rng)
+
+    def _stops(self, attempt: Attempt, error: BaseException, plan: _Plan, stop: TenacityStop, delay_s: float) -> bool:
+        try:
+            return stopped_by(stop, attempt, error, self._clock, delay_s)
+        except Exception as failed:  # noqa: BLE001 - as above
+            _say_failed(attempt, "stop", stop, f"the job is buried after {plan.max_attempts} runs", failed)
+            return attempt.number >= plan.max_attempts
+
+
+def _say_failed(attempt: Attempt, keyword: str, strategy: object, instead: str, failed: Exception) -> None:
+    logger.warning(
+        "job %s %s: %s=%s of Retries failed, so %s: %s",
+        attempt.envelope.job,
+        attempt.job_id,
+        keyword,
+        shown(strategy),
+        instead,
+        named(failed),
+        exc_info=failed,
+    )
 
 
 def _applies(on: On, error: Exception) -> bool:
@@ -265,10 +342,18 @@ def _applies(on: On, error: Exception) -> bool:
 
 
 def _waits(plan: _Plan, on: str | None) -> RetryWaits:
-    attempts = 1 if plan.bury else plan.max_attempts
-    waits = range(1, min(attempts, _MOST_CEILINGS + 1))
-    ceilings_s = tuple(ceiling_s(attempt, base_s=plan.base_s, cap_s=plan.cap_s) for attempt in waits)
-    return RetryWaits(on=on, max_attempts=attempts, immediate=plan.immediate, ceilings_s=ceilings_s)
+    if plan.bury:
+        return RetryWaits(on=on, max_attempts=1, immediate=plan.immediate)
+    attempts = _MOST_CEILINGS + 1 if plan.stop is not None else min(plan.max_attempts, _MOST_CEILINGS + 1)
+    ceilings_s = [ceiling_s(attempt, base_s=plan.base_s, cap_s=plan.cap_s) for attempt in range(1, attempts)]
+    return RetryWaits(
+        on=on,
+        max_attempts=plan.max_attempts if plan.stop is None else None,
+        immediate=plan.immediate,
+        ceilings_s=tuple(ceilings_s) if plan.wait is None else (),
+        wait=None if plan.wait is None else shown(plan.wait),
+        stop=None if plan.stop is None else shown(plan.stop),
+    )
 
 
 def _shown(on: On) -> str:
@@ -277,6 +362,20 @@ def _shown(on: On) -> str:
 
 def _name(on: object) -> str:
     return getattr(on, "__qualname__", None) or repr(on)
+
+
+def _said(wait: Wait | None, stop: TenacityStop | None) -> list[str]:
+    return [f"{name}={shown(given)}" for name, given in (("wait", wait), ("stop", stop)) if given is not None]
+
+
+def _check_strategies(where: str, wait: Wait | None, stop: TenacityStop | None, max_attempts: int | None) -> None:
+    if wait is not None:
+        check_wait(where, wait)
+    if stop is not None:
+        check_stop(where, stop)
+        if max_attempts is not None:
+            msg = f"{where}: stop and max_attempts both say when the job is buried; give one of them"
+            raise ConfigurationError(msg)
 
 
 def _check_on(on: object) -> None:

@@ -103,6 +103,9 @@ def _waits(waits: Waits, *, alone: bool) -> str:
     first = f"{waits.immediate} more {tries} in place, then " if waits.immediate else ""
     if waits.max_attempts == 1:
         return f"{what}{first}buried at once"
+    end = "by " + waits.stop if waits.stop else f"after {waits.max_attempts} runs"
+    if waits.wait:
+        return f"{what}{first}waits by {waits.wait}, then buried ({end})"
     ceilings = waits.ceilings_s
     shown: list[str] = []
     for number, ceiling in enumerate(ceilings):
@@ -111,9 +114,9 @@ def _waits(waits: Waits, *, alone: bool) -> str:
             break
         shown.append(f"≤{seconds(ceiling)}")
     else:
-        if waits.max_attempts - 1 > MOST_WAITS:
+        if waits.max_attempts is None or waits.max_attempts - 1 > MOST_WAITS:
             shown.append("…")
-    return f"{what}{first}waits of {', '.join(shown)}, then buried (after {waits.max_attempts} runs)"
+    return f"{what}{first}waits of {', '.join(shown)}, then buried ({end})"
 
 
 def _schedule(schedule: ScheduleRecord) -> list[str]:

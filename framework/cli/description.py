@@ -50,12 +50,14 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True):
 
     on: str | None
     """The failures that this entry is for; None: those that no other entry matches."""
-    max_attempts: int
-    """Runs in total; then the job is buried."""
+    max_attempts: int | None
+    """Runs in total; then the job is buried. None: `stop` decides."""
     immediate: int
     """Further tries in place, within one attempt."""
     ceilings_s: list[float]
-    """The longest wait after each attempt, seconds; at most the first `MOST_WAITS`."""
+    """The longest wait after each attempt, seconds; at most the first `MOST_WAITS`. Empty: `wait` computes the waits."""
+    wait: str | None
+    stop: str | None
 
 
 class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,9 +187,15 @@ def _handler(handler: Handler) -> HandlerRecord:
 
 
 def _waits(waits: RetryWaits) -> Waits:
-    count = min(waits.max_attempts - 1, MOST_WAITS)
-    ceilings = [*waits.ceilings_s, *waits.ceilings_s[-1:] * count][:count]
-    return Waits(on=waits.on, max_attempts=waits.max_attempts, immediate=waits.immediate, ceilings_s=ceilings)
+    count = MOST_WAITS if waits.max_attempts is None else min(waits.max_attempts - 1, MOST_WAITS)
+    return Waits(
+        on=waits.on,
+        max_attempts=waits.max_attempts,
+        immediate=waits.immediate,
+        ceilings_s=[*waits.ceilings_s, *waits.ceilings_s[-1:] * count][:count],
+        wait=waits.wait,
+        stop=waits.stop,
+    )
 
 
 def _queue(queue: Queue, features: Features) -> QueueRecord:

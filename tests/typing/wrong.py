@@ -5,6 +5,7 @@ from datetime import timedelta, timezone
 from typing import Unpack, assert_never
 
 import msgspec
+from tenacity import stop_after_attempt, wait_fixed
 
 from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, OutgoingOptions, Priority, Publish, PublishOptions, Publisher, Queue, Receipt, Retry, Snooze
 from leveret.middleware import Bound, Bypass, LayerFacts, RateLimit, Readiness, Retries, RetryWaits, Rule, Runtime, Stated, Timeout
@@ -197,6 +198,18 @@ RetryWaits(on=ValueError, max_attempts=1)  # wrong: its name
 RetryWaits()  # wrong: max_attempts is missing
 Retries(ValueError)  # wrong: a Rule
 Retries(max_attempts="5")  # wrong: an int
+Retries(stop=8)  # wrong: max_attempts
+Retries(wait=stop_after_attempt(8))  # wrong: a stop
+Rule(ValueError, stop=wait_fixed(3))  # wrong: a wait
+Rule(ValueError, stop=stop_after_attempt)  # wrong (mypy only): the class
+Rule(ValueError, wait=30)  # wrong: a function, or base_s and cap_s
+Rule(ValueError, wait=lambda error: error.retry_after)  # wrong: of the attempt and the error
+Rule(ValueError, wait=lambda attempt, error: "30")  # wrong: seconds
+Rule(ValueError, wait=lambda attempt, error: attempt.nmuber)  # wrong (pyright only): no such attribute
+def delta(attempt: Attempt, error: Exception) -> timedelta: raise NotImplementedError
+Rule(ValueError, wait=delta)  # wrong: seconds
+async def slow(attempt: Attempt, error: Exception) -> float: raise NotImplementedError
+Rule(ValueError, wait=slow)  # wrong: a def
 Rule("ValueError")  # wrong: the type
 Rule([ValueError])  # wrong: a tuple
 Rule(ValueError())  # wrong: the type

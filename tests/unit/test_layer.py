@@ -107,6 +107,10 @@ def test_each_optional_method_of_a_wrong_shape_is_refused_when_the_app_is_made(
             {"facts": lambda _: RetryWaits(max_attempts=3)},
             "facts() raises ValueError: RetryWaits: max_attempts=3 needs",
         ),
+        (
+            {"facts": lambda _: RetryWaits(max_attempts=None, wait="by chance")},
+            "facts() raises ValueError: RetryWaits: max_attempts=None needs stop",
+        ),
         ({"facts": _returns(Unchecked(limit_s="soon"))}, "Expected `int | float | null`, got `str` - at `$.limit_s`"),
         ({"facts": _returns(LayerFacts(tries_in_place=-1))}, "Expected `int` >= 0 - at `$.tries_in_place`"),
         ({"facts": _returns(Unchecked(retries=("never",)))}, "at `$.retries[0]`"),

@@ -4,6 +4,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pytest
+from tenacity import stop_after_attempt, stop_after_delay, wait_exponential_jitter
 
 from leveret import App, Attempt, ConfigurationError, Consume, Envelope, Job, Outcome, Publish, Queue, Receipt
 from leveret.cli.describe import text_of
@@ -129,6 +130,25 @@ async def test_retry_waits_are_shown_rule_by_rule() -> None:
     assert "retries  ValueError, KeyError: buried at once" in text
     assert "OSError: 2 more tries in place, then waits of ≤10 s, ≤20 s, then buried (after 3 runs)" in text
     assert "any other failure: waits of ≤1 s, ≤2 s, ≤4 s, then buried (after 4 runs)" in text
+
+
+async def test_waits_and_stops_of_tenacity_are_shown() -> None:
+    """How long a failing job stays is then known to the strategy alone, so it must be readable."""
+    told = Rule(KeyError, wait=lambda attempt, error: 1, immediate=1)
+    patient = Rule(OSError, wait=wait_exponential_jitter(max=60), stop=stop_after_attempt(8))
+    backs_off = Rule(ValueError, cap_s=8, stop=stop_after_delay(3600))
+    record = await described(middleware=[Retries(told, patient, backs_off)])
+    waits = record.handlers[0].retries
+
+    assert [(one.max_attempts, one.wait, one.stop) for one in waits[1:3]] == [
+        (None, "wait_exponential_jitter(max=60)", "stop_after_attempt(8)"),
+        (None, None, "stop_after_delay(3600)"),
+    ]
+    text = text_of(record)
+    assert "KeyError: 1 more try in place, then waits by the lambda at test_describe.py:" in text
+    assert "OSError: waits by wait_exponential_jitter(max=60), then buried (by stop_after_attempt(8))\n" in text
+    each = "waits of ≤1 s, ≤2 s, ≤4 s, ≤8 s each time"
+    assert f"ValueError: {each}, then buried (by stop_after_delay(3600))\n" in text
 
 
 @pytest.mark.parametrize(

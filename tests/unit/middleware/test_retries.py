@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
+from tenacity import stop_after_attempt, wait_fixed
 
 from leveret import App, Attempt, Bury, Done, Expired, Outcome, Retry, Snooze
 from leveret.clock import ManualClock
@@ -268,7 +269,15 @@ async def test_an_outcome_that_a_layer_raises_is_no_failure() -> None:
     assert await chain(Retries(), breaker, handler=failing())(attempt()) == Snooze(30)
 
 
-async def test_a_failure_is_freed_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(ValueError, immediate=1),
+        Rule(ValueError, immediate=1, wait=wait_fixed(1), stop=stop_after_attempt(8)),
+    ],
+    ids=["back-off", "tenacity"],
+)
+async def test_a_failure_is_freed_without_the_garbage_collector(rule: Rule) -> None:
     """A cycle of error, traceback and frame would keep each failed job's data until the collector comes round."""
 
     class Payload:
@@ -282,7 +291,7 @@ async def test_a_failure_is_freed_without_the_garbage_collector() -> None:
         raise ValueError("no")
 
     clock = ManualClock()
-    step = chain(Retries(Rule(ValueError, immediate=1)), handler=handler, bound=runtime(clock))
+    step = chain(Retries(rule), handler=handler, bound=runtime(clock))
     gc.disable()
     try:
         assert isinstance(await ticking(clock, step(attempt())), Retry)
