@@ -5,6 +5,8 @@ The test at the end walks through waits of minutes without sleeping: `running` h
 
 import asyncio
 
+from tenacity import stop_after_attempt, wait_exponential_jitter
+
 from leveret import App, Attempt, Bury, Job, Queue, Retry, Snooze
 from leveret.middleware import Retries, Rule
 from leveret.testing import running
@@ -19,6 +21,10 @@ class HttpError(Exception):
         self.status = status
 
 
+class ClosedError(Exception):
+    opens_in_s = 3600
+
+
 def is_busy(error: Exception) -> bool:
     return isinstance(error, HttpError) and error.status in (429, 503)
 
@@ -27,6 +33,8 @@ rules = Retries(
     Rule(CardDeclinedError, bury=True),                        # a person must look at it: no retry would help
     Rule(is_busy, max_attempts=8, base_s=5, cap_s=300),        # a predicate; patient
     Rule((ConnectionError, TimeoutError), immediate=2),        # over in a moment: twice more in place, then as below
+    Rule(ClosedError, wait=lambda attempt, error: error.opens_in_s),    # the error says when
+    Rule(OSError, wait=wait_exponential_jitter(max=60), stop=stop_after_attempt(4)),    # strategies of tenacity
     max_attempts=3, base_s=1,                                  # anything else
 )  # fmt: skip
 app = App("shop", middleware=[rules])
@@ -49,6 +57,10 @@ async def charge(job: Charge, attempt: Attempt) -> Bury | Retry | Snooze | None:
             raise HttpError(503)
         case "reset" if len(calls) < 3:
             raise ConnectionResetError("by peer")
+        case "closed" if attempt.number == 1:
+            raise ClosedError
+        case "disk":
+            raise OSError("no space left on device")
         case "bug":
             raise KeyError("price")
         case "not yet" if attempt.envelope.passes == 0:
@@ -74,6 +86,8 @@ async def try_out() -> None:
     assert await runs("declined") == (1, 1, "CardDeclinedError: insufficient funds (a rule buries it at once)")
     assert await runs("busy") == (6, 6, "")
     assert await runs("reset") == (3, 1, "")
+    assert await runs("closed") == (2, 2, "")
+    assert await runs("disk") == (4, 4, "OSError: no space left on device (attempt 4, stop_after_attempt(4))")
     assert await runs("bug") == (3, 3, "KeyError: 'price' (attempt 3 of 3)")
     assert await runs("not yet") == (2, 1, "")
     assert await runs("asked") == (2, 2, "")

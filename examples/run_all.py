@@ -14,6 +14,7 @@ EXAMPLES = {
     "shared_contract/try_out.py": [],
     "database_pool.py": [],
     "retry_rules.py": [],
+    "pydantic_fields.py": [],
     "own_layers.py": [],
 }
 # of their own, whatever the shell has set
