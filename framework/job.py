@@ -310,7 +310,8 @@ class Job(msgspec.Struct, metaclass=JobMeta):
         queue: The job's queue.
         priority: The priority of a publish that gives none. Default: NORMAL.
         expires_s: Seconds from the publish after which a job that hasn't started expires. Default: never.
-        expired: Whether an expired job is dropped ("drop") or goes to the dead letters ("dead"). Default: as its queue says.
+        expired: Whether an expired job is dropped ("drop") or goes to the dead letters ("dead"). Default:
+            the queue's `expired`.
         version: The version of the fields, at least 1. Every publish sends it. A worker runs jobs up to the version of its own
             class; a job of a newer version waits for another worker. Default: 1.
         enc_hook: A function of a value of a type that msgspec can't encode; returns a value that msgspec can encode.
