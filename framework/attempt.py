@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine
 from datetime import datetime, timezone
 from types import CodeType
-from typing import Any, Generic, Protocol, Unpack, final
+from typing import Any, Generic, Protocol, Unpack
 
 import msgspec
 from typing_extensions import TypeVar
@@ -54,7 +54,6 @@ class Begun(msgspec.Struct, eq=False):
         self.unfinished.pop(self, None)
 
 
-@final
 class Attempt(Generic[_R_co]):
     """One run of one job. Plain `Attempt` fits any app; the type of its `resources` is then `object`."""
 
@@ -87,8 +86,9 @@ class Attempt(Generic[_R_co]):
         msg = "only a worker makes an Attempt; in a test, use leveret.testing.attempt()"
         raise TypeError(msg)
 
-    @staticmethod
+    @classmethod
     def _make(
+        cls: type[Attempt[Any]],
         job: Job,
         envelope: Envelope,
         redelivered: bool,
@@ -98,7 +98,7 @@ class Attempt(Generic[_R_co]):
         clock: Clock,
     ) -> Attempt[Any]:
         """Make the attempt of a job that arrived at `arrived`, in Unix seconds; for the consumer and `leveret.testing`."""
-        attempt: Attempt[Any] = Attempt.__new__(Attempt)
+        attempt = cls.__new__(cls)
         attempt._job = job
         attempt._envelope = envelope
         attempt._redelivered = redelivered

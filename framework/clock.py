@@ -136,11 +136,14 @@ class ManualClock:
         if not seconds >= 0:
             msg = f"a clock can't be advanced by {seconds} s"
             raise ValueError(msg)
-        until = self._elapsed + seconds
+        self.advance_to(self._elapsed + seconds)
+
+    def advance_to(self, until: float, /) -> None:
+        """Move the clock forward until `monotonic` is `until`, as `advance` does; without effect if it is already further."""
         while (due := _next_due(timers := min(self._timers, self._limits, key=_next_due))) <= until:
             _, _, timer = heapq.heappop(timers)
             self._elapsed = max(self._elapsed, due)
             function, timer.function = timer.function, None
             if function is not None:
                 function()
-        self._elapsed = until
+        self._elapsed = max(self._elapsed, until)

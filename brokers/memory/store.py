@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from operator import itemgetter
 from typing import Protocol, final
 
 import msgspec
@@ -232,6 +233,12 @@ class MemoryStore:
                 dead=sum(map(len, self.contents.dead.values())),
                 version=self.contents.version,
             )
+
+    def delayed(self, clock: Clock) -> list[Envelope]:
+        """Return the jobs that aren't due yet, the next one first; `clock` is the clock of the store's brokers."""
+        with self.contents.lock:
+            self.contents.promote(clock.monotonic())
+            return [stored.envelope for _, _, stored in sorted(self.contents.delayed, key=itemgetter(0, 1))]
 
     async def changed(self, since: int) -> None:
         """Return once the version of the store isn't `since` any more: after a publish, a delivery or a settlement."""

@@ -83,6 +83,11 @@ class RabbitAdmin:
                 total += await self._on_channel(partial(_purge, name))
         return total
 
+    async def delete(self, queue: Queue) -> None:
+        """Delete the queues of all levels and the dead letters, with their jobs; for `leveret.testing`. Delayed jobs end in `lv.lost`."""
+        for name in (*(topology.sibling(queue.name, level) for level in LEVELS), topology.dead_queue(queue.name)):
+            await self._on_channel(partial(_delete, name))
+
     async def count(self, name: str) -> tuple[int, int] | None:
         """Return the counts of ready messages and of consumers of a physical queue; None if the queue doesn't exist."""
         return await self._on_channel(partial(_count, name))
@@ -167,6 +172,10 @@ class RabbitAdmin:
 async def _purge(name: str, channel: Channel) -> int:
     answer: Any = await channel.call(commands.Queue.Purge(queue=name), _PURGE_S)
     return answer.message_count or 0
+
+
+async def _delete(name: str, channel: Channel) -> None:
+    await channel.call(commands.Queue.Delete(queue=name), _PURGE_S)
 
 
 async def _count(name: str, channel: Channel) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from ..attempt import make_attempt
@@ -50,13 +50,14 @@ class Consumer:
         limits: Limits,
         around_sync: Callable[[], AbstractContextManager[object]] | None = None,
         observe: Callable[[Ended], None] | None = None,
+        threads: Executor | None = None,
     ) -> None:
         self._publisher = publisher
         self._settlement = Settlement(publish_layers, runtime, observe)
         self._resources = resources
         self._runtime = runtime
         self._clock = runtime.clock
-        self._threads = ThreadPoolExecutor(limits.threads, thread_name_prefix="leveret-job")
+        self._threads = threads or ThreadPoolExecutor(limits.threads, thread_name_prefix="leveret-job")
         self._slots = Slots(limits, runtime.clock, self._start)
         self._take, self._free, self._queues = self._slots.take, self._slots.free, self._slots.queues  # looked up once
         self._end = self._settlement.end

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, cast
 
 import msgspec
 
 from ..broker import Broker, Consumption
+from ..envelope import Receipt
 from ..errors import ConfigurationError
 from ..layer import AnyLayer
 from ..publishing.publisher import Publisher
@@ -96,8 +98,13 @@ async def working(
     hurry: asyncio.Event | None = None,
     lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
     observe: Callable[[Ended], None] | None = None,
+    threads: Executor | None = None,
+    wait: Callable[[Coroutine[Any, Any, Receipt]], Receipt] | None = None,
 ) -> AsyncGenerator[Working, None]:
-    """Run a worker of `app` until the block is left, and then drain it. Setting `hurry` ends the grace early."""
+    """Run a worker of `app` until the block is left, and then drain it. Setting `hurry` ends the grace early.
+
+    `threads` runs the `def` handlers, and `wait` is how they wait for a publish (default for both: threads beside the loop).
+    """
     app.import_modules()
     handlers = app.handlers(queues)
     if not handlers:
@@ -115,7 +122,7 @@ async def working(
         enter = lifespan or app.lifespan
         resources = await stack.enter_async_context(enter()) if enter is not None else None
         layers = app.layers
-        publisher = Publisher(app.sender(broker, runtime))
+        publisher = Publisher(app.sender(broker, runtime), wait)
         consumer = Consumer(
             broker,
             handlers,
@@ -126,6 +133,7 @@ async def working(
             limits=limits,
             around_sync=app.around_sync,
             observe=observe,
+            threads=threads,
         )
         stack.callback(publisher.close)
         # If a later queue fails to open, the first one may already have delivered.

@@ -11,10 +11,12 @@ repeated hour, and skips times that don't exist.
 
 from __future__ import annotations
 
+import heapq
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
+from operator import itemgetter
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -68,6 +70,17 @@ class Schedule(msgspec.Struct, frozen=True):
         """Call the schedule's function for `slot` and return its job. The function gets `slot` in the schedule's time zone."""
         return self.emit(slot.astimezone(ZoneInfo(self.tz))) if self.takes_slot else self.emit()
 
+    def outgoing(self, app: str, slot: datetime) -> Outgoing | None:
+        """Return the job of `slot` with its options, the slot's id included unless the function gave one; None for no job."""
+        emitted = self.job(slot)
+        if emitted is None:
+            return None
+        outgoing = emitted if isinstance(emitted, Outgoing) else Outgoing(emitted)
+        options = outgoing.options.copy()
+        if options.get("job_id") is None:
+            options["job_id"] = self.slot_id(app, slot)
+        return Outgoing(outgoing.job, **options)
+
 
 def make_schedule(expression: str, emit: Callable[..., Any], *, name: str | None, tz: str, enabled: bool) -> Schedule:
     """Return a schedule.
@@ -92,6 +105,18 @@ def make_schedule(expression: str, emit: Callable[..., Any], *, name: str | None
         msg = f"schedule {called!r}: a cron function takes no parameter or one, the slot, not ({', '.join(p.name for p in parameters)})"
         raise TypeError(msg)
     return Schedule(called, expression, tz, emit, bool(parameters), enabled)
+
+
+def slots(schedules: Iterable[Schedule], after: datetime, until: datetime) -> Iterator[tuple[datetime, Schedule]]:
+    """Yield the slots after `after` up to and with `until`, in order, each with its schedule."""
+
+    def of(schedule: Schedule) -> Iterator[tuple[datetime, Schedule]]:
+        slot = schedule.next(after)
+        while slot is not None and slot <= until:
+            yield slot, schedule
+            slot = schedule.next(slot)
+
+    return heapq.merge(*map(of, schedules), key=itemgetter(0))
 
 
 def check_expression(expression: str) -> None:

@@ -10,7 +10,6 @@ from datetime import datetime, timedelta, timezone
 
 from ..backoff import full_jitter
 from ..errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, PublishTimeout
-from ..options import Outgoing
 from ..publishing.sender import Sender
 from ..runtime import Runtime
 from ..settings import redact
@@ -139,7 +138,9 @@ class Scheduler:
     async def _emit(self, schedule: Schedule, slot: datetime, following: datetime | None) -> None:
         try:
             # the user's code may block, so it runs in separate threads
-            emitted = await asyncio.get_running_loop().run_in_executor(self._threads, schedule.job, slot)
+            outgoing = await asyncio.get_running_loop().run_in_executor(
+                self._threads, schedule.outgoing, self._app, slot
+            )
         except Exception as error:
             logger.exception(
                 "schedule %s: missed slot %s, the cron function raised: %r",
@@ -148,16 +149,12 @@ class Scheduler:
                 error,  # noqa: TRY401 - for logs without tracebacks
             )
             return
-        if emitted is None:
+        if outgoing is None:
             return
-        outgoing = emitted if isinstance(emitted, Outgoing) else Outgoing(emitted)
-        options = outgoing.options.copy()
-        if options.get("job_id") is None:
-            options["job_id"] = schedule.slot_id(self._app, slot)
         tries, timeout_s = 0, PUBLISH_TIMEOUT_S
         while True:
             try:
-                receipt = await self._sender.publish(outgoing.job, options, timeout_s)
+                receipt = await self._sender.publish(outgoing.job, outgoing.options, timeout_s)
             except ConfigurationError:
                 raise
             except PublishError as error:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import wait
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import NoReturn, Unpack, final
+from typing import Any, NoReturn, Unpack, final
 
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, InvalidJob, PublishTimeout
@@ -28,8 +28,10 @@ class Publisher:
     Many tasks may share it; their publishes are pipelined.
     """
 
-    def __init__(self, sender: Sender) -> None:
+    def __init__(self, sender: Sender, wait: Callable[[Coroutine[Any, Any, Receipt]], Receipt] | None = None) -> None:
         self._sender: Sender | None = sender
+        self._wait = wait
+        """Waits for a publish in `publish_blocking`, where the loop has no thread of its own; None: as usual."""
         self._loop = asyncio._get_running_loop()
         """The event loop that its connection belongs to; None for a test's attempt that was made outside of a loop."""
 
@@ -87,6 +89,8 @@ class Publisher:
             msg = "publish_blocking would block the event loop that it waits for; in an `async def`, write await attempt.publish(…)"
             raise RuntimeError(msg)
         publish = self.publish(job, **options)
+        if self._wait is not None:
+            return self._wait(publish)
         if loop is None:
             return asyncio.run(publish)
         try:

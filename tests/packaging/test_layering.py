@@ -18,7 +18,7 @@ _NOUNS = "the shared nouns"
 _BELOW = {
     "cli": {"process", "app", "consuming", "cron", "publishing", _NOUNS},
     "process": {"app", "consuming", "cron", "publishing", _NOUNS},
-    "testing": {"app", "consuming", "publishing", _NOUNS},
+    "testing": {"app", "consuming", "cron", "publishing", _NOUNS},
     "app": {"consuming", "cron", "publishing", _NOUNS},
     "consuming": {"publishing", _NOUNS},
     "cron": {"publishing", _NOUNS},
