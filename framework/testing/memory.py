@@ -151,9 +151,7 @@ class MemoryLab(AppLab):
 
     def _pass(self, until_s: float) -> None:
         """Move the clock to `until_s`, Unix seconds, and publish the jobs of the cron slots on the way."""
-        until_s = (
-            moment_ms(until_s) / 1000
-        )  # due times are whole milliseconds: what is due in a minute is due after a minute
+        until_s = moment_ms(until_s) / 1000  # as due times are: what is due in a minute is due after a minute
         schedules = [schedule for schedule in self._app.schedules if schedule.enabled]
         until = datetime.fromtimestamp(until_s, timezone.utc)
         passed = list(islice(slots(schedules, self.now, until), MOST_SLOTS + 1))

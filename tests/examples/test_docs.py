@@ -23,9 +23,10 @@ from leveret.cli.main import cli, main
 from leveret.settings import Environment
 from tests.conftest import StartNode
 from tests.examples.markdown import BLOCKS, PAGES, PYTHON, ROOT, SHOP, Block
+from tests.rabbit.node import Rabbit
 
 RUN = [block for block in PYTHON if not block.comment]
-TESTS = [block for block in RUN if "async def test_" in block.text]
+TESTS = [block for block in RUN if "def test_" in block.text]
 PROGRAMS = [block for block in RUN if block not in TESTS]
 EXCERPTS = [block for block in PYTHON if block.comment.startswith("excerpt of: ")]
 COMMANDS = [block for block in BLOCKS if block.language == "sh"]
@@ -129,9 +130,21 @@ def test_blocks_are_the_modules_that_the_readme_calls_them(shop: Path) -> None:
     assert [schedule["name"] for schedule in described["schedules"]] == ["morning", "digest.us"]
 
 
-@pytest.mark.parametrize("block", TESTS, ids=_ids)
-def test_a_block_of_tests_passes(block: Block, shop: Path) -> None:
+def _on_rabbitmq(block: Block) -> bool:
+    return '"leveret_rabbitmq"' in block.text
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, marks=pytest.mark.rabbit) if _on_rabbitmq(block) else block for block in TESTS],
+    ids=_ids,
+)
+def test_a_block_of_tests_passes(block: Block, shop: Path, request: pytest.FixtureRequest) -> None:
     """It is how users begin to test."""
+    tests, url = block.text.count("def test_"), ""
+    if _on_rabbitmq(block):
+        rabbit: Rabbit = request.getfixturevalue("rabbit")
+        tests, url = 2 * tests, rabbit.url
     (shop / "test_shop.py").write_text(block.text, encoding="utf-8")
     (shop / "pytest.ini").write_text(
         "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error\npythonpath = .\n",
@@ -139,10 +152,16 @@ def test_a_block_of_tests_passes(block: Block, shop: Path) -> None:
     )
     command = [sys.executable, "-m", "pytest", "-q", "test_shop.py"]
     ended = subprocess.run(
-        command, check=False, cwd=shop, env=environment(), capture_output=True, text=True, timeout=60
+        command,
+        check=False,
+        cwd=shop,
+        env=environment(LEVERET_TEST_AMQP=url),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert f"{block.text.count('async def test_')} passed" in ended.stdout
+    assert f"{tests} passed" in ended.stdout
 
 
 @pytest.mark.parametrize("block", EXCERPTS, ids=_ids)

@@ -9,7 +9,7 @@ from tenacity import stop_after_attempt, wait_fixed
 
 from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, OutgoingOptions, Priority, Publish, PublishOptions, Publisher, Queue, Receipt, Retry, Snooze
 from leveret.middleware import Bound, Bypass, LayerFacts, RateLimit, Readiness, Retries, RetryWaits, Rule, Runtime, Stated, Timeout
-from leveret.testing import Lab, running
+from leveret.testing import Lab, running, running_sync
 from leveret.testing import attempt as make_attempt
 from leveret import Pubisher  # wrong: no such name, though one name of leveret is made when it is asked for
 from .programs import Pool, RenderPdf, SendDigest, SendInvoice, Shop, close_old_connections, emails, send_invoice, shop
@@ -250,6 +250,14 @@ async def tests(lab: Lab) -> None:
     async with running(bare, resources=Shop(Pool())): ...  # wrong: the app has no lifespan
     await lab.advance(5)  # wrong: nothing to await
     lab.drain()  # wrong: not awaited
+    lab.run_due()  # wrong: not awaited
+    lab.buried[0].outcome.delay_s  # wrong: a burial has a reason
+    lab.published_of("invoice.send")  # wrong: takes the class
+    lab.published_of(SendInvoice)[0].region  # wrong: no such field
+    lab.advance_to(9)  # wrong: takes a moment
+    running(app, now=0)  # wrong: takes a moment
+    with running(app): ...  # wrong: async with, or running_sync
+    with running_sync(app) as sync: await sync.drain()  # wrong: nothing to await
     await send_invoice(invoice, make_attempt(resources=Wrong()))  # wrong: it wants Shop
     await send_invoice(invoice, make_attempt())  # wrong: it wants Shop
     await send_invoice(invoice)  # wrong: two parameters

@@ -38,22 +38,11 @@ def run(folder: Path, *arguments: str, **environment: str) -> str:
     """Run the tests above in `folder`, where no Docker can be found, and return what pytest prints."""
     (folder / "test_notes.py").write_text(_TEST, encoding="utf-8")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LEVERET_", "PYTEST_", "CI"))}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-rsfE",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:hypothesispytest",
-        "-o",
-        "asyncio_mode=auto",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "pytest", "-rsfE", "-p", "no:xdist", "-p", "no:hypothesispytest"]
+    options = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function", *arguments]
     nowhere = f"unix://{folder}/no-docker.sock"
     ended = subprocess.run(
-        [*command, "test_notes.py"],
+        [*command, *options, "test_notes.py"],
         check=False,
         cwd=folder,
         env=kept | {"DOCKER_HOST": nowhere} | environment,
@@ -61,7 +50,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> str:
         text=True,
         timeout=60,
     )
-    return " ".join(ended.stdout.split())
+    return " ".join((ended.stdout + ended.stderr).split())
 
 
 def test_without_a_rabbitmq_the_test_is_skipped_and_says_what_to_do(tmp_path: Path) -> None:
@@ -75,9 +64,10 @@ def test_without_a_rabbitmq_the_test_is_skipped_and_says_what_to_do(tmp_path: Pa
 
 def test_in_ci_it_fails(tmp_path: Path) -> None:
     """A pipeline that lost its broker would be green for ever."""
-    output = run(tmp_path, "-k", "real", CI="true")
+    output = run(tmp_path, "-k", "real", "-W", "error", CI="true")
 
     assert "1 error" in output, output
+    assert "Unraisable" not in output, "the Docker client's open socket becomes an error of the whole suite"
     assert "no RabbitMQ for leveret_rabbitmq" in output
 
 
