@@ -59,6 +59,7 @@ class Attempt(Generic[_R_co]):
 
     __slots__ = (
         "_arrived",
+        "_began",
         "_clock",
         "_deadline",
         "_envelope",
@@ -71,6 +72,7 @@ class Attempt(Generic[_R_co]):
     )
 
     _arrived: float
+    _began: float
     _clock: Clock
     _deadline: float
     _envelope: Envelope
@@ -106,10 +108,15 @@ class Attempt(Generic[_R_co]):
         attempt._resources = resources
         attempt._publisher = publisher
         attempt._clock = clock
+        attempt._began = clock.monotonic()
         attempt._deadline = float("inf")
         attempt._log = None
         attempt.unfinished = None
         return attempt
+
+    def _elapsed_s(self) -> float:
+        """Return the seconds since the run began; for log records."""
+        return self._clock.monotonic() - self._began
 
     @property
     def job(self) -> Job:
@@ -212,3 +219,4 @@ class Attempt(Generic[_R_co]):
 
 
 make_attempt = Attempt._make  # pyright: ignore[reportPrivateUsage] - private, so that users don't make attempts by hand
+elapsed_s = Attempt._elapsed_s  # pyright: ignore[reportPrivateUsage] - private, since `remaining_s` is what a handler plans with

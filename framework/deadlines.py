@@ -9,21 +9,21 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import partial
+from types import FrameType, TracebackType
 from typing import Any
 
 import msgspec
 
 from .attempt import Attempt
 from .clock import Clock, Timer
-from .texts import is_ours
+from .tracebacks import at, is_users
 
 TICK_S = 0.05
 """How far a run may exceed its deadline, and the least time between two looks."""
 
 IGNORED_S = 30.0
 """A run that goes on after its cancellation is named each time that so many seconds have passed."""
-_ASYNCIO = os.path.join(os.path.dirname(asyncio.__file__), "")  # noqa: PTH118, PTH120 - pathlib drops the separator
-_CONSUMING = os.path.join(os.path.dirname(__file__), "consuming", "")  # noqa: PTH118, PTH120
+_CONSUMING = os.path.join(os.path.dirname(__file__), "consuming", "")  # noqa: PTH118, PTH120 - pathlib drops the separator
 
 
 class Deadline(msgspec.Struct, eq=False, gc=False):
@@ -40,6 +40,8 @@ class Deadline(msgspec.Struct, eq=False, gc=False):
     """Whether the deadline has cancelled the task."""
     taken_back: bool = False
     """Whether the deadline's cancellation was taken back, so that the task goes on."""
+    where: TracebackType | None = None
+    """Where the run was when its task was cancelled; None for a handler in a thread."""
     naming: Timer | None = None
     """Names the run if the run ignores its cancellation."""
 
@@ -93,6 +95,7 @@ class Deadlines:
         for entry in [entry for entry in self._entries if entry.at <= now]:
             self._entries.discard(entry)
             entry.expired = True
+            entry.where = at(_users_frames(entry.task))
             entry.task.cancel()
             self._name_later(entry)
         if self._entries:
@@ -103,32 +106,32 @@ class Deadlines:
 
     def _name(self, entry: Deadline) -> None:
         """Log where a run is that ignores its cancellation. A thread can't be cancelled, which was logged when it was tried."""
-        if (place := _place(entry.task)) is not None:
+        if frames := _users_frames(entry.task):
+            frame = frames[-1]
             envelope = entry.attempt.envelope
             entry.attempt.log.warning(
                 "job %s %s ignores its cancellation: its Timeout was over %.0f s ago, it keeps its slot, and it is at %s",
                 envelope.job,
                 envelope.job_id,
                 self._clock.monotonic() - entry.at,
-                place,
+                f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}",
             )
         self._name_later(entry)
 
 
-def _place(task: asyncio.Task[object]) -> str | None:
-    """Return the file, line and function at which the handler in `task` waits; None for a handler in a thread."""
-    place: str | None = None
+def _users_frames(task: asyncio.Task[object]) -> list[FrameType]:
+    """Return the frames of a user's in which the handler in `task` waits, outermost first; none for a handler in a thread."""
+    frames: list[FrameType] = []
     step: Any = task.get_coro()
     while step is not None:
-        frame = getattr(step, "cr_frame", None) or getattr(step, "gi_frame", None)
+        frame: FrameType | None = getattr(step, "cr_frame", None) or getattr(step, "gi_frame", None)
         if frame is not None:
-            file = frame.f_code.co_filename
-            if file.startswith(_CONSUMING):
-                place = None  # so far only middleware
-            elif not is_ours(file) and not file.startswith(_ASYNCIO):
-                place = f"{file}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+            if frame.f_code.co_filename.startswith(_CONSUMING):
+                frames.clear()  # so far only middleware
+            elif is_users(frame):
+                frames.append(frame)
         step = getattr(step, "cr_await", None) or getattr(step, "gi_yieldfrom", None)
-    return place
+    return frames
 
 
 _latest: tuple[asyncio.AbstractEventLoop, Clock, Deadlines] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
 
 _OURS = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120 - pathlib drops the separator, and `leveret_shop` would count as ours
 
@@ -30,11 +29,3 @@ def named(error: BaseException) -> str:
 def is_ours(file: str) -> bool:
     """Whether the source `file` belongs to this package, whose lines don't help a user."""
     return file.startswith(_OURS)
-
-
-def below_ours(whole: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without leveret's leading frames: they are always the same, and each takes 15 µs to print."""
-    rest = whole
-    while rest is not None and is_ours(rest.tb_frame.f_code.co_filename):
-        rest = rest.tb_next
-    return rest or whole

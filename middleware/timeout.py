@@ -66,7 +66,7 @@ class Timeout:
             if not entry.expired:
                 return outcome
             msg = f"{attempt.envelope.job} was ended by its Timeout of {self.limit_s:g} s, but ignored the cancellation and returned"
-            raise TimeoutError(msg)
+            raise TimeoutError(msg) from asyncio.CancelledError().with_traceback(entry.where)
         except asyncio.CancelledError as error:
             if not wheel.was_it(entry):
                 raise

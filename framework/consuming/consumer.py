@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from typing import Any
 
-from ..attempt import make_attempt
+from ..attempt import Attempt, make_attempt
 from ..broker import Broker, Consumption, Delivery, Features, Subscription
 from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
-from ..job import Job, Queue
+from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
 from ..outcome import OUTCOMES, Bury, CutOff, Ending, Kind, NotStarted, Retry, Snooze, Undecodable, Unknown
 from ..publishing.publisher import Publisher
@@ -233,7 +234,7 @@ class Consumer:
         """Run one delivery, free its slot, settle it."""
         delivery, route = held.delivery, held.route
         envelope = delivery.envelope
-        job: Job | None = None
+        attempt: Attempt[Any] | None = None
         ending: Ending
         if queue.gate is not None:
             self._slots.begun(queue)
@@ -263,7 +264,7 @@ class Consumer:
             ending = _refused(failed)
         finally:
             self._free(route, queue)
-        rest = self._end(delivery, job, ending, held.arrived)
+        rest = self._end(delivery, attempt, ending, held.arrived)
         try:
             if rest is not None:
                 if not self._settlement.cut:

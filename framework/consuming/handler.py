@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from math import inf
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from ..failure import CANCELLED
 from ..job import Job, Queue, Spec, spec_of
 from ..layer import AnyLayer, Consume, facts_of
 from ..outcome import OUTCOMES, Bury, Done, Expired, ExpiredOnArrival, Outcome, Retry, Snooze
+from ..tracebacks import at_thread
 
 _DONE = Done()
 _OVERDUE = "is past its time limit, but its thread can't be stopped; it keeps its slot, and fails when it returns"
@@ -295,6 +297,7 @@ def _in_thread(
         work = threads.submit(copy_context().run, invoke, attempt)
         waiting = asyncio.wrap_future(work)
         cancelled = False
+        where: TracebackType | None = None
         while not waiting.done():
             try:
                 await asyncio.wait([waiting])
@@ -303,16 +306,15 @@ def _in_thread(
                     raise
                 # A thread can't be stopped. The job keeps its slot until the thread returns, so that its retry doesn't run beside it.
                 if not cancelled:
+                    overdue = not attempt.remaining_s()
+                    where = at_thread(invoke.__code__, "attempt", attempt) if overdue else None
                     attempt.log.warning(
-                        "job %s %s %s",
-                        attempt.envelope.job,
-                        attempt.job_id,
-                        _GOES_ON if attempt.remaining_s() else _OVERDUE,
+                        "job %s %s %s", attempt.envelope.job, attempt.job_id, _OVERDUE if overdue else _GOES_ON
                     )
                 cancelled = True
         if cancelled:
             waiting.exception()  # retrieved, so that asyncio doesn't log the exception as never retrieved
-            raise asyncio.CancelledError
+            raise asyncio.CancelledError().with_traceback(where)
         return waiting.result()
 
     return call

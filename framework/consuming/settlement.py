@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from ..attempt import Attempt, elapsed_s
+from ..attemptlog import again_in, duration, log_attempt
 from ..backoff import full_jitter
 from ..broker import Delivery
 from ..chain import fold_publish
@@ -38,7 +40,8 @@ from ..outcome import (
     Unknown,
 )
 from ..runtime import Runtime
-from ..texts import below_ours, named, one_line, said_by
+from ..texts import named, one_line, said_by
+from ..tracebacks import exc_info
 
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 
@@ -67,6 +70,19 @@ class Lost(msgspec.Struct, frozen=True):
     kind: ClassVar[Kind] = Kind.LOST
 
 
+class _Run(msgspec.Struct):
+    """A delivery that ended, for its settlement and its log record."""
+
+    delivery: Delivery
+    attempt: Attempt[Any] | None
+    """None if the delivery didn't run."""
+    envelope: Envelope
+    """The delivery's envelope, with the time of its first delivery."""
+    error: BaseException | None
+    """The error that led to the ending."""
+    took_s: float
+
+
 class Settlement:
     """Counts endings, and settles the delivery of each ending.
 
@@ -91,55 +107,76 @@ class Settlement:
         """Whether the grace of a stop is over; nothing is then tried again."""
 
     def end(
-        self, delivery: Delivery, job: Job | None, ending: Ending, arrived: float | None
+        self, delivery: Delivery, attempt: Attempt[Any] | None, ending: Ending, arrived: float | None
     ) -> Coroutine[Any, Any, None] | None:
-        """Count an ending and settle its delivery; return the rest of the settlement to await, or None."""
-        error: BaseException | None = None
+        """Count an ending and settle its delivery; return the rest of the settlement to await, or None.
+
+        `attempt` is None for a delivery that didn't run. `arrived` is the time of arrival, in seconds of the clock's `now`.
+        """
+        run: _Run | None = None
         try:
-            if self.cut or isinstance(ending, CutOff):
-                ending = CutOff()  # counted in `Consumer.cut_off`, because a thread may never get here
-            elif isinstance(ending, Done) and delivery.live:  # nearly all
+            if not self.cut and isinstance(ending, Done) and delivery.live:  # nearly all
                 self.counts[Done] += 1
                 delivery.done()
             else:
-                error = ending.__cause__ if isinstance(ending, BaseException) else None
-                self.counts[type(ending)] += 1
-                if not delivery.live:
-                    self._lost(delivery, ending)
-                elif (republishing := self.settle(delivery, ending, error, arrived)) is not None:
-                    return self._republished(republishing, delivery, job, ending, error)
+                run = self._run(delivery, attempt, ending, arrived)
+                if self.cut or isinstance(ending, CutOff):
+                    _say_cut_off(run, ending)
+                    ending = CutOff()  # counted in `Consumer.cut_off`, because a thread may never get here
+                else:
+                    self.counts[type(ending)] += 1
+                    if not delivery.live:
+                        self._lost(run, ending)
+                    elif (republishing := self.settle(run, ending)) is not None:
+                        return self._republished(republishing, run, ending)
+                    else:
+                        _say(run, ending)
             if self._observe is not None:
-                self._show(self._observe, Ended(delivery.envelope, job, ending, error))
+                self._show(self._observe, delivery, attempt, ending, None if run is None else run.error)
         except Exception as bug:  # noqa: BLE001 - see there
             self._stuck(delivery, bug)
         return None
 
-    async def _republished(
+    def _run(self, delivery: Delivery, attempt: Attempt[Any] | None, ending: Ending, arrived: float | None) -> _Run:
+        envelope = delivery.envelope
+        if not envelope.first_seen_ms:
+            envelope = msgspec.structs.replace(envelope, first_seen_ms=int((arrived or self._clock.now()) * 1000))
+        error = ending.__cause__ if isinstance(ending, BaseException) else None
+        return _Run(delivery, attempt, envelope, error, 0.0 if attempt is None else elapsed_s(attempt))
+
+    async def _republished(self, republishing: Coroutine[Any, Any, Ending | None], run: _Run, ending: Ending) -> None:
+        try:
+            became = await republishing
+            if became is not None:
+                _say(run, became)
+            elif self.cut:
+                _say_cut_off(run, ending)
+            else:
+                self._lost(run, ending)
+            if self._observe is not None:
+                self._show(self._observe, run.delivery, run.attempt, ending, run.error)
+        except asyncio.CancelledError as cancelled:
+            if self.cut:
+                _say_cut_off(run, ending)
+            else:
+                self._stuck(run.delivery, cancelled)
+            raise
+        except Exception as bug:  # noqa: BLE001 - see there
+            self._stuck(run.delivery, bug)
+
+    def _show(
         self,
-        republishing: Coroutine[Any, Any, bool],
+        observe: Callable[[Ended], None],
         delivery: Delivery,
-        job: Job | None,
+        attempt: Attempt[Any] | None,
         ending: Ending,
         error: BaseException | None,
     ) -> None:
-        try:
-            if not await republishing:
-                self._lost(delivery, ending)
-            if self._observe is not None:
-                self._show(self._observe, Ended(delivery.envelope, job, ending, error))
-        except asyncio.CancelledError as cancelled:
-            if not self.cut:
-                self._stuck(delivery, cancelled)
-            raise
-        except Exception as bug:  # noqa: BLE001 - see there
-            self._stuck(delivery, bug)
-
-    def _show(self, observe: Callable[[Ended], None], ended: Ended) -> None:
         """Call the observer. Its error says nothing about the settlement, which is over or left to the broker."""
         try:
-            observe(ended)
+            observe(Ended(delivery.envelope, None if attempt is None else attempt.job, ending, error))
         except Exception as bug:
-            logger.exception("%s: the observer of its ending raised: %r", what(ended.envelope), bug)  # noqa: TRY401 - one line, without its traceback, as a rule
+            logger.exception("%s: the observer of its ending raised: %r", what(delivery.envelope), bug)  # noqa: TRY401 - one line, without its traceback, as a rule
 
     def _stuck(self, delivery: Delivery, bug: BaseException) -> None:
         """Log that leveret's own code failed, or that user code cancelled it. The delivery stays unacknowledged, so that no job is lost."""
@@ -147,70 +184,50 @@ class Settlement:
             "%s couldn't be settled and stays unacknowledged: %r", what(delivery.envelope), bug, exc_info=bug
         )
 
-    def _lost(self, delivery: Delivery, ending: Ending) -> None:
+    def _lost(self, run: _Run, ending: Ending) -> None:
         self.counts[Lost] += 1
+        if run.attempt is not None and isinstance(ending, (Retry, Bury)):
+            ended = f"ended as {ending.kind.value} after {duration(run.took_s)}"
+            gone = f"{ended}, but the channel or lease is gone, so the broker delivers the job again"
+            _log(run, logging.WARNING, "lost", gone, run.error)
+            return
         logger.warning(
             "%s: the channel or lease is gone, so the broker delivers the job again; the run ended as %s",
-            what(delivery.envelope),
+            what(run.envelope),
             ending.kind.value,
         )
 
-    def settle(
-        self, delivery: Delivery, ending: Ending, error: BaseException | None, arrived: float | None
-    ) -> Coroutine[Any, Any, bool] | None:
-        """Settle a live delivery by its ending; `error` is the cause, `arrived` the time of arrival (seconds of the clock's `now`).
+    def settle(self, run: _Run, ending: Ending) -> Coroutine[Any, Any, Ending | None] | None:
+        """Settle a live delivery by its ending; return None, or a publish to await.
 
-        Returns None, or a publish to await. The publish returns False if the delivery's channel or lease was lost meanwhile.
+        The publish returns the ending that it made true; None if the delivery's channel or lease was lost meanwhile.
         """
-        if isinstance(ending, Done):
-            delivery.done()
-            return None
-        envelope = delivery.envelope
-        if not envelope.first_seen_ms:
-            envelope = msgspec.structs.replace(envelope, first_seen_ms=int((arrived or self._clock.now()) * 1000))
+        delivery, envelope, error = run.delivery, run.envelope, run.error
         match ending:
+            case Done():
+                delivery.done()
             case Expired(keep):
-                reason = _expiry(envelope) if isinstance(ending, ExpiredOnArrival) else "expired before it ran"
-                becomes = f"buried in {delivery.queue.name}.dead" if keep else "dropped"
-                logger.warning("%s %s; the job is %s", what(envelope), reason, becomes)
                 if keep:
-                    return self._bury(delivery, self._failed(envelope, None, reason))
+                    return self._bury(delivery, ending, self._failed(envelope, None, _why_expired(run, ending)))
                 delivery.done()
             case Snooze(delay_s):
-                return self._again(delivery, _next(envelope, cause="snooze"), delay_s)
+                return self._again(delivery, ending, _next(envelope, cause="snooze"), delay_s)
             case Retry(delay_s):
-                # At debug level only: the middleware `Logs` logs retries for everyday use.
-                logger.debug("%s is retried in %.3g s", what(envelope), delay_s or 0.0, exc_info=error)
                 failed = self._failed(envelope, error, "" if error is not None else "a retry was requested")
-                return self._again(
-                    delivery, _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST)), delay_s or 0.0
-                )
+                following = _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST))
+                return self._again(delivery, ending, following, delay_s or 0.0)
             case Bury(reason):
-                logger.error(
-                    "%s is buried in %s.dead: %s",
-                    what(envelope),
-                    delivery.queue.name,
-                    one_line(reason),
-                    exc_info=at_debug(error),
-                )
-                return self._bury(delivery, self._failed(envelope, error, reason))
+                return self._bury(delivery, ending, self._failed(envelope, error, reason))
             case Undecodable(reason):
-                logger.error("%s is buried in %s.dead: %s", what(envelope), delivery.queue.name, one_line(reason))
-                return self._bury(delivery, self._failed(envelope, None, reason))
+                return self._bury(delivery, ending, self._failed(envelope, None, reason))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
                 # A time in the future, from a wrong clock, would make the job wait until then.
                 since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)
                 waited_s = (now_ms - since_ms) / 1000
                 if waited_s >= self._runtime.settings.unknown_grace_s:
-                    logger.error(
-                        "%s is buried in %s.dead after a wait of %d s: %s",
-                        what(envelope),
-                        delivery.queue.name,
-                        waited_s,
-                        one_line(reason),
-                    )
-                    return self._bury(delivery, self._failed(envelope, None, reason))
+                    why = Bury(f"{reason}, after a wait of {waited_s:.0f} s")
+                    return self._bury(delivery, why, self._failed(envelope, None, reason))
                 if envelope.unknown_since_ms is None:
                     logger.warning(
                         "%s waits in the broker, because a deploy may be in progress: %s",
@@ -219,14 +236,14 @@ class Settlement:
                     )
                 # 1, 2, 4 … 30 s: each wait is 1 s longer than all before it together.
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
-                return self._again(delivery, unknown, min(30.0, 1.0 + waited_s))
+                return self._again(delivery, ending, unknown, min(30.0, 1.0 + waited_s))
             case NotStarted():
                 delivery.give_back()
             case CutOff():
                 pass  # left unsettled, so that the broker delivers it again when the connection closes
         return None
 
-    async def _again(self, delivery: Delivery, envelope: Envelope, delay_s: float) -> bool:
+    async def _again(self, delivery: Delivery, ending: Ending, envelope: Envelope, delay_s: float) -> Ending | None:
         due_ms = moment_ms(self._clock.now() + delay_s) if delay_s else None
         envelope = msgspec.structs.replace(envelope, due_ms=due_ms)
 
@@ -245,20 +262,15 @@ class Settlement:
                 raise RuntimeError(msg)
 
         try:
-            return await self._insist(delivery, publish, envelope)
+            return ending if await self._insist(delivery, publish, envelope) else None
         except _REFUSED as refused:  # another try wouldn't help
             reason = f"the {envelope.cause} can't be published: {refused}"
-            logger.error(  # noqa: TRY400 - one line
-                "%s is buried in %s.dead: %s",
-                what(envelope),
-                delivery.queue.name,
-                one_line(reason),
-                exc_info=at_debug(refused),
-            )
             ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
-            return await self._bury(delivery, self._failed(ran, refused, reason))
+            bury = Bury(reason)
+            bury.__cause__ = refused
+            return await self._bury(delivery, bury, self._failed(ran, refused, reason))
 
-    async def _bury(self, delivery: Delivery, envelope: Envelope) -> bool:
+    async def _bury(self, delivery: Delivery, ending: Ending, envelope: Envelope) -> Ending | None:
         buried = msgspec.structs.replace(
             envelope, origin=delivery.queue.name, cause="bury", due_ms=None, unknown_since_ms=None
         )
@@ -289,7 +301,7 @@ class Settlement:
             if not reached:
                 await last(buried)
 
-        return await self._insist(delivery, publish, buried)
+        return ending if await self._insist(delivery, publish, buried) else None
 
     async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
         """Repeat `publish` until the broker confirms, or until the delivery's channel or lease is gone.
@@ -347,8 +359,47 @@ class Settlement:
         return msgspec.structs.replace(envelope, errors=text.decode())
 
 
-def _expiry(envelope: Envelope) -> str:
-    """Return why a job may have expired before its first delivery: its age is by the publisher's clock, the delivery by this one."""
+def _say(run: _Run, ending: Ending) -> None:
+    """Log an ending that is true now: settled, or published and confirmed. The middleware `Logs` logs the runs that ended well."""
+    attempt, dead, took = run.attempt, f"{run.delivery.queue.name}.dead", f"after {duration(run.took_s)}"
+    match ending:
+        case Undecodable(reason) | Bury(reason) if attempt is None:
+            logger.error("%s is buried in %s: %s", what(run.envelope), dead, one_line(reason))
+        case Retry(delay_s):
+            _log(run, logging.WARNING, "retry", f"retry {took}{again_in(delay_s)}", run.error, delay_s=delay_s)
+        case Bury(reason):
+            error = run.error or ending.__cause__  # the second is the error of a retry that can't be published
+            _log(run, logging.ERROR, "buried", f"buried in {dead} {took}", error, reason=one_line(reason))
+        case Expired(keep):
+            becomes = f"buried in {dead}" if keep else "dropped"
+            _log(run, logging.WARNING, "expired", f"{_why_expired(run, ending)}; the job is {becomes}")
+        case _:
+            pass
+
+
+def _say_cut_off(run: _Run, ending: Ending) -> None:
+    """Log a run that was cut off, unless it ended well nevertheless: the middleware `Logs` logs those."""
+    if not isinstance(ending, (Done, Snooze)):
+        took = duration(run.took_s)
+        _log(run, logging.WARNING, "cut off", f"cut off after {took}, so the broker delivers the job again", run.error)
+
+
+def _log(run: _Run, level: int, outcome: str, said: str, error: BaseException | None = None, **fields: object) -> None:
+    """Log the ending of a run, with its error and the traceback; nothing for a delivery that didn't run."""
+    if run.attempt is None:
+        return
+    if error is not None:
+        fields["error"] = named(error)
+    why = fields.get("reason") or fields.get("error")
+    said = f"{said}: {why}" if why else said
+    log_attempt(level, run.attempt, outcome, run.took_s, said, None if error is None else exc_info(error), **fields)
+
+
+def _why_expired(run: _Run, ending: Expired) -> str:
+    """Return why a job expired. Before its first delivery, its age is by the publisher's clock, the delivery by this one."""
+    if not isinstance(ending, ExpiredOnArrival):
+        return "expired before it ran"
+    envelope = run.envelope
     arrived_ms, expires_at_ms = envelope.first_seen_ms or 0, envelope.expires_at_ms or 0
     age = (
         f"was {arrived_ms / 1000 - envelope.created_s:.0f} s old by its time stamp"
@@ -383,9 +434,5 @@ def at_debug(error: BaseException | None) -> BaseException | None:
 
 
 def _trimmed(error: BaseException) -> str:
-    text = (
-        "".join(traceback.format_exception(type(error), error, below_ours(error.__traceback__)))
-        .encode("utf-8", "backslashreplace")
-        .decode()
-    )
+    text = "".join(traceback.format_exception(*exc_info(error))).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _TRACEBACK_CHARS else "…" + text[-_TRACEBACK_CHARS:]

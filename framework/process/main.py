@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
     except (IndexError, msgspec.MsgspecError):
         return report_error(ConfigurationError("python -m leveret.process.main is internal; run `leveret work`"))
     try:
-        set_up_logs(options.log_level)
+        set_up_logs(options.log_level, options.number)
         if options.lifeline is None and (options.processes > 1 or options.reload):
             from .supervisor import supervise
 

@@ -31,6 +31,11 @@ class WorkOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The number of this process, from 0."""
 
     @property
+    def number(self) -> int | None:
+        """The number of this process for its log lines, if there are several."""
+        return self.index if self.lifeline is not None and self.processes > 1 else None
+
+    @property
     def limits(self) -> Limits:
         """The concurrency of one process."""
         own = {name: limit for name, limit in self.queues.items() if limit is not None}

@@ -26,7 +26,7 @@ def buried(project: Project) -> dict[str, str]:
         "report": project.publish("Report", {"title": "r"}),
     }
     with project.start("work", "--concurrency", "1") as worker:
-        worker.wait_for("is buried", count=4)
+        worker.wait_for("buried in", count=4)
         worker.stop()
     return ids
 
@@ -191,7 +191,7 @@ def test_replay_runs_it_again_as_new(project: Project, buried: dict[str, str]) -
         "low": 0,
     }
     with project.start("work") as worker:
-        worker.wait_for("is buried", count=2)
+        worker.wait_for("buried in", count=2)
         worker.stop()
     assert [line.split()[3:] for line in project.said[-2:]] == [["attempt=1", "pass=1"]] * 2
     assert re.findall(
@@ -247,7 +247,7 @@ def test_dead_letters_on_rabbitmq(project: Project, rabbit: Rabbit, kind: str) -
     env = {"LEVERET_BROKER": rabbit.url}
     ids = [project.publish("SendInvoice", {"order_id": -n}, "--priority", "urgent", **env) for n in (1, 2)]
     with project.start("work", "-q", name, **env) as worker:
-        worker.wait_for("is buried", count=2)
+        worker.wait_for("buried in", count=2)
         worker.stop()
 
     assert sorted(letter["id"] for letter in project.run("dead", "list", name, "--json", **env).json) == sorted(ids)
@@ -257,7 +257,7 @@ def test_dead_letters_on_rabbitmq(project: Project, rabbit: Rabbit, kind: str) -
     [depth] = project.run("queues", name, "--json", **env).json
     assert (depth["ready"], depth["dead"]) == (1, 0)
     with project.start("work", "-q", name, **env) as worker:
-        worker.wait_for("is buried")
+        worker.wait_for("buried in")
         worker.stop()
     assert [line.split()[3:] for line in project.said[-1:]] == [["attempt=1", "pass=1"]]
     assert project.run("dead", "list", name, "--json", LEVERET_APP="", **env).json[0]["priority"] == "urgent"
@@ -297,7 +297,7 @@ def test_a_letter_that_cannot_be_replayed_stays_and_does_not_stop_the_rest(proje
     env = {"LEVERET_BROKER": rabbit.url, "LEVERET_APP": "contract:app"}
     ids = [project.run("publish", "contract:Ping", "{}", **env).out.strip() for _ in range(3)]
     with project.start("work", **env) as worker:
-        worker.wait_for("is buried", count=3)
+        worker.wait_for("buried in", count=3)
         worker.stop()
     project.write(
         "spoil.py",
@@ -352,7 +352,7 @@ def test_rows_of_a_table_are_not_padded(project: Project) -> None:
     for title in ("a", "a much longer title than the other"):
         project.publish("Report", {"title": title})
     with project.start("work") as worker:
-        worker.wait_for("is buried", 2)
+        worker.wait_for("buried in", 2)
         worker.stop()
 
     for command in (("queues",), ("dead", "list", "reports")):

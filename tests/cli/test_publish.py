@@ -51,7 +51,7 @@ def test_publish_carries_headers_delay_and_expiry(project: Project) -> None:
     project.publish("Report", {"title": "later"}, "--delay", "3600")
     project.publish("Report", {"title": "later"}, "--at", (datetime.now(timezone.utc) + timedelta(hours=1)).isoformat())
     with project.start("work", "-q", "reports") as worker:
-        worker.wait_for("is buried")
+        worker.wait_for("buried in")
         worker.stop()
     letter = project.run("dead", "show", "reports", dead, "--json").json
 

@@ -109,7 +109,7 @@ def test_characters_that_the_encoding_of_the_output_lacks_are_no_traceback(proje
     """Under a forced encoding, as in some containers, the one dead letter an operator needs would be a UnicodeEncodeError."""
     project.publish("Report", {"title": "Größe → 7"})
     with project.start("work") as worker:
-        worker.wait_for("is buried")
+        worker.wait_for("buried in")
         worker.stop()
     records = project.run("dead", "list", "reports", "--json", PYTHONIOENCODING=encoding).json
     commands = (("dead", "list", "reports"), ("dead", "show", "reports", records[0]["id"]), ("describe",))

@@ -231,20 +231,34 @@ def test_what_a_worker_did_is_told_in_words_at_its_end(project: Project) -> None
     assert "stopped: 1 done, 1 given back\n" in worker.log
 
 
-def test_a_failure_that_is_retried_is_seen_at_debug_level(project: Project) -> None:
-    """Without a layer that logs, a job that fails again and again would be seen at its burial only."""
+def test_a_failure_that_is_retried_is_seen_with_its_traceback(project: Project) -> None:
+    """Without a layer that logs, a job that fails again and again would be seen at its burial only, and without the line that failed."""
     project.write(
         "fails.py",
         "from leveret import App\nfrom leveret.middleware import Retries\nimport shop\n"
         "app = App('fails', default_broker='sqlite:///shop.db', middleware=[Retries(base_s=60)])\n\n\n"
-        "@app.handler\nasync def note(job: shop.Note) -> None:\n    raise ConnectionError('the mail server is away')\n",
+        "@app.handler\nasync def note(job: shop.Note) -> None:\n    raise ConnectionError('the mail\\nserver of postgresql://shop:hunter2@db is away')\n",
     )
-    project.publish("Note", {})
+    job_id = project.publish("Note", {})
 
-    with project.start("work", "fails:app", "--log-level", "debug") as worker:
-        worker.wait_for(r"note \S+ \(queue plain, attempt 1\) is retried in \S+ s")
-        worker.wait_for("ConnectionError: the mail server is away")
+    with project.start("work", "fails:app") as worker:
+        worker.wait_for("server of")
         worker.stop()
+
+    _, _, record = worker.log.partition("leveret.attempt ")
+    line, *below, _, _ = record.splitlines()
+    assert re.fullmatch(
+        rf"job note {job_id} attempt 1: retry after \S+ ms, again in \S+ m?s: "
+        r"ConnectionError: the mail server of postgresql://shop:\*\*\*@db is away",
+        line,
+    )
+    assert below == [
+        "  Traceback (most recent call last):",
+        f'    File "{project.folder / "fails.py"}", line 9, in note',
+        "      raise ConnectionError('the mail\\nserver of postgresql://shop:***@db is away')",
+        "  ConnectionError: the mail",
+        "  server of postgresql://shop:***@db is away",
+    ]
 
 
 def test_a_worker_has_neither_click_nor_rich(project: Project) -> None:
