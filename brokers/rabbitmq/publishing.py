@@ -184,15 +184,16 @@ class Publishing:
             )
 
     def _nothing_sent(self, route: Route, envelope: Envelope, undeclared: str | None) -> NoReturn:
+        """Raise what a publish at its deadline raises: `from None`, since the text says more than asyncio's TimeoutError."""
         link = self._links.of(route.lane)
         if link is None or not link.usable:
             raise BrokerUnavailable(
                 _says(route, envelope.job, f"no connection in time: {self._links.reason}"), job_id=envelope.job_id
-            )
+            ) from None
         msg = _says(
             route, envelope.job, f"nothing was sent in time: {undeclared or link.window.why_full}{_blocked(link)}"
         )
-        raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False)
+        raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False) from None
 
     async def _declared(self, link: Link, what: Queue | str) -> None:
         """Declare `what` (a queue's topology, or a ladder by its kind) once per link; many publishes may wait for it."""

@@ -16,10 +16,11 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, final
 
 from ..envelope import Receipt
-from ..errors import BrokerUnavailable, PublishTimeout
+from ..errors import BrokerUnavailable, LeveretError, PublishTimeout
 from ..job import Job
 from ..options import TIMEOUT_S, PublishOptions
 from ..texts import is_ours
+from ..tracebacks import show_users_frames
 
 if TYPE_CHECKING:
     from ..options import Outgoing
@@ -159,6 +160,9 @@ class BlockingPublisher:
     def _call(self, make: Callable[[Publisher], Awaitable[_T]], timeout_s: float, job_id: str | None = None) -> _T:
         try:
             return self._wait(make, timeout_s, job_id)
+        except LeveretError as error:
+            show_users_frames(error)
+            raise
         except RuntimeError as error:
             if threading.main_thread().is_alive():
                 raise

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Any, NoReturn, Unpack, final
 
 from ..envelope import Receipt
-from ..errors import BrokerUnavailable, InvalidJob, PublishTimeout
+from ..errors import BrokerUnavailable, InvalidJob, LeveretError, PublishTimeout
 from ..job import Job
 from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, PublishOptions, unexpected
+from ..tracebacks import show_users_frames
 from .batch import Batch
 from .sender import Sender, seconds_of
 
@@ -132,6 +133,8 @@ class PublisherBlock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         await self._block.__aexit__(kind, error, trace)
+        if isinstance(error, LeveretError):  # nobody caught it in the block, so most likely it ends the program
+            show_users_frames(error)
 
     def __getattr__(self, name: str) -> NoReturn:
         msg = (
