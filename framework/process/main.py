@@ -11,7 +11,9 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -31,7 +33,7 @@ from .loading import load_app
 from .logs import report_error, set_up_logs
 from .loop import run_loop
 from .options import WorkOptions
-from .signals import HURRY_S, Stop, exit_now
+from .signals import HURRY_S, Stop, exit_now, exit_within
 from .streams import open_closed_streams, tell
 
 logger = logging.getLogger("leveret.worker")
@@ -46,6 +48,9 @@ _SAID = {
     Kind.LOST: "that the broker delivers again, since their channel or lease was lost",
 }
 """How a worker's last log line names an ending; the other endings use `Kind.value`."""
+
+_EXIT_S = 1.0
+"""The least time that a worker gets to exit once its jobs are finished, within the grace or not."""
 
 
 async def run(options: WorkOptions) -> int:
@@ -76,6 +81,7 @@ async def run(options: WorkOptions) -> int:
                 redact(app.broker_url() or ""),
             )
             await first_of(stop.asked.wait(), work.consumption.failed())
+            ends = time.monotonic() + options.grace_s
             logger.info(
                 "stopping: %d running, %d held; running jobs have %g s to finish, a second signal cuts them off",
                 work.consumer.running,
@@ -91,6 +97,7 @@ async def run(options: WorkOptions) -> int:
     if not work.drained:
         # closing the loop would wait for threads that were cut off, whose jobs other workers run by now
         exit_now(1)
+    exit_within(max(_EXIT_S, ends - time.monotonic()))
     return 0
 
 
@@ -143,6 +150,7 @@ def main(argv: Sequence[str]) -> int:
 
             return run_loop(supervise(options))
         code = run_loop(run(options))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ^C ends the wait for what handlers left, without a traceback
     except LeveretError as error:
         code = report_error(error, options.report)
     except KeyboardInterrupt:  # the signal came before the loop handled signals: nothing has started

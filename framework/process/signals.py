@@ -7,12 +7,37 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
+
+logger = logging.getLogger("leveret.worker")
 
 HURRY_S = 5.0
 """Time from a second signal until the process ends unconditionally."""
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _reset_in_forks() -> None:
+    """Let signals end a child that a handler forks.
+
+    The child has the pipe of its worker's loop. Without this, a signal to the child wouldn't end the child but stop the worker.
+    """
+
+    def reset() -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        unblock()
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
+
+    # a signal that comes before the child has reset the handlers waits for that
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, _NUMBERS)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
 
 
 class Stop:
@@ -30,8 +55,9 @@ class Stop:
         self._hurry = hurry
         self._starting: asyncio.Task[Any] | None = None
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _NUMBERS:
             self._loop.add_signal_handler(number, self.ask)
+        _reset_in_forks()
 
     def ask(self) -> None:
         """Ask the process to stop; from the second call on, to hurry."""
@@ -72,3 +98,26 @@ def exit_now(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def exit_within(seconds: float) -> None:
+    """Exit with 0 after this time: the interpreter's own exit waits for threads and child processes that handlers left."""
+    timer = threading.Timer(seconds, _leave_behind)
+    timer.daemon = True
+    timer.start()
+
+
+def _leave_behind() -> None:
+    threads = [thread for thread in threading.enumerate() if not thread.daemon and thread != threading.main_thread()]
+    left = [f"thread {thread.name}" for thread in threads]
+    if "multiprocessing" in sys.modules:
+        import multiprocessing
+
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.terminate()  # as the interpreter's own exit does
+            else:
+                left.append(f"child process {child.pid}")
+    what = ", ".join(left) or "a function of atexit"
+    logger.warning("the grace is over: the worker exits without waiting for what its handlers left running (%s)", what)
+    exit_now(0)
