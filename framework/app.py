@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
@@ -18,6 +18,7 @@ from .attempt import Attempt
 from .broker import Broker
 from .chain import layers_of
 from .consuming.handler import Handler, Registration, resolve
+from .consuming.limits import Concurrency, in_code, in_environment
 from .envelope import Envelope
 from .errors import ConfigurationError
 from .job import Job
@@ -101,6 +102,8 @@ class App(Generic[_R]):
         lifespan: A function that returns an async context manager, entered once per worker process and nowhere else.
         modules: Names of the modules with the handlers and schedules. `work`, `cron` and `describe` import them; publishers don't.
         around_sync: A function that returns a context manager, entered around each `def` handler, in the handler's thread.
+        concurrency: Jobs at once per worker process: a number for the process, which `def` handlers then may use up too, or a
+            dict of queue names and numbers. LEVERET_CONCURRENCY and the options of `leveret work` take precedence.
         settings: The app's settings.
 
     Raises:
@@ -118,6 +121,7 @@ class App(Generic[_R]):
         lifespan: None = None,
         modules: list[str] | tuple[str, ...] = (),
         around_sync: Callable[[], AbstractContextManager[object]] | None = None,
+        concurrency: int | Mapping[str, int] | None = None,
         settings: Settings | None = None,
     ) -> None: ...
     @overload
@@ -131,6 +135,7 @@ class App(Generic[_R]):
         middleware: Sequence[Layer[_R]] = (),
         modules: list[str] | tuple[str, ...] = (),
         around_sync: Callable[[], AbstractContextManager[object]] | None = None,
+        concurrency: int | Mapping[str, int] | None = None,
         settings: Settings | None = None,
     ) -> None: ...
     def __init__(
@@ -143,6 +148,7 @@ class App(Generic[_R]):
         lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
         modules: list[str] | tuple[str, ...] = (),
         around_sync: Callable[[], AbstractContextManager[object]] | None = None,
+        concurrency: int | Mapping[str, int] | None = None,
         settings: Settings | None = None,
     ) -> None:
         if not isinstance(name, str) or not 0 < len(name) <= 64:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -168,6 +174,7 @@ class App(Generic[_R]):
         self._lifespan = lifespan
         self._modules = tuple(modules)
         self._around_sync = around_sync
+        self._concurrency = in_code(concurrency, where)
         self._settings = settings or Settings()
         self._registrations: list[Registration] = []
         self._schedules: dict[str, Schedule] = {}
@@ -220,6 +227,14 @@ class App(Generic[_R]):
             msg = f"LEVERET_BROKER is empty; set it to a URL, or unset it to use {redact(self._default_broker or 'App(broker=…)')}"
             raise ConfigurationError(msg)
         return set_to or self._default_broker
+
+    def concurrency(self, *own: Concurrency) -> Sequence[Concurrency]:
+        """Return the limits of a worker that code (`own` after the app's) and LEVERET_CONCURRENCY set; a later one takes precedence.
+
+        Raises ConfigurationError if the variable has a wrong value. A test doesn't read the variable.
+        """
+        places = (self._concurrency, *own)
+        return places if self.is_captured else (*places, in_environment(environment(os.environ).concurrency))
 
     def runtime(self, processes: int = 1, shared: Shared | None = None) -> Runtime:
         """Return the runtime that a process of this app hands to its broker and middleware."""
@@ -382,17 +397,33 @@ class App(Generic[_R]):
         self._blocking.add(publisher)
         return publisher
 
-    def worker(self, *, queues: list[str] | tuple[str, ...]) -> AbstractAsyncContextManager[None, None]:
-        """Run a worker inside this program, without signal handlers; leaving the block drains the worker for up to 30 s.
+    def worker(
+        self,
+        *,
+        queues: list[str] | tuple[str, ...] = (),
+        concurrency: int | Mapping[str, int] | None = None,
+        grace_s: float = 30.0,
+    ) -> AbstractAsyncContextManager[None, None]:
+        """Run a worker inside this program, without signal handlers, until the block is left; the worker then drains.
 
         Entering doesn't wait for a broker that is down. A wrong URL, login or queue raises ConfigurationError.
+
+        Args:
+            queues: The names of the queues to take jobs from; none means every queue of the app.
+            concurrency: As `App(concurrency=…)`, over which it takes precedence. LEVERET_CONCURRENCY takes precedence over both.
+            grace_s: Seconds that running jobs get to finish when the block is left. The rest is cut off, and the broker delivers
+                those jobs again.
         """
+        where = f"app {self._name!r}: worker()"
         if isinstance(queues, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"app {self._name!r}: queues must be a list of names, not {queues!r}"
             raise ConfigurationError(msg)
+        if type(grace_s) not in {int, float} or not 0 <= grace_s < float("inf"):
+            msg = f"{where}: grace_s must be a finite number of seconds, at least 0, not {grace_s!r:.80}"
+            raise ConfigurationError(msg)
         from .consuming.worker import embedded
 
-        return embedded(self, queues)
+        return embedded(self, queues, self.concurrency(in_code(concurrency, where)), grace_s)
 
     @property
     def is_captured(self) -> bool:

@@ -85,6 +85,8 @@ class Environment(msgspec.Struct, frozen=True):
     """LEVERET_BROKER: the broker's URL; "" if the variable is set but empty, which is most likely a lost setting."""
     app: str | None
     """LEVERET_APP: module:attribute of the app, for commands that get neither APP nor --app."""
+    concurrency: str | None
+    """LEVERET_CONCURRENCY: jobs at once per worker process, and per queue in it: 100,emails=50."""
     log_level: str
     """LEVERET_LOG: debug, info (the default), warning or error."""
 
@@ -94,6 +96,7 @@ def environment(mapping: Mapping[str, str]) -> Environment:
     return Environment(
         broker=mapping.get("LEVERET_BROKER"),
         app=mapping.get("LEVERET_APP") or None,
+        concurrency=mapping.get("LEVERET_CONCURRENCY") or None,
         log_level=mapping.get("LEVERET_LOG") or "info",
     )
 

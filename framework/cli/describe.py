@@ -76,7 +76,7 @@ def _queue(queue: QueueRecord) -> list[str]:
 def _handler(handler: HandlerRecord) -> list[str]:
     version = f" version {handler.version}" if handler.version > 1 else ""
     chain = [layer.name for layer in handler.layers if layer.consume]
-    limits = [f"{handler.concurrency} at once per process"]
+    limits = [f"{handler.concurrency} at once per process ({handler.concurrency_from})"]
     if handler.timeout_s is not None:
         limits.append(f"time limit {seconds(handler.timeout_s)}")
     if handler.starts_per_s is not None:

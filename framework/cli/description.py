@@ -16,7 +16,7 @@ from ..app import App
 from ..broker import Features
 from ..chain import bind
 from ..consuming.handler import Handler, check_limits
-from ..consuming.slots import Limits
+from ..consuming.limits import Limits, limits_of
 from ..cron.schedule import Schedule
 from ..errors import ConfigurationError
 from ..job import Queue
@@ -74,6 +74,8 @@ class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """"on the loop" (async def) or "in a thread" (def)."""
     concurrency: int
     """Jobs at once per process, without options of `leveret work`."""
+    concurrency_from: str
+    """The place that sets the concurrency: "default", "code" or "LEVERET_CONCURRENCY"."""
     timeout_s: float | None
     starts_per_s: float | None
     """The lowest rate limit of the handler's middleware, for one `leveret work`."""
@@ -136,6 +138,8 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
     if not handlers and not app.schedules:
         msg = f"app {app.name!r} has no handler and no schedule; list their modules in App(modules=[…])"
         raise ConfigurationError(msg)
+    names = list(dict.fromkeys(handler.queue.name for handler in handlers))
+    limits = limits_of(app.concurrency(), served=names, known=names, app=app.name)
     runtime = app.runtime()
     bind((layer for handler in handlers for layer in handler.layers), runtime)
     bind(app.layers, runtime)
@@ -151,7 +155,7 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
         app=app.name,
         broker=redact(app.broker_url() or ""),
         features=BrokerRecord(features.durable, features.shared, features.counts_redelivery),
-        handlers=[_handler(handler) for handler in handlers],
+        handlers=[_handler(handler, limits) for handler in handlers],
         queues=[_queue(queue, own) for queue, own in queues.values()],
         schedules=[_schedule(schedule, now) for schedule in app.schedules],
         publish_layers=[name_of(layer) for layer in app.layers if _sides(layer).publish],
@@ -163,9 +167,9 @@ def _sides(layer: AnyLayer) -> LayerRecord:
     return LayerRecord(name_of(layer), is_consume_layer(layer) or not publish, publish)
 
 
-def _handler(handler: Handler) -> HandlerRecord:
+def _handler(handler: Handler, limits: Limits) -> HandlerRecord:
     spec = handler.spec
-    limits = Limits()
+    in_threads = not handler.is_async
     where = f"handler {handler.name}"
     facts = [facts_of(layer, where) for layer in handler.layers]
     rates = [starts_per_s_of(layer, where) for layer in handler.layers]
@@ -176,7 +180,8 @@ def _handler(handler: Handler) -> HandlerRecord:
         job_class=f"{handler.job_class.__module__}:{handler.job_class.__qualname__}",
         queue=handler.queue.name,
         runs="on the loop" if handler.is_async else "in a thread",
-        concurrency=limits.concurrency if handler.is_async else limits.threads,
+        concurrency=limits.of(handler.queue.name, in_threads=in_threads),
+        concurrency_from=limits.origin_of(handler.queue.name, in_threads=in_threads),
         timeout_s=min((one.limit_s for one in facts if one.limit_s is not None), default=None),
         starts_per_s=min((rate for rate in rates if rate is not None), default=None),
         expires_s=spec.expires_s,

@@ -39,6 +39,7 @@ def cli() -> None:
     Environment, unless an option overrides it:
       LEVERET_APP     the app, as module:attribute, such as shop:app
       LEVERET_BROKER  the broker's URL: amqp://user:password@host/vhost or sqlite:///jobs.db
+      LEVERET_CONCURRENCY  jobs at once per worker process, and per queue in it, such as 100,emails=50
       LEVERET_LOG     debug, info, warning, error or critical; debug adds tracebacks
 
     \b

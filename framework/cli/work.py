@@ -30,7 +30,7 @@ from .target import app_options, app_path
     "-c",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Jobs at once per process, over all its queues.  [default: 100, of which 8 in threads]",
+    help="Jobs at once per process, over all its queues.  [default: LEVERET_CONCURRENCY, App(concurrency=…), or 100, of which 8 in threads]",
 )
 @click.option(
     "--processes",

@@ -24,8 +24,9 @@ from ..publishing.publisher import Publisher
 from ..runtime import Runtime
 from ..texts import named
 from .handler import Handler, innermost, take_back_cancels
+from .limits import Limits
 from .settlement import Ended, Lost, Settlement
-from .slots import Gate, Held, Limits, QueueHeld, Route, Slots, in_arrival_order
+from .slots import Gate, Held, QueueHeld, Route, Slots, in_arrival_order
 
 logger = logging.getLogger("leveret.consumer")
 

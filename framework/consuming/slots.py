@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -13,11 +13,11 @@ import msgspec
 from ..broker import Delivery
 from ..clock import Clock, Timer
 from ..codec import Decoder
-from ..errors import ConfigurationError
 from ..job import Priority, Queue
 from ..layer import Consume, Readiness
 from ..texts import named
 from .handler import Handler
+from .limits import Limits
 from .settlement import at_debug
 
 logger = logging.getLogger("leveret.consumer")
@@ -27,28 +27,6 @@ AGEING_S = 10.0
 """Each such wait, in seconds, counts as one priority level, so that jobs of the lowest level don't starve."""
 
 _RANK_S = {Priority.URGENT: 0.0, Priority.HIGH: AGEING_S, Priority.NORMAL: 2 * AGEING_S, Priority.LOW: 3 * AGEING_S}
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """The number of handlers that may run at once in a process."""
-
-    concurrency: int = 100
-    """The limit for all handlers together."""
-    threads: int = 8
-    """The limit for `def` handlers."""
-    queues: Mapping[str, int] = {}
-    """The limit per queue, by name; a queue that isn't named has only the limits above."""
-
-    def __post_init__(self) -> None:
-        for name, value in [("concurrency", self.concurrency), ("threads", self.threads), *self.queues.items()]:
-            if value < 1:
-                msg = f"concurrency of {name!r} must be at least 1, not {value}"
-                raise ConfigurationError(msg)
-
-    def of(self, queue: str, *, in_threads: bool) -> int:
-        """Return how many handlers of `queue` may run at once; `in_threads` where all of them are a `def`."""
-        limit = min(self.queues.get(queue, self.concurrency), self.concurrency)
-        return min(limit, self.threads) if in_threads else limit
 
 
 class Route(msgspec.Struct, frozen=True, eq=False):

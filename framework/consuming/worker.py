@@ -21,8 +21,8 @@ from ..runtime import Runtime
 from ..settings import redact
 from .consumer import Consumer
 from .handler import Handler, check_limits
+from .limits import Concurrency, limits_of
 from .settlement import Ended
-from .slots import Limits
 
 logger = logging.getLogger("leveret.worker")
 
@@ -65,6 +65,10 @@ class Service(Protocol):
         """Return the clock, the random generator and the settings of a process of the app."""
         ...
 
+    def concurrency(self) -> Sequence[Concurrency]:
+        """Return the limits that code and the environment set; a later one takes precedence."""
+        ...
+
     def broker_url(self) -> str | None:
         """Return the broker's URL, for errors."""
         ...
@@ -92,7 +96,7 @@ async def working(
     app: Service,
     *,
     queues: Sequence[str] = (),
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    concurrency: Sequence[Concurrency] | None = None,
     runtime: Runtime | None = None,
     grace_s: float = GRACE_S,
     hurry: asyncio.Event | None = None,
@@ -104,12 +108,19 @@ async def working(
     """Run a worker of `app` until the block is left, and then drain it. Setting `hurry` ends the grace early.
 
     `threads` runs the `def` handlers, and `wait` is how they wait for a publish (default for both: threads beside the loop).
+    Of `concurrency` (default: the app's), a later one takes precedence.
     """
     app.import_modules()
     handlers = app.handlers(queues)
     if not handlers:
         msg = f"app {app.name!r} has no handler; list the modules that have handlers in App(modules=[…])"
         raise ConfigurationError(msg)
+    limits = limits_of(
+        app.concurrency() if concurrency is None else concurrency,
+        served=_queues_of(handlers),
+        known=_queues_of(app.handlers() if queues else handlers),
+        app=app.name,
+    )
     runtime = runtime or app.runtime()
     broker = app.open_broker(runtime)
     if runtime.processes > 1 and not broker.features().shared:
@@ -147,9 +158,15 @@ async def working(
             work.drained = await consumer.drain(consumption, grace_s, hurry)
 
 
+def _queues_of(handlers: Sequence[Handler]) -> Sequence[str]:
+    return list(dict.fromkeys(handler.queue.name for handler in handlers))
+
+
 @asynccontextmanager
-async def _embedded(app: Service, queues: Sequence[str]) -> AsyncGenerator[None, None]:
-    async with working(app, queues=queues) as work:
+async def _embedded(
+    app: Service, queues: Sequence[str], concurrency: Sequence[Concurrency], grace_s: float
+) -> AsyncGenerator[None, None]:
+    async with working(app, queues=queues, concurrency=concurrency, grace_s=grace_s) as work:
         failed = asyncio.ensure_future(work.consumption.failed())
         failed.add_done_callback(_say_failed)
         try:
@@ -163,6 +180,8 @@ def _say_failed(failed: asyncio.Future[None]) -> None:
         logger.critical("the embedded worker can't consume any more: %s", redact(str(error)))
 
 
-def embedded(app: Service, queues: Sequence[str]) -> AbstractAsyncContextManager[None, None]:
+def embedded(
+    app: Service, queues: Sequence[str], concurrency: Sequence[Concurrency], grace_s: float
+) -> AbstractAsyncContextManager[None, None]:
     """Return the context manager of `App.worker`."""
-    return cast("AbstractAsyncContextManager[None, None]", _embedded(app, queues))
+    return cast("AbstractAsyncContextManager[None, None]", _embedded(app, queues, concurrency, grace_s))

@@ -64,7 +64,7 @@ async def run(options: WorkOptions) -> int:
         async with working(
             app,
             queues=list(options.queues),
-            limits=options.limits,
+            concurrency=[*app.concurrency(), options.limits],
             runtime=app.runtime(options.processes, _shared(options)),
             grace_s=options.grace_s,
             hurry=stop.hurried,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..consuming.slots import Limits
+from ..consuming.limits import COMMAND_LINE, Concurrency
 from ..consuming.worker import GRACE_S
 
 
@@ -16,7 +16,7 @@ class WorkOptions(msgspec.Struct, frozen=True, kw_only=True):
     queues: dict[str, int | None] = {}
     """Queues, each with its concurrency or None; empty: every queue for which the app has a handler."""
     concurrency: int | None = None
-    """Jobs at once per process, async and in threads each; None: 100 async and 8 in threads."""
+    """Jobs at once per process, async and in threads each; None: as code or the environment say."""
     processes: int = 1
     grace_s: float = GRACE_S
     log_level: str = "info"
@@ -36,10 +36,7 @@ class WorkOptions(msgspec.Struct, frozen=True, kw_only=True):
         return self.index if self.lifeline is not None and self.processes > 1 else None
 
     @property
-    def limits(self) -> Limits:
-        """The concurrency of one process."""
+    def limits(self) -> Concurrency:
+        """The limits that the command line sets."""
         own = {name: limit for name, limit in self.queues.items() if limit is not None}
-        if self.concurrency is None:
-            most = max([100, *own.values()])
-            return Limits(concurrency=most, queues=own)
-        return Limits(concurrency=self.concurrency, threads=self.concurrency, queues=own)
+        return Concurrency(origin=COMMAND_LINE, process=self.concurrency, queues=own)

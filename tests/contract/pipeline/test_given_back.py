@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from leveret import App, Attempt
-from leveret.consuming.slots import Limits
+from leveret.consuming.limits import Concurrency
 from leveret.consuming.worker import Working, working
 from leveret.middleware import RateLimit
 from leveret.outcome import Kind
@@ -27,7 +27,7 @@ async def test_a_worker_that_stops_gives_back_what_it_has_not_started(harness: H
     ids = await publish(app, *(work(n=n) for n in range(5)))
 
     async def first_worker() -> Working:
-        async with working(app, queues=[queue.name], limits=Limits(concurrency=1)) as worker:
+        async with working(app, queues=[queue.name], concurrency=[Concurrency(process=1)]) as worker:
             await runs.next()
             await until(lambda: worker.consumer.held == 1)
             leaving.set()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from leveret import App, Attempt, Outcome, Priority
-from leveret.consuming.slots import Limits
+from leveret.consuming.limits import Concurrency
 from leveret.consuming.worker import working
 from tests.contract.harness import Harness
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, make_app, publish, until
@@ -42,7 +42,7 @@ async def test_an_urgent_job_overtakes_low_ones_that_are_held(harness: Harness) 
     work = job_class(queue)
     app = make_app(harness, work, runs)
 
-    async with working(app, queues=[queue.name], limits=Limits(concurrency=1)) as worker:
+    async with working(app, queues=[queue.name], concurrency=[Concurrency(process=1)]) as worker:
         await publish(app, work(n=0))
         await runs.next()
         await publish(app, *(work(n=n) for n in range(1, 5)), priority=Priority.LOW)
@@ -96,6 +96,6 @@ async def test_any_concurrency_is_taken(harness: Harness) -> None:
     app = make_app(harness, work, runs)
 
     await publish(app, work(n=1))
-    async with working(app, queues=[queue.name], limits=Limits(concurrency=40_000)):
+    async with working(app, queues=[queue.name], concurrency=[Concurrency(process=40_000)]):
         await runs.next()
     await assert_empty(harness, queue)

@@ -107,11 +107,12 @@ async def test_a_handler_says_what_it_takes_and_how_it_runs() -> None:
     assert (mail.timeout_s, report.timeout_s, mail.starts_per_s) == (300, 30, 50)
     assert f"({mail.job_class}), an async def, on the event loop\n" in text_of(record)
     assert f"({report.job_class}), a def, in a thread\n" in text_of(record)
-    limits = "100 at once per process; time limit 300 s; 50 starts per second; expires 60 s after the publish"
+    limits = "100 at once per process (default); time limit 300 s; 50 starts per second; expires 60 s after the publish"
     assert limits in text_of(record)
     assert (mail.expired, report.expired) == ("drop", "dead")
-    assert "8 at once per process; time limit 30 s; 50 starts per second; expired jobs become dead letters" in text_of(
-        record
+    assert (
+        "8 at once per process (default); time limit 30 s; 50 starts per second; expired jobs become dead letters"
+        in text_of(record)
     )
 
 
