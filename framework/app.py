@@ -210,6 +210,11 @@ class App(Generic[_R]):
         return layers
 
     @property
+    def modules(self) -> Sequence[str]:
+        """The names of the modules that have the handlers and schedules."""
+        return self._modules
+
+    @property
     def schedules(self) -> Sequence[Schedule]:
         """Every schedule, in order of registration."""
         return tuple(self._schedules.values())
@@ -259,6 +264,8 @@ class App(Generic[_R]):
             try:
                 importlib.import_module(module)
             except ModuleNotFoundError as error:
+                if not f"{module}.".startswith(f"{error.name}."):
+                    raise  # the module is there, and imports one that is missing
                 msg = f"app {self._name!r}: modules lists {module!r}, which can't be imported: {error}"
                 raise ConfigurationError(msg) from error
 
