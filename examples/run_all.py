@@ -10,7 +10,10 @@ HERE = Path(__file__).parent
 EXAMPLES = {
     "index_files.py": ["--limit", "200"],
     "fastapi_service.py": [],
+    "embedded_worker.py": [],
     "django_view.py": [],
+    "django_project/try_out.py": [],
+    "flask_service.py": [],
     "shared_contract/try_out.py": [],
     "database_pool.py": [],
     "retry_rules.py": [],
