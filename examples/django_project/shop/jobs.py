@@ -22,7 +22,7 @@ def connections() -> Generator[None, None, None]:
 app = App(
     "shop",
     default_broker="sqlite:///jobs.db",
-    modules=["shop.worker", "orders.handlers"],  # imported in this order, by workers and cron only
+    modules=["shop.worker", "orders.handlers"],  # imported in this order; publishers import none of them
     middleware=[Retries()],
     around_sync=connections,
 )
