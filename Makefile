@@ -9,6 +9,8 @@ BIN := $(V)/bin
 NAMES := $(shell find framework brokers middleware \( -name '*.py' -o -name py.typed \) | LC_ALL=C sort | cksum | tr -d ' ')
 RUNTIME := $(V)/stamp-runtime-$(NAMES)
 DEV := $(V)/stamp-dev
+TESTS := $(V)/stamp-tests
+PYTHONS := 3.11 3.12 3.13 3.14
 .PRECIOUS: %/bin/python
 
 ifneq ($(shell command -v uv),)
@@ -22,7 +24,7 @@ endif
 # setuptools warns of what pyproject.toml has chosen (strict editable); errors are still shown.
 LINK = PYTHONWARNINGS=ignore
 
-.PHONY: help install demo check lint types test fault examples bench bench-peers clean
+.PHONY: help install demo check lint types test test-python test-pythons fault examples bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -42,6 +44,21 @@ check: $(DEV)  ## ruff (format and rules), mypy and pyright
 test: $(DEV)  ## all tests but the fault tests, on a real RabbitMQ
 	$(BIN)/pytest -m "not fault" $(PYTEST_ARGS)
 
+test-pythons:  ## unit, property and memory/SQLite contract tests on each Python from 3.11 on that this machine has
+	@passed=; failed=; absent=; \
+	for version in $(PYTHONS); do \
+	  python=$$(uv python find $$version 2>/dev/null || command -v python$$version) \
+	    && "$$python" -c '' 2>/dev/null || { absent="$$absent $$version"; continue; }; \
+	  echo "== Python $$version: $$python"; \
+	  $(MAKE) --no-print-directory test-python V=$(V)-$$version PYTHON="$$python" \
+	    && passed="$$passed $$version" || failed="$$failed $$version"; \
+	done; \
+	echo "passed:$${passed:- none}; failed:$${failed:- none}; skipped, because this machine doesn't have them:$${absent:- none}"; \
+	test -n "$$passed" && test -z "$$failed"
+
+test-python: $(TESTS)
+	$(BIN)/pytest tests/unit tests/property tests/contract -m "not fault and not rabbit" -q $(PYTEST_ARGS)
+
 fault: $(DEV)  ## the tests that kill workers, links and brokers
 	$(BIN)/pytest -m fault $(PYTEST_ARGS)
 
@@ -55,7 +72,7 @@ bench-peers: $(V)-peers/stamp  ## leveret beside Celery, Dramatiq, Taskiq, FastS
 	$(V)-peers/bin/python -m benchmarks.peers $(BENCH_ARGS)
 
 clean:  ## remove what the verbs made
-	rm -rf $(V) $(V)-examples $(V)-peers build dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(V) $(V)-examples $(V)-peers $(PYTHONS:%=$(V)-%) build dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find framework brokers middleware tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(V)/stamp-plot: benchmarks/peers/requirements.txt | $(DEV)
@@ -89,4 +106,10 @@ $(DEV): pyproject.toml | $(RUNTIME)
 	@echo "installing the development tools into $(V)"
 	@$(call INSTALL,$(V)) "pip>=25.1"    # the first with dependency groups
 	@$(call INSTALL,$(V)) --group dev
+	@touch $@
+
+$(TESTS): pyproject.toml | $(RUNTIME)
+	@echo "installing what the tests need into $(V)"
+	@$(call INSTALL,$(V)) "pip>=25.1"
+	@$(call INSTALL,$(V)) --group tests
 	@touch $@

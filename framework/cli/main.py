@@ -37,10 +37,10 @@ def cli() -> None:
 
     \b
     Environment, unless an option overrides it:
-      LEVERET_APP     the app, as module:attribute, such as shop:app
-      LEVERET_BROKER  the broker's URL: amqp://user:password@host/vhost or sqlite:///jobs.db
-      LEVERET_CONCURRENCY  jobs at once per worker process, and per queue in it, such as 100,emails=50
-      LEVERET_LOG     debug, info, warning, error or critical; debug adds tracebacks
+      LEVERET_APP          the app, as module:attribute, such as shop:app
+      LEVERET_BROKER       the broker's URL: amqp://user:password@host/vhost or sqlite:///jobs.db
+      LEVERET_CONCURRENCY  jobs at once per process and queue: 100,emails=50
+      LEVERET_LOG          debug, info, warning, error or critical; debug adds tracebacks
 
     \b
     Exit codes:

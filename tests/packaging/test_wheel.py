@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -17,18 +19,63 @@ _ROOT = Path(__file__).parents[2]
 _FOLDERS = {"framework": "leveret", "brokers": "leveret/brokers", "middleware": "leveret/middleware"}
 
 
+_BESIDE = ("benchmarks", "docs", "examples", "tests")
+_FILES = ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py")
+_MADE = shutil.ignore_patterns("__pycache__", "node_modules", "*.db", "*.db-shm", "*.db-wal")
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from an sdist, as a release is: a wheel built in a used tree ships modules that were deleted."""
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with an sdist, and a wheel that was built from it: in a used tree it would hold modules that were deleted."""
     tree = tmp_path_factory.mktemp("tree")
-    for folder in _FOLDERS:
-        shutil.copytree(_ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for folder in (*_FOLDERS, *_BESIDE):
+        shutil.copytree(_ROOT / folder, tree / folder, ignore=_MADE)
+    for name in _FILES:
         shutil.copy(_ROOT / name, tree)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
     subprocess.run(command, check=True, capture_output=True, timeout=100)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    """The wheel."""
     [built] = (tree / "dist").glob("*.whl")
     return built
+
+
+def test_the_sdist_holds_what_a_reader_and_a_packager_need(tree: Path) -> None:
+    """A distribution runs the tests of the sdist; a reader without a clone looks for the docs and examples."""
+    expected = set(_FILES) | {
+        file.relative_to(tree).as_posix()
+        for folder in (*_FOLDERS, *_BESIDE)
+        for file in (tree / folder).rglob("*")
+        if file.is_file()
+    }
+    [sdist] = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+
+    assert {name for name in held if not name.startswith("leveret.egg-info/")} == expected | {"PKG-INFO", "setup.cfg"}
+
+
+def test_the_links_of_the_readme_work_on_a_package_index(wheel: Path) -> None:
+    """An index shows the README without the files beside it: each relative link would lead nowhere."""
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_string(archive.read(name).decode())
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+    source = f"{project['urls']['Source']}/blob/v{project['version']}/"
+    shown, readme = str(metadata.get_payload()), (_ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert all(link.startswith("https://") for link in links)
+    own = [link.removeprefix(source) for link in links if link.startswith(source)]
+    assert {"README.md#install", "docs/operations.md"} <= set(own)
+    assert all((_ROOT / link.partition("#")[0]).exists() for link in own)
+    code = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    assert code.findall(shown) == code.findall(readme)
 
 
 def test_the_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:

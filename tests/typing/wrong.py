@@ -227,8 +227,10 @@ App("shop", lifespan=shop())  # wrong: the function, not its call
 App("shop", modules="shop.handlers")  # wrong: a list
 App("shop", around_sync=close_old_connections())  # wrong: the function; each run needs its own
 App("shop", settings={"validate": False})  # wrong: Settings
+App("shop", concurrency="50")  # wrong: a number, or a dict of queues and numbers
 async def embedded() -> None:
     async with app.worker(queues="emails"): ...  # wrong: a list
+    async with app.worker(grace_s="30"): ...  # wrong: seconds
     async with app.publisher: ...  # wrong: call it
 
 # -- cron
