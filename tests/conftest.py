@@ -8,6 +8,8 @@ from typing import NoReturn, Protocol
 import pytest
 import pytest_asyncio
 
+from tests.rabbit.cluster import Cluster
+from tests.rabbit.network import NoNetwork
 from tests.rabbit.node import Installation, Node, Rabbit, Unavailable, find_rabbit
 from tests.rabbit.raw import Raw, connect
 
@@ -69,6 +71,31 @@ async def rabbit_node(rabbit_found: Rabbit | Installation) -> AsyncGenerator[Sta
     yield start
     for node in started:
         await node.close()
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(rabbit_found: Rabbit | Installation) -> Generator[Cluster]:
+    """The session's cluster of three nodes; use `cluster`, which mends what a test leaves broken."""
+    if not isinstance(rabbit_found, Installation):
+        pytest.skip(rabbit_found.why_no_levers)
+    shared = Cluster(rabbit_found)
+    try:
+        asyncio.run(shared.start())
+        yield shared
+    except NoNetwork as error:
+        if os.geteuid() != 0:
+            pytest.skip(str(error))
+        _absent(str(error))
+    finally:
+        asyncio.run(shared.close())
+
+
+@pytest_asyncio.fixture
+async def cluster(shared_cluster: Cluster) -> AsyncGenerator[Cluster]:
+    """Three nodes to kill, hang and cut off, all of them members at the start: shared, so use queue names of your own."""
+    await shared_cluster.whole()
+    yield shared_cluster
+    shared_cluster.calm()
 
 
 @pytest_asyncio.fixture

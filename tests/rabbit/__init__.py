@@ -1,1 +1,1 @@
-"""A real RabbitMQ for tests: `node` finds and runs one, `raw` speaks plain AMQP to it, `proxy` makes the link to it faulty."""
+"""Real RabbitMQs for tests: `node` finds and runs one, `cluster` three on a `network` that can be cut; `raw` speaks plain AMQP, `proxy` spoils a link."""

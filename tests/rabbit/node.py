@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +22,9 @@ import pytest
 _HERE = Path(__file__).parent
 _AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 _BOOT_S = 90.0
+
+SUITES = {"3.10": "bookworm", "4.0": "trixie", "4.3": "forky"}
+"""The versions that the tests run on, and the Debian suite that has each."""
 
 # A mount namespace for the node alone: /proc and /dev for Erlang, and the node's folder as /mnt.
 _ENTER = """set -e; root=$1 folder=$2; shift 2
@@ -74,6 +78,47 @@ class Rabbit:
     async def close(self) -> None:
         """End all processes that were started for the broker."""
 
+    async def eval(self, erlang: str) -> str:
+        """Evaluate Erlang in the node and return what it printed, without its last newline."""
+        return (await self.ctl("eval", erlang)).rstrip("\n")
+
+    async def close_connections(self, why: str = "a test closes all connections") -> None:
+        """Close all connections of the default vhost, as an administrator may (320, CONNECTION_FORCED)."""
+        await self.ctl("close_all_connections", "--vhost", "/", why)
+
+    async def stop_queue(self, queue: str) -> None:
+        """Stop this node's member of a quorum queue: on a single node, or on two of three, the queue then has no leader."""
+        await self.eval(f"ra:stop_server(quorum_queues, {_member(queue)}).")
+
+    async def start_queue(self, queue: str) -> None:
+        """End `stop_queue`."""
+        await self.eval(f"ra:restart_server(quorum_queues, {_member(queue)}).")
+
+    async def limit_consumers(self, timeout_s: float) -> None:
+        """Set the node's consumer timeout for channels that are opened from now on, looked at each second; 1800 is RabbitMQ's own."""
+        await self.eval(
+            f"application:set_env(rabbit, consumer_timeout, {timeout_s * 1000:.0f}),"
+            " application:set_env(rabbit, channel_tick_interval, 1000)."
+        )
+
+    async def limit_messages(self, octets: int) -> None:
+        """Refuse larger messages, as the node's max_message_size does: 406 once a publisher has sent the whole body."""
+        await self.eval(
+            f"application:set_env(rabbit, max_message_size, {octets}), persistent_term:put(max_message_size, {octets})."
+        )
+
+    async def alarm(self, *, on: bool) -> None:
+        """Raise or clear the memory alarm: while it lasts, connections that publish are blocked, and nothing tells those that don't ask."""
+        await self.ctl("set_vm_memory_high_watermark", "absolute", "1MB" if on else "1GB")
+
+    async def set_policy(self, name: str, pattern: str, definition: Mapping[str, int | str]) -> None:
+        """Set an operator's policy for the queues whose name matches `pattern`."""
+        await self.ctl("set_policy", name, pattern, json.dumps(definition), "--apply-to", "queues")
+
+    async def clear_policy(self, name: str) -> None:
+        """End `set_policy`."""
+        await self.ctl("clear_policy", name)
+
 
 @dataclass(frozen=True)
 class Installation:
@@ -81,6 +126,12 @@ class Installation:
 
     tools: str  # the folder of rabbitmq-server and rabbitmqctl
     root: Path | None = None  # a folder to run it in by chroot
+
+    @property
+    def version(self) -> str:
+        """RabbitMQ's version, such as 4.0.5, by the name of the folder of its code; empty where that isn't Debian's."""
+        code = Path(f"{self.root or ''}{self.tools}").parent / "lib"
+        return next((found.name.partition("-")[2] for found in code.glob("rabbitmq_server-*")), "")
 
     def argv(self, folder: Path, *command: str) -> list[str]:
         """Return the arguments that run `command` from here, with the node's folder mounted at `inside`."""
@@ -92,6 +143,18 @@ class Installation:
     def inside(self, folder: Path) -> str:
         """Return the path of the node's folder as the node sees it."""
         return str(folder) if self.root is None else "/mnt"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node runs, and as whom its peers know it."""
+
+    node: str = "test@localhost"
+    address: str = "127.0.0.1"
+    enter: tuple[str, ...] = ()  # the command that runs another in the node's network namespace
+    cookie: str = field(default_factory=lambda: base64.b32encode(os.urandom(15)).decode())
+    epmd_port: int | None = None  # the same on all nodes of a cluster; a free one if None
+    ticktime_s: int = 60  # a peer that is silent for so long counts as down; RabbitMQ's own
 
 
 class Node(Rabbit):
@@ -107,20 +170,25 @@ class Node(Rabbit):
         conf: Mapping[str, str] | None = None,
         advanced: Mapping[str, int] | None = None,
         plugins: Sequence[str] = (),
+        place: Place | None = None,
     ) -> None:
+        place = place or Place()
         self.port, self._dist_port, self._epmd_port, self._ctl_port = free_ports(4)
-        super().__init__(f"amqp://guest:guest@127.0.0.1:{self.port}/")
+        self._epmd_port = place.epmd_port or self._epmd_port
+        super().__init__(f"amqp://guest:guest@{place.address}:{self.port}/")
+        self.name = place.node
         self._installation = installation
+        self._place = place
         self._process: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
         self.folder = Path(tempfile.mkdtemp(prefix="leveret-rabbit-"))
         for name in ("data", "log", "gen", "schema"):
             (self.folder / name).mkdir()
         cookie = self.folder / ".erlang.cookie"
-        cookie.write_bytes(base64.b32encode(os.urandom(15)))
+        cookie.write_text(place.cookie)
         cookie.chmod(0o400)
         settings = {
-            "listeners.tcp.default": f"127.0.0.1:{self.port}",
+            "listeners.tcp.default": f"{place.address}:{self.port}",
             "loopback_users": "none",
             "disk_free_limit.absolute": "50MB",
             "vm_memory_high_watermark.absolute": "1GB",
@@ -144,7 +212,7 @@ class Node(Rabbit):
             return
         if self._epmd is None:  # before the node, which would start an epmd daemon that nobody ends
             epmd = "epmd" if self._installation.root is None else "/usr/bin/epmd"
-            self._epmd = self._spawn(epmd, "-port", str(self._epmd_port), "-address", "127.0.0.1")
+            self._epmd = self._spawn(epmd, "-port", str(self._epmd_port), "-address", self._place.address)
             await self._until_answers(self._epmd, self._epmd_port, b"")
         self._process = self._spawn(f"{self._installation.tools}/rabbitmq-server")
         await self._until_answers(self._process, self.port, _AMQP_HEADER)
@@ -180,6 +248,7 @@ class Node(Rabbit):
         """Run rabbitmqctl, which takes 1 to 2 s, and return its output; RuntimeError with its stderr if it fails."""
         command = self._installation.argv(self.folder, f"{self._installation.tools}/rabbitmqctl", "-q", *arguments)
         process = await asyncio.create_subprocess_exec(
+            *self._place.enter,
             *command,
             env=self._environ(),
             stdin=subprocess.DEVNULL,
@@ -211,7 +280,7 @@ class Node(Rabbit):
             os.kill(self.pid, number)
 
     def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
-        argv = self._installation.argv(self.folder, *command)
+        argv = [*self._place.enter, *self._installation.argv(self.folder, *command)]
         if shutil.which("setpriv"):
             argv = ["setpriv", "--pdeathsig", "KILL", *argv]
         with (self.folder / "stdout").open("ab") as output:
@@ -227,7 +296,7 @@ class Node(Rabbit):
 
     async def _until_answers(self, process: subprocess.Popen[bytes], port: int, header: bytes) -> None:
         end = time.monotonic() + _BOOT_S
-        while not await _answers("127.0.0.1", port, header):
+        while not await _answers(self._place.address, port, header):
             if process.poll() is not None or time.monotonic() > end:
                 what = (
                     f"didn't answer in {_BOOT_S:.0f} s"
@@ -247,15 +316,16 @@ class Node(Rabbit):
 
     def _environ(self) -> dict[str, str]:
         inside = self._installation.inside(self.folder)
-        loopback = "-kernel inet_dist_use_interface {127,0,0,1}"
+        interface = f"-kernel inet_dist_use_interface {{{self._place.address.replace('.', ',')}}}"
         return {
             "PATH": os.environ["PATH"] if self._installation.root is None else "/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": inside,
             "LANG": "C.UTF-8",
             "RUNNING_UNDER_SYSTEMD": "true",  # the start script then execs: the child is the Erlang machine itself
             "ERL_EPMD_PORT": str(self._epmd_port),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODENAME": "test@localhost",
+            "ERL_EPMD_ADDRESS": self._place.address,
+            "RABBITMQ_NODENAME": self.name,
+            "RABBITMQ_USE_LONGNAME": "true" if "." in self.name else "false",
             "RABBITMQ_DIST_PORT": str(self._dist_port),
             "RABBITMQ_CONFIG_FILE": f"{inside}/rabbitmq.conf",
             "RABBITMQ_CONF_ENV_FILE": f"{inside}/none",
@@ -266,11 +336,16 @@ class Node(Rabbit):
             "RABBITMQ_PID_FILE": f"{inside}/pid",
             "RABBITMQ_GENERATED_CONFIG_DIR": f"{inside}/gen",
             "RABBITMQ_SCHEMA_DIR": f"{inside}/schema",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{loopback} +S 2:2",
-            "RABBITMQ_CTL_ERL_ARGS": f"{loopback} +S 1:1",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{interface} net_ticktime {self._place.ticktime_s} +S 2:2",
+            "RABBITMQ_CTL_ERL_ARGS": f"{interface} +S 1:1",
             "RABBITMQ_CTL_DIST_PORT_MIN": str(self._ctl_port),
             "RABBITMQ_CTL_DIST_PORT_MAX": str(self._ctl_port + 10),
         }
+
+
+def _member(queue: str) -> str:
+    """Return the Erlang term that names this node's member of a quorum queue of the default vhost."""
+    return f'{{list_to_atom("%2F_{queue}"), node()}}'
 
 
 def free_ports(count: int) -> list[int]:
@@ -315,32 +390,41 @@ def local_installation() -> Installation | None:
     return Installation(str(Path(server).resolve().parent)) if server else None
 
 
-def unpacked_installation() -> Installation:
-    """Return the RabbitMQ of a Debian suite (`LEVERET_RABBIT_SUITE`, bookworm by default), unpacking it at first use.
+def installation_of(version: str) -> Installation:
+    """Return RabbitMQ `version`, one of `SUITES`: this machine's own if it is that one, else Debian's, unpacked at first use.
 
     Raises:
-        Unavailable: This isn't Debian, the tests don't run as root, or the network or the kernel refused; the message says which.
+        Unavailable: No such version is known, or it can't be had here; the message says which version and why.
     """
+    if (local := local_installation()) and local.version.startswith(f"{version}."):
+        return local
+    if version not in SUITES:
+        msg = f"no RabbitMQ {version}: the tests know {', '.join(SUITES)}"
+        raise Unavailable(msg)
     if os.geteuid() != 0 or not Path("/etc/debian_version").exists() or not shutil.which("apt-get"):
-        msg = "no RabbitMQ: set LEVERET_TEST_AMQP to a broker's URL, install rabbitmq-server, start Docker, or run as root on Debian"
+        msg = (
+            f"no RabbitMQ {version}: set LEVERET_TEST_AMQP to a broker's URL, install rabbitmq-server, start Docker,"
+            " or run as root on Debian"
+        )
         raise Unavailable(msg)
-    suite = os.environ.get("LEVERET_RABBIT_SUITE", "bookworm")
-    made = subprocess.run([_HERE / "get-rabbit.sh", suite], capture_output=True, text=True, timeout=600, check=False)
+    made = subprocess.run(
+        [_HERE / "get-rabbit.sh", SUITES[version]], capture_output=True, text=True, timeout=600, check=False
+    )
     if made.returncode:
-        msg = f"no RabbitMQ: unpacking Debian's rabbitmq-server of {suite} failed: {made.stderr.strip().splitlines()[-1:]}"
+        msg = f"no RabbitMQ {version}: unpacking Debian's rabbitmq-server of {SUITES[version]} failed: {made.stderr.strip().splitlines()[-1:]}"
         raise Unavailable(msg)
-    installation = Installation("/usr/lib/rabbitmq/bin", Path(made.stdout.split()[-1]))
+    unpacked = Installation("/usr/lib/rabbitmq/bin", Path(made.stdout.split()[-1]))
     tried = subprocess.run(
-        installation.argv(Path(tempfile.gettempdir()), "/bin/true"),
+        unpacked.argv(Path(tempfile.gettempdir()), "/bin/true"),
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
     if tried.returncode:
-        msg = f"no RabbitMQ: this container may not mount ({tried.stderr.strip()[-200:]}); install rabbitmq-server instead"
+        msg = f"no RabbitMQ {version}: this container may not mount ({tried.stderr.strip()[-200:]}); install rabbitmq-server instead"
         raise Unavailable(msg)
-    return installation
+    return unpacked
 
 
 async def container_url() -> str | None:
@@ -363,18 +447,18 @@ async def container_url() -> str | None:
 def find_rabbit() -> Rabbit | Installation:
     """Return a broker to use, or an installation to run.
 
-    In this order: the broker of LEVERET_TEST_AMQP, a local rabbitmq-server, Docker, an unpacked package. With
-    `LEVERET_RABBIT_SUITE` set and LEVERET_TEST_AMQP not set, the package of that suite is used.
+    In this order: the broker of LEVERET_TEST_AMQP; the version that LEVERET_TEST_RABBIT names (3.10, 4.0 or 4.3);
+    a local rabbitmq-server; Docker; 3.10 as an unpacked package.
 
     Raises:
-        Unavailable: None of these works.
+        Unavailable: None of these works, or not the version that was asked for.
     """
     if url := os.environ.get("LEVERET_TEST_AMQP"):
         return Rabbit(url, why_no_levers="LEVERET_TEST_AMQP names a foreign broker, which the tests must not stop")
-    if "LEVERET_RABBIT_SUITE" in os.environ:
-        return unpacked_installation()
+    if version := os.environ.get("LEVERET_TEST_RABBIT"):
+        return installation_of(version)
     if installation := local_installation():
         return installation
     if url := asyncio.run(container_url()):
         return Rabbit(url, why_no_levers="RabbitMQ runs in a container, which these tests can't stop and start")
-    return unpacked_installation()
+    return installation_of("3.10")
