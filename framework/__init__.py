@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .app import App
 from .attempt import Attempt
+from .broker import QueueState
 from .envelope import Envelope, Receipt
 from .errors import (
     BrokerUnavailable,
@@ -26,6 +27,7 @@ from .publishing.publisher import Publisher
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from .consuming.state import Worker, WorkerState
     from .publishing.blocking import BlockingPublisher
 
 __version__: Final[str] = "0.1.0"
@@ -61,22 +63,30 @@ __all__ = [
     "PublishTimeout",
     "Publisher",
     "Queue",
+    "QueueState",
     "Receipt",
     "Retry",
     "Settings",
     "Snooze",
     "Unroutable",
     "UnsupportedTopology",
+    "Worker",
+    "WorkerState",
     "__version__",
 ]
 
 if not TYPE_CHECKING:  # with this function in sight, a type checker would accept any misspelt name
 
     def __getattr__(name: str) -> Any:
-        if name == "BlockingPublisher":  # imported on demand: workers and asyncio services don't need this module
+        # imported on demand: workers and asyncio services don't need the first, publishers don't need the others
+        if name == "BlockingPublisher":
             from .publishing.blocking import BlockingPublisher
 
             return BlockingPublisher
+        if name in ("Worker", "WorkerState"):
+            from .consuming import state
+
+            return getattr(state, name)
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
 

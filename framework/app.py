@@ -32,6 +32,7 @@ from .schemes import broker_module
 from .settings import Settings, environment, redact
 
 if TYPE_CHECKING:
+    from .consuming.state import Worker
     from .cron.schedule import Schedule
     from .publishing.blocking import BlockingPublisher
 
@@ -410,10 +411,11 @@ class App(Generic[_R]):
         queues: list[str] | tuple[str, ...] = (),
         concurrency: int | Mapping[str, int] | None = None,
         grace_s: float = 30.0,
-    ) -> AbstractAsyncContextManager[None, None]:
+    ) -> AbstractAsyncContextManager[Worker, None]:
         """Run a worker inside this program, without signal handlers, until the block is left; the worker then drains.
 
-        Entering doesn't wait for a broker that is down. A wrong URL, login or queue raises ConfigurationError.
+        Entering doesn't wait for a broker that is down. A wrong URL, login or queue raises ConfigurationError. The worker says
+        by `state()` how it is.
 
         Args:
             queues: The names of the queues to take jobs from; none means every queue of the app.

@@ -6,7 +6,7 @@ Every broker passes the same conformance suite (tests/contract). Its `Features` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -112,7 +112,7 @@ class Delivery(Protocol):
 
 
 class Sink(Protocol):
-    """The receiver of deliveries: the consumer. The broker calls both methods on the event loop; they must not block."""
+    """The receiver of deliveries: the consumer. The broker calls its methods on the event loop; they must not block."""
 
     def deliver(self, delivery: Delivery, /) -> None:
         """Take a delivery. Within one level of a queue, deliveries come in the broker's order."""
@@ -120,6 +120,10 @@ class Sink(Protocol):
 
     def lost(self) -> None:
         """Forget the deliveries that haven't started and are no longer `live`. There may be none."""
+        ...
+
+    def queues_changed(self) -> None:
+        """Look at `Consumption.queues`, which has changed. After a loss, `lost` is called first."""
         ...
 
 
@@ -131,16 +135,39 @@ class Subscription(msgspec.Struct, frozen=True):
     """The maximum of unsettled deliveries per level; of all levels together without `Features.window_per_level`."""
 
 
+class QueueState(msgspec.Struct, frozen=True):
+    """Whether a worker takes the jobs of a queue, and why it doesn't."""
+
+    queue: str
+    """The queue's name."""
+    name: Literal["connecting", "consumed", "sick", "stopped"]
+    """
+    - connecting: the broker isn't reached, or the consumers aren't registered yet.
+    - consumed: every consumer of the queue is registered.
+    - sick: the broker answers, but the queue, or one of its levels, can't be consumed.
+    - stopped: the worker stops.
+    """
+    why: str = ""
+    """Why the queue isn't consumed; empty if it is."""
+
+
 class Consumption(Protocol):
-    """A running consumption; the broker reconnects with back-off, and then consumes every queue again."""
+    """A running consumption; the broker reconnects with back-off, and then consumes every queue again.
+
+    Each queue comes and goes by itself: a queue that can't be consumed neither stops the others nor costs their deliveries.
+    """
 
     @property
-    def ready(self) -> bool:
-        """Whether every subscription is consumed now."""
+    def queues(self) -> Sequence[QueueState]:
+        """The state of each subscription, in their order. `Sink.queues_changed` tells of each change but those of a stop."""
         ...
 
     async def failed(self) -> None:
-        """Wait until the consumption can't go on, and raise the `ConfigurationError` that ended it. Transient faults never raise."""
+        """Wait until waiting won't help any more, and raise the reason. Transient faults never raise.
+
+        The reason is a `ConfigurationError` if the consumption has ended. It is another `LeveretError` if the broker answers and
+        yet no queue could be consumed for long: the consumption then goes on trying, and a new process may do better.
+        """
         ...
 
     async def stop_taking(self) -> None:

@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Sequence
 from typing import final
 
-from leveret.broker import Sink, Subscription
+from leveret.broker import QueueState, Sink, Subscription
 from leveret.clock import Clock, Timer
 from leveret.envelope import Envelope
 from leveret.job import LEVELS, Queue
@@ -83,13 +83,15 @@ class MemoryConsumption:
         self.clock = clock
         self._sink = sink
         self._loop = asyncio.get_running_loop()
-        self.names = {each.queue.name for each in subscriptions}
+        self.names = dict.fromkeys(each.queue.name for each in subscriptions)
         self._windows = [(each.queue, level, each.prefetch) for level in LEVELS for each in subscriptions]
         self._used = {(queue.name, level): 0 for queue, level, _ in self._windows}
         self.held: dict[object, Stored] = {}
         """The delivered, unsettled jobs, by delivery."""
         self._taking = True
         self._cut = False
+        self._lost = False
+        """Whether the sink is hearing of a cut."""
         self._woken = False
         self._timer: tuple[float, Timer] | None = None
         with contents.lock:
@@ -101,9 +103,13 @@ class MemoryConsumption:
             self.wake()
 
     @property
-    def ready(self) -> bool:
-        """As `Consumption.ready`."""
-        return self in self.contents.consumers and self._taking and not self._cut
+    def queues(self) -> tuple[QueueState, ...]:
+        """As `Consumption.queues`."""
+        if not self._taking:
+            return tuple(QueueState(name, "stopped") for name in self.names)
+        if self._cut or self._lost:
+            return tuple(QueueState(name, "connecting", "the store was disconnected") for name in self.names)
+        return tuple(QueueState(name, "consumed") for name in self.names)
 
     async def failed(self) -> None:
         """Never return: a store in memory has no permanent failures."""
@@ -165,10 +171,18 @@ class MemoryConsumption:
                     due = contents.delayed[0][0] if self._taking and contents.delayed else None
                     break
             if delivery is None:
-                self._sink.lost()
+                self._tell_lost()
             else:
                 self._sink.deliver(delivery)
         self._arm(due)
+
+    def _tell_lost(self) -> None:
+        """Tell the sink of a lost connection and of the next one, which stands at once."""
+        self._lost = True
+        self._sink.lost()
+        self._sink.queues_changed()
+        self._lost = False
+        self._sink.queues_changed()
 
     def _take(self) -> MemoryDelivery | None:
         if not self._taking:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from leveret.backoff import full_jitter
-from leveret.broker import Sink, Subscription
+from leveret.broker import QueueState, Sink, Subscription
 from leveret.errors import ConfigurationError
 from leveret.runtime import Runtime
 
@@ -128,6 +128,7 @@ class RabbitConsumption:
         self._where = where
         self._runtime = runtime
         self._subscriptions = tuple(subscriptions)
+        self._names = [subscription.queue.name for subscription in subscriptions]
         self._sink = sink
         self._session: _Session | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -140,9 +141,13 @@ class RabbitConsumption:
         self._told: tuple[str, float] = ("", 0.0)
 
     @property
-    def ready(self) -> bool:
-        """Whether every consumer is registered now."""
-        return self._session is not None and not self._session.lost.done()
+    def queues(self) -> tuple[QueueState, ...]:
+        """As `Consumption.queues`."""
+        if self._stopping:
+            return tuple(QueueState(name, "stopped") for name in self._names)
+        if self._session is None:
+            return tuple(QueueState(name, "connecting", self._told[0]) for name in self._names)
+        return tuple(QueueState(name, "consumed") for name in self._names)
 
     async def failed(self) -> None:
         """As `Consumption.failed`; a consumption that was ready once never fails, but goes on trying."""
@@ -178,14 +183,10 @@ class RabbitConsumption:
             if isinstance(error, FAULTS):
                 self._raise(error, connection.address)
             raise
-        if self._told[0]:
-            logger.info(
-                "RabbitMQ at %s: consuming again" if self._was_ready else "RabbitMQ at %s: consuming",
-                connection.address,
-            )
         self._told = ("", 0.0)
         self._session = session
         self._was_ready = True
+        self._sink.queues_changed()
 
     def _raise(self, error: BaseException, address: Address) -> NoReturn:
         if kind_of(error) == "refused":
@@ -230,9 +231,12 @@ class RabbitConsumption:
     async def _lost(self, session: _Session, reason: str) -> None:
         session.end()
         self._session = None
-        logger.warning("the consuming connection to RabbitMQ at %s is lost: %s", session.connection.address, reason)
-        self._told = (reason, time.monotonic())
+        self._told = (
+            f"the consuming connection to RabbitMQ at {session.connection.address} is lost: {reason}",
+            time.monotonic(),
+        )
         self._sink.lost()
+        self._sink.queues_changed()
         await session.close()  # perhaps only one channel is lost: the last acks of the other queues must arrive
 
     def _tell(self, reason: str) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import final
 from urllib.parse import unquote, urlsplit
 
-from leveret.broker import Consumption, Features, Sink, Subscription
+from leveret.broker import Consumption, Features, QueueState, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
@@ -91,6 +91,7 @@ class _Consumption:
         # the exception is read here, since perhaps nobody waits for `failed`
         self._error.add_done_callback(lambda error: error.cancelled() or error.exception())
         self._closed = False
+        self._names = [subscription.queue.name for subscription in subscriptions]
         windows = (
             Window(s.queue, level.value, s.prefetch, settling) for s in subscriptions for level in s.queue.levels
         )
@@ -111,9 +112,14 @@ class _Consumption:
             write.future.result()
 
     @property
-    def ready(self) -> bool:
-        """Whether the consumer is registered, and the last attempt to write the file succeeded."""
-        return self.taker.ready and self.taker.taking
+    def queues(self) -> tuple[QueueState, ...]:
+        """As `Consumption.queues`; a consumer is registered by a write to the file, which also shows whether it can be written."""
+        if not self.taker.taking:
+            return tuple(QueueState(name, "stopped") for name in self._names)
+        if self.taker.ready:
+            return tuple(QueueState(name, "consumed") for name in self._names)
+        why = f"{self._store.path} can't be written: {self._store.why}" if self._store.why else ""
+        return tuple(QueueState(name, "connecting", why) for name in self._names)
 
     async def failed(self) -> None:
         """As `Consumption.failed`."""
@@ -148,11 +154,16 @@ class _Consumption:
         """Call `lost` of the sink."""
         self._sink.lost()
 
+    def changed(self) -> None:
+        """Call `queues_changed` of the sink."""
+        self._sink.queues_changed()
+
     def cannot(self, error: ConfigurationError, /) -> None:
         """Fail the consumption with `error`."""
         if not self._error.done():
             self._error.set_exception(error)
         self._sink.lost()
+        self._sink.queues_changed()
 
 
 @final

@@ -335,7 +335,8 @@ class File:
             taker.lease.alive = taker.ready = False
             if taker in self.takers:
                 self.takers.remove(taker)
-        for taker in self.takers:
+        turn.ready = [taker for taker in self.takers if not taker.ready]
+        for taker in turn.ready:
             taker.ready = True
         if turn.beats is not None:
             self._shrink()

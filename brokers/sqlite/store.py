@@ -22,6 +22,7 @@ from leveret.runtime import Runtime
 from . import siblings
 from .delivery import SqliteDelivery
 from .file import File
+from .taker import Taker
 from .write import OVER, PENDING, TAKEN, Look, Open, Turn, Write
 
 log = logging.getLogger("leveret.sqlite")
@@ -183,6 +184,11 @@ class Store:
         with suppress(TimeoutError):
             # the thread ends by itself unless the disk hangs; then it is left running, as a daemon
             await asyncio.wait_for(stopped, timeout_s + 1.0)
+
+    @property
+    def why(self) -> str:
+        """Why the file can't be written now; empty if it can."""
+        return self._why
 
     @property
     def closed(self) -> bool:
@@ -348,6 +354,7 @@ class Store:
         for taker in turn.lost:
             if taker.listener is not None:
                 taker.listener.lost()
+        _changed(turn.ready)
         for taker, deliveries in turn.claimed:
             assert taker.listener is not None
             taker.listener.arrived(deliveries)
@@ -415,6 +422,7 @@ class Store:
             self._said = True
             for taker in self._file.takers:
                 taker.ready = False
+            self._post(_changed, list(self._file.takers))
             log.warning("%s can't be written: %s; trying again", self.path, self._why)
 
     def _refused(self, error: Exception, taken: list[Write]) -> None:
@@ -448,6 +456,13 @@ def _unusable(write: Write, error: ConfigurationError) -> BrokerUnavailable:
     unavailable = BrokerUnavailable(str(error), job_id=write.job_id)
     unavailable.__cause__ = error
     return unavailable
+
+
+def _changed(takers: Iterable[Taker]) -> None:
+    """On the loop: tell the consumptions that their queues are consumed, or aren't any more."""
+    for taker in takers:
+        if taker.listener is not None:
+            taker.listener.changed()
 
 
 def _answer(writes: Iterable[Write]) -> None:

@@ -22,6 +22,10 @@ class Listener(Protocol):
         """Called when the lease was lost."""
         ...
 
+    def changed(self) -> None:
+        """Called when the taker's queues are consumed, and when they aren't any more."""
+        ...
+
     def cannot(self, error: ConfigurationError, /) -> None:
         """Called when the file can't be used and waiting won't help."""
         ...

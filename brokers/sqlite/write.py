@@ -46,6 +46,8 @@ class Turn:
         self.claimed: list[tuple[Taker, list[SqliteDelivery]]] = []
         self.lost: list[Taker] = []
         """Takers whose leases were lost."""
+        self.ready: list[Taker] = []
+        """Takers that this transaction registered, or the first after a failure."""
         self.beats: Count | None = None
         self.added = False
         """Whether other workers may find jobs to claim."""

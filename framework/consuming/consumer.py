@@ -69,6 +69,10 @@ class Consumer:
         self._sweeper: Timer | None = None
         self._sweep_s = float("inf")
         """Seconds between two looks at the waiting deliveries."""
+        self.on_queues_changed: Callable[[], None] | None = None
+        """Called when the state of a queue has changed."""
+        self._lost_held = 0
+        self._lost_running = 0
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
         self._create_task = asyncio.get_running_loop().create_task
@@ -178,8 +182,24 @@ class Consumer:
 
     def lost(self) -> None:
         """Forget the deliveries that haven't started and can no longer be settled; the broker delivers them again."""
-        self._settlement.counts[Lost] += sum(1 for _ in self._slots.remove(lambda held: not held.delivery.live))
+        lost = sum(1 for _ in self._slots.remove(lambda held: not held.delivery.live))
+        self._settlement.counts[Lost] += lost
+        self._lost_held += lost
+        self._lost_running = sum(1 for held in self._tasks.values() if held is not None and not held.delivery.live)
         self._tell()
+
+    def queues_changed(self) -> None:
+        """Pass on that the state of a queue has changed."""
+        if self.on_queues_changed is not None:
+            self.on_queues_changed()
+
+    def losses(self) -> str:
+        """Return, for a log line, what was lost since the last call; empty if nothing was."""
+        running, held = self._lost_running, self._lost_held
+        self._lost_running = self._lost_held = 0
+        if not running + held:
+            return ""
+        return f"; {running} running jobs go on but can't be acknowledged any more, {held} held jobs go back"
 
     def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | None:
         """Return why a delivery can't start; None for a job without a name if the queue has only one kind of job."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
@@ -23,8 +22,7 @@ from .consumer import Consumer
 from .handler import Handler, check_limits
 from .limits import Concurrency, limits_of
 from .settlement import Ended
-
-logger = logging.getLogger("leveret.worker")
+from .state import Watch, Worker
 
 GRACE_S = 30.0
 """The default of the grace: the seconds that a stopping worker waits for its handlers."""
@@ -83,8 +81,9 @@ class Service(Protocol):
 
 
 class Working(msgspec.Struct):
-    """A running worker: its consumer and consumption, and how it ended."""
+    """A running worker: its state, its consumer and consumption, and how it ended."""
 
+    worker: Worker
     consumer: Consumer
     consumption: Consumption
     drained: bool = True
@@ -149,12 +148,16 @@ async def working(
         stack.callback(publisher.close)
         # If a later queue fails to open, the first one may already have delivered.
         stack.push_async_callback(consumer.cut_off, "the worker couldn't start")
+        watch = Watch(consumer, runtime.clock)
         consumption = await broker.consume(consumer.subscriptions, consumer)
         stack.push_async_callback(consumption.close)
-        work = Working(consumer, consumption)
+        stack.callback(watch.follow(consumption).cancel)
+        work = Working(Worker(watch), consumer, consumption)
         try:
             yield work
         finally:
+            hint = ", a second signal cuts them off" if hurry is not None else ""
+            watch.stop(f"running jobs have {grace_s:g} s to finish{hint}")
             work.drained = await consumer.drain(consumption, grace_s, hurry)
 
 
@@ -165,23 +168,13 @@ def _queues_of(handlers: Sequence[Handler]) -> Sequence[str]:
 @asynccontextmanager
 async def _embedded(
     app: Service, queues: Sequence[str], concurrency: Sequence[Concurrency], grace_s: float
-) -> AsyncGenerator[None, None]:
+) -> AsyncGenerator[Worker, None]:
     async with working(app, queues=queues, concurrency=concurrency, grace_s=grace_s) as work:
-        failed = asyncio.ensure_future(work.consumption.failed())
-        failed.add_done_callback(_say_failed)
-        try:
-            yield
-        finally:
-            failed.cancel()
-
-
-def _say_failed(failed: asyncio.Future[None]) -> None:
-    if not failed.cancelled() and (error := failed.exception()) is not None:
-        logger.critical("the embedded worker can't consume any more: %s", redact(str(error)))
+        yield work.worker
 
 
 def embedded(
     app: Service, queues: Sequence[str], concurrency: Sequence[Concurrency], grace_s: float
-) -> AbstractAsyncContextManager[None, None]:
+) -> AbstractAsyncContextManager[Worker, None]:
     """Return the context manager of `App.worker`."""
-    return cast("AbstractAsyncContextManager[None, None]", _embedded(app, queues, concurrency, grace_s))
+    return cast("AbstractAsyncContextManager[Worker, None]", _embedded(app, queues, concurrency, grace_s))

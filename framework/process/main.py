@@ -71,7 +71,7 @@ async def run(options: WorkOptions) -> int:
             lifespan=partial(_lifespan, app, stop),
         ) as work:
             names = ", ".join(f"{s.queue.name} (prefetch {s.prefetch})" for s in work.consumer.subscriptions)
-            takes = "takes jobs" if work.consumption.ready else "waits for the broker, then takes jobs"
+            takes = "takes jobs" if work.worker.state().name == "ready" else "waits for the broker, then takes jobs"
             logger.info(
                 "worker %s of app %s %s from %s on %s",
                 os.getpid(),
@@ -82,12 +82,6 @@ async def run(options: WorkOptions) -> int:
             )
             await first_of(stop.asked.wait(), work.consumption.failed())
             ends = time.monotonic() + options.grace_s
-            logger.info(
-                "stopping: %d running, %d held; running jobs have %g s to finish, a second signal cuts them off",
-                work.consumer.running,
-                work.consumer.held,
-                options.grace_s,
-            )
     except asyncio.CancelledError:
         if not stop.interrupted:
             raise

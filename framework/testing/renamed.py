@@ -65,6 +65,7 @@ class RenamedSink:
         self._sink = sink
         self._queues = queues
         self.lost = sink.lost
+        self.queues_changed = sink.queues_changed
 
     def deliver(self, delivery: Delivery, /) -> None:
         """As `Sink.deliver`."""

@@ -17,7 +17,18 @@ from leveret.envelope import MSGPACK
 from leveret.errors import BrokerUnavailable, PublishError, PublishTimeout, Unroutable
 from leveret.failure import Failure, failures_of
 from leveret.job import LEVELS, Priority, Queue
-from tests.contract.harness import PATIENCE_S, Harness, Recorder, consume, depth, make_envelope, received, soon, timed
+from tests.contract.harness import (
+    PATIENCE_S,
+    Harness,
+    Recorder,
+    consume,
+    depth,
+    make_envelope,
+    ready,
+    received,
+    soon,
+    timed,
+)
 
 
 async def publish(broker: Broker, queue: Queue, *bodies: bytes, delay_s: float = 0.0, **fields: object) -> None:
@@ -407,7 +418,7 @@ async def test_closing_twice_is_closing_once(harness: Harness) -> None:
         await broker.close()
         await broker.close()
 
-    assert not consumption.ready
+    assert not ready(consumption)
 
 
 async def test_a_consumption_is_ready_once_its_consumers_are_registered(harness: Harness) -> None:
@@ -417,7 +428,35 @@ async def test_a_consumption_is_ready_once_its_consumers_are_registered(harness:
     await publish(broker, queue, b"1")
     await sink.next()
 
-    assert consumption.ready
+    assert ready(consumption)
+
+
+async def test_each_queue_has_a_state_and_a_sink_hears_of_its_changes(harness: Harness) -> None:
+    """A worker that can't say which of its queues it consumes is found out only by the jobs that nobody runs."""
+    queues = [harness.queue(), harness.queue()]
+    consumption, sink = await consume(harness.open(), *queues)
+    sink.follow(consumption)
+
+    async with asyncio.timeout(PATIENCE_S):
+        await sink.until(lambda: ready(consumption))
+    assert [state.queue for state in consumption.queues] == [queue.name for queue in queues]
+    await consumption.stop_taking()
+    assert {state.name for state in consumption.queues} == {"stopped"}
+
+
+@pytest.mark.features(connected=True)
+async def test_a_lost_connection_is_told_as_a_state_with_its_reason(harness: Harness) -> None:
+    """Without the gap a probe calls a worker ready that takes nothing; without the end of the gap it stays out of service."""
+    consumption, sink = await consume(harness.open(), harness.queue())
+    sink.follow(consumption)
+    async with asyncio.timeout(PATIENCE_S):
+        await sink.until(lambda: ready(consumption))
+        harness.cut()
+        await sink.until(lambda: any(state.name == "connecting" and state.why for state in sink.states))
+        await sink.until(lambda: ready(consumption))
+
+    assert sink.losses >= 1
+    assert sink.states[-1].name == "consumed"
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.5])

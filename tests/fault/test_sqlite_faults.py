@@ -23,7 +23,7 @@ from leveret.brokers.sqlite import open_admin, open_broker
 from leveret.errors import BrokerUnavailable
 from leveret.job import Queue
 from leveret.runtime import Runtime
-from tests.contract.harness import consume, make_envelope, soon, timed
+from tests.contract.harness import consume, make_envelope, ready, soon, timed
 from tests.fault.apps import diary
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(240)]
@@ -88,6 +88,8 @@ class Sink:
         asyncio.get_running_loop().create_task(run(delivery))
     def lost(self):
         say("lost", os.getpid(), "-", time.monotonic())
+    def queues_changed(self):
+        pass
 
 async def run(delivery):
     job_id = delivery.envelope.job_id
@@ -329,11 +331,11 @@ async def test_settlements_survive_a_full_disk(small_disk: Path, caplog: pytest.
         await deliveries[10].bury(timed(deliveries[10].envelope, soon()))
     assert deliveries[10].live
     async with asyncio.timeout(30):
-        while consumption.ready:
+        while ready(consumption):
             await asyncio.sleep(0.05)
     ballast.unlink()
     async with asyncio.timeout(60):
-        while not consumption.ready:
+        while not ready(consumption):
             await asyncio.sleep(0.05)
     await deliveries[10].bury(timed(deliveries[10].envelope, soon()))
     row = await depth_of(path)

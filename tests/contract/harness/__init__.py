@@ -11,9 +11,21 @@ from tests.contract.harness.base import (
     consume,
     depth,
     make_envelope,
+    ready,
     received,
     soon,
     timed,
 )
 
-__all__ = ["PATIENCE_S", "Harness", "Recorder", "consume", "depth", "make_envelope", "received", "soon", "timed"]
+__all__ = [
+    "PATIENCE_S",
+    "Harness",
+    "Recorder",
+    "consume",
+    "depth",
+    "make_envelope",
+    "ready",
+    "received",
+    "soon",
+    "timed",
+]

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from leveret.admin import Admin, Depth
-from leveret.broker import Broker, Consumption, Delivery, Features, Subscription
+from leveret.broker import Broker, Consumption, Delivery, Features, QueueState, Subscription
 from leveret.clock import Clock, SystemClock, moment_ms
 from leveret.envelope import Envelope
 from leveret.ids import new_job_id
@@ -57,6 +57,10 @@ class Recorder:
         self._arrived: asyncio.Queue[Delivery] = asyncio.Queue()
         self.losses = 0
         self.lost_once = asyncio.Event()
+        self.states: list[QueueState] = []
+        """Every state of the followed consumption's queues, at each change."""
+        self._followed: Consumption | None = None
+        self._changed = asyncio.Event()
 
     def deliver(self, delivery: Delivery, /) -> None:
         self._arrived.put_nowait(delivery)
@@ -64,6 +68,21 @@ class Recorder:
     def lost(self) -> None:
         self.losses += 1
         self.lost_once.set()
+
+    def queues_changed(self) -> None:
+        if self._followed is not None:
+            self.states += self._followed.queues
+        self._changed.set()
+
+    def follow(self, consumption: Consumption) -> None:
+        """Keep the states of its queues from now on."""
+        self._followed = consumption
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Wait until `happened`, looking at each change of a queue's state."""
+        while not happened():
+            self._changed.clear()
+            await self._changed.wait()
 
     async def next(self, timeout_s: float = PATIENCE_S) -> Delivery:
         """Return the next delivery; TimeoutError after `timeout_s`."""
@@ -172,6 +191,11 @@ async def consume(
     recorder = sink or Recorder()
     consumption = await broker.consume([Subscription(queue, prefetch) for queue in queues], recorder)
     return consumption, recorder
+
+
+def ready(consumption: Consumption) -> bool:
+    """Whether every queue is consumed."""
+    return all(state.name == "consumed" for state in consumption.queues)
 
 
 async def depth(admin: Admin, queue: Queue) -> Depth:

@@ -10,7 +10,7 @@ import pytest
 
 from leveret import Attempt, Bury, Outcome, Retry
 from leveret.consuming.worker import working
-from tests.contract.harness import PATIENCE_S, Harness
+from tests.contract.harness import PATIENCE_S, Harness, ready
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, letters_of, make_app, publish, until
 
 
@@ -46,7 +46,7 @@ async def test_a_settlement_that_cannot_be_confirmed_is_tried_again_until_it_is(
 
     try:
         async with working(app, queues=[queue.name]) as worker:
-            await until(lambda: worker.consumption.ready)
+            await until(lambda: ready(worker.consumption))
             [job_id] = await publish(app, work(n=1))
             published.set()
             await runs.next()

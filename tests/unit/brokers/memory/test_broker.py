@@ -18,7 +18,7 @@ from leveret.clock import Clock, ManualClock, SystemClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
-from tests.contract.harness import Recorder, consume, make_envelope, soon, timed
+from tests.contract.harness import Recorder, consume, make_envelope, ready, soon, timed
 
 QUEUE = Queue("jobs")
 RUNTIME = Runtime(app="contract")
@@ -150,12 +150,12 @@ async def test_disconnect_returns_what_is_held_and_says_so_first() -> None:
     store.disconnect()
 
     assert not second.live
-    assert not consumption.ready
+    assert not ready(consumption)
     await second.bury(timed(second.envelope, soon()))  # too late: no effect
     again = await sink.next()
     assert (again.envelope.body, again.redelivered, again.live) == (b"2", True, True)
     assert heard == [(b"1", False), (b"2", False), "lost", (b"2", True)]
-    assert consumption.ready
+    assert ready(consumption)
     assert store.state(SystemClock()).dead == 0
 
 

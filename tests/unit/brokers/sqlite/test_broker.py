@@ -26,7 +26,7 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, 
 from leveret.job import Queue
 from leveret.outcome import Retry
 from leveret.runtime import Runtime
-from tests.contract.harness import PATIENCE_S, Recorder, consume, make_envelope, soon, timed
+from tests.contract.harness import PATIENCE_S, Recorder, consume, make_envelope, ready, soon, timed
 
 QUEUE = Queue("jobs")
 RUNTIME = Runtime(app="unit")
@@ -222,11 +222,11 @@ async def test_a_consumer_that_starts_under_a_lock_waits_for_it_and_says_so(
             started = time.monotonic()
             consumption = await opened().consume([Subscription(QUEUE, 10)], sink)
             assert time.monotonic() - started < 3
-            assert not consumption.ready
+            assert not ready(consumption)
             await until(lambda: caplog.records)
             await asyncio.sleep(0.3)
         await sink.next()
-        await until(lambda: consumption.ready)
+        await until(lambda: ready(consumption))
 
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert all(str(path) in record.getMessage() for record in caplog.records)
@@ -653,7 +653,7 @@ async def test_a_file_that_cannot_be_used_any_more_ends_the_consumption(
     with pytest.raises(ConfigurationError, match=r"the folder .* doesn't exist"):
         await asyncio.wait_for(consumption.failed(), PATIENCE_S)
 
-    assert not consumption.ready
+    assert not ready(consumption)
     path.parent.mkdir()
 
 
