@@ -8,7 +8,9 @@ async with FaultProxy(node.port) as link:     # connect the program to link.url
     link.freeze("up")                         # one way: what the client sends is lost; "down": confirms and deliveries
     link.reset()                              # RST to both sides of every connection
     link.refuse = True                        # new connections are reset at once
+    link.mute = True                          # new connections are accepted and never answered; those before go on
     link.cut_after("down", 1000)              # RST once 1000 more bytes went that way: in the middle of a frame
+    link.freeze_after("down", 300)            # half an answer, then silence
 """
 
 import asyncio
@@ -23,19 +25,20 @@ Way = Literal["up", "down"]
 
 
 class FaultProxy:
-    """Listens on a free port of 127.0.0.1 and passes bytes on to `port`, until a lever stops it."""
+    """Listens on a free port of 127.0.0.1 and passes bytes on to `port` of `host`, until a lever stops it."""
 
-    def __init__(self, port: int, *, rng: random.Random | None = None) -> None:
+    def __init__(self, port: int, *, host: str = "127.0.0.1", rng: random.Random | None = None) -> None:
         self.latency_s = self.jitter_s = self.gap_s = 0.0
         self.rate: float | None = None
         self.piece: int | None = None
-        self.refuse = False
+        self.refuse = self.mute = False
         self.accepted = 0
         self.passed: dict[Way, int] = {"up": 0, "down": 0}
-        self._target = port
+        self._target = (host, port)
         self._rng = rng or random.Random(0)
         self._open: dict[Way, asyncio.Event] = {"up": asyncio.Event(), "down": asyncio.Event()}
         self._left: dict[Way, int] = {}
+        self._freezing: set[Way] = set()
         self._links: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.thaw()
@@ -78,6 +81,12 @@ class FaultProxy:
     def cut_after(self, way: Way, count: int) -> None:
         """Cut all connections once `count` more bytes went the way `way`; those bytes arrive."""
         self._left[way] = count
+        self._freezing.discard(way)
+
+    def freeze_after(self, way: Way, count: int) -> None:
+        """Freeze the way `way` once `count` more bytes went it; those bytes arrive."""
+        self._left[way] = count
+        self._freezing.add(way)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -88,8 +97,15 @@ class FaultProxy:
             _reset(writer)
             return
         self.accepted += 1
+        if self.mute:
+            try:
+                while await reader.read(16384):
+                    pass
+            finally:
+                _reset(writer)
+            return
         try:
-            target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            target_reader, target_writer = await asyncio.open_connection(*self._target)
         except OSError:  # the node is down
             _reset(writer)
             return
@@ -125,25 +141,33 @@ class FaultProxy:
             await self._open[way].wait()
             if self.rate:
                 await asyncio.sleep(len(data) / self.rate)
-            cut = way in self._left and len(data) >= self._left[way]
-            if way in self._left:
-                data = data[: self._left[way]]
+            rest = b""
+            if over := way in self._left and len(data) >= self._left[way]:
+                count = self._left.pop(way)
+                data, rest = data[:count], data[count:]
+            elif way in self._left:
                 self._left[way] -= len(data)
-            step = self.piece or max(len(data), 1)
-            for start in range(0, len(data), step):
-                writer.write(data[start : start + step])
-                await writer.drain()
-                if self.piece:
-                    await asyncio.sleep(self.gap_s)
-            self.passed[way] += len(data)
-            if cut:
-                del self._left[way]
+            await self._write(way, data, writer)
+            if over and way in self._freezing:
+                self.freeze(way)
+                await self._open[way].wait()
+                await self._write(way, rest, writer)
+            elif over:
                 await asyncio.sleep(0.01)  # a RST overtakes the bytes that the kernel still holds
                 self.reset()
                 return
         if writer.can_write_eof():
             with contextlib.suppress(OSError):
                 writer.write_eof()
+
+    async def _write(self, way: Way, data: bytes, writer: asyncio.StreamWriter) -> None:
+        step = self.piece or max(len(data), 1)
+        for start in range(0, len(data), step):
+            writer.write(data[start : start + step])
+            await writer.drain()
+            if self.piece:
+                await asyncio.sleep(self.gap_s)
+        self.passed[way] += len(data)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
