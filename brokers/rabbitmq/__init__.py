@@ -8,6 +8,7 @@ from leveret.runtime import Runtime
 
 from .address import addresses
 from .broker import RabbitBroker
+from .nodes import Nodes
 from .settings import RabbitSettings, rabbit_settings
 
 __all__ = ["RabbitSettings", "open_admin", "open_broker"]
@@ -18,11 +19,11 @@ def open_broker(url: str, runtime: Runtime) -> Broker:
 
     ConfigurationError for a URL that can't be read.
     """
-    return RabbitBroker(addresses(url, rabbit_settings(runtime.settings)), runtime)
+    return RabbitBroker(Nodes(addresses(url, rabbit_settings(runtime.settings))), runtime)
 
 
 def open_admin(url: str, runtime: Runtime) -> Admin:
     """Return the admin of the broker at `url`, without connecting."""
     from .admin import RabbitAdmin
 
-    return RabbitAdmin(addresses(url, rabbit_settings(runtime.settings)), runtime)
+    return RabbitAdmin(Nodes(addresses(url, rabbit_settings(runtime.settings))), runtime)

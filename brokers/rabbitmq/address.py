@@ -13,7 +13,16 @@ from leveret.settings import redact
 
 from .settings import RabbitSettings
 
-_KNOWN = ("heartbeat_s", "heartbeat", "consumer_timeout_s", "cafile", "certfile", "keyfile", "auth_mechanism")
+_KNOWN = (
+    "heartbeat_s",
+    "heartbeat",
+    "consumer_timeout_s",
+    "cluster",
+    "cafile",
+    "certfile",
+    "keyfile",
+    "auth_mechanism",
+)
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -27,6 +36,8 @@ class Address(msgspec.Struct, frozen=True):
     secure: bool
     heartbeat_s: int
     consumer_timeout_s: float
+    cluster: bool = False
+    """The address stands for several nodes, as a load balancer's does."""
     cafile: str | None = None
     certfile: str | None = None
     keyfile: str | None = None
@@ -59,8 +70,8 @@ _DEFAULTS = RabbitSettings()
 def addresses(text: str, settings: RabbitSettings = _DEFAULTS) -> tuple[Address, ...]:
     """Return the addresses in `text`: one URL, or several separated by commas. ConfigurationError for an invalid URL.
 
-    The form is amqp(s)://user:password@host:port/vhost?heartbeat_s=…&consumer_timeout_s=… with both in seconds. The URL wins
-    over `settings`; AMQP's usual `heartbeat` is read too. For TLS there are cafile, certfile, keyfile, and
+    The form is amqp(s)://user:password@host:port/vhost?heartbeat_s=…&consumer_timeout_s=…&cluster=… with times in seconds. The
+    URL wins over `settings`; AMQP's usual `heartbeat` is read too. For TLS there are cafile, certfile, keyfile, and
     auth_mechanism=external, which logs in with the certificate. The vhost may be empty or / (both mean /), or percent-encoded.
     """
     return tuple(_address(part.strip(), settings) for part in re.split(r",(?=\s*amqps?://)", text))
@@ -97,6 +108,10 @@ def _address(text: str, settings: RabbitSettings) -> Address:
     if not re.fullmatch(r"\d{1,9}(\.\d*)?", held, re.ASCII) or float(held) <= 0:
         msg = f"the broker's URL {shown!r}: consumer_timeout_s must be a number of seconds above 0, not {held!r}"
         raise ConfigurationError(msg)
+    cluster = query.get("cluster", f"{settings.cluster}".lower())
+    if cluster not in ("true", "false"):
+        msg = f"the broker's URL {shown!r}: cluster must be true or false, not {cluster!r}"
+        raise ConfigurationError(msg)
     if query.get("auth_mechanism", "plain").lower() not in ("plain", "external"):
         msg = f"the broker's URL {shown!r}: auth_mechanism must be plain or external, not {query['auth_mechanism']!r}"
         raise ConfigurationError(msg)
@@ -110,6 +125,7 @@ def _address(text: str, settings: RabbitSettings) -> Address:
         secure=secure,
         heartbeat_s=int(heartbeat),
         consumer_timeout_s=float(held),
+        cluster=cluster == "true",
         cafile=query.get("cafile"),
         certfile=query.get("certfile"),
         keyfile=query.get("keyfile"),

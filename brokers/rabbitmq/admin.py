@@ -19,13 +19,13 @@ from leveret.job import LEVELS, Priority, Queue
 from leveret.runtime import Runtime
 
 from . import topology
-from .address import Address
 from .channel import Channel
 from .connection import Connection
+from .nodes import Nodes
 from .properties import from_dead_queue, max_delivered_bytes
 from .publishing import Publishing
 from .route import Route
-from .session import FAULTS, ConnectionLost, connect_any, kind_of, reason_of, settled
+from .session import FAULTS, ConnectionLost, kind_of, reason_of, settled
 from .wire import Closed
 
 _T = TypeVar("_T")
@@ -41,12 +41,12 @@ class RabbitAdmin:
     type: a queue whose sibling `<queue>.high` exists is a quorum queue with levels.
     """
 
-    def __init__(self, where: tuple[Address, ...], runtime: Runtime) -> None:
-        self._where = where
+    def __init__(self, nodes: Nodes, runtime: Runtime) -> None:
+        self._nodes = nodes
         self._name = f"leveret {runtime.app} admin"
         self.max_body_bytes = runtime.settings.max_body_bytes
         self._timeout_s = runtime.settings.connect_timeout_s
-        self._publishing = Publishing(where, runtime, self._name)
+        self._publishing = Publishing(nodes, runtime, self._name)
         self._connection: Connection | None = None
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
@@ -111,14 +111,14 @@ class RabbitAdmin:
             raise BrokerUnavailable(str(error)) from error
         except FAULTS as error:
             if kind_of(error) == "refused":
-                msg = f"RabbitMQ at {self._where[0]} refuses access to user {self._where[0].user!r}: {reason_of(error)}"
+                msg = f"RabbitMQ at {self._nodes} refuses access to user {self._nodes.addresses[0].user!r}: {reason_of(error)}"
                 raise ConfigurationError(msg) from error
-            raise BrokerUnavailable(f"RabbitMQ at {self._where[0]}: {reason_of(error)}") from error
+            raise BrokerUnavailable(f"RabbitMQ at {self._nodes}: {reason_of(error)}") from error
 
     async def channel(self) -> Channel:
         """Open a channel, on a new connection if the old one was lost."""
         if self._connection is None or not self._connection.usable:
-            self._connection = await connect_any(self._where, self._name, self._timeout_s)
+            self._connection = await self._nodes.connect(self._name, self._timeout_s)
         return await self._connection.channel(_STEP_S)
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:

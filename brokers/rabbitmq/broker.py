@@ -18,8 +18,8 @@ from leveret.job import Queue
 from leveret.runtime import Runtime
 
 from . import topology
-from .address import Address
 from .consuming import RabbitConsumption
+from .nodes import Nodes
 from .publishing import Publishing
 from .routing import Routing
 from .settling import Settling
@@ -30,12 +30,12 @@ _ANY = Queue("any")
 class RabbitBroker:
     """A broker on RabbitMQ; see `leveret.broker.Broker`."""
 
-    def __init__(self, where: tuple[Address, ...], runtime: Runtime) -> None:
-        self._where = where
+    def __init__(self, nodes: Nodes, runtime: Runtime) -> None:
+        self._nodes = nodes
         self._runtime = runtime
         self._routes = Routing(runtime.clock)
-        self._publishing = Publishing(where, runtime, f"leveret {runtime.app} publish")
-        self._settling = Settling(Publishing(where, runtime, f"leveret {runtime.app} settle"), self._routes)
+        self._publishing = Publishing(nodes, runtime, f"leveret {runtime.app} publish")
+        self._settling = Settling(Publishing(nodes, runtime, f"leveret {runtime.app} settle"), self._routes)
         self._consumptions: set[RabbitConsumption] = set()
 
     def features(self, queue: Queue | None = None, /) -> Features:
@@ -55,7 +55,7 @@ class RabbitBroker:
             window_per_level=queue.type == "quorum",
             deletable=True,
             bounds_headers=True,
-            held_at_most_s=min(address.consumer_timeout_s for address in self._where),
+            held_at_most_s=min(address.consumer_timeout_s for address in self._nodes.addresses),
             physical=(*topology.physicals(queue), topology.dead_queue(queue.name)),
         )
 
@@ -71,7 +71,7 @@ class RabbitBroker:
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
         """As `Broker.consume`; returns after the first attempt to connect."""
-        consumption = RabbitConsumption(self._where, self._runtime, subscriptions, sink, self._settling)
+        consumption = RabbitConsumption(self._nodes, self._runtime, subscriptions, sink, self._settling)
         await consumption.start()
         self._consumptions.add(consumption)
         return consumption

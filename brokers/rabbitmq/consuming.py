@@ -21,7 +21,8 @@ from leveret.runtime import Runtime
 from . import topology
 from .address import Address
 from .connection import Connection
-from .session import FAULTS, ConnectionLost, connect_any, declare, kind_of, reason_of
+from .nodes import Nodes
+from .session import FAULTS, ConnectionLost, declare, kind_of, reason_of
 from .settling import Settling
 from .taker import Taker
 from .wire import CLOSE_TIMEOUT_S, Closed
@@ -118,14 +119,14 @@ class RabbitConsumption:
 
     def __init__(
         self,
-        where: tuple[Address, ...],
+        nodes: Nodes,
         runtime: Runtime,
         subscriptions: Sequence[Subscription],
         sink: Sink,
         settling: Settling,
     ) -> None:
         self._settling = settling
-        self._where = where
+        self._nodes = nodes
         self._runtime = runtime
         self._subscriptions = tuple(subscriptions)
         self._names = [subscription.queue.name for subscription in subscriptions]
@@ -168,8 +169,8 @@ class RabbitConsumption:
             self._failure.set_exception(bug)
 
     async def _establish(self) -> None:
-        connection = await connect_any(
-            self._where, f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s
+        connection = await self._nodes.connect(
+            f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s
         )
         session = _Session(connection, self._runtime, self._sink, self._settling)
         try:
@@ -231,6 +232,7 @@ class RabbitConsumption:
     async def _lost(self, session: _Session, reason: str) -> None:
         session.end()
         self._session = None
+        self._nodes.leave(session.connection.address)
         self._told = (
             f"the consuming connection to RabbitMQ at {session.connection.address} is lost: {reason}",
             time.monotonic(),

@@ -15,12 +15,12 @@ from leveret.errors import ConfigurationError
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from .address import Address
 from .channel import Channel
 from .confirms import MOST_STUCK, Unconfirmed
 from .connection import Connection
+from .nodes import Nodes
 from .route import Route
-from .session import FAULTS, ConnectionLost, connect_any, reason_of
+from .session import FAULTS, ConnectionLost, reason_of
 from .wire import Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
@@ -56,8 +56,8 @@ class Carried(Unconfirmed, eq=False, kw_only=True):
 class Links:
     """The publishing connections: one for all queues, and further ones for queues that confirm nothing and would hold up the rest."""
 
-    def __init__(self, where: tuple[Address, ...], runtime: Runtime, name: str) -> None:
-        self._where = where
+    def __init__(self, nodes: Nodes, runtime: Runtime, name: str) -> None:
+        self._nodes = nodes
         self._runtime = runtime
         self._name = name
         self.current: Link | None = None
@@ -71,7 +71,7 @@ class Links:
         self._waiting = 0
         self._trying = False
         """Whether an attempt to connect is under way; False during the pause before one."""
-        self.reason = f"RabbitMQ at {', '.join(map(str, where))} wasn't reached yet"
+        self.reason = f"RabbitMQ at {nodes} wasn't reached yet"
         """Why no link is open."""
         self._refused: tuple[float, ConfigurationError] | None = None
         self.closed = False
@@ -150,7 +150,7 @@ class Links:
 
     async def _try(self) -> tuple[Connection, Channel]:
         timeout_s = self._runtime.settings.connect_timeout_s
-        connection = await connect_any(self._where, self._name, timeout_s)
+        connection = await self._nodes.connect(self._name, timeout_s)
         try:
             channel = await connection.channel(timeout_s)
             await channel.call(commands.Confirm.Select(), timeout_s)
@@ -164,6 +164,7 @@ class Links:
         self._leaving.discard(link)
         if self.current is link:
             self.current = None
+            self._nodes.leave(link.connection.address)
             self.reason = reason_of(why)
             if not self.closed:
                 logger.warning(

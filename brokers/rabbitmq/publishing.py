@@ -26,9 +26,9 @@ from leveret.job import Queue
 from leveret.runtime import Runtime
 
 from . import topology
-from .address import Address
 from .confirms import Late, Nacked, Returned
 from .links import Carried, Link, Links
+from .nodes import Nodes
 from .properties import encode
 from .route import Route
 from .session import ConnectionLost, declare, reason_of
@@ -85,8 +85,8 @@ class Posting(Carried, eq=False, kw_only=True):
 class Publishing:
     """Confirmed publishes. The first publish opens the connection, and concurrent publishes wait for the same attempt."""
 
-    def __init__(self, where: tuple[Address, ...], runtime: Runtime, name: str) -> None:
-        self._links = Links(where, runtime, name)
+    def __init__(self, nodes: Nodes, runtime: Runtime, name: str) -> None:
+        self._links = Links(nodes, runtime, name)
         self._runtime = runtime
 
     async def send(self, route: Route, envelope: Envelope, deadline: float) -> None:

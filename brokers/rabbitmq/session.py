@@ -1,4 +1,4 @@
-"""Connect to the first address that answers, declare a topology, and say what each refusal means."""
+"""Declare a topology, wait for settlements, and say what each error of a connection means."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from pamqp.base import Frame
 from leveret.errors import ConfigurationError, UnsupportedTopology
 from leveret.settings import redact
 
-from .address import Address
 from .channel import Channel
-from .connection import Connection, connect
+from .connection import Connection
 from .topology import Binding, Declaration, Exchange
 from .wire import Closed
 
@@ -94,47 +93,6 @@ def reason_of(error: BaseException) -> str:
         if refused is not None:
             return os.strerror(int(refused[1]))
     return redact(re.sub(r"\s+", " ", str(error) or type(error).__name__))[:300]
-
-
-async def connect_any(choices: Iterable[Address], name: str, timeout_s: float) -> Connection:
-    """Return a connection to the first of `choices` that accepts one; each attempt has `timeout_s`.
-
-    Raises ConnectionLost if waiting may help, ConfigurationError if waiting won't help.
-    """
-    failures: list[str] = []
-    for address in choices:
-        try:
-            return await connect(address, name, timeout_s)
-        except UnicodeError as error:  # from the resolver: a label is empty or too long
-            msg = f"RabbitMQ at {address}: {address.host!r} isn't a host name ({error})"
-            raise ConfigurationError(msg) from error
-        except FAULTS as error:
-            if kind_of(error) == "refused":
-                raise ConfigurationError(_refusal(error, address)) from error
-            failures.append(f"RabbitMQ at {address}: {reason_of(error)}")
-    raise ConnectionLost("; ".join(failures))
-
-
-def _refusal(error: BaseException, address: Address) -> str:
-    text = reason_of(error)
-    if isinstance(error, FileNotFoundError):
-        missing = [
-            file
-            for file in (address.cafile, address.certfile, address.keyfile)
-            if file and not os.path.exists(file)  # noqa: PTH110
-        ]
-        return f"RabbitMQ at {address}: a file named in the URL doesn't exist: {', '.join(missing) or error.filename}"
-    if isinstance(error, Closed) and error.code in (0, 501):
-        return f"RabbitMQ at {address}: {text}"
-    if isinstance(error, Closed) and error.code == 403 and address.external:
-        return f"RabbitMQ at {address} refused the login by client certificate (auth_mechanism=external): {text}"
-    if isinstance(error, Closed) and error.code == 403:
-        return f"RabbitMQ at {address} refused the login of user {address.user!r}: is the password right? ({text})"
-    if isinstance(error, Closed) and "not found" in text:
-        return f"RabbitMQ at {address} has no vhost {address.vhost!r} ({text})"
-    if isinstance(error, Closed):
-        return f"RabbitMQ at {address} doesn't let user {address.user!r} use vhost {address.vhost!r} ({text})"
-    return f"RabbitMQ at {address}: {text}"
 
 
 async def declare(connection: Connection, declarations: Iterable[Declaration], queue: str, timeout_s: float) -> None:

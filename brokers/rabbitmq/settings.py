@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from leveret.settings import Settings, check_seconds
@@ -14,10 +16,15 @@ class RabbitSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Heartbeat interval, 1 to 3600 seconds, rounded to whole ones for AMQP. A dead peer is noticed after about three intervals."""
     consumer_timeout_s: float = 1800.0
     """The broker's limit for an unacked delivery (RabbitMQ's `consumer_timeout`); a `Timeout` must stay under 3/4 of it."""
+    cluster: bool = False
+    """Whether a single address stands for several nodes (a load balancer). Several addresses are a cluster in any case."""
 
     def __post_init__(self) -> None:
         for name in ("heartbeat_s", "consumer_timeout_s"):
             check_seconds(f"RabbitSettings: {name}", getattr(self, name))
+        if not isinstance(self.cluster, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"RabbitSettings: cluster must be True or False, not {self.cluster!r}"
+            raise ValueError(msg)
         if not 1 <= self.heartbeat_s <= 3600:
             msg = f"RabbitSettings: heartbeat_s must be 1 to 3600, not {self.heartbeat_s}"
             raise ValueError(msg)
@@ -28,5 +35,5 @@ def rabbit_settings(settings: Settings) -> RabbitSettings:
     for found in settings.brokers:
         if isinstance(found, RabbitSettings):
             return found
-    given = {"heartbeat_s": settings.heartbeat_s, "consumer_timeout_s": settings.consumer_timeout_s}
+    given: dict[str, Any] = {"heartbeat_s": settings.heartbeat_s, "consumer_timeout_s": settings.consumer_timeout_s}
     return RabbitSettings(**{name: value for name, value in given.items() if value is not None})

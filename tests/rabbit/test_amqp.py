@@ -21,7 +21,7 @@ from leveret.brokers.rabbitmq.channel import Channel
 from leveret.brokers.rabbitmq.confirms import Nacked, Returned, Unconfirmed
 from leveret.brokers.rabbitmq.connection import Connection
 from leveret.brokers.rabbitmq.frames import OVERHEAD
-from leveret.brokers.rabbitmq.session import connect_any
+from leveret.brokers.rabbitmq.nodes import Nodes
 from leveret.brokers.rabbitmq.wire import WRITE_HIGH_BYTES, Closed
 from leveret.errors import ConfigurationError
 from tests.conftest import StartNode
@@ -128,7 +128,7 @@ async def test_a_refused_login_is_one_error_that_names_the_cause(
         await connect(url)
     assert closed.value.code == code
     with pytest.raises(ConfigurationError, match=says) as refused:
-        await connect_any(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
+        await Nodes(addresses(url, RabbitSettings(heartbeat_s=60))).connect("test", 10)
     assert "wr0ng" not in str(refused.value)
 
 
@@ -136,7 +136,7 @@ async def test_a_mechanism_that_the_broker_doesnt_offer_is_named(rabbit: Rabbit)
     """A broker without the plugin: the operator has to read what it does offer."""
     url = f"amqp://127.0.0.1:{port_of(rabbit)}/?auth_mechanism=external"
     with pytest.raises(ConfigurationError, match=r"offers no EXTERNAL login, only .*PLAIN"):
-        await connect_any(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
+        await Nodes(addresses(url, RabbitSettings(heartbeat_s=60))).connect("test", 10)
 
 
 @pytest.mark.fault

@@ -18,7 +18,7 @@ from pamqp import commands
 
 from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.brokers.rabbitmq.address import addresses
-from leveret.brokers.rabbitmq.session import connect_any
+from leveret.brokers.rabbitmq.nodes import Nodes
 from leveret.errors import ConfigurationError
 from tests.rabbit.node import Installation, Node, Rabbit, free_ports
 
@@ -118,7 +118,7 @@ async def secured(rabbit_found: Rabbit | Installation, tmp_path: Path) -> AsyncG
 
 async def works(url: str) -> None:
     """Connect to `url` and make a call."""
-    connection = await connect_any(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
+    connection = await Nodes(addresses(url, RabbitSettings(heartbeat_s=60))).connect("test", 10)
     try:
         channel = await connection.channel(10)
         await channel.call(commands.Queue.Declare(queue="tls", exclusive=True), 10)
@@ -130,7 +130,7 @@ async def works(url: str) -> None:
 async def refusal(url: str) -> str:
     """Return the text of the ConfigurationError for `url`, which must be one line without the password."""
     with pytest.raises(ConfigurationError) as refused:
-        await connect_any(addresses(url, RabbitSettings(heartbeat_s=60)), "test", 10)
+        await Nodes(addresses(url, RabbitSettings(heartbeat_s=60))).connect("test", 10)
     text = str(refused.value)
     assert "\n" not in text
     assert PASSWORD not in text

@@ -5,6 +5,7 @@ import pytest
 from leveret import App, Settings
 from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.brokers.rabbitmq.address import addresses
+from leveret.brokers.rabbitmq.nodes import Nodes
 from leveret.brokers.rabbitmq.settings import rabbit_settings
 from leveret.errors import ConfigurationError
 from leveret.schemes import broker_module
@@ -33,6 +34,21 @@ def test_the_url_beats_the_code() -> None:
     assert (neither.heartbeat_s, neither.consumer_timeout_s) == (30, 600)
 
 
+@pytest.mark.parametrize(
+    ("url", "cluster"),
+    [
+        ("amqp://a/", False),
+        ("amqp://a/?cluster=true", True),
+        ("amqp://a/,amqp://b/", True),
+        ("amqp://a/?cluster=false,amqp://b/", True),
+    ],
+)
+def test_one_address_is_a_single_node_unless_the_url_says_otherwise(url: str, cluster: bool) -> None:
+    """On a cluster another node may have the queue that one node doesn't know: declared again at once, it would be there twice."""
+    assert Nodes(addresses(url)).cluster is cluster
+    assert Nodes(addresses("amqp://a/", RabbitSettings(cluster=True))).cluster
+
+
 def test_of_several_addresses_the_shortest_time_counts() -> None:
     """A worker may be connected to any of them: the node that takes a job away first sets the limit."""
     app = App("shop", broker="amqp://a/?consumer_timeout_s=90,amqp://b/")
@@ -52,6 +68,7 @@ def test_of_several_addresses_the_shortest_time_counts() -> None:
         "consumer_timeout_s=inf",
         "consumer_timeout_s=1e3",
         "consumer_timeout_s=",
+        "cluster=yes",
     ],
 )
 def test_a_wrong_value_in_the_url_is_one_clear_line(query: str) -> None:
@@ -70,6 +87,7 @@ def test_a_wrong_value_in_the_url_is_one_clear_line(query: str) -> None:
         {"heartbeat_s": 4000},
         {"consumer_timeout_s": float("inf")},
         {"consumer_timeout_s": True},
+        {"cluster": "true"},
     ],
 )
 def test_wrong_settings_of_the_broker_are_refused_where_they_are_written(wrong: dict[str, object]) -> None:
