@@ -1,7 +1,8 @@
-"""The consuming side of RabbitMQ: one supervised loop that connects, declares, sets the windows and consumes.
+"""The consuming side of RabbitMQ: one supervised loop that connects, declares and consumes, and the queues that need their own connection.
 
-A lost connection, a closed channel or a cancelled consumer ends the whole consuming connection. The loop opens a new one,
-with back-off. Unsettled deliveries are then no longer `live`: the broker delivers their jobs again.
+A lost connection is replaced, with back-off. Unsettled deliveries are then no longer `live`: the broker delivers their jobs again.
+A physical queue that can't be consumed is left out of the next connection, and tried on its own (`aside`). What one queue loses
+otherwise (a channel, a consumer), it gets back on the same connection (`consumers`).
 """
 
 from __future__ import annotations
@@ -10,112 +11,32 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 from leveret.backoff import full_jitter
 from leveret.broker import QueueState, Sink, Subscription
-from leveret.errors import ConfigurationError
+from leveret.errors import ConfigurationError, LeveretError
 from leveret.runtime import Runtime
 
 from . import topology
 from .address import Address
+from .aside import Aside
 from .connection import Connection
+from .consumers import Consumers, Home, Wanted
 from .nodes import Nodes
-from .session import FAULTS, ConnectionLost, declare, kind_of, reason_of
+from .session import FAULTS, ConnectionLost, Sick, kind_of, reason_of
 from .settling import Settling
-from .taker import Taker
-from .wire import CLOSE_TIMEOUT_S, Closed
+from .wire import CLOSE_TIMEOUT_S
 
 logger = logging.getLogger("leveret.rabbitmq")
 
+FRUITLESS_TRIES = 10
+"""The consumption fails once the broker has answered, and no queue was consumed, in so many tries per physical queue."""
 _TELL_EVERY_S = 60.0
 
 
-class _Session:
-    """One consuming connection from its start to its loss."""
-
-    def __init__(self, connection: Connection, runtime: Runtime, sink: Sink, settling: Settling) -> None:
-        self.connection = connection
-        self.runtime = runtime
-        self.sink = sink
-        self.settling = settling
-        self.taking = True
-        self.takers: list[Taker] = []
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Resolved with the reason."""
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def lose(self, reason: str) -> None:
-        """Give up the session: the supervisor makes a new one."""
-        if not self.lost.done():
-            self.lost.set_result(reason)
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` as a task; if it fails, the session is lost."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.lose(reason_of(error))
-
-    async def start(self, subscriptions: Sequence[Subscription]) -> None:
-        """Declare, set the windows and register every consumer: all or nothing."""
-        step_s = self.runtime.settings.connect_timeout_s
-        self.connection.on_closed = lambda why: self.lose(reason_of(why))
-        for subscription in subscriptions:
-            queue = subscription.queue
-            await declare(self.connection, topology.SHARED + topology.of_queue(queue), queue.name, step_s)
-        for subscription in subscriptions:
-            name = subscription.queue.name
-            channel = await self.connection.channel(step_s)
-            taker = Taker(self, subscription, channel)
-            self.takers.append(taker)
-            channel.on_closed = partial(self._channel_closed, name)
-            channel.on_cancelled = partial(self._cancelled, name)
-            await taker.start(step_s)
-
-    def _channel_closed(self, name: str, why: Closed) -> None:
-        self.lose(
-            f"the channel of queue {name} was closed: {reason_of(why)}" if why.scope == "channel" else reason_of(why)
-        )
-
-    def _cancelled(self, name: str, _: str) -> None:
-        self.lose(
-            f"the broker cancelled a consumer of queue {name} (the queue was deleted, or a delivery was held too long)"
-        )
-
-    def end(self) -> None:
-        """Write the pending settlements of channels that are still open; the other settlements are lost."""
-        for taker in self.takers:
-            taker.flush()
-            taker.live = False
-        for task in self._tasks:
-            task.cancel()
-
-    async def close(self) -> None:
-        """After `end`: wait until the broker has every settlement, then disconnect; a dead peer delays this by seconds at most."""
-        try:
-            # a taker that fails (its queue was deleted) must not cut off the other takers' last acks
-            for error in await asyncio.gather(*(taker.settled() for taker in self.takers), return_exceptions=True):
-                if isinstance(error, FAULTS):
-                    logger.warning(
-                        "RabbitMQ at %s: the last acks may be lost, and their jobs are then delivered again: %s",
-                        self.connection.address,
-                        reason_of(error),
-                    )
-                elif error is not None:
-                    raise error
-            await self.connection.close()
-        finally:  # cancelled, too: an open connection without an owner would keep its deliveries
-            self.connection.abort()
-
-
 class RabbitConsumption:
-    """A running consumption: it connects, declares and consumes, and starts over when any part is lost."""
+    """A running consumption: it connects, declares and consumes, and starts over when the connection is lost."""
 
     def __init__(
         self,
@@ -125,16 +46,19 @@ class RabbitConsumption:
         sink: Sink,
         settling: Settling,
     ) -> None:
-        self._settling = settling
         self._nodes = nodes
         self._runtime = runtime
         self._subscriptions = tuple(subscriptions)
-        self._names = [subscription.queue.name for subscription in subscriptions]
         self._sink = sink
-        self._session: _Session | None = None
+        self._home = Home(nodes, runtime, sink, settling, self._changed, set())
+        self._main: Consumers | None = None
+        """The connection that consumes every queue, except those aside."""
+        self._asides: dict[str, Aside] = {}
+        """By physical queue."""
+        self._fruitless = 0
         self._supervisor: asyncio.Task[None] | None = None
         self._step: asyncio.Task[None] | None = None
-        """The opening or closing of a session that is under way: a stop waits for it instead of cutting it off."""
+        """The opening or closing of a connection that is under way: a stop waits for it instead of cutting it off."""
         self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         self._failure.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._was_ready = False
@@ -144,15 +68,31 @@ class RabbitConsumption:
     @property
     def queues(self) -> tuple[QueueState, ...]:
         """As `Consumption.queues`."""
+        return tuple(self._state(subscription.queue.name) for subscription in self._subscriptions)
+
+    def _state(self, name: str) -> QueueState:
         if self._stopping:
-            return tuple(QueueState(name, "stopped") for name in self._names)
-        if self._session is None:
-            return tuple(QueueState(name, "connecting", self._told[0]) for name in self._names)
-        return tuple(QueueState(name, "consumed") for name in self._names)
+            return QueueState(name, "stopped")
+        if self._main is None:
+            return QueueState(name, "connecting", self._told[0])
+        asides = [aside for aside in self._asides.values() if aside.wanted.subscription.queue.name == name]
+        troubles = [self._main.trouble(name)]
+        troubles += [aside.why or (aside.consumers.trouble(name) if aside.consumers else "") for aside in asides]
+        why = "; ".join(trouble for trouble in troubles if trouble)
+        return QueueState(name, "sick" if why else "consumed", why)
+
+    def _changed(self) -> None:
+        if any(state.name == "consumed" for state in self.queues):
+            self._fruitless = 0
+        self._sink.queues_changed()
 
     async def failed(self) -> None:
-        """As `Consumption.failed`; a consumption that was ready once never fails, but goes on trying."""
+        """As `Consumption.failed`; a consumption that was ready once goes on trying all the same."""
         await asyncio.shield(self._failure)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failure.done():
+            self._failure.set_exception(error)
 
     async def start(self) -> None:
         """Connect once, then supervise; ConfigurationError if waiting won't help."""
@@ -160,34 +100,72 @@ class RabbitConsumption:
             await self._establish()
         except ConnectionLost as error:
             self._tell(str(error))
+        except BaseException:
+            await self._close_asides()
+            raise
         self._supervisor = asyncio.create_task(self._supervise())
-        self._supervisor.add_done_callback(self._supervised)
+        self._supervisor.add_done_callback(self._check_ended)
 
-    def _supervised(self, supervisor: asyncio.Task[None]) -> None:
+    def _check_ended(self, task: asyncio.Task[None]) -> None:
         """Fail with the traceback of a bug: a worker without a supervisor would run for ever and take nothing."""
-        if not supervisor.cancelled() and (bug := supervisor.exception()) is not None and not self._failure.done():
-            self._failure.set_exception(bug)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            self._fail(bug)
 
     async def _establish(self) -> None:
-        connection = await self._nodes.connect(
-            f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s
-        )
-        session = _Session(connection, self._runtime, self._sink, self._settling)
-        try:
-            await session.start(self._subscriptions)
-            if session.lost.done():
-                raise ConnectionLost(session.lost.result())
-        except BaseException as error:
-            session.end()
-            self._sink.lost()
-            await session.close()  # not `abort`: some consumers may have delivered already, and their acks must arrive
-            if isinstance(error, FAULTS):
-                self._raise(error, connection.address)
-            raise
+        """Connect and consume; each queue that can't be consumed costs a connection, and is left out of the next."""
+        while True:
+            connection = await self._nodes.connect(
+                f"leveret {self._runtime.app} consume", self._runtime.settings.connect_timeout_s
+            )
+            main = Consumers(self._home, connection)
+            try:
+                await main.start(await self._wanted(), first=not self._was_ready)
+            except BaseException as error:
+                main.end()
+                await main.close()
+                if isinstance(error, Sick):
+                    self._set_aside(error)
+                    continue
+                if isinstance(error, FAULTS):
+                    self._raise(error, connection.address)
+                raise
+            break
         self._told = ("", 0.0)
-        self._session = session
+        self._main = main
         self._was_ready = True
-        self._sink.queues_changed()
+        self._changed()
+
+    async def _wanted(self) -> list[Wanted]:
+        """Return what the main connection has to consume: all but what is aside. A queue whose own connection was lost comes back."""
+        for name, aside in [(name, aside) for name, aside in self._asides.items() if aside.idle]:
+            await aside.close()
+            del self._asides[name]
+        wanted: list[Wanted] = []
+        for subscription in self._subscriptions:
+            names = topology.physicals(subscription.queue)
+            if left := {name: levels for name, levels in names.items() if name not in self._asides}:
+                wanted.append(Wanted(subscription, left))
+        return wanted
+
+    def _set_aside(self, sick: Sick) -> None:
+        for subscription in self._subscriptions:
+            levels = topology.physicals(subscription.queue).get(sick.name)
+            if levels is not None and sick.name not in self._asides:
+                wanted = Wanted(subscription, {sick.name: levels})
+                aside = self._asides[sick.name] = Aside(self._home, wanted, sick, self._connection, self._tried_in_vain)
+                aside.ended.add_done_callback(self._check_ended)
+
+    def _connection(self) -> Connection | None:
+        return self._main.connection if self._main is not None else None
+
+    def _tried_in_vain(self) -> None:
+        """Count a try to consume that the broker answered, and that failed; give up if none of the queues can be consumed."""
+        self._fruitless += 1
+        names = [name for subscription in self._subscriptions for name in topology.physicals(subscription.queue)]
+        consumed = any(state.name == "consumed" for state in self.queues)
+        if not consumed and self._fruitless >= FRUITLESS_TRIES * len(names):
+            msg = f"RabbitMQ at {self._nodes} answers, but none of the queues could be consumed in {self._fruitless} tries"
+            self._fail(LeveretError(msg))
 
     def _raise(self, error: BaseException, address: Address) -> NoReturn:
         if kind_of(error) == "refused":
@@ -198,10 +176,10 @@ class RabbitConsumption:
     async def _supervise(self) -> None:
         settings, attempt = self._runtime.settings, 1
         while True:
-            if self._session is not None:
+            if self._main is not None:
                 since = time.monotonic()
-                reason = await asyncio.shield(self._session.lost)
-                await self._undisturbed(self._lost(self._session, reason))
+                reason = await asyncio.shield(self._main.lost)
+                await self._undisturbed(self._lost(self._main, reason))
                 if time.monotonic() - since > settings.reconnect_cap_s:
                     attempt = 1
                 if self._stopping:
@@ -218,7 +196,7 @@ class RabbitConsumption:
                 self._tell(str(error))
             except ConfigurationError as error:
                 if not self._was_ready:  # the first connection: waiting wouldn't help
-                    self._failure.set_exception(error)
+                    self._fail(error)
                     return
                 self._tell(str(error))
                 await self._runtime.clock.sleep(settings.reconnect_cap_s)
@@ -229,52 +207,57 @@ class RabbitConsumption:
         self._step.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await asyncio.shield(self._step)
 
-    async def _lost(self, session: _Session, reason: str) -> None:
-        session.end()
-        self._session = None
-        self._nodes.leave(session.connection.address)
-        self._told = (
-            f"the consuming connection to RabbitMQ at {session.connection.address} is lost: {reason}",
-            time.monotonic(),
-        )
+    async def _lost(self, main: Consumers, reason: str) -> None:
+        main.end()
+        self._main = None
+        if not main.connection.usable:
+            self._nodes.leave(main.connection.address)
+        if main.sick is not None:
+            self._set_aside(main.sick)
+        told = f"the consuming connection to RabbitMQ at {main.connection.address} is lost: {reason}"
+        self._told = (told, time.monotonic())
         self._sink.lost()
         self._sink.queues_changed()
-        await session.close()  # perhaps only one channel is lost: the last acks of the other queues must arrive
+        await main.close()  # perhaps it is still open: the last acks must arrive
 
     def _tell(self, reason: str) -> None:
         """Log why the consumption waits: when the reason changes, and once a minute."""
         now = time.monotonic()
         if reason != self._told[0] or now - self._told[1] >= _TELL_EVERY_S:
             self._told = (reason, now)
+            self._sink.queues_changed()
             logger.warning("waiting to consume: %s; trying again", reason)
+
+    def _consumers(self) -> list[Consumers]:
+        """Return every connection that consumes."""
+        found = [self._main, *(aside.consumers for aside in self._asides.values())]
+        return [consumers for consumers in found if consumers is not None]
 
     async def stop_taking(self) -> None:
         """Cancel the consumers; later deliveries are given back."""
         self._stopping = True
-        if self._session is None:
+        if self._main is None:
             await self._end_supervisor()
-        session = self._session
-        if session is None:
-            return
-        session.taking = False
-        try:
-            await asyncio.gather(*(taker.stop() for taker in session.takers))
-        except FAULTS as error:
-            session.lose(f"its consumers couldn't be cancelled: {reason_of(error)}")
+        await asyncio.gather(*(consumers.stop() for consumers in self._consumers()))
 
     async def close(self) -> None:
-        """End the supervisor, then the session, in order."""
+        """End the supervisor, then the connections, in order."""
         self._stopping = True
         await self._end_supervisor()
-        session, self._session = self._session, None
-        if session is not None:
-            session.end()
-            await session.close()
+        main, self._main = self._main, None
+        await self._close_asides()
+        if main is not None:
+            main.end()
+            await main.close()
+
+    async def _close_asides(self) -> None:
+        asides, self._asides = self._asides, {}
+        await asyncio.gather(*(aside.close() for aside in asides.values()))
 
     async def _end_supervisor(self) -> None:
         if self._step is not None and not self._step.done():
-            # A session that is being opened may have delivered already; once all its consumers are registered, its jobs can be
-            # settled. A session that is being closed has its last acks to write.
+            # A connection that is being opened may have delivered already; once all its consumers are registered, its jobs can be
+            # settled. A connection that is being closed has its last acks to write.
             await asyncio.wait({self._step}, timeout=CLOSE_TIMEOUT_S)
         tasks = {task for task in (self._supervisor, self._step) if task is not None}
         self._supervisor = self._step = None

@@ -28,6 +28,14 @@ class ConnectionLost(Exception):
     """The connection is lost, or could not be opened; the text says why. Waiting may help."""
 
 
+class Sick(Exception):
+    """A physical queue can't be consumed: its consume isn't answered, or ends the connection. Other queues aren't concerned."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name} can't be consumed: {why}")
+        self.name = name
+
+
 Kind = Literal["lost", "refused", "drift"]
 
 FAULTS = (Closed, OSError, TimeoutError)
@@ -139,6 +147,31 @@ def _declaration(record: Declaration) -> Frame:
             return commands.Queue.Bind(queue=record.destination, exchange=record.source, routing_key=record.key)
         return commands.Exchange.Bind(destination=record.destination, source=record.source, routing_key=record.key)
     return commands.Queue.Declare(queue=record.name, durable=True, arguments=cast("Any", record.arguments))
+
+
+async def counts(connection: Connection, names: Iterable[str], timeout_s: float) -> dict[str, tuple[int, int] | None]:
+    """Return how many messages and how many consumers each physical queue has; None for a queue that doesn't exist.
+
+    Costs the broker next to nothing, and harms no queue. A quorum queue without a leader has "0 messages, 0 consumers".
+    """
+    found: dict[str, tuple[int, int] | None] = {}
+    channel: Channel | None = None
+    try:
+        for name in names:
+            if channel is None or channel.closed is not None:
+                channel = await connection.channel(timeout_s)
+            try:
+                answer = await channel.call(commands.Queue.Declare(queue=name, passive=True), timeout_s)
+            except Closed as closed:
+                if closed.scope != "channel" or closed.code != 404:
+                    raise
+                found[name] = None
+            else:
+                found[name] = (int(getattr(answer, "message_count", 0)), int(getattr(answer, "consumer_count", 0)))
+    finally:
+        if channel is not None and channel.closed is None:
+            channel.leave()
+    return found
 
 
 async def settled(channel: Channel, queues: Iterable[str], timeout_s: float) -> None:

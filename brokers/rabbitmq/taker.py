@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import socket
 from bisect import bisect
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,14 +20,13 @@ from leveret.envelope import Envelope
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 
-from . import topology
 from .channel import Channel
 from .connection import Connection
 from .properties import excess, from_job_queue, id_in, max_delivered_bytes
 from .publishing import Posting
-from .session import settled
+from .session import Sick, settled
 from .settling import Settling
-from .wire import CLOSE_TIMEOUT_S
+from .wire import CLOSE_TIMEOUT_S, Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
 
@@ -36,6 +36,9 @@ MOST_PREFETCH = 65_535
 """The largest prefetch: AMQP has two octets for it."""
 NARROW_FOR = 1000
 """After this many deliveries a prefetch that large bodies reduced is computed again."""
+INTERNAL_ERROR = 541
+_SERIAL = itertools.count(1)
+"""Numbers the consumers of this process."""
 
 
 class TakerSession(Protocol):
@@ -67,7 +70,7 @@ class TakerSession(Protocol):
         ...
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` as a task; if it fails, the session is lost."""
+        """Run `work` as a task; if it fails for another reason than the end of its channel, the session is lost."""
         ...
 
 
@@ -112,23 +115,38 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
 class Taker:
     """The channel of one logical queue: its consumers, and the delivery tags that aren't settled.
 
+    `names` are the physical queues to consume: all of the logical queue's, but those that can't be consumed. Deliveries that come
+    before `open` wait here. Until every consumer is registered, one that can't be would cost the connection, with the acks of
+    whatever had been started.
+
     Acks are written once per loop turn: one `multiple` ack for the finished tags below the lowest unsettled one, and single
     acks above it, so that one long job doesn't hold back the acks of others. A `multiple` ack must name a tag that isn't
     acked yet: RabbitMQ answers an acked tag with a 406, which closes the channel.
     """
 
-    def __init__(self, session: TakerSession, subscription: Subscription, channel: Channel) -> None:
+    def __init__(
+        self,
+        session: TakerSession,
+        subscription: Subscription,
+        names: Mapping[str, tuple[Priority, ...]],
+        channel: Channel,
+    ) -> None:
         self.queue = subscription.queue
+        self.names = names
+        self.mute: set[str] = set()
+        """Physical queues in which the broker counts no consumer although one is registered: sick ones, as far as known."""
         self.settling = session.settling
         self.live = True
         self._wanted = self._prefetch = min(subscription.prefetch, MOST_PREFETCH)
         self._session = session
         self._channel = channel
-        self._deliver = session.sink.deliver
+        self._early: list[RabbitDelivery] = []
+        self._deliver: Callable[[RabbitDelivery], None] = self._early.append
         self._name = subscription.queue.name
         self._max_body_bytes = session.runtime.settings.max_body_bytes
         self._max_properties_bytes = max_delivered_bytes(session.connection.frame_max)
-        self._consumer_tags: list[str] = []
+        self._consumer_tags: list[tuple[str, str]] = []
+        """Each with its physical queue."""
         self._open: set[int] = set()
         """Delivered, unsettled tags: at most as many as the windows hold, even while the oldest job runs for long."""
         self._lowest = 1
@@ -142,40 +160,73 @@ class Taker:
         self._largest = 0
         """The largest body since the prefetch was last computed, in bytes."""
         self._narrow_for = 0
-        self._generation = 0
         self._paused = False
         self._switching = asyncio.Lock()
         """Held while consumers are registered or cancelled: resuming in the middle of a pause would register them twice."""
 
-    async def start(self, timeout_s: float) -> None:
-        """Register a consumer on each physical queue, each with its own window."""
+    async def start(self, timeout_s: float, *, trial: bool = False) -> None:
+        """Register a consumer on each physical queue, each with its own window; Sick names the queue that can't be consumed.
+
+        A `trial` asks with a prefetch of 1 first: a consume that the broker carries out too late takes so many jobs with it.
+        """
         async with self._switching:
+            if trial:
+                wanted, self._prefetch = self._prefetch, 1
+                await self._register(timeout_s)
+                self._prefetch = wanted
+                await self._cancel()
             await self._register(timeout_s)
+
+    def open(self) -> None:
+        """Pass on the deliveries that came so far, and from now on each at once."""
+        self._deliver = self._session.sink.deliver
+        for delivery in self._early:
+            self._deliver(delivery)
+        self._early.clear()
+
+    def end(self) -> None:
+        """Write the pending settlements, if the channel is open; nothing can be settled afterwards."""
+        self.flush()
+        self.live = False
+
+    def leave(self) -> None:
+        """Close the channel without waiting for the answer; the broker delivers again what wasn't settled."""
+        self._channel.on_closed = self._channel.on_cancelled = None
+        if self._channel.closed is None:
+            self._channel.leave()
 
     async def _register(self, timeout_s: float) -> None:
         await self._channel.call(commands.Basic.Qos(prefetch_count=self._prefetch), timeout_s)
-        self._generation += 1
-        for name, levels in topology.physicals(self.queue).items():
+        for name, levels in self.names.items():
             # also for a classic queue with one level: a foreign priority would name a level that has no binding
             level = levels[0] if len(levels) == 1 else None
-            tag = f"{socket.gethostname()}.{os.getpid()}.{self._generation}.{name}"[:255]
-            await self._channel.consume(name, tag, partial(self._take, level), timeout_s)
-            self._consumer_tags.append(tag)
+            # never the tag of an earlier consumer: the broker may still carry out what was asked for on a lost connection
+            tag = f"{socket.gethostname()}.{os.getpid()}.{next(_SERIAL)}.{name}"[:255]
+            try:
+                await self._channel.consume(name, tag, partial(self._take, level), timeout_s)
+            except TimeoutError:
+                raise Sick(name, "RabbitMQ doesn't answer the consume") from None
+            except Closed as closed:
+                if closed.scope == "connection" and closed.code == INTERNAL_ERROR:  # which names no queue before 4.3
+                    raise Sick(name, f"RabbitMQ closes the connection that asks: {closed.text}") from closed
+                raise
+            self._consumer_tags.append((tag, name))
 
     async def stop(self) -> None:
-        """Cancel the consumers; their deliveries can still be acked."""
+        """Cancel the consumers, but not those of mute queues, which would end the connection; their deliveries can still be acked."""
         async with self._switching:
+            self._consumer_tags = [(tag, name) for tag, name in self._consumer_tags if name not in self.mute]
             await self._cancel()
 
     async def _cancel(self) -> None:
         tags, self._consumer_tags = self._consumer_tags, []
-        for tag in tags:
+        for tag, _ in tags:
             await self._channel.cancel(tag, CLOSE_TIMEOUT_S)
 
     async def settled(self) -> None:
         """Return once the broker has received every written settlement; nothing can be settled afterwards."""
         if self.queue.type == "quorum" and self._wrote:
-            await settled(self._channel, topology.physicals(self.queue), CLOSE_TIMEOUT_S)
+            await settled(self._channel, [name for name in self.names if name not in self.mute], CLOSE_TIMEOUT_S)
 
     async def _pause(self) -> None:
         """Cancel the consumers until half of the held bytes are settled, then consume again with a prefetch that fits the bodies."""
@@ -198,7 +249,7 @@ class Taker:
 
     def _fitting(self) -> int:
         """Return the prefetch that fits the bodies delivered since the last call."""
-        fitting = HELD_BYTES // 2 // max(1, self._largest * len(topology.physicals(self.queue)))
+        fitting = HELD_BYTES // 2 // max(1, self._largest * len(self.names))
         self._largest = 0
         return max(1, min(self._wanted, fitting))
 

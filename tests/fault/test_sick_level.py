@@ -1,0 +1,176 @@
+"""A quorum queue, or one level of it, that has no leader and can't be consumed: its worker's other queues are consumed as if nothing were."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import pytest
+
+from leveret import App, Attempt, Job, Priority, Queue, Worker
+from leveret.brokers.rabbitmq import consumers
+from tests.fault.bench import eventually
+from tests.rabbit.node import Rabbit
+from tests.rabbit.raw import Raw
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
+
+
+class Shop:
+    """An app with one queue that gets sick and one that stays well; it counts the starts of each job."""
+
+    def __init__(self, url: str, kind: Literal["quorum", "classic"] = "quorum") -> None:
+        name = uuid.uuid4().hex[:12]
+        self.app = App("shop", broker=url)
+        self.sick, self.well = Queue(f"sick-{name}", type=kind), Queue(f"well-{name}", type=kind)
+        self.starts: Counter[str] = Counter()
+        self.ends: Counter[str] = Counter()
+
+        class Email(Job, name="email", queue=self.sick):
+            seconds: float = 0.0
+
+        class Report(Job, name="report", queue=self.well):
+            seconds: float = 0.0
+
+        self.Email, self.Report = Email, Report
+
+        async def run(job: Any, attempt: Attempt[Any]) -> None:
+            self.starts[attempt.job_id] += 1
+            await asyncio.sleep(job.seconds)
+            self.ends[attempt.job_id] += 1
+
+        for job_class in (Email, Report):
+            self.app.handler(job=job_class)(run)
+
+    @asynccontextmanager
+    async def working(self) -> AsyncGenerator[Worker]:
+        """Run a worker of both queues, which is ready."""
+        async with self.app.worker(queues=[self.sick.name, self.well.name]) as worker:
+            await eventually(lambda: worker.state().name == "ready")
+            yield worker
+
+    async def publish(self, *jobs: Job, priority: Priority = Priority.NORMAL) -> list[str]:
+        """Publish; return the ids."""
+        async with self.app.publisher() as publisher:
+            return [(await publisher.publish(job, priority=priority)).job_id for job in jobs]
+
+
+def about(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+    """The lines at INFO and above with `text`."""
+    return [record.getMessage() for record in caplog.records if text in record.getMessage()]
+
+
+async def test_a_level_that_cannot_be_consumed_costs_no_other_job_a_second_run(
+    rabbit: Rabbit, caplog: pytest.LogCaptureFixture
+) -> None:
+    """200 jobs of another level were started 4 257 times in 75 s, all as attempt 1: one level without a leader ended every new connection."""
+    caplog.set_level(logging.INFO, "leveret")
+    shop = Shop(rabbit.url)
+    async with shop.working() as worker:
+        running = await shop.publish(*(shop.Report(seconds=2) for _ in range(4)))
+        waiting = await shop.publish(shop.Email(), priority=Priority.LOW)
+        await eventually(lambda: shop.ends[waiting[0]] == 1)
+        await rabbit.stop_queue(f"{shop.sick.name}.low")
+        try:
+            await rabbit.close_connections()
+            others = await shop.publish(
+                *(shop.Email(seconds=0.2) for _ in range(100)), *(shop.Report(seconds=0.2) for _ in range(100))
+            )
+            await eventually(lambda: all(shop.ends[job] for job in (*others, *running)), timeout_s=20)
+            await eventually(lambda: worker.state().name == "degraded")
+            await asyncio.sleep(8)  # several tries to consume the level
+
+            assert {job: shop.starts[job] for job in others if shop.starts[job] != 1} == {}
+            assert max(shop.starts[job] for job in running) <= 2, "once more: their connection was closed as they ran"
+            assert [queue.name for queue in worker.state().queues] == ["sick", "consumed"]
+            assert f"{shop.sick.name}.low" in worker.state().why
+            assert len(about(caplog, f"{shop.sick.name}.low")) == 1, caplog.text
+        finally:
+            await rabbit.start_queue(f"{shop.sick.name}.low")
+        late = await shop.publish(*(shop.Email() for _ in range(20)), priority=Priority.LOW)
+        await eventually(lambda: all(shop.ends[job] == 1 for job in late), lambda: caplog.text)
+        await eventually(lambda: worker.state().name == "ready")
+        assert {shop.starts[job] for job in late} == {1}
+        assert worker.state().why == ""
+
+
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
+async def test_what_one_queue_loses_costs_the_other_queues_nothing(
+    rabbit: Rabbit, caplog: pytest.LogCaptureFixture, kind: Literal["quorum", "classic"]
+) -> None:
+    """A channel that the broker closes for one queue took the connection along, and every other queue's running jobs ran twice."""
+    caplog.set_level(logging.INFO, "leveret")
+    shop = Shop(rabbit.url, kind)
+    await rabbit.limit_consumers(2)
+    try:
+        async with shop.working() as worker:
+            running = await shop.publish(*(shop.Report(seconds=1.5) for _ in range(8)))
+            long = await shop.publish(shop.Email(seconds=6))
+            more = await shop.publish(*(shop.Report(seconds=0.5) for _ in range(60)))
+            await eventually(lambda: bool(about(caplog, "degraded: ")))
+            await eventually(lambda: worker.state().name == "ready")
+            await eventually(lambda: all(shop.ends[job] for job in (*running, *long, *more)))
+
+            assert {shop.starts[job] for job in (*running, *more)} == {1}
+            assert not about(caplog, "connecting: ")
+            assert shop.sick.name in about(caplog, "degraded: ")[0]
+    finally:
+        await rabbit.limit_consumers(1800)
+
+
+async def test_a_deleted_queue_is_back_while_the_other_queues_run(rabbit: Rabbit, raw: Raw) -> None:
+    """A queue that somebody deleted and declared again had a worker that was connected, and took nothing from it."""
+    shop = Shop(rabbit.url)
+    async with shop.working() as worker:
+        running = await shop.publish(*(shop.Report(seconds=3) for _ in range(8)))
+        for level in ("", ".low", ".high", ".urgent"):
+            await raw.delete(f"{shop.sick.name}{level}")
+        await eventually(lambda: worker.state().name == "degraded")
+        await eventually(lambda: worker.state().name == "ready", timeout_s=5)
+        jobs = [*await shop.publish(shop.Email()), *await shop.publish(shop.Email(), priority=Priority.LOW)]
+        await eventually(lambda: all(shop.ends[job] == 1 for job in (*jobs, *running)), timeout_s=5)
+
+        assert {shop.starts[job] for job in running} == {1}
+
+
+async def test_a_queue_that_gets_sick_under_its_consumer_is_told_and_a_stop_loses_no_ack(
+    rabbit: Rabbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its consumer looks healthy, and the cancel of that consumer ends the connection, with the acks of what ran to its end in the grace."""
+    monkeypatch.setattr(consumers, "WATCH_S", 0.5)
+    shop = Shop(rabbit.url)
+    try:
+        async with shop.working() as worker:
+            await rabbit.stop_queue(f"{shop.sick.name}.low")
+            await eventually(lambda: worker.state().name == "degraded")
+            assert f"no consumer of {shop.sick.name}.low" in worker.state().why
+            running = await shop.publish(*(shop.Report(seconds=2) for _ in range(8)))
+            await eventually(lambda: all(shop.starts[job] for job in running))
+    finally:
+        await rabbit.start_queue(f"{shop.sick.name}.low")
+    async with shop.working():
+        after = await shop.publish(shop.Report())
+        await eventually(lambda: bool(shop.ends[after[0]]))
+
+    assert [shop.starts[job] for job in running] == [1] * 8
+
+
+async def test_a_queue_that_is_well_again_under_its_consumer_is_ready_and_has_one_consumer(
+    rabbit: Rabbit, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watchdog that registers again because of a count leaves a consumer too many at each false alarm."""
+    monkeypatch.setattr(consumers, "WATCH_S", 0.5)
+    shop = Shop(rabbit.url)
+    async with shop.working() as worker:
+        await rabbit.stop_queue(f"{shop.sick.name}.low")
+        await eventually(lambda: worker.state().name == "degraded")
+        await rabbit.start_queue(f"{shop.sick.name}.low")
+        await eventually(lambda: worker.state().name == "ready")
+        async with raw.channel() as channel:
+            found = await channel.queue_declare(f"{shop.sick.name}.low", passive=True)
+        assert found.consumer_count == 1
