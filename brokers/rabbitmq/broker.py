@@ -20,6 +20,7 @@ from leveret.runtime import Runtime
 from . import topology
 from .consuming import RabbitConsumption
 from .nodes import Nodes
+from .probe import Probe
 from .publishing import Publishing
 from .routing import Routing
 from .settling import Settling
@@ -32,6 +33,7 @@ class RabbitBroker:
 
     def __init__(self, nodes: Nodes, runtime: Runtime) -> None:
         self._nodes = nodes
+        self._probe = Probe(nodes, runtime) if len(nodes.addresses) > 1 else None
         self._runtime = runtime
         self._routes = Routing(runtime.clock)
         self._publishing = Publishing(nodes, runtime, f"leveret {runtime.app} publish")
@@ -81,4 +83,6 @@ class RabbitBroker:
         for consumption in list(self._consumptions):
             await consumption.close()
         self._consumptions.clear()
+        if self._probe is not None:
+            await self._probe.close()
         await asyncio.gather(self._publishing.close(), self._settling.close())

@@ -48,6 +48,8 @@ class Channel:
         self.consumers: dict[bytes, Deliver] = {}
         """By consumer tag: the callback for its deliveries."""
         self.window = ConfirmWindow(connection, number)
+        self.progress: Callable[[], int] = self.window.progress
+        """Returns a number that grows with each confirm, or with each delivery once the channel has consumers."""
 
     async def call(self, method: Frame, timeout_s: float) -> Frame:
         """Send `method` and return its answer; `Closed` if the broker closes instead, TimeoutError without an answer."""

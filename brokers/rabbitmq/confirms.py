@@ -174,6 +174,10 @@ class ConfirmWindow:
         """Forget how long publishes have waited: an alarm of the broker made them wait."""
         self._marks.clear()
 
+    def progress(self) -> int:
+        """Return the highest tag that the broker has confirmed."""
+        return self._confirmed
+
     @property
     def waiting(self) -> bool:
         """Whether any publisher waits for room."""

@@ -120,6 +120,10 @@ class Connection(asyncio.Protocol):
         for channel in list(self._channels.values()):
             channel.window.wake_waiters()
 
+    def progress(self) -> tuple[int, ...]:
+        """Return what changes with every confirm and every delivery."""
+        return tuple(channel.progress() for channel in self._channels.values())
+
     @property
     def usable(self) -> bool:
         """Whether the connection is open."""
@@ -331,9 +335,9 @@ class Connection(asyncio.Protocol):
         if self.on_closed is not None:
             self.on_closed(why)
 
-    def abort(self) -> None:
+    def abort(self, why: str = "the connection was dropped") -> None:
         """Drop the socket without a close handshake."""
-        self.end(Closed("socket", 0, "the connection was dropped"))
+        self.end(Closed("socket", 0, why))
         if self._transport is not None:
             self._transport.abort()
 

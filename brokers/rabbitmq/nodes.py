@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from weakref import WeakSet
 
 from leveret.errors import ConfigurationError
 
@@ -23,6 +24,11 @@ class Nodes:
         """Whether other nodes may have what one node lacks."""
         self._first = 0
         """The address to try first: the one that answered last, or the one after the last that failed."""
+        self.shunned: set[Address] = set()
+        """Nodes that answer, but are cut off from their cluster; they aren't tried while another is left."""
+        self.open: WeakSet[Connection] = WeakSet()
+        """The connections that `connect` made."""
+        self.on_connected: Callable[[], None] | None = None
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.addresses))
@@ -42,6 +48,7 @@ class Nodes:
         count = len(self.addresses)
         order = [number % count for number in range(self._first, self._first + count)]
         order = [number for number in order if self.addresses[number] != besides]
+        order = [number for number in order if self.addresses[number] not in self.shunned] or order
         loop = asyncio.get_running_loop()
         ends = loop.time() + timeout_s
         reasons: list[str] = []
@@ -61,6 +68,9 @@ class Nodes:
                     reasons.append(f"RabbitMQ at {address}: {reason_of(error)}")
             else:
                 self._first = number
+                self.open.add(connection)
+                if self.on_connected is not None:
+                    self.on_connected()
                 return connection
         if refused == len(order) and refusal is not None:
             raise ConfigurationError("; ".join(reasons)) from refusal

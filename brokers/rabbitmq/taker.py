@@ -151,6 +151,9 @@ class Taker:
         """Delivered, unsettled tags: at most as many as the windows hold, even while the oldest job runs for long."""
         self._lowest = 1
         """Every tag below this one is settled."""
+        self._delivered = 0
+        """The highest tag, when `progress` was last asked."""
+        channel.progress = self.progress
         self._acks: list[int] = []
         self._nacks: list[int] = []
         self._wrote = False
@@ -176,6 +179,11 @@ class Taker:
                 self._prefetch = wanted
                 await self._cancel()
             await self._register(timeout_s)
+
+    def progress(self) -> int:
+        """Return the highest tag that was delivered; asked now and then, so that no delivery pays for it."""
+        self._delivered = max(self._delivered, self._lowest - 1, max(self._open, default=0))
+        return self._delivered
 
     def open(self) -> None:
         """Pass on the deliveries that came so far, and from now on each at once."""

@@ -24,6 +24,7 @@ DEAD = "lv.dead"
 DUE = "lv.delay.due"
 DUE_ALTERNATE = "lv.delay.alt"
 LOST = "lv.lost"
+PROBE = "lv.probe"
 
 UNIT_MS = 250
 PLACES = 8
@@ -176,6 +177,10 @@ SHARED: tuple[Declaration, ...] = (
 
 _ANY_DELAY = ("*." * PLACES, "*." * 24)
 """The keys of jobs that fall due. Keys of 24 words are from 0.1.0, which delayed by up to 48 days in a ladder of bits."""
+
+
+OF_PROBE: tuple[Declaration, ...] = (PhysicalQueue(PROBE, _QUORUM),)
+"""A quorum queue to which nobody publishes: only a node that reaches its cluster can say that it is empty (`probe`)."""
 
 
 def of_queue(queue: Queue) -> tuple[Declaration, ...]:

@@ -151,8 +151,9 @@ class _Consumption:
                 delivery.give_back()
 
     def lost(self) -> None:
-        """Call `lost` of the sink."""
+        """Call `lost` of the sink, and let the worker say what was lost."""
         self._sink.lost()
+        self._sink.queues_changed()
 
     def changed(self) -> None:
         """Call `queues_changed` of the sink."""

@@ -191,7 +191,7 @@ class Settlement:
             gone = f"{ended}, but the channel or lease is gone, so the broker delivers the job again"
             _log(run, logging.WARNING, "lost", gone, run.error)
             return
-        logger.warning(
+        logger.debug(  # the worker's state has one line for all of them, with their number
             "%s: the channel or lease is gone, so the broker delivers the job again; the run ended as %s",
             what(run.envelope),
             ending.kind.value,

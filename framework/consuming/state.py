@@ -98,6 +98,8 @@ class Watch:
         before, state = self.state, self._seen()
         self.state = state
         if state.name == before.name and (state.name != "degraded" or _missing(state) == _missing(before)):
+            if losses := self._consumer.losses():
+                logger.warning("%s: a channel or lease was lost%s", state.name, losses)
             return
         match state.name:
             case "ready":

@@ -39,9 +39,11 @@ class Told:
 
     running, held = 2, 3
     on_queues_changed: Any = None
+    lost = ""
 
     def losses(self) -> str:
-        return "; 2 running jobs"
+        lost, self.lost = self.lost, ""
+        return lost
 
 
 async def watched(*queues: QueueState) -> tuple[Told, Queues, Worker, ManualClock]:
@@ -90,10 +92,12 @@ async def test_each_change_is_one_line_and_has_its_time(caplog: pytest.LogCaptur
     ):
         clock.advance(5)
         consumption.queues = queues
+        told.lost = "; 2 running jobs" if queues[1] != B else ""
         told.on_queues_changed()
 
     assert [record.getMessage() for record in caplog.records] == [
         "degraded: queue b: no leader; 2 running jobs",
+        "degraded: a channel or lease was lost; 2 running jobs",
         "connecting: cut; 2 running jobs",
         "ready: consuming again a, b",
     ]
