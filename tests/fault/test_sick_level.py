@@ -13,7 +13,9 @@ from typing import Any, Literal
 import pytest
 
 from leveret import App, Attempt, Job, Priority, Queue, Worker
-from leveret.brokers.rabbitmq import consumers
+from leveret.brokers.rabbitmq import aside, consumers, consuming
+from leveret.consuming.worker import working
+from leveret.errors import ConfigurationError, LeveretError
 from tests.fault.bench import eventually
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import Raw
@@ -174,3 +176,36 @@ async def test_a_queue_that_is_well_again_under_its_consumer_is_ready_and_has_on
         async with raw.channel() as channel:
             found = await channel.queue_declare(f"{shop.sick.name}.low", passive=True)
         assert found.consumer_count == 1
+
+
+async def test_a_worker_that_can_consume_nothing_although_the_broker_answers_fails_and_goes_on_trying(
+    rabbit: Rabbit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that stands still for ever is replaced by nobody; an embedded one can't be replaced, and must go on when the queue does."""
+    monkeypatch.setattr(consuming, "FRUITLESS_TRIES", 3)
+    monkeypatch.setattr(aside, "BASE_S", 0.1)
+    monkeypatch.setattr(aside, "CAP_S", 0.2)
+    app, queue = App("shop", broker=rabbit.url), Queue(f"alone-{uuid.uuid4().hex[:12]}", priorities=False)
+
+    class Email(Job, name="email", queue=queue):
+        """A job to run."""
+
+    async def run(job: Any) -> None: ...
+
+    app.handler(job=Email)(run)
+    async with working(app) as work:
+        await rabbit.stop_queue(queue.name)
+        try:
+            await rabbit.close_connections()
+            with pytest.raises(
+                LeveretError, match="answers, but none of the queues could be consumed in 3 tries"
+            ) as failed:
+                await asyncio.wait_for(work.consumption.failed(), 30)
+            assert not isinstance(failed.value, ConfigurationError), (
+                "which would end the process with 2, and no supervisor restarts it"
+            )
+            await eventually(lambda: work.worker.state().name == "failed")
+        finally:
+            await rabbit.start_queue(queue.name)
+        await eventually(lambda: work.worker.state().name == "ready")
+    assert len(about(caplog, "failed: ")) == 1
