@@ -23,7 +23,7 @@ from .nodes import Nodes
 from .session import FAULTS, ConnectionLost, Sick, counts, declare, kind_of, reason_of
 from .settling import Settling
 from .taker import Taker
-from .wire import Closed, check_open
+from .wire import CLOSE_TIMEOUT_S, Closed, check_open
 
 logger = logging.getLogger("leveret.rabbitmq")
 
@@ -258,7 +258,10 @@ class Consumers:
         before: set[str] = set()
         while True:
             await self.runtime.clock.sleep(WATCH_S)
-            idle = await self._without_consumer()
+            try:
+                idle = await self._without_consumer(self.runtime.settings.connect_timeout_s)
+            except TimeoutError:
+                continue
             for taker in self.takers.values():
                 mute = idle & before & taker.names.keys()
                 if mute != taker.mute:
@@ -266,13 +269,10 @@ class Consumers:
                     self.home.changed()
             before = idle
 
-    async def _without_consumer(self) -> set[str]:
+    async def _without_consumer(self, timeout_s: float) -> set[str]:
         """Return the physical queues without a consumer, of those that this connection consumes."""
         names = [name for taker in self.takers.values() for name in taker.names]
-        try:
-            found = await counts(self.connection, names, self.runtime.settings.connect_timeout_s)
-        except TimeoutError:
-            return set()
+        found = await counts(self.connection, names, timeout_s)
         return {name for name, there in found.items() if there is not None and not there[1]}
 
     def trouble(self, queue: str) -> str:
@@ -289,12 +289,18 @@ class Consumers:
         self.taking = False
         try:
             # the cancel of a sick queue's consumer would end the connection, and with it the acks of the running jobs
-            idle = await self._without_consumer()
+            idle = await self._without_consumer(CLOSE_TIMEOUT_S)
             for taker in self.takers.values():
                 taker.mute = idle & taker.names.keys()
             await asyncio.gather(*(taker.stop() for taker in self.takers.values()))
         except FAULTS as error:
-            self.lose(f"its consumers couldn't be cancelled: {reason_of(error)}")
+            reason = reason_of(error)
+            logger.warning(
+                "RabbitMQ at %s: the consumers couldn't be cancelled, so the last acks may be lost: %s",
+                self.connection.address,
+                reason,
+            )
+            self.lose(f"its consumers couldn't be cancelled: {reason}")
 
     def end(self) -> None:
         """Write the pending settlements of channels that are still open; the other settlements are lost."""

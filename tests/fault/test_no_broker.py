@@ -370,10 +370,18 @@ async def test_a_channel_that_is_lost_costs_no_other_queue_its_last_acks(rabbit:
     assert isinstance(lost, RabbitDelivery)
     broken = partial(lost.taker._channel.ack, 1000, multiple=False)  # pyright: ignore[reportPrivateUsage]  # no such tag: it costs the channel
     asyncio.get_running_loop().call_soon(broken)  # just behind the acks, which leave at the end of this turn
-    came = {delivery.envelope.body for delivery in await sink.take(201) if delivery.queue is queue}
+    again = await sink.next()
+    assert (again.queue, again.redelivered) == (other, True)
+    assert all(delivery.live for delivery in unsettled), "the other queue's channel was left alone"
+    for delivery in (again, *unsettled):
+        delivery.done()
     await broker.close()
 
-    assert came == {delivery.envelope.body for delivery in unsettled}
+    second = open_broker(rabbit.url, Runtime(app="neighbours"))
+    _, sink = await consume(second, queue, other)
+    await second.publish(queue, timed(make_envelope(queue, b"marker"), soon()))
+    assert (await sink.next()).envelope.body == b"marker"
+    await second.close()
 
 
 @pytest.mark.fault

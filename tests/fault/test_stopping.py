@@ -4,10 +4,13 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from typing import cast
 
 import pytest
 
 from leveret import App, Job, Queue
+from leveret.brokers.rabbitmq.consuming import RabbitConsumption
+from leveret.consuming.worker import working
 from leveret.ids import new_job_id
 from tests.fault.bench import PATIENCE_S, Bench, eventually, link_to
 from tests.rabbit.node import Rabbit
@@ -177,16 +180,19 @@ async def test_a_worker_that_is_left_while_it_closes_a_lost_session_leaves_no_co
 
         async with app.publisher() as publisher:
             await publisher.publish_many([Kept(n) for n in range(150)])
-        async with app.worker(queues=[queue.name, other.name]):
+        async with working(app, queues=[queue.name, other.name]) as work:
             await asyncio.wait_for(running.wait(), PATIENCE_S)
             link.latency_s = 0.2  # the close takes its round trips
-            await raw.delete(other.name)
+            main = cast("RabbitConsumption", work.consumption)._main
+            assert main is not None
+            main.lose("a queue couldn't be made again on it")
             await eventually(lambda: "the consuming connection to RabbitMQ" in caplog.text)
         link.latency_s = 0.0
         async with asyncio.timeout(PATIENCE_S):
             while not await raw.count(queue.name):  # what it held comes back
                 await asyncio.sleep(0.05)
         await raw.delete(queue.name)
+        await raw.delete(other.name)
 
 
 @pytest.mark.rabbit

@@ -1,0 +1,94 @@
+"""Many workers that lose their connections at once, and one that loses its own: how soon each consumes again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+
+from leveret import App, Attempt, Job, Queue
+from leveret.broker import Subscription
+from leveret.brokers.rabbitmq import open_broker
+from leveret.runtime import Runtime
+from tests.contract.harness import Recorder, ready
+from tests.fault.bench import eventually, link_to
+from tests.rabbit.node import Rabbit
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(180)]
+
+CLIENTS = 64
+
+
+async def test_64_clients_with_four_queues_each_consume_again_within_ten_seconds(
+    rabbit: Rabbit, caplog: pytest.LogCaptureFixture
+) -> None:
+    """R33. A herd that comes back at once is turned away, and comes back at once."""
+    caplog.set_level(logging.INFO, "leveret")
+    name = uuid.uuid4().hex[:12]
+    queues = [Queue(f"herd-{number}-{name}", priorities=False) for number in range(4)]
+    brokers = [open_broker(rabbit.url, Runtime(app="herd")) for _ in range(CLIENTS)]
+    try:
+        consumptions = [
+            await broker.consume([Subscription(queue, 1) for queue in queues], Recorder()) for broker in brokers
+        ]
+        await rabbit.close_connections()
+        await eventually(lambda: not any(ready(each) for each in consumptions), timeout_s=20)
+        began = time.monotonic()
+        await eventually(lambda: all(ready(each) for each in consumptions), lambda: caplog.text)
+        took_s = time.monotonic() - began
+    finally:
+        await asyncio.gather(*(broker.close() for broker in brokers))
+
+    assert took_s < 10
+    assert "waiting to consume" not in caplog.text, "a connect was refused, or had no answer"
+
+
+async def test_a_worker_whose_connection_is_reset_under_load_goes_on_within_two_seconds(rabbit: Rabbit) -> None:
+    """R14. Each proxy and firewall on the way resets connections now and then: a worker that is away for long each time is always behind."""
+    async with link_to(rabbit) as link:
+        app, queue = App("shop", broker=link.url), Queue(f"reset-{uuid.uuid4().hex[:12]}", priorities=False)
+        starts: Counter[str] = Counter()
+        latest = 0.0
+
+        class Order(Job, name="order", queue=queue):
+            """A job to run."""
+
+        async def run(job: Any, attempt: Attempt[Any]) -> None:
+            nonlocal latest
+            starts[attempt.job_id] += 1
+            latest = time.monotonic()
+
+        app.handler(job=Order)(run)
+        direct = App("shop", broker=rabbit.url)
+        ids: list[str] = []
+
+        async def publish() -> None:
+            async with direct.publisher() as publisher:
+                while time.monotonic() < ends:
+                    ids.append((await publisher.publish(Order())).job_id)
+                    await asyncio.sleep(0.005)
+
+        def went_on(cut: float) -> bool:
+            return latest > cut + 0.05
+
+        async with app.worker(queues=[queue.name]) as worker:
+            await eventually(lambda: worker.state().name == "ready")
+            ends = time.monotonic() + 13
+            publishing = asyncio.create_task(publish())
+            for _ in range(2):
+                await asyncio.sleep(6)  # what is lost sooner is waited for longer
+                link.reset()
+                cut = time.monotonic()
+                await eventually(lambda: worker.state().name != "ready", timeout_s=2)
+                await eventually(lambda: worker.state().name == "ready", timeout_s=2)
+                await eventually(partial(went_on, cut), timeout_s=2 - (time.monotonic() - cut))
+            await publishing
+            await eventually(lambda: all(starts[job] for job in ids))
+
+    assert sum(starts.values()) - len(ids) <= 2 * 20, "only what was on its way when the connection went"
