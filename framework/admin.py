@@ -33,18 +33,26 @@ class DeadLetter(Protocol):
     """One buried job: `envelope.queue` is its original queue, `envelope.priority` its level there."""
 
     @property
+    def job_id(self) -> str:
+        """The job's id, without decoding the rest where the broker can: a command finds one letter among many by it."""
+        ...
+
+    @property
     def envelope(self) -> Envelope:
         """The job as it was buried: attempts, errors, body."""
         ...
 
 
 class DeadLetters(Protocol):
-    """The dead letters of one queue, oldest first. Letters that are neither replayed nor dropped go back unchanged."""
+    """The dead letters of one queue, oldest first. Letters that are neither replayed nor dropped go back unchanged, in their order.
+
+    The reader keeps no letter that it has yielded, and a bounded number of bytes that it hasn't yielded yet.
+    """
 
     def __aiter__(self) -> AsyncIterator[DeadLetter]: ...
 
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """Publish `envelope` to its original queue at its level; once confirmed, ack the letter."""
+        """Publish `envelope` to its original queue at its level; once confirmed, ack the letter. Many replays may run at once."""
         ...
 
     async def drop(self, letter: DeadLetter) -> None:
@@ -68,7 +76,10 @@ class Admin(Protocol):
         ...
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
-        """Open the dead letters of `queue`; until closed, the letters read so far are hidden from everyone else."""
+        """Open the dead letters of `queue`; until closed, the letters read so far are hidden from everyone else.
+
+        RabbitMQ hides some more: the reader takes letters ahead.
+        """
         ...
 
     async def close(self) -> None:

@@ -41,6 +41,11 @@ class Letter(msgspec.Struct, eq=False):
     reader: object = None
     """The `Admin.dead` reader that holds the job; None if nobody reads it."""
 
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self.envelope.job_id
+
 
 class StoreState(msgspec.Struct, frozen=True, kw_only=True):
     """The contents of a store, counted over all its queues."""

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import msgspec
 from pamqp import commands
 
-from leveret.admin import DeadLetter, DeadLetters, Depth
-from leveret.envelope import Envelope
-from leveret.errors import BrokerUnavailable, ConfigurationError, Unroutable
+from leveret.admin import DeadLetters, Depth
+from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.job import LEVELS, Priority, Queue
 from leveret.runtime import Runtime
 
 from . import topology
 from .channel import Channel
 from .connection import Connection
+from .letters import RabbitDeadLetters
 from .nodes import Nodes
-from .properties import from_dead_queue, max_delivered_bytes
 from .publishing import Publishing
-from .route import Route
-from .session import FAULTS, ConnectionLost, kind_of, reason_of, settled
+from .session import FAULTS, ConnectionLost, kind_of, reason_of
 from .wire import Closed
 
 _T = TypeVar("_T")
 _STEP_S = 10.0
 _PURGE_S = 60.0
-_RETURN_S = 2.0
 
 
 class RabbitAdmin:
@@ -46,7 +41,7 @@ class RabbitAdmin:
         self._name = f"leveret {runtime.app} admin"
         self.max_body_bytes = runtime.settings.max_body_bytes
         self._timeout_s = runtime.settings.connect_timeout_s
-        self._publishing = Publishing(nodes, runtime, self._name)
+        self.publishing = Publishing(nodes, runtime, self._name)
         self._connection: Connection | None = None
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
@@ -118,8 +113,11 @@ class RabbitAdmin:
     async def channel(self) -> Channel:
         """Open a channel, on a new connection if the old one was lost."""
         if self._connection is None or not self._connection.usable:
-            self._connection = await self._nodes.connect(self._name, self._timeout_s)
+            self._connection = await self._connect()
         return await self._connection.channel(_STEP_S)
+
+    async def _connect(self) -> Connection:
+        return await self._nodes.connect(self._name, self._timeout_s)
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
         """As `Admin.dead`; empty if the queue has no dead-letter queue."""
@@ -127,46 +125,19 @@ class RabbitAdmin:
 
     @asynccontextmanager
     async def _dead(self, name: str) -> AsyncGenerator[RabbitDeadLetters]:
-        queue = topology.dead_queue(name)
-        found = await self.count(queue)
-        count = 0 if found is None else found[0]
-        channel = await self.step(self.channel())
-        letters = RabbitDeadLetters(self, channel, name, count)
+        found = await self.count(topology.dead_queue(name))
+        letters = RabbitDeadLetters(self, await self.step(self._connect()), name, 0 if found is None else found[0])
         try:
             yield letters
         finally:
-            # The close returns unsettled letters to their places. A nack would reorder them: on 3.10, 012345 becomes 345012.
             await self.step(letters.close())
-            if letters.open:
-                await self._returned(queue, letters.open)
-
-    async def _returned(self, queue: str, count: int) -> None:
-        """Wait until a quorum queue has taken back the letters of a closed channel, so that the next reader sees them all."""
-        ends = time.monotonic() + _RETURN_S
-        while time.monotonic() < ends:
-            found = await self.count(queue)
-            if found is None or found[0] >= count:
-                return
-            await asyncio.sleep(0.02)
-
-    async def replay(self, envelope: Envelope) -> None:
-        """Publish `envelope` to its queue at its level, confirmed; only a classic queue gets the priority property."""
-        name, level = envelope.queue, envelope.priority
-        if await self.count(name) is None:
-            msg = f"{envelope.job or 'a job'}: queue {name} doesn't exist; start its worker first"
-            raise Unroutable(msg, job_id=envelope.job_id, queue=name)
-        siblings = await self.count(topology.sibling(name, Priority.HIGH)) is not None
-        priority = None if siblings else topology.PRIORITY_PROPERTY[level]
-        again = msgspec.structs.replace(envelope, origin=None)
-        route = Route(topology.JOBS, topology.job_key(name, level), priority, None, None, ends_at=name)
-        await self._publishing.send(route, again, time.monotonic() + _STEP_S)
 
     async def close(self) -> None:
         """As `Admin.close`."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
-        await self._publishing.close()
+        await self.publishing.close()
 
 
 async def _purge(name: str, channel: Channel) -> int:
@@ -193,74 +164,3 @@ async def _waiting(kind: str, channel: Channel) -> int:
     queues = [record.name for record in topology.of_ladder(kind) if isinstance(record, topology.PhysicalQueue)]
     counts = await asyncio.gather(*(_count(name, channel) for name in queues))
     return sum(found[0] for found in counts if found is not None)
-
-
-class RabbitDeadLetter:
-    """One buried job; see `leveret.admin.DeadLetter`."""
-
-    __slots__ = ("envelope", "tag")
-
-    def __init__(self, envelope: Envelope, tag: int) -> None:
-        self.envelope = envelope
-        self.tag = tag
-
-
-class RabbitDeadLetters:
-    """The dead letters of one queue, as many as at opening: a replayed job that fails again at once isn't read twice."""
-
-    def __init__(self, admin: RabbitAdmin, channel: Channel, name: str, count: int) -> None:
-        self._admin = admin
-        self._channel = channel
-        self._name = name
-        self._left = count
-        self._open: set[int] = set()
-        self._dropped = False
-
-    @property
-    def open(self) -> int:
-        """The number of letters that were read, but neither replayed nor dropped."""
-        return len(self._open)
-
-    async def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        while self._left > 0:
-            self._left -= 1
-            got = await self._admin.step(self._channel.get(topology.dead_queue(self._name), _STEP_S))
-            if got is None:
-                return
-            self._open.add(got.tag)
-            most_properties = max_delivered_bytes(self._channel.connection.frame_max)
-            envelope, _ = from_dead_queue(
-                got.properties, got.body, self._name, most_properties, self._admin.max_body_bytes
-            )
-            yield RabbitDeadLetter(envelope, got.tag)
-
-    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """Publish `envelope` to the queue that it came from, confirmed; then ack the letter."""
-        self._held(letter)  # before the publish: a letter that can't be acked then would be replayed again
-        await self._admin.replay(envelope)
-        await self.drop(letter)
-
-    async def drop(self, letter: DeadLetter) -> None:
-        """Ack the letter, which deletes it."""
-        tag = self._held(letter).tag
-        self._channel.ack(tag, multiple=False)
-        self._open.discard(tag)
-        self._dropped = True
-
-    def _held(self, letter: DeadLetter) -> RabbitDeadLetter:
-        """Return the letter, or raise: it isn't one of RabbitMQ's, or the channel that it came on is closed."""
-        if not isinstance(letter, RabbitDeadLetter):
-            msg = f"replay() and drop() take a dead letter of RabbitMQ, not {letter!r}"
-            raise TypeError(msg)
-        if self._channel.closed is not None:
-            msg = f"the channel to the dead letters of {self._name} is closed: {self._channel.closed}"
-            raise BrokerUnavailable(msg)
-        return letter
-
-    async def close(self) -> None:
-        """Close the channel, once the broker has received the drops; a dead-letter queue is always a quorum queue."""
-        try:
-            if self._dropped:
-                await settled(self._channel, [topology.dead_queue(self._name)], _STEP_S)
-        finally:
-            await self._channel.close()

@@ -135,6 +135,13 @@ class Channel:
         await self.call(commands.Basic.Cancel(consumer_tag=tag), timeout_s)
         self.consumers.pop(tag.encode(), None)  # after the answer the consumer gets no more deliveries
 
+    def cancel_soon(self, tag: str) -> asyncio.Future[Any]:
+        """Write the end of a consumer now, and return its answer; deliveries that are on their way still reach the consumer.
+
+        Make no other call before the answer: RabbitMQ may answer that call first.
+        """
+        return self._asked(commands.Basic.Cancel(consumer_tag=tag))
+
     async def get(self, queue: str, timeout_s: float) -> Got | None:
         """Take one message out of `queue`, to be settled on this channel; None if the queue is empty."""
         answer: asyncio.Future[Got | None] = self._asked(commands.Basic.Get(queue=queue))

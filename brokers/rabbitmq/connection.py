@@ -56,6 +56,8 @@ class Connection(asyncio.Protocol):
         """Bytes of publishes that are sent at the end of this loop turn."""
         self._paused = False
         """Whether the socket's buffer is full."""
+        self._deaf = False
+        """Whether reading is paused."""
         # made here: the broker's first method may arrive before `handshake` waits for it
         self._handshake: asyncio.Future[Frame] | None = self.loop.create_future()
         self._closing: asyncio.Future[None] | None = None
@@ -123,6 +125,25 @@ class Connection(asyncio.Protocol):
     def progress(self) -> tuple[int, ...]:
         """Return what changes with every confirm and every delivery."""
         return tuple(channel.progress() for channel in self._channels.values())
+
+    def pause_reading(self) -> None:
+        """Leave what the broker sends in the socket, at most for some seconds: after 30 s RabbitMQ drops the connection."""
+        if not self._deaf and self._transport is not None and not self._transport.is_closing():
+            self._deaf = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """End `pause_reading`."""
+        if self._deaf and self._transport is not None:
+            self._deaf = False
+            self._heard = self.loop.time()
+            if not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    @property
+    def quiet_s(self) -> float:
+        """The seconds since the broker was heard."""
+        return self.loop.time() - self._heard
 
     @property
     def usable(self) -> bool:
@@ -277,7 +298,7 @@ class Connection(asyncio.Protocol):
         # this loop stood still: the data that arrived meanwhile isn't read yet
         stalled = now - self._beaten > 2 * interval_s
         self._beaten = now
-        if now - self._heard > 2 * self._heartbeat_s and not stalled:
+        if now - self._heard > 2 * self._heartbeat_s and not stalled and not self._deaf:
             self.end(Closed("socket", 0, f"nothing was heard from the broker for {now - self._heard:.0f} s"))
             return
         if not self._sent and self._transport is not None:

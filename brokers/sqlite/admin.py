@@ -58,6 +58,11 @@ class _Letter:
         self.seq = seq
         self.envelope = envelope
 
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self.envelope.job_id
+
 
 @final
 class _Letters:
