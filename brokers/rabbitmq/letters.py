@@ -247,10 +247,12 @@ class RabbitDeadLetters:
 
     async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
         """Publish `envelope` to the queue that it came from, confirmed; then ack the letter."""
-        self._held(letter)  # before the publish: a letter that can't be acked then would be replayed again
         route = await self._route(envelope)
         again = msgspec.structs.replace(envelope, origin=None)
-        await self._admin.publishing.send(route, again, time.monotonic() + _STEP_S)
+        publishing, deadline = self._admin.publishing, time.monotonic() + _STEP_S
+        link = await publishing.linked(route, again, deadline)
+        self._held(letter)  # right before the publish: a letter that can't be acked then would be replayed again
+        await publishing.write(link, route, again, deadline)
         await self.drop(letter)
 
     async def _route(self, envelope: Envelope) -> Route:
