@@ -314,10 +314,10 @@ class RabbitDeadLetters:
 
     async def _read_on(self) -> None:
         """Wait for the rest of the page, and of the letters that earlier readers returned; their bodies aren't kept."""
-        while any(hand.open for hand in self._hands) and all(hand.channel.closed is None for hand in self._hands):
+        while all(hand.channel.closed is None for hand in self._hands):
             if self._coming:
                 await self._wait()
-            elif self._repeated and self._left:
+            elif self._repeated and self._left and any(hand.open for hand in self._hands):
                 await self._ask()
             else:
                 return

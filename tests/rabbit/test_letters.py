@@ -177,7 +177,9 @@ async def test_large_letters_wait_at_the_broker_and_not_in_memory(
         assert passed < 24 << 20  # of which the kernel holds most
         assert await grave.raw.count(grave.dead) == 4
         assert [len(letter.envelope.body) async for letter in reading] == [1 << 20] * 43
-    assert await grave.read() == ALL[1:44]
+    async with grave.admin().dead(grave.queue) as letters:
+        await letters.drop(await anext(aiter(letters)))  # and leave in the middle of the page
+    assert await grave.read() == ALL[2:44]
 
 
 async def test_a_lost_connection_loses_no_letter_and_no_order(grave: Grave) -> None:
