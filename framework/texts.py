@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 _OURS = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120 - pathlib drops the separator, and `leveret_shop` would count as ours
 
@@ -24,6 +25,28 @@ def named(error: BaseException) -> str:
     """Return the class and message of an exception on one line, at most 500 characters."""
     name, text = type(error).__qualname__, said_by(error)
     return (f"{name}: {text}" if text else name)[:500]
+
+
+_HANG = re.compile(r" *(?:\S.{0,14}? {2,}(?=\S))?")
+"""The indent of a line, with the label after it if two spaces follow the label."""
+
+
+def folded(text: str, width: int) -> str:
+    """Return `text` with every line that is longer than `width` folded at words.
+
+    What follows is aligned under the text after the line's label, or indented by four more. A word is never broken: a longer
+    one gets a line for itself.
+    """
+    return "\n".join(line if len(line) <= width else _folded(line, width) for line in text.split("\n"))
+
+
+def _folded(line: str, width: int) -> str:
+    from textwrap import fill
+
+    found = _HANG.match(line)
+    label = found.group() if found else ""
+    indent = len(label) if label.strip() else len(label) + 4
+    return fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def is_ours(file: str) -> bool:

@@ -87,7 +87,7 @@ def _address(text: str, settings: RabbitSettings) -> Address:
         msg = f"the broker's URL {shown!r} can't be read: the port must be a number, and / # ? @ : in a password must be written %2F %23 %3F %40 %3A"
         raise ConfigurationError(msg) from None
     if parts.scheme not in ("amqp", "amqps") or not host:
-        msg = f"the broker's URL {shown!r} names no host: write amqp://user:password@host:port/vhost"
+        msg = f"the broker's URL {shown!r} names no host: write amqp://host/vhost, with user:password@ before the host"
         raise ConfigurationError(msg)
     if port == 0:
         msg = f"the broker's URL {shown!r}: nothing listens on port 0; leave the port out for {5671 if parts.scheme == 'amqps' else 5672}"

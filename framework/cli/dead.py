@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -18,7 +19,8 @@ from ..failure import Failure, failures_of
 from ..headers import MOST
 from ..settings import redact
 from .letter import LetterRecord, Summary, show_letter, summary_of
-from .output import ask, counted, json_option, moment, print_json, print_table, progress
+from .output import ask, at_least_1, counted, json_option, moment, print_json, print_table, print_text, progress
+from .short_ids import may_be_short, short_forms, whole_id
 from .target import Target, run, target_options
 from .together import Together
 
@@ -34,10 +36,10 @@ _SHOWN = 100
 class Wanted(msgspec.Struct, frozen=True):
     """Which dead letters a command is for."""
 
-    job: str | None
-    error: str | None
-    ids: tuple[str, ...]
-    limit: int | None
+    job: str | None = None
+    error: str | None = None
+    ids: tuple[str, ...] = ()
+    limit: int | None = None
 
     @property
     def narrow(self) -> bool:
@@ -70,8 +72,10 @@ def wanted_options(command: Callable[..., _T]) -> Callable[..., _T]:
         metavar="CLASS-OR-TEXT",
         help="Only jobs whose last error has this class, or this text in its message.",
     )
-    @click.option("--id", "ids", metavar="ID", multiple=True, help="Only this job. Repeatable.")
-    @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="At most N dead letters, oldest first.")
+    @click.option(
+        "--id", "ids", metavar="ID", multiple=True, help="Only this job; the beginning of a UUID is enough. Repeatable."
+    )
+    @click.option("--limit", metavar="N", type=at_least_1, help="At most N dead letters, oldest first.")
     @functools.wraps(command)
     def with_wanted(
         *args: Any, job: str | None, error: str | None, ids: tuple[str, ...], limit: int | None, **options: Any
@@ -86,6 +90,8 @@ class _Reading:
 
     def __init__(self, letters: DeadLetters, wanted: Wanted, step: Callable[[], None]) -> None:
         self.letters = letters
+        self.ids = set[str]()
+        """The ids of all letters that were read, wanted or not."""
         self._wanted = wanted
         self._step = step
 
@@ -93,6 +99,7 @@ class _Reading:
         count = 0
         async for letter in self.letters:
             self._step()
+            self.ids.add(letter.job_id)
             if letter in self._wanted:
                 yield letter
                 count += 1
@@ -109,6 +116,19 @@ async def _reading(target: Target, name: str, wanted: Wanted, what: str) -> Asyn
                 yield _Reading(letters, wanted, step)
 
 
+def _with_whole_ids(target: Target, queue: str, wanted: Wanted) -> Wanted:
+    """Return `wanted` with whole ids in place of beginnings, for which the command reads the ids of all dead letters first."""
+
+    async def read() -> set[str]:
+        async with _reading(target, queue, Wanted(), "looking up") as reading:
+            return {letter.job_id async for letter in reading}
+
+    if not any(map(may_be_short, wanted.ids)):
+        return wanted
+    known = run(read())
+    return msgspec.structs.replace(wanted, ids=tuple(whole_id(text, known) for text in wanted.ids))
+
+
 @click.group(short_help="List, show, replay or drop dead letters.")
 def dead() -> None:
     """List, show, replay or drop dead letters.
@@ -118,7 +138,7 @@ def dead() -> None:
 
     \b
     Example:
-      leveret dead list emails --app shop:app
+      leveret dead list shop:app emails
     """  # noqa: D301
 
 
@@ -131,30 +151,46 @@ def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> N
     """List the dead letters of QUEUE, oldest first (default: at most 100). The command changes nothing.
 
     \b
+    Columns:
+      id         on a terminal, as much of a UUID as `show`
+                 needs to find the letter; whole in a pipe
+      job        the job's name
+      level      its priority
+      runs       the number of its last attempt
+      buried at  UTC; empty if the broker itself buried it
+      reason     the last error, or the reason for the burial;
+                 shortened on a terminal
+
+    \b
     Example:
-      leveret dead list emails --error TimeoutError --app shop:app
+      leveret dead list shop:app emails --error TimeoutError
     """  # noqa: D301
     limit = wanted.limit or _SHOWN
     # one more than is shown, to know whether there are more
-    asked = msgspec.structs.replace(wanted, limit=limit + 1)
+    asked = msgspec.structs.replace(_with_whole_ids(target, queue, wanted), limit=limit + 1)
 
-    async def read() -> list[Summary]:
+    async def read() -> tuple[list[Summary], set[str]]:
         async with _reading(target, queue, asked, "reading") as reading:
-            return [summary_of(letter.envelope) async for letter in reading]
+            return [summary_of(letter.envelope) async for letter in reading], reading.ids
 
-    found = run(read())
+    found, ids = run(read())
     if as_json:
         print_json(found[:limit])
         return
     if not found:
-        click.echo(f"no dead letters in {queue}{' that match the options' if wanted.narrow else ''}")
+        print_text(f"no dead letters in {queue}{' that match the options' if wanted.narrow else ''}")
         return
+    # a pipe gets whole ids, as it gets whole lines
+    shown = short_forms(ids) if sys.stdout.isatty() else {one: one for one in ids}
     print_table(
         ["id", "job", "level", ">runs", "buried at", "reason"],
-        [[one.id, one.job, one.priority, one.attempt, moment(one.buried_at_ms), one.reason] for one in found[:limit]],
+        [
+            [shown[one.id], one.job, one.priority, one.attempt, moment(one.buried_at_ms), one.reason]
+            for one in found[:limit]
+        ],
     )
     if len(found) > limit:
-        click.echo(f"… and more; use --limit N to show more than {limit}", err=True)
+        print_text(f"… and more; use --limit N to show more than {limit}", err=True)
 
 
 @dead.command(short_help="Show one dead letter in full.")
@@ -165,13 +201,16 @@ def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> N
 def show(queue: str, job_id: str, target: Target, as_json: bool) -> None:
     """Show one dead letter of QUEUE in full: headers, every failed run with its traceback, body.
 
+    If ID is a UUID, its beginning is enough: 8 characters or more, with which the id of no other dead letter of QUEUE begins.
+
     \b
     Example:
-      leveret dead show emails 0198e2a4-5b6c-7d8e-9f01-23456789abcd --app shop:app
+      leveret dead show shop:app emails 0198e2a4-5b6c
     """  # noqa: D301
+    wanted = _with_whole_ids(target, queue, Wanted(ids=(job_id,)))
 
     async def read() -> list[LetterRecord]:
-        async with _reading(target, queue, Wanted(None, None, (job_id,), None), "reading") as reading:
+        async with _reading(target, queue, wanted, "reading") as reading:
             return [LetterRecord.of(letter.envelope) async for letter in reading]
 
     found = run(read())
@@ -180,7 +219,7 @@ def show(queue: str, job_id: str, target: Target, as_json: bool) -> None:
     if as_json:
         print_json(found[0] if len(found) == 1 else found)
     else:
-        click.echo("\n\n".join(map(show_letter, found)))
+        print_text("\n\n".join(map(show_letter, found)))
 
 
 def _nothing(queue: str, job_id: str) -> str:
@@ -232,12 +271,13 @@ def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: b
 
     \b
     Example:
-      leveret dead replay emails --error TimeoutError --limit 10 --app shop:app
+      leveret dead replay shop:app emails --error OSError
     """  # noqa: D301
 
     async def act(letters: DeadLetters, letter: DeadLetter) -> None:
         await letters.replay(letter, replayed(letter.envelope))
 
+    wanted = _with_whole_ids(target, queue, wanted)
     result = run(_each(target, queue, wanted, None if dry_run else act, "replaying"))
     return _tell(result, "replayed", as_json=as_json)
 
@@ -254,12 +294,13 @@ def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, a
 
     \b
     Example:
-      leveret dead drop emails --job invoice.send --error InvalidAddress --app shop:app
+      leveret dead drop shop:app emails --job invoice.send
     """  # noqa: D301
 
     async def act(letters: DeadLetters, letter: DeadLetter) -> None:
         await letters.drop(letter)
 
+    wanted = _with_whole_ids(target, queue, wanted)
     if not dry_run and not yes:
         picked = run(_each(target, queue, wanted, None, "counting"))
         if not picked.done:
@@ -305,12 +346,12 @@ def _tell(result: Result, verb: str, *, as_json: bool) -> int:
         print_json({"queue": result.queue, verb: result.done, "failed": result.failed, "dry_run": result.dry_run})
     else:
         for one in result.failed:
-            click.echo(f"leveret: job {one['id']} stays in {result.queue}.dead: {one['error']}", err=True)
+            print_text(f"leveret: job {one['id']} stays in {result.queue}.dead: {one['error']}", err=True)
         would = "would be " if result.dry_run else ""
         stay = (
             f", {len(result.failed)} failed and {'stays' if len(result.failed) == 1 else 'stay'}"
             if result.failed
             else ""
         )
-        click.echo(f"{counted(result.done, 'dead letter')} of queue {result.queue} {would}{verb}{stay}")
+        print_text(f"{counted(result.done, 'dead letter')} of queue {result.queue} {would}{verb}{stay}")
     return 1 if result.failed else 0

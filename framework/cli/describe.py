@@ -9,7 +9,7 @@ import click
 from ..process.loading import load_app
 from .description import MOST_WAITS, AppRecord, BrokerRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
 from .description import describe as describe_app
-from .output import json_option, lines, print_json, seconds
+from .output import json_option, lines, print_json, print_text, seconds
 from .target import app_options, app_path, run
 
 _RUNS = {"on the loop": "an async def, on the event loop", "in a thread": "a def, in a thread"}
@@ -35,7 +35,7 @@ def describe(app: str | None, as_json: bool) -> None:
     if as_json:
         print_json(record)
     else:
-        click.echo(lines(text_of(record)))
+        print_text(lines(text_of(record)))
 
 
 def text_of(record: AppRecord) -> str:

@@ -37,16 +37,20 @@ def cli() -> None:
 
     \b
     Environment, unless an option overrides it:
-      LEVERET_APP          the app, as module:attribute, such as shop:app
-      LEVERET_BROKER       the broker's URL: amqp://user:password@host/vhost or sqlite:///jobs.db
-      LEVERET_CONCURRENCY  jobs at once per process and queue: 100,emails=50
-      LEVERET_LOG          debug, info, warning, error or critical; debug adds tracebacks
+      LEVERET_APP          the app, module:attribute: shop:app
+      LEVERET_BROKER       amqp://user:password@host/vhost
+                           or sqlite:///jobs.db
+      LEVERET_CONCURRENCY  jobs at once per process and queue:
+                           100,emails=50
+      LEVERET_LOG          debug, info, warning, error or critical;
+                           debug adds tracebacks
 
     \b
     Exit codes:
       0    done
-      1    failed: no broker, a job wasn't published or replayed, a worker cut jobs off
-      2    wrong usage or configuration: correct it and start again
+      1    failed: no broker, a job not published or replayed,
+           jobs cut off
+      2    wrong usage or configuration
       130  interrupted by ^C
 
     \b
@@ -76,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return answer if isinstance(answer, int) else 0
     except click.UsageError as error:
-        if error.ctx is None or error.ctx.get_help() == error.message:  # no command given: print the help
+        if error.ctx is not None and error.ctx.get_help() == error.message:  # no command given: print the help
             tell(error.message)
         else:
             message = redact(one_line(error.format_message())).rstrip(".")
-            tell(f"leveret: {message} (see {error.ctx.command_path} --help)")
+            tell(f"leveret: {message}" + (f" (see {error.ctx.command_path} --help)" if error.ctx else ""))
         return 2
     except (click.Abort, KeyboardInterrupt):
         tell("leveret: interrupted")

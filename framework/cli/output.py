@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -13,16 +14,23 @@ import msgspec
 
 from ..errors import ConfigurationError
 from ..process.logs import LEVELS, one_line
+from ..process.streams import fitted, width_of
 
-_WIDE = 1000
-"""Columns when the output isn't a terminal: a pipe or a file gets whole lines, for grep and cut."""
+_GAP, _INDENT = 2, 2
+_ROOM = 40
+"""The text at the end of a row goes below the row rather than into fewer columns."""
+_TEXT_LINES = 3
 
 _UNITS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _DURATION = re.compile(f"{_NUMBER}|" + "".join(f"(?:{_NUMBER}{unit})?" for unit in _UNITS), re.ASCII)
-_PADDING = re.compile(r" +((?:\x1b\[[\d;]*m)*)$")
-"""The spaces at the end of a line, before the codes that end its colours."""
 
+
+class _Count(click.IntRange):
+    name = "whole number"  # "integer range" is what click calls it: 'x' is not a valid integer range
+
+
+at_least_1 = _Count(min=1)
 log_level_option = click.option(
     "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Log level.  [default: LEVERET_LOG, else info]"
 )
@@ -36,29 +44,59 @@ def print_json(document: object) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(document)))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table. A column whose name begins with > holds numbers and is right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def print_text(text: str, *, err: bool = False) -> None:
+    """Print `text`; on a terminal, folded at words."""
+    click.echo(fitted(text, sys.stderr if err else sys.stdout), err=err)
 
-    # capture what rich makes of it, since rich pads each line to the width of the table
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(
-            column.removeprefix(">"),
-            justify="right" if column.startswith(">") else "left",
-            overflow="fold",
-            header_style="bold",
-        )
-    for row in rows:
-        # Text, not str: a job's error may contain what rich reads as markup
-        table.add_row(*(Text(one_line("-" if cell is None else str(cell))) for cell in row))
-    with console.capture() as capture:
-        console.print(table)
-    for line in capture.get().splitlines():
-        click.echo(_PADDING.sub(r"\1", line))
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table that fits the terminal; see `table`. Its headings are bold there."""
+    heads, *others = table(columns, rows, width_of(sys.stdout) or sys.maxsize)
+    click.echo(click.style(heads, bold=True))
+    for row in others:
+        click.echo(row)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], width: int) -> list[str]:
+    """Return the headings and the rows of a table, each in lines of at most `width` characters, not padded at their ends.
+
+    A column whose name begins with > holds numbers and is right-aligned. The last column holds text: a long text is folded at
+    words, and shortened with … after three lines. Columns that don't fit beside the others continue below, indented. No other
+    cell is broken or shortened, so that a name or an id can always be copied.
+    """
+    heads = [column.removeprefix(">") for column in columns]
+    cells = [heads, *([one_line("-" if cell is None else str(cell)) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    last = len(columns) - 1
+    layout: list[list[tuple[int, int]]] = [[]]  # per line of a row: the columns, and where each begins
+    start = 0
+    for index, wide in enumerate(widths):
+        if layout[-1] and start + (wide if index < last else min(wide, _ROOM)) > width:
+            layout.append([])
+            start = _INDENT
+        layout[-1].append((index, start))
+        start += wide + _GAP
+
+    def drawn(row: Sequence[str]) -> str:
+        drawn_lines: list[str] = []
+        for line in layout:
+            text = ""
+            for index, start in line:
+                cell = row[index]
+                if index == last:
+                    cell = f"\n{' ' * start}".join(_text_lines(cell, width - start))
+                elif columns[index].startswith(">"):
+                    cell = cell.rjust(widths[index])
+                text = text.ljust(start) + cell
+            drawn_lines.append(text.rstrip())
+        return "\n".join(filter(None, drawn_lines))
+
+    return [drawn(row) for row in cells]
+
+
+def _text_lines(text: str, width: int) -> list[str]:
+    words = [word if len(word) <= width else f"{word[: width - 1]}…" for word in text.split()]
+    return textwrap.wrap(" ".join(words), width, max_lines=_TEXT_LINES, placeholder=" …", break_on_hyphens=False)
 
 
 def lines(text: str) -> str:
@@ -93,8 +131,8 @@ def ask(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         msg = f"{question} stdin is not a terminal; confirm with --yes"
         raise ConfigurationError(msg)
-    if not click.confirm(question, err=True):
-        click.echo("nothing was changed", err=True)
+    if not click.confirm(fitted(f"{question} [y/N]:", sys.stderr), show_default=False, prompt_suffix=" ", err=True):
+        print_text("nothing was changed", err=True)
         raise SystemExit(1)
 
 

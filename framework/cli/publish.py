@@ -76,8 +76,8 @@ def publish(
 
     \b
     Examples:
-      leveret publish shop:app shop.jobs:SendInvoice '{"order_id": 7, "email": "a@example.org"}'
-      leveret publish shop.jobs:SendInvoice - --priority high --delay 1m --broker sqlite:///shop.db < invoice.json
+      leveret publish shop:app shop:Invoice '{"order": 7}'
+      leveret publish shop:Invoice - --delay 1m < invoice.json
     """  # noqa: D301
     job_class = _job_class(job)
     body = sys.stdin.buffer.read() if payload == "-" else os.fsencode(payload)

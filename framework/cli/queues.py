@@ -9,8 +9,20 @@ import click
 from ..admin import Depth
 from ..errors import ConfigurationError
 from ..settings import redact
-from .output import ask, counted, json_option, print_json, print_table
+from .output import ask, counted, json_option, print_json, print_table, print_text
 from .target import Target, run, target_options
+
+_COLUMNS = """\b
+Columns:
+  ready      jobs that wait for a worker
+  unsettled  jobs that workers hold
+  delayed    jobs that wait for their time, retries too
+  dead       jobs that were buried
+  consumers  worker processes of the queue
+  levels     the ready jobs of each level that has any
+A dash: the broker can't count it. RabbitMQ counts the
+delayed jobs of all queues together, below the table.
+"""
 
 
 class _Names(click.Group):
@@ -27,34 +39,31 @@ class _Names(click.Group):
     cls=_Names,
     subcommand_metavar="[NAME]... | purge NAME",
     short_help="Show how many jobs wait in each queue; purge one.",
+    epilog=_COLUMNS,
 )
 def queues() -> None:
     """Show how many jobs wait in each queue, by level, or `purge` a queue.
 
     \b
     Examples:
-      leveret queues --app shop:app
-      leveret queues emails pdf --broker amqp://guest:guest@localhost/ --json
-      leveret queues purge emails --app shop:app
+      leveret queues shop:app
+      leveret queues emails pdf --broker sqlite:///shop.db
+      leveret queues purge shop:app emails
 
     `leveret queues show --help` lists the options.
     """  # noqa: D301
 
 
-@queues.command(short_help="Show the depths of queues.")
+@queues.command(short_help="Show the depths of queues.", epilog=_COLUMNS)
 @target_options
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @json_option
 def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
     """Show the depths of the queues NAME…, or of all queues for which the app has handlers. The word `show` is optional.
 
-    `ready` jobs wait for a worker. `unsettled` jobs are with a worker. `delayed` jobs wait for their time, retries included.
-    `dead` jobs were buried. `consumers` counts the worker processes of the queue. A dash means that the broker can't count it.
-    RabbitMQ counts the delayed jobs of all queues together, below the table.
-
     \b
     Example:
-      leveret queues emails --app shop:app
+      leveret queues shop:app emails
     """  # noqa: D301
     if not names and target.app is None:
         msg = "name the queues, or the app with --app module:app"
@@ -70,26 +79,25 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
         print_json(depths)
         return
     if not depths:
-        click.echo("no queues: the app has no handlers")
+        print_text("no queues: the app has no handlers")
         return
     print_table(
-        ["queue", ">ready", "levels", ">unsettled", ">delayed", ">dead", ">consumers", ""],
+        ["queue", ">ready", ">unsettled", ">delayed", ">dead", ">consumers", "levels"],
         [
             [
                 depth.queue,
                 depth.ready,
-                _levels(depth),
                 depth.unsettled,
                 depth.delayed,
                 depth.dead,
                 depth.consumers,
-                "" if depth.exists else "not declared yet",
+                _levels(depth) if depth.exists else "not declared yet",
             ]
             for depth in depths
         ],
     )
     if delayed is not None:
-        click.echo(f"delayed jobs of all queues on this broker: {delayed}")
+        print_text(f"delayed jobs of all queues on this broker: {delayed}")
 
 
 def _levels(depth: Depth) -> str:
@@ -106,7 +114,7 @@ def purge(name: str, target: Target, yes: bool, as_json: bool) -> None:
 
     \b
     Example:
-      leveret queues purge emails --app shop:app
+      leveret queues purge shop:app emails
     """  # noqa: D301
 
     async def count() -> Depth:
@@ -127,4 +135,4 @@ def purge(name: str, target: Target, yes: bool, as_json: bool) -> None:
         answer: dict[str, Any] = {"queue": name, "purged": purged}
         print_json(answer)
     else:
-        click.echo(f"purged {counted(purged, 'job')} of queue {name}")
+        print_text(f"purged {counted(purged, 'job')} of queue {name}")

@@ -11,7 +11,7 @@ import msgspec
 
 from ..process.options import WorkOptions
 from ..settings import environment
-from .output import duration, log_level_option
+from .output import at_least_1, duration, log_level_option
 from .target import app_options, app_path
 
 
@@ -29,14 +29,14 @@ from .target import app_options, app_path
     "--concurrency",
     "-c",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=at_least_1,
     help="Jobs at once per process, over all its queues.  [default: LEVERET_CONCURRENCY, App(concurrency=…), or 100, of which 8 in threads]",
 )
 @click.option(
     "--processes",
     "-p",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=at_least_1,
     default=1,
     show_default=True,
     help="Number of worker processes. A process that dies is restarted.",
@@ -53,7 +53,7 @@ from .target import app_options, app_path
 @click.option(
     "--reload",
     is_flag=True,
-    help="For development: restart when a Python file in this folder or below changes. Needs leveret[reload].",
+    help="For development: restart when a Python file in this folder or below changes. Needs the package watchfiles.",
 )
 @log_level_option
 def work(
@@ -73,7 +73,7 @@ def work(
 
     \b
     Example:
-      leveret work shop:app --queue emails=50 --queue pdf --processes 4
+      leveret work shop:app --queue emails=50 --processes 4
     """  # noqa: D301
     options = WorkOptions(
         app=app_path(app),

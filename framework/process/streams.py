@@ -6,6 +6,11 @@ import os
 import sys
 from typing import TextIO
 
+from ..texts import folded
+
+_NARROWEST = 40
+"""No text is folded to fewer columns than this."""
+
 
 def open_closed_streams() -> None:
     """Open each closed one of the file descriptors 0, 1 and 2 on /dev/null, for this process and its children.
@@ -23,10 +28,25 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def tell(line: str) -> None:
-    """Print a line to standard error, if that can be written: the exit code must not depend on it."""
+def width_of(stream: TextIO) -> int | None:
+    """Return the columns of the terminal `stream`; None for a pipe or a file, which gets whole lines for grep and cut."""
+    if not stream.isatty():
+        return None
+    given = os.environ.get("COLUMNS", "")
+    width = (int(given) if given.isdecimal() else 0) or os.get_terminal_size(stream.fileno()).columns or 80
+    return max(width, _NARROWEST)
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """Return `text` as it is printed to `stream`: on a terminal, folded at words."""
+    width = width_of(stream)
+    return text if width is None else folded(text, width)
+
+
+def tell(text: str) -> None:
+    """Print a text to standard error, if that can be written: the exit code must not depend on it."""
     try:
-        print(line, file=sys.stderr, flush=True)  # noqa: T201 - output of a command
+        print(fitted(text, sys.stderr), file=sys.stderr, flush=True)  # noqa: T201 - output of a command
     except OSError:
         discard(sys.stderr)
 

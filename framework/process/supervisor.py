@@ -191,7 +191,7 @@ def _watch(workers: _Workers) -> asyncio.Task[None]:
     try:
         from watchfiles import PythonFilter, awatch  # pyright: ignore[reportUnknownVariableType] - its annotations need trio, which may be missing
     except ImportError:
-        msg = "--reload needs watchfiles: pip install 'leveret[reload]'"
+        msg = "--reload needs the package watchfiles: pip install watchfiles"
         raise ConfigurationError(msg) from None
 
     async def watch() -> None:
