@@ -24,6 +24,8 @@ from tests.rabbit.node import Rabbit
             "app 'shop' has no handler for queue 'emials' (queues with handlers: emails, reports, plain); list the handler's module in App(modules=[…])",
         ),
         (("work", "--processes", "0"), "'--processes' / '-p': 0 is not in the range"),
+        (("work", "--processes", "two"), "'--processes' / '-p': 'two' is not a valid whole number"),
+        (("work", "--grace"), "Option '--grace' requires an argument"),
         (("work", "--concurrency", "0"), "'--concurrency' / '-c': 0 is not in the range"),
         (
             ("work", "--grace=-1"),
@@ -80,6 +82,15 @@ def test_what_is_wrong_is_one_line_and_exit_2(project: Project, arguments: tuple
     assert ran.line.startswith("leveret: ")
     assert said in ran.line
     assert "hunter2" not in ran.line
+
+
+def test_reload_without_watchfiles_names_an_install_that_works(project: Project) -> None:
+    """Leveret isn't in a package index, so `pip install 'leveret[reload]'` would find nothing, or somebody else's package."""
+    project.write("watchfiles.py", "raise ImportError")
+
+    ran = project.run("work", "--reload")
+
+    assert (ran.code, ran.line) == (2, "leveret: --reload needs the package watchfiles: pip install watchfiles")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which files are leveret's own."""
+"""Which files are leveret's own, and how a text fits a terminal."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 import leveret
 from leveret import middleware
-from leveret.texts import is_ours
+from leveret.texts import folded, is_ours
 
 _PACKAGE = Path(leveret.__file__).parent
 
@@ -29,3 +29,22 @@ def test_a_file_is_ours_if_it_lies_in_the_package(file: str, ours: bool) -> None
 def test_a_layers_file_lies_in_the_package() -> None:
     """The layers are a folder of their own in the repository."""
     assert is_ours(middleware.Timeout.consume.__code__.co_filename)
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("short  line \n", "short  line \n"),
+        (
+            "    chain    Retries(max_attempts=4) → Timeout(30)",
+            "    chain    Retries(max_attempts=4) →\n             Timeout(30)",
+        ),
+        ("leveret: no queue 'emails' on sqlite:///shop.db", "leveret: no queue 'emails' on\n    sqlite:///shop.db"),
+        ("  retries  none", "  retries  none"),
+        (f"id {'x' * 50} end", f"id\n    {'x' * 50}\n    end"),
+    ],
+    ids=["what fits", "a label", "a sentence", "a short label", "a long word"],
+)
+def test_a_text_is_folded_at_words_and_keeps_its_indent(text: str, fits: str) -> None:
+    """A terminal breaks a line anywhere: in the middle of a queue's name, and without the indent that makes a list a list."""
+    assert folded(text, 40) == fits

@@ -3,7 +3,8 @@
 import click
 import pytest
 
-from leveret.cli.output import duration
+from leveret.cli.main import cli
+from leveret.cli.output import duration, table
 
 _CONTEXT = click.Context(click.Command("work"))
 _GRACE = click.Option(["--grace"])
@@ -47,3 +48,87 @@ def test_zero_is_a_duration_only_where_it_means_something() -> None:
     assert duration(zero=True)(_CONTEXT, _GRACE, "0s") == 0
     with pytest.raises(click.BadParameter, match="above 0"):
         duration(zero=False)(_CONTEXT, _GRACE, "0s")
+
+
+COLUMNS = ["id", "job", ">runs", "buried at", "reason"]
+ROWS = [
+    [
+        "0198e2a4-5b6c",
+        "invoice.send",
+        12,
+        "2026-11-30 01:11:36Z",
+        "ValueError: no answer from postgresql://shop:***@db/shop",
+    ],
+    ["order-9", "note", 1, None, ""],
+]
+
+
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
+def test_a_table_fits_and_breaks_no_word(width: int) -> None:
+    """An id or a URL that is broken can't be copied, and a line that doesn't fit is broken by the terminal."""
+    drawn = table(COLUMNS, ROWS, width)
+
+    assert max(map(len, "\n".join(drawn).split("\n"))) <= width
+    assert [text.split() for text in drawn] == [
+        " ".join(COLUMNS).replace(">", "").split(),
+        " ".join(map(str, ROWS[0])).split(),
+        ["order-9", "note", "1", "-"],
+    ]
+    assert not any(line.endswith(" ") for text in drawn for line in text.split("\n"))
+
+
+def test_columns_that_do_not_fit_continue_below_their_row() -> None:
+    """At 80 columns a reason in a column 15 wide would be read like a telegram."""
+    assert table(COLUMNS, ROWS, 70) == [
+        "id             job           runs  buried at\n  reason",
+        "0198e2a4-5b6c  invoice.send    12  2026-11-30 01:11:36Z\n  ValueError: no answer from postgresql://shop:***@db/shop",
+        "order-9        note             1  -",
+    ]
+    assert table(COLUMNS, ROWS, 50)[1] == (
+        "0198e2a4-5b6c  invoice.send    12\n"
+        "  2026-11-30 01:11:36Z\n"
+        "  ValueError: no answer from\n"
+        "  postgresql://shop:***@db/shop"
+    )
+
+
+def test_a_long_text_is_shortened_on_a_terminal_alone() -> None:
+    """One error of a page must not push all others from the screen; a pipe loses nothing."""
+    text = " ".join(["word"] * 100)
+
+    [_, row] = table(["id", "reason"], [["x", text]], 60)
+    assert len(row.split("\n")) == 3
+    assert row.endswith(" …")
+    assert table(["id", "reason"], [["x", "y" * 90]], 60)[1] == f"x   {'y' * 55}…"
+    assert table(["id", "reason"], [["x", text]], 10_000)[1] == f"x   {text}"
+
+
+def _commands(group: click.Group) -> list[tuple[str, click.Command]]:
+    found: list[tuple[str, click.Command]] = []
+    for name, command in group.commands.items():
+        found.append((name, command))
+        if isinstance(command, click.Group):
+            found += [(f"{name} {below}", inner) for below, inner in _commands(command)]
+    return found
+
+
+@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize(("name", "command"), [("", cli), *_commands(cli)], ids=str)
+def test_help_fits(name: str, command: click.Command, width: int) -> None:
+    """An example that the terminal breaks can't be copied, and a broken table can't be read."""
+    context = click.Context(command, info_name=f"leveret {name}".strip(), terminal_width=width)
+
+    assert [line for line in command.get_help(context).splitlines() if len(line) > width] == []
+
+
+def test_help_explains_each_column() -> None:
+    """`unsettled` or `runs` means something only to those who wrote it."""
+    commands = dict(_commands(cli))
+    for name, columns in (
+        ("queues", ("ready", "unsettled", "delayed", "dead", "consumers", "levels")),
+        ("queues show", ("ready", "unsettled", "delayed", "dead", "consumers", "levels")),
+        ("dead list", ("id", "job", "level", "runs", "buried at", "reason")),
+    ):
+        text = commands[name].get_help(click.Context(commands[name], info_name=name, terminal_width=80))
+        for column in columns:
+            assert f"\n    {column}  " in text, (name, column)
