@@ -33,7 +33,7 @@ help:  ## this list
 install: $(DEV)  ## .venv with leveret (editable) and the tools of its developers
 
 demo: $(RUNTIME)  ## index a folder of text through queues, on SQLite or on what LEVERET_BROKER names
-	$(BIN)/python examples/index_files.py
+	$(BIN)/python examples/index_files/try_out.py
 
 check: $(DEV)  ## ruff (format and rules), mypy and pyright
 	$(BIN)/ruff format --check .
@@ -42,6 +42,7 @@ check: $(DEV)  ## ruff (format and rules), mypy and pyright
 	$(BIN)/pyright
 
 test: $(DEV)  ## all tests but the fault tests, on a real RabbitMQ
+	@echo "all tests but the fault tests: about 7 minutes on two cores"
 	$(BIN)/pytest -m "not fault" $(PYTEST_ARGS)
 
 test-pythons:  ## unit, property and memory/SQLite contract tests on each Python from 3.11 on that this machine has

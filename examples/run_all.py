@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 EXAMPLES = {
-    "index_files.py": ["--limit", "200"],
+    "index_files/try_out.py": ["--limit", "200"],
     "fastapi_service.py": [],
     "embedded_worker.py": [],
     "django_view.py": [],

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from tests.rabbit.cluster import Cluster
 from tests.rabbit.network import NoNetwork
-from tests.rabbit.node import Installation, Node, Rabbit, Unavailable, find_rabbit
+from tests.rabbit.node import Installation, Node, Rabbit, Unavailable, choose, find_rabbit
 from tests.rabbit.raw import Raw, connect
 
 
@@ -24,6 +24,11 @@ class StartNode(Protocol):
         advanced: Mapping[str, int] | None = None,
         plugins: Sequence[str] = (),
     ) -> Awaitable[Node]: ...
+
+
+def pytest_report_header() -> list[str]:
+    """Name the RabbitMQ of the tests before the first test that downloads or starts it."""
+    return f"RabbitMQ: {choose().what}".splitlines()
 
 
 def _absent(reason: str) -> NoReturn:

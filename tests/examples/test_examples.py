@@ -18,7 +18,8 @@ import pytest
 from tests.examples.markdown import ROOT
 from tests.rabbit.node import Rabbit
 
-INDEX_FILES = ROOT / "examples" / "index_files.py"
+INDEX_FILES = ROOT / "examples" / "index_files"
+PROGRAM = "examples/index_files/try_out.py"
 LEVERET = str(Path(sysconfig.get_path("scripts"), "leveret"))
 APP = "examples.index_files:app"
 
@@ -26,8 +27,9 @@ APP = "examples.index_files:app"
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A checkout with the example alone, so that .demo is the test's own."""
-    (tmp_path / "checkout" / "examples").mkdir(parents=True)
-    shutil.copy(INDEX_FILES, tmp_path / "checkout" / "examples")
+    shutil.copytree(
+        INDEX_FILES, tmp_path / "checkout" / "examples" / "index_files", ignore=shutil.ignore_patterns("__pycache__")
+    )
     return tmp_path / "checkout"
 
 
@@ -85,13 +87,13 @@ def test_the_demo_ends_with_the_right_totals_and_two_commands_that_work(
     """`make demo` is the first thing that anybody sees, and the second run is the second."""
     flaky = sum(fails_at_first(path) for path in folder.rglob("*") if path.suffix in {".txt", ".png"})
     for _ in range(2):
-        output = run(
-            checkout, sys.executable, str(checkout / "examples" / "index_files.py"), str(folder), broker=broker
-        )
+        output = run(checkout, sys.executable, str(checkout / PROGRAM), str(folder), broker=broker)
         assert row(output) == [5, 3, flaky, 2]
         assert flaky >= 1
 
-        listing, queues = [shlex.split(line) for line in output.splitlines() if line.startswith("  ")]
+        assert max(map(len, output.splitlines()[2:-2])) <= 80  # the folder and the commands have this test's long paths
+        assert all(f"\n{word}: " in output for word in ("retried", "dead"))
+        listing, queues = [shlex.split(line) for line in output.splitlines()[-2:]]
         letters = json.loads(run(checkout, *listing, "--json", broker=broker))
         reasons = sorted(letter["reason"] for letter in letters)
         assert len(reasons) == 2, reasons
@@ -102,8 +104,8 @@ def test_the_demo_ends_with_the_right_totals_and_two_commands_that_work(
 
 def test_what_was_indexed_can_be_looked_up(checkout: Path, folder: Path) -> None:
     """Jobs that ran but left nothing behind would give the same table."""
-    run(checkout, sys.executable, "examples/index_files.py", str(folder), broker=None)
-    index = sqlite3.connect(checkout / ".demo" / "index.db")
+    run(checkout, sys.executable, PROGRAM, str(folder), broker=None)
+    index = sqlite3.connect(checkout / ".demo" / "1" / "index.db")
     words = dict(
         index.execute(
             "SELECT key, sum(value) FROM files, json_each(words) WHERE words IS NOT NULL GROUP BY key"
@@ -117,13 +119,15 @@ def test_what_was_indexed_can_be_looked_up(checkout: Path, folder: Path) -> None
 
 def test_a_limit_indexes_so_many_files(checkout: Path, folder: Path) -> None:
     """For a look at a large folder."""
-    output = run(checkout, sys.executable, "examples/index_files.py", str(folder), "--limit", "2", broker=None)
+    output = run(checkout, sys.executable, PROGRAM, str(folder), "--limit", "2", broker=None)
     assert row(output)[0] == 2
 
 
 def test_the_demo_is_an_app_for_the_command_line_too(checkout: Path, folder: Path) -> None:
     """What is shown in one process must be what is run in several."""
-    assert "chain    note → Retries" in run(checkout, LEVERET, "describe", APP, broker=None)
+    assert "→ note → Timeout(60) → examples.index_files.index_file" in run(
+        checkout, LEVERET, "describe", APP, broker=None
+    )
     worker = subprocess.Popen([LEVERET, "work", APP], cwd=checkout, stderr=subprocess.PIPE, text=True)
     try:
         assert worker.stderr is not None
@@ -135,11 +139,50 @@ def test_the_demo_is_an_app_for_the_command_line_too(checkout: Path, folder: Pat
         worker.communicate()
 
 
+def test_two_runs_beside_each_other_end_with_their_own_totals(checkout: Path, folder: Path) -> None:
+    """They emptied each other's index, so that neither ever ended."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, str(folder), "--limit", limit],
+            cwd=checkout,
+            env={name: value for name, value in os.environ.items() if not name.startswith("LEVERET_")},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for limit in ("5", "4")
+    ]
+    try:
+        outputs = [run.communicate(timeout=90)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [row(output)[0] for output in outputs] == [5, 4]
+    assert {path.name for path in (checkout / ".demo").iterdir()} == {"1", "2"}
+
+
+def test_the_folder_is_named_before_anything_is_imported_that_takes_long(checkout: Path, folder: Path) -> None:
+    """A program that says nothing for seconds is stopped by whoever tries it."""
+    for package in ("leveret", "rich", "asyncio"):
+        (checkout / f"{package}.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    ended = subprocess.run(
+        [sys.executable, PROGRAM, str(folder)],
+        check=False,
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.stdout == f"indexing this folder through a queue:\n  {folder}\n"
+    assert ended.stderr == "imported\n"
+
+
 def test_no_broker_is_one_line(checkout: Path, folder: Path) -> None:
     """A traceback would be a stranger's first impression."""
     environment = {**os.environ, "LEVERET_BROKER": "amqq://guest:guest@localhost/"}
     ended = subprocess.run(
-        [sys.executable, "examples/index_files.py", str(folder)],
+        [sys.executable, PROGRAM, str(folder)],
         check=False,
         cwd=checkout,
         env=environment,
@@ -154,7 +197,8 @@ def test_no_broker_is_one_line(checkout: Path, folder: Path) -> None:
 
 def test_the_demo_is_short() -> None:
     """It is read before it is run."""
-    assert len(INDEX_FILES.read_text(encoding="utf-8").splitlines()) < 120
+    assert len((INDEX_FILES / "__init__.py").read_text(encoding="utf-8").splitlines()) < 80
+    assert len((ROOT / PROGRAM).read_text(encoding="utf-8").splitlines()) < 110
 
 
 def test_make_examples_runs_every_example() -> None:

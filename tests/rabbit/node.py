@@ -12,16 +12,21 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from leveret.settings import redact
+
 _HERE = Path(__file__).parent
 _AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 _BOOT_S = 90.0
+_IMAGE = "rabbitmq:4"
+_HELP = "set LEVERET_TEST_AMQP to a URL, install rabbitmq-server, start Docker, or be root on Debian"
 
 SUITES = {"3.10": "bookworm", "4.0": "trixie", "4.3": "forky"}
 """The versions that the tests run on, and the Debian suite that has each."""
@@ -390,6 +395,17 @@ def local_installation() -> Installation | None:
     return Installation(str(Path(server).resolve().parent)) if server else None
 
 
+def _unpacks() -> bool:
+    """Return whether this machine can unpack a package of Debian."""
+    return os.geteuid() == 0 and Path("/etc/debian_version").exists() and shutil.which("apt-get") is not None
+
+
+def unpacked_root(version: str) -> Path:
+    """Return the folder that get-rabbit.sh makes."""
+    cache = os.environ.get("LEVERET_RABBIT_CACHE") or Path.home() / ".cache" / "leveret-rabbit"
+    return Path(cache, SUITES[version])
+
+
 def installation_of(version: str) -> Installation:
     """Return RabbitMQ `version`, one of `SUITES`: this machine's own if it is that one, else Debian's, unpacked at first use.
 
@@ -401,11 +417,8 @@ def installation_of(version: str) -> Installation:
     if version not in SUITES:
         msg = f"no RabbitMQ {version}: the tests know {', '.join(SUITES)}"
         raise Unavailable(msg)
-    if os.geteuid() != 0 or not Path("/etc/debian_version").exists() or not shutil.which("apt-get"):
-        msg = (
-            f"no RabbitMQ {version}: set LEVERET_TEST_AMQP to a broker's URL, install rabbitmq-server, start Docker,"
-            " or run as root on Debian"
-        )
+    if not _unpacks():
+        msg = f"no RabbitMQ {version}: {_HELP}"
         raise Unavailable(msg)
     made = subprocess.run(
         [_HERE / "get-rabbit.sh", SUITES[version]], capture_output=True, text=True, timeout=600, check=False
@@ -427,38 +440,67 @@ def installation_of(version: str) -> Installation:
     return unpacked
 
 
-async def container_url() -> str | None:
-    """Start RabbitMQ in a container and return its URL; None without Docker. Testcontainers' reaper ends it after the tests."""
+def has_docker() -> bool:
+    """Return whether a Docker engine answers, or is said to be elsewhere."""
+    if "DOCKER_HOST" in os.environ:
+        return True
+    with socket.socket(socket.AF_UNIX) as engine:
+        return engine.connect_ex("/var/run/docker.sock") == 0
+
+
+async def in_container() -> Rabbit:
+    """Start RabbitMQ in a container. Testcontainers' reaper ends it after the tests."""
     # Not tried yet: no machine that ran these tests had Docker. A container has no levers, so tests that need one skip.
-    if "DOCKER_HOST" not in os.environ:
-        with socket.socket(socket.AF_UNIX) as engine:
-            if engine.connect_ex("/var/run/docker.sock"):
-                return None
     from testcontainers.core.container import DockerContainer
 
-    container = DockerContainer("rabbitmq:4").with_exposed_ports(5672).start()
+    container = DockerContainer(_IMAGE).with_exposed_ports(5672).start()
     host, port = container.get_container_host_ip(), int(container.get_exposed_port(5672))
     async with asyncio.timeout(_BOOT_S):
         while not await _answers(host, port, _AMQP_HEADER):
             await asyncio.sleep(0.1)
-    return f"amqp://guest:guest@{host}:{port}/"
+    url = f"amqp://guest:guest@{host}:{port}/"
+    return Rabbit(url, why_no_levers="RabbitMQ runs in a container, which these tests can't stop and start")
 
 
-def find_rabbit() -> Rabbit | Installation:
-    """Return a broker to use, or an installation to run.
+@dataclass(frozen=True)
+class Choice:
+    """The RabbitMQ that the tests use."""
+
+    what: str
+    """What is used, as `make test` prints it before the first test."""
+    find: Callable[[], Rabbit | Installation]
+    """Start or unpack it, if that is needed. Raises Unavailable if that fails."""
+
+
+def choose() -> Choice:
+    """Return the RabbitMQ to use, without starting or downloading anything.
 
     In this order: the broker of LEVERET_TEST_AMQP; the version that LEVERET_TEST_RABBIT names (3.10, 4.0 or 4.3);
     a local rabbitmq-server; Docker; 3.10 as an unpacked package.
-
-    Raises:
-        Unavailable: None of these works, or not the version that was asked for.
     """
     if url := os.environ.get("LEVERET_TEST_AMQP"):
-        return Rabbit(url, why_no_levers="LEVERET_TEST_AMQP names a foreign broker, which the tests must not stop")
-    if version := os.environ.get("LEVERET_TEST_RABBIT"):
-        return installation_of(version)
-    if installation := local_installation():
-        return installation
-    if url := asyncio.run(container_url()):
-        return Rabbit(url, why_no_levers="RabbitMQ runs in a container, which these tests can't stop and start")
-    return installation_of("3.10")
+        why = "LEVERET_TEST_AMQP names a foreign broker, which the tests must not stop"
+        return Choice(f"{redact(url)} (LEVERET_TEST_AMQP)", lambda: Rabbit(url, why_no_levers=why))
+    version = os.environ.get("LEVERET_TEST_RABBIT") or "3.10"
+    local = local_installation()
+    if local and ("LEVERET_TEST_RABBIT" not in os.environ or local.version.startswith(f"{version}.")):
+        return Choice(f"private nodes of {local.tools}", lambda: local)
+    if "LEVERET_TEST_RABBIT" not in os.environ and has_docker():
+        return Choice(f"a container of {_IMAGE}, pulled if it isn't here", lambda: asyncio.run(in_container()))
+    return Choice(_package(version), partial(installation_of, version))
+
+
+def _package(version: str) -> str:
+    if not _unpacks() or version not in SUITES:
+        return f"none of {version}, so the tests that need one are skipped, or fail with CI=true\n{_HELP}"
+    root = unpacked_root(version)
+    there = (root / ".ready").exists()
+    what = (
+        "private nodes of Debian's package" if there else "Debian's package, downloaded by the first test that needs it"
+    )
+    return f"{version}: {what}, in\n{root} (239 MB; to remove it: rm -r that folder)"
+
+
+def find_rabbit() -> Rabbit | Installation:
+    """Return what `choose` chooses; Unavailable if it can't be had."""
+    return choose().find()
