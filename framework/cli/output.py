@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import textwrap
@@ -52,7 +53,7 @@ def print_text(text: str, *, err: bool = False) -> None:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table that fits the terminal; see `table`. Its headings are bold there."""
     heads, *others = table(columns, rows, width_of(sys.stdout) or sys.maxsize)
-    click.echo(click.style(heads, bold=True))
+    click.echo(heads if os.environ.get("TERM") == "dumb" else click.style(heads, bold=True))
     for row in others:
         click.echo(row)
 
@@ -65,7 +66,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], width: int) 
     cell is broken or shortened, so that a name or an id can always be copied.
     """
     heads = [column.removeprefix(">") for column in columns]
-    cells = [heads, *([one_line("-" if cell is None else str(cell)) for cell in row] for row in rows)]
+    cells = [heads, *([lines(one_line("-" if cell is None else str(cell))) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     last = len(columns) - 1
     layout: list[list[tuple[int, int]]] = [[]]  # per line of a row: the columns, and where each begins

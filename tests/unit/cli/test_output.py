@@ -103,6 +103,14 @@ def test_a_long_text_is_shortened_on_a_terminal_alone() -> None:
     assert table(["id", "reason"], [["x", text]], 10_000)[1] == f"x   {text}"
 
 
+def test_a_cell_cannot_command_the_terminal() -> None:
+    """A foreign producer chooses a job's id: an escape sequence in it would recolour, retitle or clear the operator's screen."""
+    assert (
+        table(["id", "reason"], [["a\x1b[2Jb", "c\x07"]], 80)[1]
+        == "a\N{REPLACEMENT CHARACTER}[2Jb  c\N{REPLACEMENT CHARACTER}"
+    )
+
+
 def _commands(group: click.Group) -> list[tuple[str, click.Command]]:
     found: list[tuple[str, click.Command]] = []
     for name, command in group.commands.items():
