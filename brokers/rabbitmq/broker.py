@@ -83,6 +83,6 @@ class RabbitBroker:
         for consumption in list(self._consumptions):
             await consumption.close()
         self._consumptions.clear()
+        await asyncio.gather(self._publishing.close(), self._settling.close())
         if self._probe is not None:
             await self._probe.close()
-        await asyncio.gather(self._publishing.close(), self._settling.close())

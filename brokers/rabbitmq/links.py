@@ -164,7 +164,8 @@ class Links:
         self._leaving.discard(link)
         if self.current is link:
             self.current = None
-            self._nodes.leave(link.connection.address)
+            if not link.connection.usable:
+                self._nodes.leave(link.connection.address)
             self.reason = reason_of(why)
             if not self.closed:
                 logger.warning(

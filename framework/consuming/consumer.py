@@ -199,7 +199,7 @@ class Consumer:
         self._lost_running = self._lost_held = 0
         if not running + held:
             return ""
-        return f"; {running} running jobs go on but can't be acknowledged any more, {held} held jobs go back"
+        return f"; running jobs that can't be acknowledged any more: {running}, waiting jobs that went back: {held}"
 
     def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | None:
         """Return why a delivery can't start; None for a job without a name if the queue has only one kind of job."""

@@ -142,6 +142,6 @@ async def test_an_embedded_worker_says_that_it_lost_its_broker_with_what_was_run
     assert worker.state().name == "stopping"
     lines = [record.getMessage() for record in caplog.records]
     assert lines[:2] == [
-        "connecting: queue hares: the store was disconnected; 1 running jobs go on but can't be acknowledged any more, 0 held jobs go back",
+        "connecting: queue hares: the store was disconnected; running jobs that can't be acknowledged any more: 1, waiting jobs that went back: 0",
         "ready: consuming again hares",
     ]
