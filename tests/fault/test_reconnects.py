@@ -15,7 +15,10 @@ import pytest
 from leveret import App, Attempt, Job, Queue
 from leveret.broker import Subscription
 from leveret.brokers.rabbitmq import open_broker
+from leveret.consuming.slots import Limits
+from leveret.consuming.worker import working
 from leveret.runtime import Runtime
+from tests.conftest import StartNode
 from tests.contract.harness import Recorder, ready
 from tests.fault.bench import eventually, link_to
 from tests.rabbit.node import Rabbit
@@ -92,3 +95,38 @@ async def test_a_worker_whose_connection_is_reset_under_load_goes_on_within_two_
             await eventually(lambda: all(starts[job] for job in ids))
 
     assert sum(starts.values()) - len(ids) <= 2 * 20, "only what was on its way when the connection went"
+
+
+async def test_a_hundred_running_jobs_and_no_broker_are_a_few_lines(
+    rabbit_node: StartNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line per job, or per try, fills the disk in the night in which the broker is away."""
+    caplog.set_level(logging.INFO, "leveret")
+    node = await rabbit_node()
+    app, queue = App("shop", broker=node.url), Queue(f"many-{uuid.uuid4().hex[:12]}", priorities=False)
+    started, ended = Counter[str](), Counter[str]()
+
+    class Order(Job, name="order", queue=queue):
+        """A job to run."""
+
+    async def run(job: Any, attempt: Attempt[Any]) -> None:
+        started[attempt.job_id] += 1
+        await asyncio.sleep(2)
+        ended[attempt.job_id] += 1
+
+    app.handler(job=Order)(run)
+    async with working(app, limits=Limits(concurrency=100)) as work, app.publisher() as publisher:
+        await publisher.publish_many([Order() for _ in range(100)])
+        await eventually(lambda: len(started) == 100)
+        await node.flush()
+        await node.kill9()
+        await eventually(lambda: len(ended) == 100)
+        assert work.worker.state().name == "connecting"
+        await asyncio.sleep(5)
+        await node.start()
+        await eventually(lambda: work.worker.state().name == "ready", timeout_s=10)
+        await eventually(lambda: sum(ended.values()) == 200)
+
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("leveret")]
+    assert len(lines) < 10, lines
+    assert any("can't be acknowledged any more: 100, " in line for line in lines), lines
