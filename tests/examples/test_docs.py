@@ -250,7 +250,7 @@ def test_every_setting_stands_in_the_readme_with_its_default() -> None:
         values = [value.strip().strip('`"') for value in default.split(",")]
         rows |= dict(zip(re.findall(r"`(\w+)`", names), values, strict=False))
     units = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20}
-    words = {"True": True, "none": ()}
+    words = {"True": True, "False": False, "none": ()}
     settings = [field for field in msgspec.structs.fields(Settings) if field.default is not None]  # None: deprecated
     for field in (*settings, *msgspec.structs.fields(RabbitSettings)):
         value, _, unit = rows[field.name].partition(" ")
