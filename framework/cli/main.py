@@ -42,8 +42,8 @@ def cli() -> None:
                            or sqlite:///jobs.db
       LEVERET_CONCURRENCY  jobs at once per process and queue:
                            100,emails=50
-      LEVERET_LOG          debug, info, warning, error or critical;
-                           debug adds tracebacks
+      LEVERET_LOG          debug (adds tracebacks), info,
+                           warning, error or critical
 
     \b
     Exit codes:

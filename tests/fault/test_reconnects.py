@@ -15,7 +15,7 @@ import pytest
 from leveret import App, Attempt, Job, Queue
 from leveret.broker import Subscription
 from leveret.brokers.rabbitmq import open_broker
-from leveret.consuming.slots import Limits
+from leveret.consuming.limits import Concurrency
 from leveret.consuming.worker import working
 from leveret.runtime import Runtime
 from tests.conftest import StartNode
@@ -115,7 +115,7 @@ async def test_a_hundred_running_jobs_and_no_broker_are_a_few_lines(
         ended[attempt.job_id] += 1
 
     app.handler(job=Order)(run)
-    async with working(app, limits=Limits(concurrency=100)) as work, app.publisher() as publisher:
+    async with working(app, concurrency=[Concurrency(process=100)]) as work, app.publisher() as publisher:
         await publisher.publish_many([Order() for _ in range(100)])
         await eventually(lambda: len(started) == 100)
         await node.flush()
