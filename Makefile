@@ -24,7 +24,7 @@ endif
 # setuptools warns of what pyproject.toml has chosen (strict editable); errors are still shown.
 LINK = PYTHONWARNINGS=ignore
 
-.PHONY: help install demo check lint types test test-python test-pythons fault examples bench bench-peers clean
+.PHONY: help install demo check lint types test test-python test-pythons fault test-matrix examples bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -61,7 +61,10 @@ test-python: $(TESTS)
 	$(BIN)/pytest tests/unit tests/property tests/contract -m "not fault and not rabbit" -q $(PYTEST_ARGS)
 
 fault: $(DEV)  ## the tests that kill workers, links and brokers
-	$(BIN)/pytest -m fault $(PYTEST_ARGS)
+	$(BIN)/pytest -m "fault and not cluster" $(PYTEST_ARGS)
+
+test-matrix: $(DEV)  ## contract, faults and a cluster on RabbitMQ 3.10, 4.0 and 4.3: a table, also in build/matrix.md; over an hour
+	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
 
 examples: $(V)-examples/stamp  ## each example, in an environment with what the examples need
 	$(V)-examples/bin/python examples/run_all.py

@@ -31,6 +31,19 @@ def pytest_report_header() -> list[str]:
     return f"RabbitMQ: {choose().what}".splitlines()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses a RabbitMQ as `rabbit`, and what uses three nodes as `cluster`."""
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        kinds = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "rabbit_found" in item.fixturenames or {"quorum", "classic"} & {kind for kind in kinds if type(kind) is str}:
+            item.add_marker("rabbit")
+        if "cluster" in item.fixturenames:
+            item.add_marker("cluster")
+
+
 def _absent(reason: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(reason, pytrace=False)

@@ -100,6 +100,7 @@ def error_lines(log: str) -> list[str]:
 
 
 @pytest.mark.parametrize("type", ["quorum", "classic"])
+@pytest.mark.versions
 async def test_what_cannot_be_run_is_buried_byte_for_byte_on_rabbitmq(
     bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, type: str
 ) -> None:
@@ -157,6 +158,7 @@ def by_broker(letter: Found) -> str:
 
 
 @pytest.mark.parametrize("type", ["quorum", "classic"])
+@pytest.mark.versions
 async def test_what_is_too_large_to_publish_again_is_moved_by_the_broker(
     bench: Callable[..., Bench], rabbit: Rabbit, raw: Raw, type: str
 ) -> None:

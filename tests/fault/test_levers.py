@@ -14,7 +14,7 @@ from tests.rabbit.cluster import Cluster
 from tests.rabbit.node import Installation, Node, Rabbit
 from tests.rabbit.raw import Raw, connect
 
-pytestmark = [pytest.mark.fault, pytest.mark.rabbit, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.rabbit, pytest.mark.versions, pytest.mark.timeout(120)]
 
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
 

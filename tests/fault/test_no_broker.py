@@ -224,6 +224,7 @@ async def publish_on(one: Bench, confirmed: list[str], failed: asyncio.Event, en
 @pytest.mark.fault
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("type", ["quorum", "classic"])
+@pytest.mark.versions
 async def test_a_broker_that_is_killed_and_comes_back_loses_no_confirmed_job(
     bench: Callable[..., Bench], rabbit_node: StartNode, type: str
 ) -> None:
@@ -284,6 +285,7 @@ async def test_every_delayed_job_comes_after_the_broker_was_killed(
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
+@pytest.mark.versions
 async def test_a_broker_short_of_memory_blocks_publishers_by_name_and_no_consumer(
     bench: Callable[..., Bench], rabbit_node: StartNode
 ) -> None:
@@ -424,6 +426,7 @@ async def test_a_slot_of_a_schedule_that_a_broker_blocks_is_written_twice_at_mos
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
+@pytest.mark.versions
 async def test_a_hung_broker_is_noticed_and_worked_with_again(
     bench: Callable[..., Bench], rabbit_node: StartNode
 ) -> None:

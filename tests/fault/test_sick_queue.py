@@ -56,6 +56,7 @@ async def connections(rabbit: Rabbit) -> list[str]:
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["", "from its first publish on"])
+@pytest.mark.versions
 async def test_publishes_to_other_queues_go_on_beside_a_queue_that_confirms_nothing(
     rabbit: Rabbit, caplog: pytest.LogCaptureFixture, fresh: bool
 ) -> None:

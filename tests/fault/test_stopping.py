@@ -19,6 +19,7 @@ from tests.rabbit.raw import connect
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 
 
+@pytest.mark.versions
 async def test_a_stop_within_the_grace_loses_nothing_and_starts_nothing_twice(any_bench: Bench) -> None:
     """Every deploy does this several times an hour; a payment that runs twice at each would be found by customers."""
     bench = any_bench
