@@ -30,13 +30,16 @@ _LEVERET = str(Path(sys.executable).with_name("leveret"))
 
 
 async def eventually(
-    happened: Callable[[], bool], what: Callable[[], str] = lambda: "it didn't happen", timeout_s: float = PATIENCE_S
+    happened: Callable[[], bool],
+    what: Callable[[], str] = lambda: "it didn't happen",
+    timeout_s: float = PATIENCE_S,
+    every_s: float = 0.02,
 ) -> None:
     """Wait until something outside this process has happened."""
     ends = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < ends, what()
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(every_s)
 
 
 class Worker:
