@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 from datetime import datetime, timezone
 from typing import Any
 
@@ -190,16 +189,6 @@ def test_a_damaged_stream_is_read_alike_whole_and_octet_by_octet(at: int, octet:
     damaged[at] = octet
     octets = bytes(damaged)
     assert heard_of([octets]) == heard_of([octets[at : at + 1] for at in range(len(octets))])
-
-
-def test_a_million_damaged_octets_hang_nothing() -> None:
-    """A hang here is a worker that is stuck."""
-    chance = random.Random(7)
-    for _ in range(1500):
-        damaged = bytearray(STREAM)
-        for _ in range(chance.randrange(1, 6)):
-            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
-        feed_whatever(bytes(damaged))
 
 
 @pytest.mark.parametrize(
