@@ -19,11 +19,11 @@ class Cluster:
     """
 
     def __init__(
-        self, installation: Installation, *, ticktime_s: int = 8, partitions: str = "pause_minority", **conf: str
+        self, installation: Installation, *, ticktime_s: int = 8, conf: Mapping[str, str] | None = None
     ) -> None:
         self._installation = installation
         self._ticktime_s = ticktime_s
-        self._conf = {"cluster_partition_handling": partitions, **conf}
+        self._conf = {"cluster_partition_handling": "pause_minority", **(conf or {})}
         self.network = Network(_HOSTS)
         self.nodes: list[Node] = []
 
@@ -42,7 +42,7 @@ class Cluster:
 
     async def start(self) -> None:
         """Make the network, and start all nodes at once; return once each is a member."""
-        self.network.__enter__()
+        self.network.open()
         names = {host: f"rabbit@{self.network.address[host]}" for host in _HOSTS}
         discovery = {
             "cluster_formation.peer_discovery_backend": "classic_config",
@@ -80,7 +80,7 @@ class Cluster:
         self.calm()
         await asyncio.gather(*(node.start() for node in self.nodes))
         began = restarted = time.monotonic()
-        while (seen := [len(await self.members(node)) for node in self.nodes]) != [len(self.nodes)] * len(self.nodes):
+        while min(seen := await asyncio.gather(*(self._count(node) for node in self.nodes))) < len(self.nodes):
             now = time.monotonic()
             if now > began + _WHOLE_S:
                 raise RuntimeError(f"not whole after {_WHOLE_S:.0f} s: the nodes see {seen} members")
@@ -98,6 +98,9 @@ class Cluster:
         except RuntimeError:
             return set()
         return set(status["running_nodes"])
+
+    async def _count(self, node: Node) -> int:
+        return len(await self.members(node))
 
     async def leader(self, queue: str, *, asked: Node | None = None) -> Node:
         """Return the node that leads a quorum queue."""

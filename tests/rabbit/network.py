@@ -33,27 +33,31 @@ class Network:
     """A bridge, hosts on it, and this machine as one of them. The addresses are of 198.18.0.0/15, which is kept for tests (RFC 2544)."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        if os.geteuid() != 0:
-            raise NoNetwork("network namespaces need root")
-        if missing := [tool for tool in ("ip", "nsenter", "unshare", "setpriv") if shutil.which(tool) is None]:
-            raise NoNetwork(f"network namespaces need {', '.join(missing)}")
         subnet = f"198.{random.randrange(18, 20)}.{random.randrange(256)}"
         self.address = {host: f"{subnet}.{number}" for number, host in enumerate([HOME, *hosts], 1)}
         self._link = f"lv{os.getpid()}x{random.randrange(1000)}"
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        try:
-            self._make()
-        except BaseException:
-            self.close()
-            raise
+        self.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def open(self) -> None:
+        """Make the hosts and their links; NoNetwork if this machine can't."""
+        if os.geteuid() != 0:
+            raise NoNetwork("network namespaces need root")
+        if missing := [tool for tool in ("ip", "nsenter", "unshare", "setpriv") if shutil.which(tool) is None]:
+            raise NoNetwork(f"network namespaces need {', '.join(missing)}")
+        try:
+            self._make()
+        except BaseException:
+            self.close()
+            raise
 
     def _make(self) -> None:
         for host in (_SWITCH, *self.address):
