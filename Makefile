@@ -24,7 +24,7 @@ endif
 # setuptools warns of what pyproject.toml has chosen (strict editable); errors are still shown.
 LINK = PYTHONWARNINGS=ignore
 
-.PHONY: help install demo check lint types test test-python test-pythons fault test-matrix fuzz examples bench bench-peers clean
+.PHONY: help install demo check lint types test test-python test-pythons fault test-matrix fuzz soak examples bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -65,6 +65,9 @@ fault: $(DEV)  ## the tests that kill workers, links and brokers
 
 test-matrix: $(DEV)  ## contract, faults and a cluster on RabbitMQ 3.10, 4.0 and 4.3: a table, also in build/matrix.md; over an hour
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
+
+soak: $(V)/stamp-plot  ## 20 minutes of load on three nodes while all that can break does: counts in build/soak.json, a chart in build/soak.svg
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 fuzz: $(DEV)  ## ten million octets of noise and of damaged frames into the parser
 	$(BIN)/python -m tests.property.fuzz $(FUZZ_ARGS)

@@ -135,9 +135,9 @@ class Bench:
         self._workers.append(worker)
         return worker
 
-    async def working(self, *arguments: str) -> Worker:
-        """Start a worker; return it once it takes jobs."""
-        worker = self.start(*arguments)
+    async def working(self, *arguments: str, url: str | None = None) -> Worker:
+        """Start a worker, on another URL if given; return it once it takes jobs."""
+        worker = self.start(*arguments, url=url)
         await worker.says("takes jobs from")
         return worker
 

@@ -56,6 +56,7 @@ class Load:
         self._over.set()
         if error is not None:
             self._publishing.cancel()
+            await asyncio.gather(self._publishing, return_exceptions=True)
             return
         await self._publishing
         await eventually(
