@@ -27,7 +27,7 @@ async def cluster(rabbit_found: Rabbit | Installation) -> AsyncGenerator[Cluster
     """Three nodes that ignore partitions, as RabbitMQ does unless it is told otherwise: a node that is cut off never ends its connections."""
     if not isinstance(rabbit_found, Installation):
         pytest.skip(rabbit_found.why_no_levers)
-    made = Cluster(rabbit_found, partitions="ignore")
+    made = Cluster(rabbit_found, conf={"cluster_partition_handling": "ignore"})
     try:
         await made.start()
         yield made
