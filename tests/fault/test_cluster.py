@@ -117,9 +117,6 @@ async def test_all_nodes_lose_their_power(site: Site) -> None:
     assert counts.repeated <= 2 * SLOTS
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a worker that lost a hung node asks it first, until it goes on: issue 20, deliver 1"
-)
 async def test_the_leader_hangs(site: Site) -> None:
     """R10. A hung node keeps its connections and answers nothing: its clients must leave it by themselves."""
     async with Load(site.bench) as load:
