@@ -48,8 +48,20 @@ class Late(Exception):
     """A publish's deadline passed before its confirm; the job may be in the queue."""
 
 
+class Refused(Exception):
+    """The broker closed the channel because of this publish; the cause is the `Closed`."""
+
+    def __init__(self, why: Closed) -> None:
+        super().__init__(why.text)
+        self.why = why
+
+
+class Unread(Exception):
+    """The broker closed the channel at an earlier publish, and ignored this one."""
+
+
 class Unconfirmed(msgspec.Struct, eq=False):
-    """A written publish. One task may await it: it returns at the confirm, or raises `Returned`, `Nacked`, `Late` or `Closed`.
+    """A written publish. One task may await it: it returns at the confirm, or raises its `failure`.
 
     Not a future: of many publishes at once, only a few are ever waited for.
     """
@@ -60,7 +72,7 @@ class Unconfirmed(msgspec.Struct, eq=False):
     """When the publish ends as `Late`, `time.monotonic()` seconds."""
     ended: bool = False
     failure: Exception | None = None
-    """Once ended: `Returned`, `Nacked`, `Late` or `Closed`; None if confirmed."""
+    """Once ended: `Returned`, `Nacked`, `Late`, `Refused`, `Unread` or `Closed`; None if confirmed."""
     _waiter: asyncio.Future[None] | None = None
 
     def end(self, failure: Exception | None = None) -> None:
@@ -86,6 +98,11 @@ class Unconfirmed(msgspec.Struct, eq=False):
     def error(self) -> Exception | None:
         """Return the exception that awaiting the ended publish raises; None if confirmed."""
         return self.failure
+
+    def blamed(self, why: Closed) -> bool:
+        """Return whether this publish may be the reason why the broker closed its channel."""
+        del why
+        return False
 
 
 class ConfirmWindow:
@@ -119,12 +136,19 @@ class ConfirmWindow:
         """Places in the window, and bytes, that are reserved for woken waiters which haven't published yet."""
 
     def end(self, why: Closed) -> None:
-        """End all publishes, and wake everybody who waits for room."""
+        """End all publishes, and wake everybody who waits for room.
+
+        If the broker closed only the channel, one publish is to blame. The broker ignores all publishes after that one. It has read
+        those before, and doesn't confirm them any more.
+        """
         self.closed = why
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for publish in self._unconfirmed.values():
-            publish.end(why)
+        publishes = list(self._unconfirmed.values())
+        blamed = {at for at, publish in enumerate(publishes) if why.scope == "channel" and publish.blamed(why)}
+        last = max(blamed, default=len(publishes))
+        for at, publish in enumerate(publishes):
+            publish.end(Refused(why) if at in blamed else Unread(why.text) if at > last else why)
         self.let_go()
         self._unconfirmed.clear()
 
@@ -238,9 +262,9 @@ class ConfirmWindow:
         wake(waiter)
 
     def publish(self, exchange: str, properties: bytes, body: bytes, publish: Unconfirmed) -> None:
-        """Write a mandatory publish to `publish.key`; on a closed channel it ends as `Closed` at once."""
+        """Write a mandatory publish to `publish.key`; on a closed channel it ends as `Unread` at once."""
         if self.closed is not None:
-            publish.end(self.closed)
+            publish.end(Unread(self.closed.text))
             return
         head = self._keys.get((exchange, publish.key))
         if head is None:

@@ -13,6 +13,7 @@ import logging
 import ssl
 import time
 from collections.abc import Callable
+from math import inf
 from typing import Any, cast
 
 from pamqp import commands
@@ -40,6 +41,10 @@ class Connection(asyncio.Protocol):
         self.address = address
         self.name = name
         self.frame_max = 131_072
+        self.max_properties_bytes = self.frame_max - PROPERTIES_OVERHEAD
+        """The room for properties in one frame; larger properties would cost the connection."""
+        self.max_body_bytes: float = inf
+        """The largest body that the broker takes, once a larger one was refused. Each refusal costs a channel."""
         self.closed: Closed | None = None
         self.blocked: str | None = None
         """Why the broker blocks publishers (an alarm); None while it doesn't."""
@@ -68,11 +73,6 @@ class Connection(asyncio.Protocol):
         self._sent = False
         self._last_resort: asyncio.TimerHandle | None = None
         """Drops the socket if the peer doesn't answer the close."""
-
-    @property
-    def max_properties_bytes(self) -> int:
-        """The room for properties in one frame; larger properties would cost the connection."""
-        return self.frame_max - PROPERTIES_OVERHEAD
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the protocol header."""
@@ -263,6 +263,7 @@ class Connection(asyncio.Protocol):
             commands.Connection.StartOk(client_properties=properties, mechanism=mechanism, response=response),
         )
         self.frame_max = min(tune.frame_max or 131_072, 131_072)
+        self.max_properties_bytes = self.frame_max - PROPERTIES_OVERHEAD
         self._parser.frame_max = self.frame_max + BROKERS_HEADERS_BYTES
         self._channel_max = min(tune.channel_max or 2047, 2047)
         self._heartbeat_s = float(min(tune.heartbeat or self.address.heartbeat_s, self.address.heartbeat_s))

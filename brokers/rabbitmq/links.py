@@ -20,7 +20,7 @@ from .confirms import MOST_STUCK, Unconfirmed
 from .connection import Connection
 from .nodes import Nodes
 from .route import Route
-from .session import FAULTS, ConnectionLost, reason_of
+from .session import FAULTS, ConnectionLost, reason_of, size_limit
 from .wire import Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
@@ -44,6 +44,12 @@ class Link:
     def usable(self) -> bool:
         """Whether the link can still be written to."""
         return self.window.closed is None
+
+    def forget(self, route: Route) -> None:
+        """Declare the queue and the ladder of `route` again before the next publish: they were deleted."""
+        self.declared -= {route.queue, route.ladder}
+        self.declared.add(None)
+        self.ready.clear()
 
 
 class Carried(Unconfirmed, eq=False, kw_only=True):
@@ -120,8 +126,8 @@ class Links:
         if not task.cancelled() and isinstance(error := task.exception(), ConfigurationError):
             self._refused = (time.monotonic(), error)
 
-    async def _open(self) -> Link:
-        """Try to connect until it succeeds or nobody waits.
+    async def _open(self, connection: Connection | None = None) -> Link:
+        """Open a channel on `connection`, or else try to connect until it succeeds or nobody waits.
 
         An attempt goes on after its publish gave up: otherwise publishes whose timeout is shorter than a handshake would never
         get a connection.
@@ -130,9 +136,10 @@ class Links:
         while True:
             self._trying = True
             try:
-                connection, channel = await self._try()
+                connection, channel = await self._try(connection)
                 break
             except (ConnectionLost, *FAULTS) as error:
+                connection = None
                 self.reason = reason_of(error)
                 if not self._waiting:
                     raise ConnectionLost(self.reason) from error
@@ -148,9 +155,9 @@ class Links:
         channel.window.on_swept = partial(self._swept, link)
         return link
 
-    async def _try(self) -> tuple[Connection, Channel]:
+    async def _try(self, connection: Connection | None = None) -> tuple[Connection, Channel]:
         timeout_s = self._runtime.settings.connect_timeout_s
-        connection = await self._nodes.connect(self._name, timeout_s)
+        connection = connection or await self._nodes.connect(self._name, timeout_s)
         try:
             channel = await connection.channel(timeout_s)
             await channel.call(commands.Confirm.Select(), timeout_s)
@@ -162,17 +169,28 @@ class Links:
     def _lost(self, link: Link, why: Closed) -> None:
         self._forget(link)
         self._leaving.discard(link)
-        if self.current is link:
-            self.current = None
-            if not link.connection.usable:
-                self._nodes.leave(link.connection.address)
-            self.reason = reason_of(why)
-            if not self.closed:
-                logger.warning(
-                    "the connection %r to RabbitMQ at %s is lost: %s", self._name, link.connection.address, self.reason
-                )
-        if link.connection.usable:  # only the channel was closed
-            self._end(link)
+        connection = link.connection
+        if self.current is not link or self.closed:
+            if connection.usable:
+                self._end(link)
+            return
+        self.current = None
+        self.reason = reason_of(why)
+        if connection.usable:  # a publish cost its channel: whatever was declared may be gone, and is declared again
+            connection.max_body_bytes = size_limit(why) or connection.max_body_bytes
+            logger.warning(
+                "RabbitMQ at %s closed the channel of %r, which opens another: %s",
+                connection.address,
+                self._name,
+                self.reason,
+            )
+            self._opening = asyncio.get_running_loop().create_task(self._open(connection))
+            self._opening.add_done_callback(self._opened)
+        else:
+            self._nodes.leave(connection.address)
+            logger.warning(
+                "the connection %r to RabbitMQ at %s is lost: %s", self._name, connection.address, self.reason
+            )
 
     def _swept(self, link: Link) -> None:
         """Start a new link when a queue holds up the others; close a link that was left and is idle."""

@@ -26,12 +26,13 @@ from leveret.job import Queue
 from leveret.runtime import Runtime
 
 from . import topology
-from .confirms import Late, Nacked, Returned
+from .confirms import Late, Nacked, Refused, Returned, Unread
 from .links import Carried, Link, Links
 from .nodes import Nodes
 from .properties import encode
 from .route import Route
-from .session import ConnectionLost, declare, reason_of
+from .session import ConnectionLost, declare, reason_of, size_limit
+from .wire import Closed
 
 
 def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
@@ -60,8 +61,9 @@ def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
 class Posting(Carried, eq=False, kw_only=True):
     """A written publish; see `leveret.broker.Posted`. It doesn't keep the body: a late publish may be kept as long as its channel."""
 
-    publishing: Publishing
     job: str
+    size: int
+    """The bytes of its body."""
 
     @property
     def job_id(self) -> str:
@@ -76,8 +78,17 @@ class Posting(Carried, eq=False, kw_only=True):
         """Return the error for a caller whose deadline passed."""
         return self._error(Late("no confirm in time"))
 
+    def blamed(self, why: Closed) -> bool:
+        """Return whether the broker may have closed the channel at this publish: its texts name the exchange, or the largest size."""
+        match why.code:
+            case 403 | 404:
+                return f"exchange '{self.route.exchange}'" in why.text
+            case _:
+                limit = size_limit(why)
+                return limit is not None and self.size > limit
+
     def _error(self, failure: Exception) -> PublishError:
-        error = self.publishing.failure(self, failure)
+        error = _failure(self, failure)
         error.__cause__ = failure
         return error
 
@@ -110,11 +121,12 @@ class Publishing:
 
     def write(self, link: Link, route: Route, envelope: Envelope, deadline: float = float("inf")) -> Posting:
         """Write `envelope`; without a confirm the publish ends at `deadline`."""
-        properties = encoded(route, envelope, link.connection.max_properties_bytes)
-        posted = Posting(
-            envelope.job_id, route.key, deadline, publishing=self, link=link, route=route, job=envelope.job
-        )
-        link.window.publish(route.exchange, properties, envelope.body, posted)
+        connection, body = link.connection, envelope.body
+        properties = encoded(route, envelope, connection.max_properties_bytes)
+        posted = Posting(envelope.job_id, route.key, deadline, link=link, route=route, job=envelope.job, size=len(body))
+        if posted.size > connection.max_body_bytes:
+            raise _too_large(posted, int(connection.max_body_bytes))
+        link.window.publish(route.exchange, properties, body, posted)
         return posted
 
     def ready(self, route: Route) -> Link | None:
@@ -129,25 +141,6 @@ class Publishing:
             if route.kept:
                 link.ready.add(route)
         return link
-
-    def failure(self, posted: Posting, error: BaseException) -> PublishError:
-        """Return the error that a failed publish raises to its caller."""
-        link, route, job_id = posted.link, posted.route, posted.job_id
-        match error:
-            case Returned():
-                # the queue was deleted: the next publish declares it again
-                link.declared -= {route.queue, route.ladder}
-                link.declared.add(None)
-                link.ready.clear()
-                msg = f"no queue took it: exchange {route.exchange} has no binding for key {route.key}"
-                return Unroutable(_says(route, posted.job, msg), job_id=job_id, queue=route.target)
-            case Nacked():
-                return BrokerUnavailable(_says(route, posted.job, str(error)), job_id=job_id)
-            case Late():
-                msg = f"no confirm in time{_blocked(link)}; the job may be in the queue, so publish it again under the same id"
-            case _:
-                msg = f"the connection was lost before its confirm: {reason_of(error)}; the job may be in the queue, so publish it again under the same id"
-        return PublishTimeout(_says(route, posted.job, msg), job_id=job_id, maybe_published=True)
 
     async def prepare(self, route: Route, envelope: Envelope, deadline: float) -> Link:
         """Return a link with room on which `route` is declared, or raise a `PublishError` by `deadline`, with nothing sent."""
@@ -218,6 +211,43 @@ class Publishing:
     async def close(self) -> None:
         """Close the connections; publishes that wait for a connection fail."""
         await self._links.close()
+
+
+def _failure(posted: Posting, error: Exception) -> PublishError:
+    """Return the error that a failed publish raises to its caller."""
+    link, route, job_id = posted.link, posted.route, posted.job_id
+    match error:
+        case Returned():
+            link.forget(route)
+            msg = f"no queue took it: exchange {route.exchange} has no binding for key {route.key}"
+            return Unroutable(_says(route, posted.job, msg), job_id=job_id, queue=route.target)
+        case Refused() if (limit := size_limit(error.why)) is not None:
+            return _too_large(posted, limit)
+        case Refused() if error.why.code == 404:
+            msg = f"exchange {route.exchange} was deleted; the next publish declares it again ({error})"
+            return Unroutable(_says(route, posted.job, msg), job_id=job_id, queue=route.target)
+        case Refused():
+            msg = f"RabbitMQ refuses the publish; give the user the permission to write: {error}"
+            return BrokerUnavailable(_says(route, posted.job, msg), job_id=job_id)
+        case Nacked():
+            return BrokerUnavailable(_says(route, posted.job, str(error)), job_id=job_id)
+        case Unread():
+            msg = f"RabbitMQ didn't read it, because of an earlier publish: {error}"
+            return PublishTimeout(_says(route, posted.job, msg), job_id=job_id, maybe_published=False)
+        case Late():
+            msg = f"no confirm in time{_blocked(link)}"
+        case Closed(scope="channel"):
+            msg = f"its channel was closed before its confirm, because of another publish: {reason_of(error)}"
+        case _:
+            msg = f"the connection was lost before its confirm: {reason_of(error)}"
+    msg = f"{msg}; the job may be in the queue, so publish it again under the same id"
+    return PublishTimeout(_says(route, posted.job, msg), job_id=job_id, maybe_published=True)
+
+
+def _too_large(posted: Posting, limit: int) -> MessageTooLarge:
+    msg = f"the body has {posted.size} bytes, and RabbitMQ takes {limit} (max_message_size); store the data elsewhere and send a reference"
+    says = _says(posted.route, posted.job, msg)
+    return MessageTooLarge(says, job_id=posted.job_id, size_bytes=posted.size, limit_bytes=limit)
 
 
 def _blocked(link: Link) -> str:

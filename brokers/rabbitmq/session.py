@@ -42,6 +42,7 @@ FAULTS = (Closed, OSError, TimeoutError)
 """The exceptions that a connection raises; `ssl.SSLError` is an OSError."""
 
 _DRIFT = re.compile(r"inequivalent arg|invalid arg|invalid property|unknown exchange type")
+_TOO_LARGE = re.compile(r"message size \d+ .*larger than .*?(\d+)")
 _LIMIT = re.compile(r"limit \(\d+\) is reached")
 """A limit on connections, of a vhost, a user or the node. The text says "refused", but there is room once another connection closes."""
 
@@ -83,6 +84,12 @@ def kind_of(error: BaseException) -> Kind:
             return "refused"
         case _:
             return "lost"
+
+
+def size_limit(why: Closed) -> int | None:
+    """Return the largest body that the broker takes, if it closed a channel because of a larger one."""
+    found = _TOO_LARGE.search(why.text) if why.code == 406 else None
+    return None if found is None else int(found[1])
 
 
 def reason_of(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +10,13 @@ from datetime import datetime
 from typing import Literal
 
 from .. import codec
+from ..backoff import full_jitter
 from ..broker import Broker, Posted
 from ..chain import bind, fold_publish
 from ..clock import moment_ms
 from ..context import current_attempt
 from ..envelope import Envelope, Receipt
-from ..errors import InvalidJob, MessageTooLarge, PublishError
+from ..errors import InvalidJob, MessageTooLarge, PublishError, PublishTimeout
 from ..headers import check_headers, header_bytes, pack_headers
 from ..ids import new_job_id
 from ..job import Job, Priority, Queue, spec_of
@@ -43,6 +45,15 @@ def seconds_of(name: str, value: object, *, zero: bool = False) -> float:
 
 def _never() -> bool:
     return False
+
+
+def _may_repeat(error: PublishError, envelope: Envelope, wait_s: float = 0.0) -> bool:
+    """Return whether `envelope` is sent again after `wait_s`: the broker didn't read it, and its deadline hasn't passed."""
+    return (
+        isinstance(error, PublishTimeout)
+        and not error.maybe_published
+        and time.monotonic() + wait_s < envelope.deadline
+    )
 
 
 class _Contract:
@@ -98,9 +109,11 @@ class Sender:
         if not self.bare or (sent := self.post(envelope)) is None:
             return await self.send(envelope)
         await sent.wait()
-        if (error := sent.error()) is not None:
+        if (error := sent.error()) is None:
+            return Receipt(sent.job_id)
+        if not _may_repeat(error, envelope):
             raise error
-        return Receipt(sent.job_id)
+        return await self.send(envelope)
 
     def envelope(self, job: Job, options: OutgoingOptions, deadline: float) -> Envelope:
         """Return the envelope of `job`. Raises InvalidJob or MessageTooLarge, so that no wrong job leaves the process."""
@@ -230,7 +243,19 @@ class Sender:
         return await self._send(envelope)
 
     async def _to_broker(self, envelope: Envelope) -> Receipt:
-        await self._broker.publish(self._queues[envelope.queue], envelope)
+        queue, tries = self._queues[envelope.queue], 0
+        while True:
+            try:
+                await self._broker.publish(queue, envelope)
+                break
+            except PublishError as error:
+                settings = self._settings
+                base_s, cap_s = settings.reconnect_base_s, settings.reconnect_cap_s
+                wait_s = full_jitter(tries, base_s=base_s, cap_s=cap_s, rng=self._runtime.rng) if tries else 0.0
+                if not _may_repeat(error, envelope, wait_s):
+                    raise
+                tries += 1
+                await asyncio.sleep(wait_s)
         if self._observe is not None:
             decoder = self._decoders[envelope.queue, envelope.job]
             self._observe(decoder.decode(envelope.body, envelope.content_type), envelope)

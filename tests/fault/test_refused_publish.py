@@ -1,0 +1,96 @@
+"""A publish that RabbitMQ refuses by closing its channel: it is named as such, and costs nobody else anything."""
+
+import asyncio
+import logging
+import time
+import uuid
+
+import pytest
+
+from leveret import App, Job, MessageTooLarge, Publisher, PublishTimeout, Queue, Receipt, Unroutable
+from tests.rabbit.node import Rabbit
+from tests.rabbit.raw import Raw
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
+
+
+class Shop:
+    """An app with one queue."""
+
+    def __init__(self, url: str) -> None:
+        self.app = App("shop", broker=url)
+        self.queue = Queue(f"shop-{uuid.uuid4().hex[:12]}")
+
+        class Note(Job, name="note", queue=self.queue):
+            text: str = ""
+
+        self.Note = Note
+
+    async def tried(self, publisher: Publisher, *sizes: int, timeout_s: float = 5) -> list[Receipt | BaseException]:
+        """Publish a job of each size at once, and return how each of them ended."""
+        jobs = (self.Note("x" * size) for size in sizes)
+        return await asyncio.gather(
+            *(publisher.publish(job, timeout_s=timeout_s) for job in jobs), return_exceptions=True
+        )
+
+
+async def test_a_job_too_large_for_the_broker_is_refused_and_costs_no_other_job_anything(
+    rabbit: Rabbit, raw: Raw, caplog: pytest.LogCaptureFixture
+) -> None:
+    """R21, pain 13: as `maybe_published` it is sent again and again, and each time it ends every publish of the process."""
+    caplog.set_level(logging.WARNING, "leveret")
+    shop = Shop(rabbit.url)
+    await rabbit.limit_messages(1_000_000)
+    try:
+        async with shop.app.publisher() as publisher:
+            await publisher.publish(shop.Note())
+            refused, *others = await shop.tried(publisher, 2_000_000, *[10] * 500)
+            assert isinstance(refused, MessageTooLarge)
+            assert (refused.size_bytes > 2_000_000, refused.limit_bytes) == (True, 1_000_000)
+            assert [type(other) for other in others] == [Receipt] * 500
+            assert await raw.count(shop.queue.name) == 501, "a copy, or a loss"
+            began = time.monotonic()
+            [again] = await shop.tried(publisher, 2_000_000)
+            assert isinstance(again, MessageTooLarge), "refused before a byte is sent"
+            await publisher.publish(shop.Note())
+            assert time.monotonic() - began < 1
+    finally:
+        await rabbit.limit_messages(134_217_728)
+    assert "is lost" not in caplog.text, "the connection goes on"
+    assert caplog.text.count("closed the channel") == 1
+
+
+async def test_what_was_read_before_the_refused_job_is_said_to_be_maybe_published(rabbit: Rabbit, raw: Raw) -> None:
+    """RabbitMQ confirms nothing on a channel that it closes: sent again unasked, such a job would run twice."""
+    shop = Shop(rabbit.url)
+    await rabbit.limit_messages(1_000_000)
+    try:
+        async with shop.app.publisher() as publisher:
+            await publisher.publish(shop.Note())
+            *before, refused, after = await shop.tried(publisher, *[10] * 200, 2_000_000, 10)
+            assert isinstance(refused, MessageTooLarge)
+            assert isinstance(after, Receipt)
+            unknown = [end for end in before if isinstance(end, PublishTimeout) and end.maybe_published]
+            assert len(unknown) + sum(isinstance(end, Receipt) for end in before) == 200
+            assert await raw.count(shop.queue.name) == 202, "a copy, or a loss"
+    finally:
+        await rabbit.limit_messages(134_217_728)
+
+
+@pytest.mark.parametrize("exchange", ["lv.jobs", "lv.delay.digit.0"])
+async def test_a_deleted_exchange_is_named_and_the_next_publish_declares_it(
+    rabbit: Rabbit, raw: Raw, exchange: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """R22: a program that publishes for weeks must not need a restart because somebody deleted an exchange."""
+    caplog.set_level(logging.WARNING, "leveret")
+    shop = Shop(rabbit.url)
+    delay_s = 0.25 if "delay" in exchange else 0.0
+    async with shop.app.publisher() as publisher:
+        await publisher.publish_many([shop.Note(), shop.Note()])
+        await publisher.publish(shop.Note(), delay_s=delay_s)
+        await raw.delete_exchange(exchange)
+        with pytest.raises(Unroutable, match=exchange):
+            await publisher.publish(shop.Note(), delay_s=delay_s)
+        await publisher.publish(shop.Note(), delay_s=delay_s)
+    assert "is lost" not in caplog.text, "the connection goes on"
+    await raw.until_count(shop.queue.name, 4)
