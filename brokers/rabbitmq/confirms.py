@@ -262,9 +262,9 @@ class ConfirmWindow:
         wake(waiter)
 
     def publish(self, exchange: str, properties: bytes, body: bytes, publish: Unconfirmed) -> None:
-        """Write a mandatory publish to `publish.key`; on a closed channel it ends as `Unread` at once."""
+        """Write a mandatory publish to `publish.key`; on a closed channel it ends as `Closed` at once."""
         if self.closed is not None:
-            publish.end(Unread(self.closed.text))
+            publish.end(self.closed)
             return
         head = self._keys.get((exchange, publish.key))
         if head is None:

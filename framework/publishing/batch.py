@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
 from typing import cast
@@ -15,11 +16,13 @@ from ..envelope import Envelope, Receipt
 from ..errors import PublishError, PublishManyError, PublishTimeout
 from ..job import Job
 from ..options import Outgoing, OutgoingOptions
-from .sender import Sender
+from .sender import Sender, may_repeat
 
 _WINDOW = 1000
 _REFILL = 700
 """A full window is filled again when this many are unconfirmed; a wake-up per confirm would cost a turn of the loop per job."""
+_KEPT_BYTES = 16 << 10
+"""A job with a larger body isn't kept until its result is known, so it can't be sent again: 1000 large bodies would fill the memory."""
 _WINDOW_BYTES = 16 << 20
 """The maximum of bytes in the bodies of jobs that have a task; 1000 large bodies would fill the memory."""
 
@@ -38,13 +41,15 @@ class Batch:
         """The result of each job: `Posted` until the result is known, None while the job has a task."""
         self._known = 0
         """No result before this index is a `Posted`."""
+        self._kept: deque[Envelope | None] = deque()
+        """The envelopes of the results from that index on, as far as they are needed for sending again."""
         self._flying: set[asyncio.Task[None]] = set()
         self._flying_bytes = 0
         self._room: asyncio.Future[None] | None = None
 
     async def publish(self, jobs: Iterable[Job | Outgoing]) -> list[Receipt]:
         """Publish `jobs`, and return the receipts in order. Raises `PublishManyError` if any job failed."""
-        sender, results, deadline = self._sender, self._results, self._deadline
+        sender, results, kept, deadline = self._sender, self._results, self._kept, self._deadline
         post, plain = sender.bare, OutgoingOptions()
         try:
             for item in jobs:
@@ -62,8 +67,10 @@ class Batch:
                         sent = sender.post(envelope)
                 except PublishError as error:
                     results.append(error)
+                    kept.append(None)
                     continue
                 results.append(sent)
+                kept.append(envelope if sent is not None and len(envelope.body) <= _KEPT_BYTES else None)
                 if sent is None:
                     await self._fly(len(results) - 1, envelope)
             await self._until(len(results) - 1)
@@ -78,7 +85,7 @@ class Batch:
 
     async def _until(self, last: int) -> None:
         """Wait until the results of all posted jobs up to index `last` are known; collect later ones that are known too."""
-        results, at = self._results, self._known
+        results, kept, at = self._results, self._kept, self._known
         if at <= last and _is_posted(sent := results[last]):
             # The last one first: most of the others have ended by then, so that one turn of the loop is enough.
             await sent.wait()
@@ -89,7 +96,13 @@ class Batch:
                     if at > last:
                         break
                     await sent.wait()
-                results[at] = sent.error() or Receipt(sent.job_id)
+                error, envelope = sent.error(), kept[0]
+                if error is not None and envelope is not None and may_repeat(error, envelope):
+                    results[at] = None
+                    await self._fly(at, envelope)
+                else:
+                    results[at] = error or Receipt(sent.job_id)
+            kept.popleft()
             at += 1
         self._known = at
 

@@ -47,7 +47,7 @@ def _never() -> bool:
     return False
 
 
-def _may_repeat(error: PublishError, envelope: Envelope, wait_s: float = 0.0) -> bool:
+def may_repeat(error: PublishError, envelope: Envelope, wait_s: float = 0.0) -> bool:
     """Return whether `envelope` is sent again after `wait_s`: the broker didn't read it, and its deadline hasn't passed."""
     return (
         isinstance(error, PublishTimeout)
@@ -111,7 +111,7 @@ class Sender:
         await sent.wait()
         if (error := sent.error()) is None:
             return Receipt(sent.job_id)
-        if not _may_repeat(error, envelope):
+        if not may_repeat(error, envelope):
             raise error
         return await self.send(envelope)
 
@@ -252,7 +252,7 @@ class Sender:
                 settings = self._settings
                 base_s, cap_s = settings.reconnect_base_s, settings.reconnect_cap_s
                 wait_s = full_jitter(tries, base_s=base_s, cap_s=cap_s, rng=self._runtime.rng) if tries else 0.0
-                if not _may_repeat(error, envelope, wait_s):
+                if not may_repeat(error, envelope, wait_s):
                     raise
                 tries += 1
                 await asyncio.sleep(wait_s)

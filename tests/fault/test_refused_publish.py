@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from leveret import App, Job, MessageTooLarge, Publisher, PublishTimeout, Queue, Receipt, Unroutable
+from leveret import App, Job, MessageTooLarge, Publisher, PublishManyError, PublishTimeout, Queue, Receipt, Unroutable
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import Raw
 
@@ -58,6 +58,23 @@ async def test_a_job_too_large_for_the_broker_is_refused_and_costs_no_other_job_
         await rabbit.limit_messages(134_217_728)
     assert "is lost" not in caplog.text, "the connection goes on"
     assert caplog.text.count("closed the channel") == 1
+
+
+async def test_a_batch_goes_on_behind_a_job_that_is_too_large(rabbit: Rabbit, raw: Raw) -> None:
+    """One large job among a thousand would end all that were on their way."""
+    shop = Shop(rabbit.url)
+    await rabbit.limit_messages(500_000)
+    try:
+        async with shop.app.publisher() as publisher:
+            await publisher.publish(shop.Note())
+            with pytest.raises(PublishManyError) as caught:
+                await publisher.publish_many([shop.Note("x" * size) for size in (700_000, *[10] * 500)])
+            refused, *others = caught.value.results
+            assert isinstance(refused, MessageTooLarge)
+            assert [type(other) for other in others] == [Receipt] * 500
+            assert await raw.count(shop.queue.name) == 501, "a copy, or a loss"
+    finally:
+        await rabbit.limit_messages(134_217_728)
 
 
 async def test_what_was_read_before_the_refused_job_is_said_to_be_maybe_published(rabbit: Rabbit, raw: Raw) -> None:
