@@ -38,18 +38,20 @@ class Link:
         self.declared: set[Queue | str | None] = {None}
         self.ready: set[Route] = set()
         """Kept routes whose topology is declared: a look-up here is faster than two in `declared`."""
-        self.declaring: dict[Queue | str, asyncio.Task[None]] = {}
+        self.declaring: dict[object, asyncio.Task[None]] = {}
+        self.seen: dict[str, float] = {}
+        """By physical queue: when the queue and the delay ladder on the way to it were last found to exist, monotonic seconds."""
 
     @property
     def usable(self) -> bool:
         """Whether the link can still be written to."""
         return self.window.closed is None
 
-    def forget(self, route: Route) -> None:
-        """Declare the queue and the ladder of `route` again before the next publish: they were deleted."""
-        self.declared -= {route.queue, route.ladder}
-        self.declared.add(None)
+    def forget(self) -> None:
+        """Declare everything again, each thing before the next publish that needs it: something was deleted."""
+        self.declared = {None}
         self.ready.clear()
+        self.seen.clear()
 
 
 class Carried(Unconfirmed, eq=False, kw_only=True):

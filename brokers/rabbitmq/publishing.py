@@ -6,7 +6,12 @@ publish ─► connection ─► topology declared ─► window ─► basic.pu
 from __future__ import annotations
 
 import asyncio
-from typing import NoReturn
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from math import inf
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -31,8 +36,17 @@ from .links import Carried, Link, Links
 from .nodes import Nodes
 from .properties import encode
 from .route import Route
-from .session import ConnectionLost, declare, reason_of, size_limit
+from .session import FAULTS, ConnectionLost, declare, missing, reason_of, size_limit
 from .wire import Closed
+
+logger = logging.getLogger("leveret.rabbitmq")
+
+SEEN_S = 5.0
+"""How long the way of a delayed job, once it was found to exist, is taken to exist."""
+
+
+class _Gone(Exception):
+    """The queue of a delayed job was deleted."""
 
 
 def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
@@ -140,6 +154,8 @@ class Publishing:
                 return None
             if route.kept:
                 link.ready.add(route)
+            elif _unseen(link, route):
+                return None
         return link
 
     async def prepare(self, route: Route, envelope: Envelope, deadline: float) -> Link:
@@ -152,10 +168,21 @@ class Publishing:
                     try:
                         link = await self._links.connected(route.lane)
                         for what in (route.queue, route.ladder):
-                            if what is not None:
-                                await self._declared(link, what)
+                            if what is not None and what not in link.declared:
+                                await self._once(link, what, partial(self._declare, link, what))
+                        if route.due_in is not None and _unseen(link, route):
+                            await self._once(
+                                link, (route.ladder, route.due_in), partial(self._look, link, route, route.due_in)
+                            )
+                            if route.ladder not in link.declared:
+                                continue
                         declared = True
                         await link.window.room(len(envelope.body))
+                    except _Gone as error:
+                        msg = f"{error} was deleted; the next publish declares it again"
+                        raise Unroutable(
+                            _says(route, envelope.job, msg), job_id=envelope.job_id, queue=route.target
+                        ) from None
                     except ConfigurationError as error:
                         raise BrokerUnavailable(
                             _says(route, envelope.job, str(error)), job_id=envelope.job_id
@@ -188,19 +215,36 @@ class Publishing:
         )
         raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False) from None
 
-    async def _declared(self, link: Link, what: Queue | str) -> None:
-        """Declare `what` (a queue's topology, or a ladder by its kind) once per link; many publishes may wait for it."""
-        if what in link.declared:
-            return
+    async def _once(self, link: Link, what: object, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do `work` about `what` in one task per link; many publishes may wait for it."""
         task = link.declaring.get(what)
         if task is None:
-            task = link.declaring[what] = asyncio.create_task(self._declare(link, what))
+            task = link.declaring[what] = asyncio.create_task(work())
             task.add_done_callback(
                 lambda ended: (link.declaring.pop(what, None), ended.cancelled() or ended.exception())
             )
         await asyncio.shield(task)
 
+    async def _look(self, link: Link, route: Route, queue: str) -> None:
+        """Find out whether the way of a delayed job exists: the broker confirms the job at the first hop.
+
+        Raises `_Gone` if the queue at its end was deleted. An exchange that was deleted is declared again.
+        """
+        exchanges = topology.way(route.ladder or "")
+        try:
+            gone = await missing(link.connection, exchanges, queue, self._runtime.settings.connect_timeout_s)
+        except FAULTS as error:
+            raise ConnectionLost(f"the delay ladder could not be looked at: {reason_of(error)}") from error
+        if gone is None:
+            link.seen[queue] = time.monotonic()
+            return
+        link.forget()
+        if gone == queue:
+            raise _Gone(f"queue {gone}")
+        logger.warning("exchange %s was deleted; declaring it again", gone)
+
     async def _declare(self, link: Link, what: Queue | str) -> None:
+        """Declare `what`: a queue's topology, or a ladder by its kind."""
         if isinstance(what, Queue):
             name, records = what.name, topology.SHARED + topology.of_queue(what)
         else:
@@ -213,12 +257,17 @@ class Publishing:
         await self._links.close()
 
 
+def _unseen(link: Link, route: Route) -> bool:
+    """Return whether a delayed job's way must be looked at first."""
+    return route.due_in is not None and time.monotonic() - link.seen.get(route.due_in, -inf) > SEEN_S
+
+
 def _failure(posted: Posting, error: Exception) -> PublishError:
     """Return the error that a failed publish raises to its caller."""
     link, route, job_id = posted.link, posted.route, posted.job_id
     match error:
         case Returned():
-            link.forget(route)
+            link.forget()
             msg = f"no queue took it: exchange {route.exchange} has no binding for key {route.key}"
             return Unroutable(_says(route, posted.job, msg), job_id=job_id, queue=route.target)
         case Refused() if (limit := size_limit(error.why)) is not None:

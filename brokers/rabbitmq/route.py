@@ -17,6 +17,8 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     ladder: str | None
     ends_at: str | None = None
     """The queue that the route leads to, if it isn't `queue`: a queue of dead letters, or a queue that needn't be declared."""
+    due_in: str | None = None
+    """The physical queue that a delayed job reaches when it is due; None without a delay."""
     kept: bool = False
     """Whether the route is made once and used for every publish to its level."""
 

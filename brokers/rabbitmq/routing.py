@@ -34,7 +34,7 @@ class Routing:
         return Route(topology.DEAD, queue.name, None, queue, None, ends_at=topology.dead_queue(queue.name))
 
     async def ready(self, queue: Queue, envelope: Envelope, publishing: Publishing) -> Route:
-        """Return the route of `envelope`; for a delay, declare the ladder on `publishing` first, and use the delay that is left then."""
+        """Return the route of `envelope`; for a delay, prepare the ladder on `publishing` first, and use the delay that is left then."""
         route = self._route(queue, envelope)
         if route.ladder is not None and not publishing.ready(route):
             # an envelope that AMQP can't carry is refused at once, with or without a connection
@@ -52,4 +52,5 @@ class Routing:
         except ValueError as error:
             msg = f"{envelope.job or 'a job'} to queue {queue.name}: {error}"
             raise InvalidJob(msg, job_id=envelope.job_id) from None
-        return Route(exchange, key, priority_property(queue, envelope.priority), queue, queue.type)
+        priority, due_in = priority_property(queue, envelope.priority), topology.physical(queue, envelope.priority)
+        return Route(exchange, key, priority, queue, queue.type, due_in=due_in)

@@ -42,6 +42,7 @@ FAULTS = (Closed, OSError, TimeoutError)
 """The exceptions that a connection raises; `ssl.SSLError` is an OSError."""
 
 _DRIFT = re.compile(r"inequivalent arg|invalid arg|invalid property|unknown exchange type")
+_MISSING = re.compile(r"no (?:exchange|queue) '([^']*)'")
 _TOO_LARGE = re.compile(r"message size \d+ .*larger than .*?(\d+)")
 _LIMIT = re.compile(r"limit \(\d+\) is reached")
 """A limit on connections, of a vhost, a user or the node. The text says "refused", but there is room once another connection closes."""
@@ -179,6 +180,22 @@ async def counts(connection: Connection, names: Iterable[str], timeout_s: float)
         if channel is not None and channel.closed is None:
             channel.leave()
     return found
+
+
+async def missing(connection: Connection, exchanges: Iterable[str], queue: str, timeout_s: float) -> str | None:
+    """Return the name of the first of `exchanges` and `queue` that doesn't exist; None if all exist. Declares nothing."""
+    channel = await connection.channel(timeout_s)
+    asked: list[Frame] = [commands.Exchange.Declare(exchange=name, passive=True) for name in exchanges]
+    try:
+        await channel.call_all([*asked, commands.Queue.Declare(queue=queue, passive=True)], timeout_s)
+    except Closed as closed:
+        if closed.scope == "channel" and closed.code == 404 and (found := _MISSING.search(closed.text)):
+            return found[1]
+        raise
+    finally:
+        if channel.closed is None:
+            channel.leave()
+    return None
 
 
 async def settled(channel: Channel, queues: Iterable[str], timeout_s: float) -> None:

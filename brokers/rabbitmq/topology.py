@@ -197,6 +197,11 @@ def of_queue(queue: Queue) -> tuple[Declaration, ...]:
     return tuple(declarations)
 
 
+def way(kind: str) -> tuple[str, ...]:
+    """Return the exchanges that a delayed job may pass on its way to a queue of `kind`."""
+    return (DUE, *(digit(kind, place) for place in range(PLACES)))
+
+
 def _pattern(place: int, value: int) -> str:
     words = ["*"] * (PLACES + 1)
     words[PLACES - 1 - place] = str(value)

@@ -4,12 +4,50 @@ import asyncio
 import logging
 import time
 import uuid
+from dataclasses import dataclass
 
 import pytest
 
 from leveret import App, Job, MessageTooLarge, Publisher, PublishManyError, PublishTimeout, Queue, Receipt, Unroutable
+from leveret.brokers.rabbitmq import publishing
+from leveret.brokers.rabbitmq.address import addresses
+from leveret.brokers.rabbitmq.nodes import Nodes
+from leveret.brokers.rabbitmq.publishing import Posting, Publishing
+from leveret.brokers.rabbitmq.routing import Routing
+from leveret.brokers.rabbitmq.settling import Settling
+from leveret.clock import SystemClock
+from leveret.envelope import Envelope
+from leveret.runtime import Runtime
+from leveret.settings import Settings
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import Raw
+
+
+@dataclass
+class Held:
+    """A delivery to be replaced."""
+
+    queue: Queue
+    acked: int = 0
+    instead: Posting | None = None
+    live: bool = True
+
+    def done(self) -> None:
+        self.acked += 1
+
+
+def waiting_for(queue: Queue) -> Envelope:
+    """Return a retry that waits for a quarter of a second."""
+    due_ms = int((time.time() + 0.25) * 1000)
+    return Envelope(
+        job_id=uuid.uuid4().hex,
+        job="note",
+        queue=queue.name,
+        due_ms=due_ms,
+        cause="retry",
+        deadline=time.monotonic() + 5,
+    )
+
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 
@@ -111,3 +149,66 @@ async def test_a_deleted_exchange_is_named_and_the_next_publish_declares_it(
         await publisher.publish(shop.Note(), delay_s=delay_s)
     assert "is lost" not in caplog.text, "the connection goes on"
     await raw.until_count(shop.queue.name, 4)
+
+
+async def test_a_delayed_job_to_a_deleted_queue_is_unroutable(
+    rabbit: Rabbit, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pain 14: the broker confirms such a job at the first hop, and it ends in `lv.lost`, where nobody looks."""
+    monkeypatch.setattr(publishing, "SEEN_S", 0.1)
+    shop = Shop(rabbit.url)
+    async with shop.app.publisher() as publisher:
+        await publisher.publish(shop.Note(), delay_s=0.25)
+        await raw.until_count(shop.queue.name, 1)
+        await raw.delete(shop.queue.name)
+        await asyncio.sleep(0.2)
+        refused = await asyncio.gather(
+            *(publisher.publish(shop.Note(), delay_s=0.25) for _ in range(20)), return_exceptions=True
+        )
+        assert {type(end) for end in refused} == {Unroutable}
+        assert f"queue {shop.queue.name} was deleted" in str(refused[0])
+        await publisher.publish(shop.Note(), delay_s=0.25)
+    await raw.until_count(shop.queue.name, 1)
+
+
+@pytest.mark.parametrize("exchange", ["lv.delay.due", "lv.delay.digit.1"])
+async def test_delayed_jobs_come_on_time_after_an_exchange_on_their_way_was_deleted(
+    rabbit: Rabbit, raw: Raw, exchange: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty confirmed jobs were counted nowhere and came three minutes late."""
+    caplog.set_level(logging.WARNING, "leveret")
+    monkeypatch.setattr(publishing, "SEEN_S", 0.1)
+    shop = Shop(rabbit.url)
+    async with shop.app.publisher() as publisher:
+        await publisher.publish(shop.Note(), delay_s=0.25)
+        await raw.until_count(shop.queue.name, 1)
+        await raw.delete_exchange(exchange)
+        await asyncio.sleep(0.2)
+        began = time.monotonic()
+        await asyncio.gather(*(publisher.publish(shop.Note(), delay_s=0.25) for _ in range(30)))
+        await raw.until_count(shop.queue.name, 31)
+        assert time.monotonic() - began < 3
+    assert caplog.text.count(f"exchange {exchange} was deleted; declaring it again") == 1
+
+
+async def test_a_retry_that_waits_for_a_deleted_queue_declares_it_again(
+    rabbit: Rabbit, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry is the only copy of its job: it must neither end in `lv.lost` nor be given up."""
+    monkeypatch.setattr(publishing, "SEEN_S", 0.1)
+    nodes = Nodes(addresses(rabbit.url))
+    queue = Queue(f"shop-{uuid.uuid4().hex[:12]}")
+    settling = Settling(Publishing(nodes, Runtime(app="shop", settings=Settings()), "settle"), Routing(SystemClock()))
+    delivery = Held(queue)
+    try:
+        await settling.again(delivery, waiting_for(queue))
+        await raw.until_count(queue.name, 1)
+        await raw.delete(queue.name)
+        await asyncio.sleep(0.2)
+        with pytest.raises(Unroutable):
+            await settling.again(delivery, waiting_for(queue))
+        assert delivery.acked == 1, "an ack without a copy is a lost job"
+        await settling.again(delivery, waiting_for(queue))
+        await raw.until_count(queue.name, 1)
+    finally:
+        await settling.close()
