@@ -63,6 +63,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Why leveret publishes the job again; None for a publisher's publish. Not sent."""
     deadline: float = float("inf")
     """When the publish must have ended, `time.monotonic()` seconds. Not sent."""
+    resend: bool = False
+    """Whether the publish is repeated if its outcome is lost before the deadline. Not sent."""
 
     def due_in_s(self, now: float, /) -> float:
         """Return the seconds from `now` (Unix) until the job is due; 0 if the job may run at once."""

@@ -34,6 +34,8 @@ class OutgoingOptions(TypedDict, total=False):
     """Headers with plain values; names must not begin with `lv-`. Default: no headers."""
     expires_s: float | None
     """Seconds after which the job no longer runs. Default: the `expires_s` of its class."""
+    resend: bool | None
+    """Publish the job again, under its id, if the connection is lost before the confirm. Default: False."""
 
 
 class PublishOptions(OutgoingOptions, total=False):

@@ -67,6 +67,8 @@ class Publisher:
             correlation_id: The id that related jobs share, 1 to 200 bytes. Default: the one of the job whose handler publishes.
             headers: Headers with plain values, which every retry and replay keeps; names must not begin with `lv-`. Default: no headers.
             expires_s: Seconds after which the job no longer runs; must be above the delay. Default: the `expires_s` of its class.
+            resend: Publish the job again, under its id, if the connection is lost before the confirm, for at most `timeout_s`.
+                Each loss may leave one more copy in the queue. Default: False, which raises PublishTimeout.
             timeout_s: Seconds for the whole publish, including the time to connect. Default: 5.
 
         Raises:

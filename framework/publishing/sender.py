@@ -48,12 +48,16 @@ def _never() -> bool:
 
 
 def may_repeat(error: PublishError, envelope: Envelope, wait_s: float = 0.0) -> bool:
-    """Return whether `envelope` is sent again after `wait_s`: the broker didn't read it, and its deadline hasn't passed."""
+    """Return whether `envelope` is sent again after `wait_s`: its deadline hasn't passed, and the broker didn't read it, or may have lost it."""
     return (
         isinstance(error, PublishTimeout)
-        and not error.maybe_published
+        and (envelope.resend or not error.maybe_published)
         and time.monotonic() + wait_s < envelope.deadline
     )
+
+
+def _may_be_published(error: PublishError) -> bool:
+    return isinstance(error, PublishTimeout) and error.maybe_published
 
 
 class _Contract:
@@ -192,6 +196,7 @@ class Sender:
             due_ms=moment_ms(now + delay_s) if delay_s else None,
             expires_at_ms=None if expires_s is None else int((now + expires_s) * 1000),
             deadline=deadline,
+            resend="resend" in options and bool(options["resend"]),
         )
 
     def _encoded(self, job: Job, contract: _Contract, job_id: str) -> bytes:
@@ -243,27 +248,40 @@ class Sender:
         return await self._send(envelope)
 
     async def _to_broker(self, envelope: Envelope) -> Receipt:
-        queue, tries = self._queues[envelope.queue], 0
-        while True:
-            try:
-                await self._broker.publish(queue, envelope)
-                break
-            except PublishError as error:
-                settings = self._settings
-                base_s, cap_s = settings.reconnect_base_s, settings.reconnect_cap_s
-                wait_s = full_jitter(tries, base_s=base_s, cap_s=cap_s, rng=self._runtime.rng) if tries else 0.0
-                if not may_repeat(error, envelope, wait_s):
-                    raise
-                tries += 1
-                await asyncio.sleep(wait_s)
+        try:
+            await self._broker.publish(self._queues[envelope.queue], envelope)
+        except PublishTimeout as error:
+            if not may_repeat(error, envelope):
+                raise
+            await self._repeat(envelope, error)
         if self._observe is not None:
             decoder = self._decoders[envelope.queue, envelope.job]
             self._observe(decoder.decode(envelope.body, envelope.content_type), envelope)
         return Receipt(envelope.job_id)
 
+    async def _repeat(self, envelope: Envelope, error: PublishError) -> None:
+        """Send `envelope` again, at once and then with back-off, until it is confirmed; raise once its deadline passes."""
+        queue, settings, wait_s, tries, maybe = self._queues[envelope.queue], self._settings, 0.0, 0, False
+        while may_repeat(error, envelope, wait_s):
+            maybe = maybe or _may_be_published(error)
+            await asyncio.sleep(wait_s)
+            try:
+                await self._broker.publish(queue, envelope)
+            except PublishError as again:
+                error = again
+            else:
+                return
+            tries += 1
+            base_s, cap_s = settings.reconnect_base_s, settings.reconnect_cap_s
+            wait_s = full_jitter(tries, base_s=base_s, cap_s=cap_s, rng=self._runtime.rng)
+        if maybe and not _may_be_published(error):
+            msg = f"{error}; an earlier try may be in the queue, so publish it again under the same id"
+            raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=True) from error
+        raise error
+
     def post(self, envelope: Envelope) -> Posted | None:
         """Send an envelope without a task if it can be sent at once; None: nothing was sent, use `send`. Call it only while `bare`."""
-        if envelope.due_ms is not None or envelope.headers:
+        if envelope.due_ms is not None or envelope.headers or envelope.resend:
             return None
         return self._broker.post(self._queues[envelope.queue], envelope)
 

@@ -206,4 +206,4 @@ async def depth(admin: Admin, queue: Queue) -> Depth:
 
 def received(envelope: Envelope, **fields: Any) -> Envelope:
     """Return the envelope that must arrive when `envelope` is published."""
-    return msgspec.structs.replace(envelope, **{"cause": None, "deadline": float("inf")} | fields)
+    return msgspec.structs.replace(envelope, **{"cause": None, "deadline": float("inf"), "resend": False} | fields)

@@ -24,10 +24,12 @@ from leveret import (
     Publisher,
     PublishError,
     PublishManyError,
+    PublishTimeout,
     Queue,
     Receipt,
     Settings,
 )
+from leveret.brokers.memory.broker import MemoryBroker
 from leveret.headers import HeaderValue
 from leveret.testing import Lab, running
 
@@ -472,3 +474,21 @@ async def test_a_publisher_that_was_not_entered_says_how_to_enter_it() -> None:
         assert (await entered.publish(Mail(7))).state == "confirmed"
     with pytest.raises(BrokerUnavailable, match="this publisher is closed"):
         await entered.publish(Mail(8))
+
+
+@pytest.mark.parametrize("resend", [False, True])
+async def test_a_job_that_an_earlier_try_may_have_published_is_never_said_to_be_unpublished(
+    monkeypatch: pytest.MonkeyPatch, resend: bool
+) -> None:
+    """With `resend` the last try may fail with nothing sent; a caller who believes that gives the job a new id, and it runs twice."""
+    errors = iter([PublishTimeout("lost", maybe_published=True), BrokerUnavailable("away")])
+
+    async def fail(*_: object) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(MemoryBroker, "publish", fail)
+    async with app.publisher() as publisher:
+        with pytest.raises(PublishTimeout) as caught:
+            await publisher.publish(Mail(order_id=1), resend=resend)
+    assert caught.value.maybe_published
+    assert len(list(errors)) == (0 if resend else 1), "only who asks for it gets a second try"
