@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .app import App
 from .attempt import Attempt
-from .broker import QueueState
+from .broker import PublisherState, QueueState
 from .envelope import Envelope, Receipt
 from .errors import (
     BrokerUnavailable,
@@ -62,6 +62,7 @@ __all__ = [
     "PublishOptions",
     "PublishTimeout",
     "Publisher",
+    "PublisherState",
     "Queue",
     "QueueState",
     "Receipt",

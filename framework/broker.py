@@ -6,7 +6,8 @@ Every broker passes the same conformance suite (tests/contract). Its `Features` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from datetime import datetime, timezone
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -179,6 +180,34 @@ class Consumption(Protocol):
         ...
 
 
+PublisherStateName: TypeAlias = Literal["connecting", "ready", "blocked", "closed"]
+
+
+class PublisherState(msgspec.Struct, frozen=True):
+    """How a publisher is; see `Publisher.state`."""
+
+    name: PublisherStateName
+    """
+    - connecting: no connection is open; the first publish opens it, and a lost one is opened again.
+    - ready: the broker takes publishes.
+    - blocked: the broker is there, and takes no publishes: an alarm of RabbitMQ, or a locked file of SQLite.
+    - closed: the publisher was left.
+    """
+    since: datetime
+    """When `name` began, UTC."""
+    why: str = ""
+    """Why the publisher is connecting or blocked, on one line; otherwise empty."""
+
+    @staticmethod
+    def at(now: float, name: PublisherStateName, why: str = "") -> PublisherState:
+        """Return the state `name` that began at `now`, Unix seconds."""
+        return PublisherState(name, datetime.fromtimestamp(now, timezone.utc), why)
+
+    def then(self, now: float, name: PublisherStateName, why: str = "") -> PublisherState:
+        """Return the state that follows at `now`; `since` stays if the name does."""
+        return PublisherState(name, self.since, why) if name == self.name else PublisherState.at(now, name, why)
+
+
 class Posted(Protocol):
     """A publish in progress; it ends by its deadline."""
 
@@ -210,6 +239,11 @@ class Broker(Protocol):
 
     def features(self, queue: Queue | None = None, /) -> Features:
         """Return what the broker promises for `queue`; None stands for a queue with all defaults. Connects to nothing."""
+        ...
+
+    @property
+    def publishing(self) -> PublisherState:
+        """How publishing is. Costs nothing, and may be asked from any thread; a broker without connections is ready from the start."""
         ...
 
     async def publish(self, queue: Queue, envelope: Envelope) -> None:

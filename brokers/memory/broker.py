@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import final
 
-from leveret.broker import Consumption, Features, Sink, Subscription
+from leveret.broker import Consumption, Features, PublisherState, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.job import Queue
@@ -41,6 +41,8 @@ class MemoryBroker:
         self._clock = runtime.clock
         self._consumptions: list[MemoryConsumption] = []
         self._closed = False
+        self.publishing = PublisherState.at(self._clock.now(), "ready")
+        """As `Broker.publishing`."""
 
     def features(self, _: Queue | None = None, /) -> Features:
         """As `Broker.features`."""
@@ -72,6 +74,7 @@ class MemoryBroker:
     async def close(self) -> None:
         """As `Broker.close`; the jobs stay in the store."""
         self._closed = True
+        self.publishing = self.publishing.then(self._clock.now(), "closed")
         for consumption in self._consumptions:
             await consumption.close()
         self._consumptions.clear()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from leveret.broker import Consumption, Features, Posted, Sink, Subscription
+from leveret.broker import Consumption, Features, Posted, PublisherState, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.job import Queue
 from leveret.runtime import Runtime
@@ -60,6 +60,11 @@ class RabbitBroker:
             held_at_most_s=min(address.consumer_timeout_s for address in self._nodes.addresses),
             physical=(*topology.physicals(queue), topology.dead_queue(queue.name)),
         )
+
+    @property
+    def publishing(self) -> PublisherState:
+        """As `Broker.publishing`."""
+        return self._publishing.state
 
     async def publish(self, queue: Queue, envelope: Envelope) -> None:
         """As `Broker.publish`: return once RabbitMQ has confirmed the job, persistent and routed."""

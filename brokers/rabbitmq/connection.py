@@ -48,6 +48,8 @@ class Connection(asyncio.Protocol):
         self.closed: Closed | None = None
         self.blocked: str | None = None
         """Why the broker blocks publishers (an alarm); None while it doesn't."""
+        self.on_blocked: Callable[[], None] | None = None
+        """Called when `blocked` changes."""
         self.on_closed: Callable[[Closed], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._parser = Parser(self)
@@ -195,10 +197,10 @@ class Connection(asyncio.Protocol):
             case commands.Connection.CloseOk():
                 if self._closing is not None and not self._closing.done():
                     self._closing.set_result(None)
-            case commands.Connection.Blocked():
-                self.blocked = method.reason or "an alarm"
-            case commands.Connection.Unblocked():
-                self.blocked = None
+            case commands.Connection.Blocked() | commands.Connection.Unblocked():
+                self.blocked = method.reason or "an alarm" if isinstance(method, commands.Connection.Blocked) else None
+                if self.on_blocked is not None:
+                    self.on_blocked()
             case _:
                 if self._handshake is None or self._handshake.done():
                     raise ProtocolError(503, f"unexpected {method.name}: nothing waits for it")

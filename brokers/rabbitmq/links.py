@@ -11,6 +11,7 @@ from functools import partial
 from pamqp import commands
 
 from leveret.backoff import full_jitter
+from leveret.broker import PublisherState, PublisherStateName
 from leveret.errors import ConfigurationError
 from leveret.job import Queue
 from leveret.runtime import Runtime
@@ -21,10 +22,12 @@ from .connection import Connection
 from .nodes import Nodes
 from .route import Route
 from .session import FAULTS, ConnectionLost, reason_of, size_limit
-from .wire import Closed
+from .wire import CLOSE_TIMEOUT_S, Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
 
+_IDLE_CLOSE_S = 0.4
+"""How long the answer to a close is waited for where nobody waits for a confirm. A queue that confirms nothing delays it for good."""
 _MOST_ASIDE = 4
 """At most this many connections are left to queues that confirm nothing: if no queue confirms, more connections don't help."""
 
@@ -79,14 +82,18 @@ class Links:
         self._waiting = 0
         self._trying = False
         """Whether an attempt to connect is under way; False during the pause before one."""
-        self.reason = f"RabbitMQ at {nodes} wasn't reached yet"
-        """Why no link is open."""
+        self._returning = False
+        """Whether the connection was lost, and is opened again even if nobody waits for it."""
+        self.state = PublisherState.at(runtime.clock.now(), "connecting", f"RabbitMQ at {nodes} wasn't reached yet")
         self._refused: tuple[float, ConfigurationError] | None = None
         self.closed = False
 
     def of(self, lane: str) -> Link | None:
         """Return the link for `lane`; None if none is open."""
         return self.aside.get(lane, self.current)
+
+    def _is(self, name: PublisherStateName, why: str = "") -> None:
+        self.state = self.state.then(self._runtime.clock.now(), name, why)
 
     async def pause(self, attempt: int) -> None:
         """Wait for the back-off after `attempt` failures."""
@@ -105,10 +112,7 @@ class Links:
             raise ConnectionLost("the broker is closed")
         if self._refused is not None and time.monotonic() - self._refused[0] < self._runtime.settings.reconnect_base_s:
             raise self._refused[1]
-        if self._opening is None:
-            self._opening = asyncio.create_task(self._open())
-            self._opening.add_done_callback(self._opened)
-        opening = self._opening
+        opening = self._opening or self._begin()
         self._waiting += 1
         try:
             return await asyncio.shield(opening)
@@ -118,18 +122,24 @@ class Links:
             raise
         finally:
             self._waiting -= 1
-            if not self._waiting and not self._trying:
+            if not self._waiting and not self._trying and not self._returning:
                 opening.cancel()  # it pauses, and nobody waits for it any more; no effect on a finished task
                 self._opening = None  # now, not in its callback: a publish in this very turn must start a new task
+
+    def _begin(self, connection: Connection | None = None) -> asyncio.Task[Link]:
+        task = self._opening = asyncio.get_running_loop().create_task(self._open(connection))
+        task.add_done_callback(self._opened)
+        return task
 
     def _opened(self, task: asyncio.Task[Link]) -> None:
         if self._opening is task:
             self._opening = None
         if not task.cancelled() and isinstance(error := task.exception(), ConfigurationError):
             self._refused = (time.monotonic(), error)
+            self._is("connecting", str(error))
 
     async def _open(self, connection: Connection | None = None) -> Link:
-        """Open a channel on `connection`, or else try to connect until it succeeds or nobody waits.
+        """Open a channel on `connection`, or else try to connect until it succeeds; before the first success, until nobody waits.
 
         An attempt goes on after its publish gave up: otherwise publishes whose timeout is shorter than a handshake would never
         get a connection.
@@ -142,9 +152,9 @@ class Links:
                 break
             except (ConnectionLost, *FAULTS) as error:
                 connection = None
-                self.reason = reason_of(error)
-                if not self._waiting:
-                    raise ConnectionLost(self.reason) from error
+                self._is("connecting", reason_of(error))
+                if not self._waiting and not self._returning:
+                    raise ConnectionLost(self.state.why) from error
             finally:
                 self._trying = False
             attempt += 1
@@ -155,7 +165,27 @@ class Links:
         link = self.current = Link(connection, channel)
         channel.on_closed = partial(self._lost, link)
         channel.window.on_swept = partial(self._swept, link)
+        connection.on_blocked = partial(self._blocked, link)
+        self._returning = False
+        self._take_over(link)
         return link
+
+    def _take_over(self, link: Link) -> None:
+        """Let the state be that of `link`."""
+        blocked = link.connection.blocked
+        self._is("ready" if blocked is None else "blocked", blocked or "")
+
+    def _blocked(self, link: Link) -> None:
+        """Take over that the broker blocks publishers, or doesn't any more; say so once for all connections of the process."""
+        connection = link.connection
+        if link is self.current:
+            self._take_over(link)
+        if any(other.blocked is not None and other.usable for other in self._nodes.open if other is not connection):
+            return
+        if connection.blocked is not None:
+            logger.warning("RabbitMQ at %s blocks publishers: %s", connection.address, connection.blocked)
+        else:
+            logger.info("RabbitMQ at %s takes publishes again", connection.address)
 
     async def _try(self, connection: Connection | None = None) -> tuple[Connection, Channel]:
         timeout_s = self._runtime.settings.connect_timeout_s
@@ -177,22 +207,22 @@ class Links:
                 self._end(link)
             return
         self.current = None
-        self.reason = reason_of(why)
+        self._returning = True
+        self._is("connecting", reason_of(why))
         if connection.usable:  # a publish cost its channel: whatever was declared may be gone, and is declared again
             connection.max_body_bytes = size_limit(why) or connection.max_body_bytes
             logger.warning(
                 "RabbitMQ at %s closed the channel of %r, which opens another: %s",
                 connection.address,
                 self._name,
-                self.reason,
+                self.state.why,
             )
-            self._opening = asyncio.get_running_loop().create_task(self._open(connection))
-            self._opening.add_done_callback(self._opened)
         else:
             self._nodes.leave(connection.address)
             logger.warning(
-                "the connection %r to RabbitMQ at %s is lost: %s", self._name, connection.address, self.reason
+                "the connection %r to RabbitMQ at %s is lost: %s", self._name, connection.address, self.state.why
             )
+        self._begin(connection if connection.usable else None)
 
     def _swept(self, link: Link) -> None:
         """Start a new link when a queue holds up the others; close a link that was left and is idle."""
@@ -254,13 +284,16 @@ class Links:
     def _end(self, link: Link) -> None:
         self._forget(link)
         self._leaving.discard(link)
-        task = asyncio.get_running_loop().create_task(link.connection.close())
+        waited_for = next(link.window.waited_for, None) is not None
+        close = link.connection.close(CLOSE_TIMEOUT_S if waited_for else _IDLE_CLOSE_S)
+        task = asyncio.get_running_loop().create_task(close)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         """Close all connections; publishes that wait for one fail."""
         self.closed = True
+        self._is("closed")
         for task in (self._opening, self._relieving):
             if task is not None:
                 task.cancel()

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from leveret.broker import Posted
+from leveret.broker import Posted, PublisherState
 from leveret.envelope import Envelope
 from leveret.errors import (
     BrokerUnavailable,
@@ -114,6 +114,11 @@ class Publishing:
         self._links = Links(nodes, runtime, name)
         self._runtime = runtime
 
+    @property
+    def state(self) -> PublisherState:
+        """As `Broker.publishing`."""
+        return self._links.state
+
     async def send(self, route: Route, envelope: Envelope, deadline: float) -> None:
         """Return once `envelope` is confirmed; raise a `PublishError` by `deadline` otherwise."""
         link = await self.linked(route, envelope, deadline)
@@ -208,7 +213,7 @@ class Publishing:
         link = self._links.of(route.lane)
         if link is None or not link.usable:
             raise BrokerUnavailable(
-                _says(route, envelope.job, f"no connection in time: {self._links.reason}"), job_id=envelope.job_id
+                _says(route, envelope.job, f"no connection in time: {self._links.state.why}"), job_id=envelope.job_id
             ) from None
         msg = _says(
             route, envelope.job, f"nothing was sent in time: {undeclared or link.window.why_full}{_blocked(link)}"

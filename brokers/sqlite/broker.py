@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import final
 from urllib.parse import unquote, urlsplit
 
-from leveret.broker import Consumption, Features, QueueState, Sink, Subscription
+from leveret.broker import Consumption, Features, PublisherState, QueueState, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
@@ -181,6 +181,11 @@ class SqliteBroker:
     def features(self, _: Queue | None = None, /) -> Features:
         """As `Broker.features`."""
         return _FEATURES
+
+    @property
+    def publishing(self) -> PublisherState:
+        """As `Broker.publishing`: blocked while the file is locked or can't be written, as far as a write has shown it."""
+        return self._store.publishing
 
     def post(self, queue: Queue, envelope: Envelope) -> None:
         """Return None: `publish` already writes concurrent publishes in one transaction."""

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, final
 
 from leveret.backoff import full_jitter
+from leveret.broker import PublisherState
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
 from leveret.runtime import Runtime
 
@@ -81,6 +82,8 @@ class Store:
         self._failing_since: float | None = None
         self._said = False
         self._why = ""
+        self.publishing = PublisherState.at(self._runtime.clock.now(), "ready")
+        """Whether the file can be written, as `Broker.publishing`."""
 
     async def run(self, write: Write) -> Any:
         """Do `write` and return its result; raise at its deadline, after which a write that isn't in a transaction is never done."""
@@ -179,11 +182,18 @@ class Store:
         stopped = loop.create_future()
         with self._wake:
             self._stop_by = time.monotonic() + timeout_s
+            self.publishing = self.publishing.then(self._runtime.clock.now(), "closed")
             self._stopped = stopped
             self._wake.notify()
         with suppress(TimeoutError):
             # the thread ends by itself unless the disk hangs; then it is left running, as a daemon
             await asyncio.wait_for(stopped, timeout_s + 1.0)
+
+    def _can_write(self, why_not: str) -> None:
+        self._why = why_not
+        if not self.closed:
+            now = self._runtime.clock.now()
+            self.publishing = self.publishing.then(now, "blocked" if why_not else "ready", " ".join(why_not.split()))
 
     @property
     def why(self) -> str:
@@ -339,7 +349,8 @@ class Store:
         self._file.committed(turn)
         self._failures = 0
         self._not_before = 0.0
-        self._why = ""
+        if self._why:
+            self._can_write("")
         if self._said:
             assert self._failing_since is not None
             log.info("%s can be written again, after %.1f s", self.path, time.monotonic() - self._failing_since)
@@ -404,10 +415,10 @@ class Store:
         self._failing_since = self._failing_since or now
         if code in _BUSY:
             # nothing is refused or lost: the writes are tried again until their deadlines pass
-            self._why = "the file is locked by another process"
+            self._can_write("the file is locked by another process")
             self._not_before = now + _BUSY_PAUSE_S
         else:
-            self._why = str(error)
+            self._can_write(str(error))
             self._failures += 1
             base_s, cap_s = self._runtime.settings.reconnect_base_s, self._runtime.settings.reconnect_cap_s
             self._not_before = now + full_jitter(self._failures, base_s=base_s, cap_s=cap_s, rng=self._runtime.rng)

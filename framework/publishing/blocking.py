@@ -8,6 +8,7 @@ import os
 import selectors
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -15,6 +16,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, final
 
+from ..broker import PublisherState
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, LeveretError, PublishTimeout
 from ..job import Job
@@ -132,6 +134,7 @@ class BlockingPublisher:
         self._opened: _Opened | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
+        self._unopened = PublisherState.at(time.time(), "connecting", "nothing was published yet")
 
     def __enter__(self) -> Self:
         return self
@@ -144,9 +147,16 @@ class BlockingPublisher:
     def close(self) -> None:
         """Flush within a deadline, as the interpreter's exit does. A later publish opens the publisher again."""
         opened, self._opened = self._opened, None
+        self._unopened = self._unopened.then(time.time(), "closed")
         atexit.unregister(self.close)
         if opened is not None:
             opened.close()
+
+    def state(self) -> PublisherState:
+        """Return how the publisher is now, as `Publisher.state`. It is connecting until its first publish, and closed after `close`."""
+        opened = self._opened
+        publisher = opened.publisher if opened is not None and opened.pid == os.getpid() else None
+        return self._unopened if publisher is None else publisher.state()
 
     def _ready(self) -> _Opened:
         if self._pid != os.getpid():

@@ -8,8 +8,9 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import wait
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, NoReturn, Unpack, final
+from typing import Any, NoReturn, Unpack, cast, final
 
+from ..broker import PublisherState
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, InvalidJob, LeveretError, PublishTimeout
 from ..job import Job
@@ -33,12 +34,20 @@ class Publisher:
         self._sender: Sender | None = sender
         self._wait = wait
         """Waits for a publish in `publish_blocking`, where the loop has no thread of its own; None: as usual."""
+        self._closed: PublisherState | None = None
         self._loop = asyncio._get_running_loop()
         """The event loop that its connection belongs to; None for a test's attempt that was made outside of a loop."""
 
     def close(self) -> None:
         """Refuse every later publish; called when the `async with` block of the publisher ends."""
-        self._sender = None
+        if self._sender is not None:
+            self._closed = self._sender.closed_state
+            self._sender = None
+
+    def state(self) -> PublisherState:
+        """Return how the publisher is now; the call costs nothing, so a readiness probe may ask as often as it likes."""
+        sender = self._sender
+        return sender.state if sender is not None else cast("PublisherState", self._closed)
 
     def _open(self, job_id: str | None = None) -> Sender:
         if self._sender is None:

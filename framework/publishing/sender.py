@@ -11,7 +11,7 @@ from typing import Literal
 
 from .. import codec
 from ..backoff import full_jitter
-from ..broker import Broker, Posted
+from ..broker import Broker, Posted, PublisherState
 from ..chain import bind, fold_publish
 from ..clock import moment_ms
 from ..context import current_attempt
@@ -106,6 +106,16 @@ class Sender:
         self._contracts: dict[type, _Contract] = {}
         self._decoders: dict[tuple[str, str], codec.Decoder] = {}
         self._send = fold_publish(publishing, self._to_broker)
+
+    @property
+    def state(self) -> PublisherState:
+        """How publishing is, as the broker says."""
+        return self._broker.publishing
+
+    @property
+    def closed_state(self) -> PublisherState:
+        """Return the state of a publisher that is left now."""
+        return self.state.then(self._runtime.clock.now(), "closed")
 
     async def publish(self, job: Job, options: OutgoingOptions, timeout_s: float) -> Receipt:
         """Publish one job. Raises `PublishError`."""

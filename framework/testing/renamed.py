@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ..broker import Broker, Consumption, Delivery, Features, Sink, Subscription
+from ..broker import Broker, Consumption, Delivery, Features, PublisherState, Sink, Subscription
 from ..envelope import Envelope
 from ..job import Queue
 
@@ -83,6 +83,11 @@ class RenamedBroker:
     def features(self, queue: Queue | None = None, /) -> Features:
         """As `Broker.features`."""
         return self._broker.features(queue)
+
+    @property
+    def publishing(self) -> PublisherState:
+        """As `Broker.publishing`."""
+        return self._broker.publishing
 
     def post(self, queue: Queue, envelope: Envelope) -> None:
         """Return None: this broker publishes only through `publish`."""
