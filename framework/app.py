@@ -303,9 +303,11 @@ class App(Generic[_R]):
     @overload
     def handler(self, function: Callable[[_J], _Says], /) -> Callable[[_J], _Says]: ...
     @overload
-    def handler(self, *, job: type[_J], middleware: Sequence[Layer[_R]] = ()) -> _HandlerOf[_J, _R]: ...
+    def handler(
+        self, *, job: type[_J], middleware: Sequence[Layer[_R]] = (), remember: bool = True
+    ) -> _HandlerOf[_J, _R]: ...
     @overload
-    def handler(self, *, middleware: Sequence[Layer[_R]] = ()) -> _Handler[_R]: ...
+    def handler(self, *, middleware: Sequence[Layer[_R]] = (), remember: bool = True) -> _Handler[_R]: ...
     def handler(  # type: ignore[misc]  # pyright: ignore[reportInconsistentOverload] - each overload's own narrowing
         self,
         function: Callable[..., Any] | None = None,
@@ -313,12 +315,16 @@ class App(Generic[_R]):
         *,
         job: type[Any] | None = None,
         middleware: Sequence[Layer[Any]] = (),
+        remember: bool = True,
     ) -> Any:
         """Register an `async def` (runs on the loop) or a `def` (runs in a thread); return the function unchanged.
 
         The annotation of the first parameter is the job class that the handler takes; it is resolved when a worker starts.
         Give `job=` if the annotation can't be resolved. `middleware` goes inside the app's middleware, except for classes that
         can occur only once (`Timeout`, `Retries` …): an instance of such a class replaces the app's.
+
+        A job whose connection or lease is lost is delivered again. The process that ran it, or still runs it, settles the
+        redelivery by that run; with `remember=False` the job runs again.
         """
         if function is not None and (inspect.isclass(function) or not callable(function)):
             msg = f"app {self._name!r}: @app.handler decorates a function, not {function!r:.80}; give the job class with job="
@@ -327,7 +333,7 @@ class App(Generic[_R]):
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             where = f"handler {function.__module__}.{getattr(function, '__qualname__', function)}"
             layers = check_layers(middleware, where)
-            self._registrations.append(Registration(function, job, layers))
+            self._registrations.append(Registration(function, job, layers, remember))
             return function
 
         return register if function is None else register(function)

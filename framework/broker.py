@@ -87,20 +87,20 @@ class Delivery(Protocol):
         """Acknowledge the job; acknowledgements are batched, and flushed once per turn of the event loop."""
         ...
 
-    async def again(self, envelope: Envelope, /) -> None:
+    async def again(self, envelope: Envelope, /) -> bool:
         """Publish `envelope` to the delivery's queue, due at its `due_ms` and confirmed by its `deadline`, then acknowledge.
 
-        A `due_ms` that has passed means now.
+        A `due_ms` that has passed means now. Returns whether the job is published; False if the delivery was lost before.
 
         Raises the errors of `Broker.publish`; the delivery is then not acknowledged. A call after a `PublishTimeout` waits
         for the first publish if the broker can: while a broker blocks publishers, every further copy that is written would run.
         """
         ...
 
-    async def bury(self, envelope: Envelope, /) -> None:
+    async def bury(self, envelope: Envelope, /) -> bool:
         """Publish `envelope` to the queue's dead letters, its body unchanged, confirmed by its `deadline`, then acknowledge.
 
-        The letter keeps the priority. A missing `origin` is the delivery's queue.
+        The letter keeps the priority. A missing `origin` is the delivery's queue. Returns as `again`.
 
         Raises the errors of `Broker.publish`; the delivery is then not acknowledged. A call after a `PublishTimeout` waits for
         the first publish, as in `again`.

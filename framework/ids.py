@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from datetime import datetime, timezone
 
 _IDS = 400
 # Prepared ends of ids: one system call for many. list.pop is atomic, so two threads never get the same end.
@@ -41,6 +43,19 @@ def new_job_id() -> str:
         end = fresh.pop()  # taken before the list grows: other threads might take all of the new ends
         _ends.extend(fresh)
         return begin + end
+
+
+def slot_job_id(app: str, schedule: str, slot: datetime) -> str:
+    """Return the id of the job of a schedule's slot, which is the same on every replica and after a restart."""
+    return f"{app}.{schedule}@{slot.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+
+
+_SLOT = re.compile(r"\.[A-Za-z0-9_.-]+@\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
+
+
+def is_slot_job_id(job_id: str, app: str | None) -> bool:
+    """Whether `job_id` is from `slot_job_id`, for a job that `app` published."""
+    return app is not None and job_id.startswith(app) and _SLOT.fullmatch(job_id, len(app)) is not None
 
 
 _VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}

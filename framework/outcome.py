@@ -35,6 +35,8 @@ class Kind(Enum):
     CUT_OFF = "cut off"
     LOST = "lost"
     """The delivery's channel or lease was lost: the broker delivers the job again, however the run ended."""
+    REMEMBERED = "remembered"
+    """The job was redelivered, or a cron slot's second copy came: settled by the first run, without another one."""
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -193,5 +195,11 @@ class CutOff(msgspec.Struct, frozen=True):
     kind: ClassVar[Kind] = Kind.CUT_OFF
 
 
-Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff
+class Repeated(msgspec.Struct, frozen=True):
+    """An earlier run in this process has settled the job, or its settlement also settles this delivery: acked without a run."""
+
+    kind: ClassVar[Kind] = Kind.REMEMBERED
+
+
+Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff | Repeated
 """Every way in which a delivery can end in a worker; `Settlement.settle` acts on each."""

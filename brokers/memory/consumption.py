@@ -48,7 +48,7 @@ class MemoryDelivery:
         with self._contents.lock:
             self.consumption.settled(self)
 
-    async def again(self, envelope: Envelope, /) -> None:
+    async def again(self, envelope: Envelope, /) -> bool:
         """As `Delivery.again`, in one step with the ack."""
         await asyncio.sleep(0)
         with self._contents.lock:
@@ -56,8 +56,10 @@ class MemoryDelivery:
                 self._contents.check_accepts(envelope)
                 self._contents.put(*sent(envelope, self.queue.name), due_at(envelope, self.consumption.clock))
                 self.consumption.settled(self)
+                return True
+        return False
 
-    async def bury(self, envelope: Envelope, /) -> None:
+    async def bury(self, envelope: Envelope, /) -> bool:
         """As `Delivery.bury`, in one step with the ack."""
         await asyncio.sleep(0)
         with self._contents.lock:
@@ -66,6 +68,8 @@ class MemoryDelivery:
                 buried, _ = sent(envelope, self.queue.name, origin=self.queue.name)
                 self._contents.bury(buried)
                 self.consumption.settled(self)
+                return True
+        return False
 
     def give_back(self) -> None:
         """As `Delivery.give_back`; the job returns to its old place in the queue."""

@@ -43,22 +43,24 @@ class Settling:
         self._publishing = publishing
         self._routes = routes
 
-    async def again(self, delivery: Replaceable, envelope: Envelope) -> None:
+    async def again(self, delivery: Replaceable, envelope: Envelope) -> bool:
         """Publish `envelope` to the delivery's queue, confirmed, then ack."""
         if delivery.live:
             if delivery.instead is None:
                 route = await self._routes.ready(delivery.queue, envelope, self._publishing)
                 await self._write(delivery, route, envelope)
-            await self._confirmed(delivery, envelope.deadline)
+            return await self._confirmed(delivery, envelope.deadline)
+        return False
 
-    async def bury(self, delivery: Replaceable, envelope: Envelope) -> None:
+    async def bury(self, delivery: Replaceable, envelope: Envelope) -> bool:
         """Publish `envelope` to the queue's dead letters, confirmed, then ack."""
         if delivery.live:
             if delivery.instead is None:
                 queue = delivery.queue
                 buried = envelope if envelope.origin else msgspec.structs.replace(envelope, origin=queue.name)
                 await self._write(delivery, self._routes.dead(queue), buried)
-            await self._confirmed(delivery, envelope.deadline)
+            return await self._confirmed(delivery, envelope.deadline)
+        return False
 
     async def _write(self, delivery: Replaceable, route: Route, envelope: Envelope) -> None:
         """Write the replacement if the delivery is still live: during the wait for a link, the broker may have taken the delivery back."""
@@ -66,15 +68,15 @@ class Settling:
         if delivery.live:
             delivery.instead = self._publishing.write(link, route, envelope)
 
-    async def _confirmed(self, delivery: Replaceable, deadline: float) -> None:
-        """Ack the delivery once its replacement is confirmed.
+    async def _confirmed(self, delivery: Replaceable, deadline: float) -> bool:
+        """Ack the delivery once its replacement is confirmed; return False if none was written.
 
         If no confirm comes in time (the broker blocks publishers), the next call waits for the same publish: a second copy
         would run too.
         """
         publish = delivery.instead
         if publish is None:
-            return
+            return False
         try:
             async with asyncio.timeout_at(deadline):
                 await publish.wait()
@@ -83,6 +85,7 @@ class Settling:
         delivery.instead = None
         await publish
         delivery.done()
+        return True
 
     async def close(self) -> None:
         """Close the connection."""

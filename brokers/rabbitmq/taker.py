@@ -99,13 +99,13 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
         """Ack the delivery, at the end of this loop turn."""
         self.taker.ack(self)
 
-    async def again(self, envelope: Envelope, /) -> None:
+    async def again(self, envelope: Envelope, /) -> bool:
         """Publish `envelope` to the delivery's queue, confirmed, then ack."""
-        await self.taker.settling.again(self, envelope)
+        return await self.taker.settling.again(self, envelope)
 
-    async def bury(self, envelope: Envelope, /) -> None:
+    async def bury(self, envelope: Envelope, /) -> bool:
         """Publish `envelope` to the queue's dead letters, confirmed, then ack."""
-        await self.taker.settling.bury(self, envelope)
+        return await self.taker.settling.bury(self, envelope)
 
     def give_back(self) -> None:
         """Requeue the delivery, at the end of this loop turn."""

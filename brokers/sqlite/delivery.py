@@ -19,11 +19,11 @@ class Settles(Protocol):
         """As `Delivery.done`."""
         ...
 
-    async def again(self, delivery: SqliteDelivery, envelope: Envelope, /) -> None:
+    async def again(self, delivery: SqliteDelivery, envelope: Envelope, /) -> bool:
         """As `Delivery.again`."""
         ...
 
-    async def bury(self, delivery: SqliteDelivery, envelope: Envelope, /) -> None:
+    async def bury(self, delivery: SqliteDelivery, envelope: Envelope, /) -> bool:
         """As `Delivery.bury`."""
         ...
 
@@ -76,13 +76,13 @@ class SqliteDelivery:
         """As `Delivery.done`; while the file is locked, the write is tried until it succeeds."""
         self.window.settling.done(self)
 
-    async def again(self, envelope: Envelope, /) -> None:
+    async def again(self, envelope: Envelope, /) -> bool:
         """As `Delivery.again`, in one transaction with the ack."""
-        await self.window.settling.again(self, envelope)
+        return await self.window.settling.again(self, envelope)
 
-    async def bury(self, envelope: Envelope, /) -> None:
+    async def bury(self, envelope: Envelope, /) -> bool:
         """As `Delivery.bury`, in one transaction with the ack."""
-        await self.window.settling.bury(self, envelope)
+        return await self.window.settling.bury(self, envelope)
 
     def give_back(self) -> None:
         """As `Delivery.give_back`; the job keeps its place, and doesn't count as redelivered."""

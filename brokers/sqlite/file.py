@@ -276,7 +276,7 @@ class File:
             turn.added = True
             self._any_may_wait()
         if lost:
-            log.warning("%d finished jobs of %s will run again, since their lease was lost", lost, self.path)
+            log.warning("%d finished jobs of %s are delivered again, since their lease was lost", lost, self.path)
 
     def _add(self, connection: sqlite3.Connection, turn: Turn) -> None:
         """Add the rows of jobs and dead letters, many per statement."""

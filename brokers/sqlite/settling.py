@@ -28,15 +28,16 @@ class Settling:
         if delivery.unsettled:
             self._store.done(delivery)
 
-    async def again(self, delivery: SqliteDelivery, envelope: Envelope) -> None:
+    async def again(self, delivery: SqliteDelivery, envelope: Envelope) -> bool:
         """Add `envelope` to the queue in one transaction with the ack; do nothing if a late commit settled the delivery."""
         if delivery.unsettled:
             name = delivery.queue.name
             row = packed(name, envelope, when_ms(envelope, self._clock))
             about = f"the retry of job {envelope.job_id} in queue {name!r}"
             await self._store.run(Again(about, delivery, row, envelope.deadline))
+        return delivery.settled
 
-    async def bury(self, delivery: SqliteDelivery, envelope: Envelope) -> None:
+    async def bury(self, delivery: SqliteDelivery, envelope: Envelope) -> bool:
         """Add `envelope` to the dead letters in one transaction with the ack; do nothing if a late commit settled the delivery."""
         if delivery.unsettled:
             name = delivery.queue.name
@@ -44,6 +45,7 @@ class Settling:
             row = packed(name, buried, int(self._clock.now() * 1000))
             about = f"the burial of job {envelope.job_id} from queue {name!r}"
             await self._store.run(Bury(about, delivery, row, envelope.deadline))
+        return delivery.settled
 
     def give_back(self, delivery: SqliteDelivery) -> None:
         """Free the row; the job keeps its place, and doesn't count as redelivered."""

@@ -85,6 +85,8 @@ def _handler(handler: HandlerRecord) -> list[str]:
         limits.append(f"expires {seconds(handler.expires_s)} after the publish")
     if handler.expired == "dead":
         limits.append("expired jobs become dead letters")
+    if not handler.remember:
+        limits.append("runs again when redelivered (remember=False)")
     text = [
         f"  job {handler.job}{version} ({handler.job_class}), {_RUNS[handler.runs]}",
         f"    chain    {' → '.join([*chain, handler.handler])}",

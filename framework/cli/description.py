@@ -84,6 +84,8 @@ class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of an expired job: "drop" or "dead"."""
     layers: list[LayerRecord]
     """Outermost first."""
+    remember: bool
+    """Whether a redelivery is settled by an earlier run in the same process."""
     retries: list[Waits]
     """The first entry that matches applies; empty: any failure buries the job at once."""
 
@@ -187,6 +189,7 @@ def _handler(handler: Handler, limits: Limits) -> HandlerRecord:
         expires_s=spec.expires_s,
         expired="dead" if spec.keeps_expired else "drop",
         layers=[_sides(layer) for layer in handler.layers],
+        remember=handler.remember,
         retries=[_waits(waits) for one in facts for waits in one.retries],
     )
 

@@ -17,14 +17,16 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
+from ..ids import is_slot_job_id
 from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
-from ..outcome import OUTCOMES, Bury, CutOff, Ending, Kind, NotStarted, Retry, Snooze, Undecodable, Unknown
+from ..outcome import OUTCOMES, Bury, CutOff, Ending, Kind, NotStarted, Repeated, Retry, Snooze, Undecodable, Unknown
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
 from ..texts import named
 from .handler import Handler, innermost, take_back_cancels
 from .limits import Limits
+from .remembered import Past, key_of
 from .settlement import Ended, Lost, Settlement
 from .slots import Gate, Held, QueueHeld, Route, Slots, in_arrival_order
 
@@ -34,7 +36,11 @@ START_WITHIN_S = 60.0
 """A rate limit lowers the prefetch to the starts of this many seconds; the broker's consumer timeout includes waiting."""
 HOLD_S = 450.0
 """Seconds that a delivery waits for a slot before it is given back; a quarter of the broker's limit, if the broker has one."""
+MOST_WINDOW = 5000
+"""At most this many settlements are remembered in case that they didn't arrive: about 800 kB."""
 _UNWIND_S = 1.0
+_TELL_S = 1.0
+"""How long redeliveries that don't run are collected for one log line, seconds."""
 
 
 class Consumer:
@@ -55,14 +61,12 @@ class Consumer:
         threads: Executor | None = None,
     ) -> None:
         self._publisher = publisher
-        self._settlement = Settlement(publish_layers, runtime, observe)
         self._resources = resources
         self._runtime = runtime
         self._clock = runtime.clock
         self._threads = threads or ThreadPoolExecutor(limits.threads, thread_name_prefix="leveret-job")
         self._slots = Slots(limits, runtime.clock, self._start)
         self._take, self._free, self._queues = self._slots.take, self._slots.free, self._slots.queues  # looked up once
-        self._end = self._settlement.end
         self._subscriptions: list[Subscription] = []
         self._tasks: dict[asyncio.Task[None], Held | None] = {}
         """The running tasks, each with the delivery that it runs; None for a delivery that is settled without a run."""
@@ -73,6 +77,8 @@ class Consumer:
         """Called when the state of a queue has changed."""
         self._lost_held = 0
         self._lost_running = 0
+        self._told_recalled = 0
+        self._teller: Timer | None = None
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
         self._create_task = asyncio.get_running_loop().create_task
@@ -80,6 +86,10 @@ class Consumer:
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
             own = [handler for handler in handlers if handler.queue == queue]
             self._open(queue, own, around_sync, broker.features(queue))
+        window = sum(each.prefetch * len(each.queue.levels) for each in self._subscriptions)
+        self._settlement = Settlement(publish_layers, runtime, observe, min(window, MOST_WINDOW))
+        self._remembered = self._settlement.remembered
+        self._end = self._settlement.end
 
     def _open(
         self,
@@ -170,12 +180,20 @@ class Consumer:
         """Take a delivery, which starts as soon as it has a slot."""
         envelope, queue = delivery.envelope, self._queues[delivery.queue.name]
         route = queue.routes.get(envelope.job)
-        if self._stopping or route is None or delivery.problem is not None or envelope.version > route.version:
+        if (
+            delivery.redelivered
+            or self._stopping
+            or route is None
+            or delivery.problem is not None
+            or envelope.version > route.version
+        ):
+            if delivery.redelivered and self._is_known(delivery, route or queue.only):
+                return
             ending = self._unroutable(delivery, queue)
             if ending is not None:
                 self._end_without_run(delivery, ending)
                 return
-            route = queue.only
+            route = route or queue.only
             assert route is not None
         if not self._take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
             self._sweeper = self._clock.call_later(self._sweep_s, self._sweep)
@@ -185,7 +203,9 @@ class Consumer:
         lost = sum(1 for _ in self._slots.remove(lambda held: not held.delivery.live))
         self._settlement.counts[Lost] += lost
         self._lost_held += lost
-        self._lost_running = sum(1 for held in self._tasks.values() if held is not None and not held.delivery.live)
+        running = [held for held in self._tasks.values() if held is not None and not held.delivery.live]
+        self._lost_running = len(running)
+        self._remembered.lose(running)
         self._tell()
 
     def queues_changed(self) -> None:
@@ -201,8 +221,44 @@ class Consumer:
             return ""
         return f"; running jobs that can't be acknowledged any more: {running}, waiting jobs that went back: {held}"
 
+    def _is_known(self, delivery: Delivery, route: Route | None) -> bool:
+        """Settle a redelivery by the first run of its job, if this process remembers it; return whether it does."""
+        if route is not None and not route.handler.remember:
+            return False
+        known = self._remembered.take(key_of(delivery.envelope))
+        if isinstance(known, Past):
+            self._end_without_run(delivery, known)
+        elif known is not None and known.task is not None:
+            known.delivery = delivery  # it goes on: its ending settles this delivery
+            self._settlement.counts[Repeated] += 1
+        else:
+            return False
+        self._tell_recalled()
+        return True
+
+    def _tell_recalled(self) -> None:
+        if self._teller is None:
+            self._teller = self._clock.call_later(_TELL_S, self._say_recalled)
+
+    def _say_recalled(self) -> None:
+        self._teller = None
+        told, self._told_recalled = self._told_recalled, self._settlement.counts[Repeated]
+        logger.info(
+            "%d redelivered jobs aren't run again, since this process ran them or runs them",
+            self._told_recalled - told,
+        )
+
+    def _is_repeated(self, held: Held) -> bool:
+        """Whether the job of this cron slot runs here already, or was settled here: a slot may be published twice."""
+        key = key_of(held.delivery.envelope)
+        return self._remembered.has_slot(key) or any(
+            other is not held and other.delivery.live and key_of(other.delivery.envelope) == key
+            for other in self._tasks.values()
+            if other is not None
+        )
+
     def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | None:
-        """Return why a delivery can't start; None for a job without a name if the queue has only one kind of job."""
+        """Return why a delivery can't start; None if it can, also without a name if the queue has only one kind of job."""
         envelope = delivery.envelope
         if self._stopping:
             return NotStarted()
@@ -215,6 +271,8 @@ class Consumer:
         route = queue.routes.get(envelope.job)
         if route is None:
             return Unknown(f"this worker has no handler for the job {envelope.job!r:.200}")
+        if envelope.version <= route.version:
+            return None
         return Unknown(
             f"{envelope.job} has version {envelope.version}, this worker's handler knows version {route.version}"
         )
@@ -226,11 +284,15 @@ class Consumer:
         if self._watchers:
             self._tell()
 
-    def _end_without_run(self, delivery: Delivery, ending: Ending) -> None:
+    def _end_without_run(self, delivery: Delivery, ending: Ending | Past) -> None:
         """Settle a delivery that doesn't run, in a later turn of the loop, because the broker may still be delivering it."""
 
         async def settle() -> None:
-            if (rest := self._settlement.end(delivery, None, ending, None)) is not None:
+            if isinstance(ending, Past):
+                rest = self._settlement.recall(delivery, ending)
+            else:
+                rest = self._settlement.end(delivery, None, ending, None)
+            if rest is not None:
                 await rest
 
         task = self._create_task(settle())
@@ -257,21 +319,25 @@ class Consumer:
         envelope = delivery.envelope
         attempt: Attempt[Any] | None = None
         ending: Ending
+        is_slot = (
+            envelope.job_id.endswith("Z") and route.handler.remember and is_slot_job_id(envelope.job_id, envelope.app)
+        )
         if queue.gate is not None:
             self._slots.begun(queue)
         try:
-            job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
-            attempt = make_attempt(
-                job, envelope, delivery.redelivered, held.arrived, self._resources, self._publisher, self._clock
-            )
-            current_attempt.set(attempt)
-            ending = await route.step(attempt)
-            if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]
-                layers = ", ".join(map(name_of, route.handler.layers))
-                msg = (
-                    f"middleware returned {ending!r:.80} instead of an outcome; look for a missing return in: {layers}"
+            if is_slot and self._is_repeated(held):
+                ending = Repeated()
+            else:
+                job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
+                attempt = make_attempt(
+                    job, envelope, delivery.redelivered, held.arrived, self._resources, self._publisher, self._clock
                 )
-                ending = _refused(TypeError(msg))
+                current_attempt.set(attempt)
+                ending = await route.step(attempt)
+                if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]
+                    layers = ", ".join(map(name_of, route.handler.layers))
+                    msg = f"middleware returned {ending!r:.80} instead of an outcome; look for a missing return in: {layers}"
+                    ending = _refused(TypeError(msg))
         except (Retry, Snooze, Bury) as said:  # raised by middleware; `innermost` returns those of a handler
             ending = said
         except UndecodableError as undecodable:
@@ -285,12 +351,17 @@ class Consumer:
             ending = _refused(failed)
         finally:
             self._free(route, queue)
+        delivery = held.delivery  # a redelivery may have taken its place
         rest = self._end(delivery, attempt, ending, held.arrived)
         try:
             if rest is not None:
                 if not self._settlement.cut:
                     await take_back_cancels()
                 await rest
+                if held.delivery is not delivery:  # redelivered during the settlement, which remembers the ending
+                    self.deliver(held.delivery)
+            if is_slot:
+                self._remembered.keep_slot(key_of(envelope))
         finally:
             task, held.task = held.task, None
             if task is not None:
@@ -336,6 +407,9 @@ class Consumer:
 
     def _stop_starting(self) -> None:
         self._stopping = True
+        if self._teller is not None:
+            self._teller.cancel()
+            self._say_recalled()
         self._slots.stop()
         if self._sweeper is not None:
             self._sweeper.cancel()

@@ -37,6 +37,7 @@ class Registration(msgspec.Struct, frozen=True):
     function: Callable[..., Any]
     job_class: type[Job] | None
     layers: tuple[AnyLayer, ...]
+    remember: bool = True
 
 
 class Handler(msgspec.Struct, frozen=True):
@@ -50,6 +51,8 @@ class Handler(msgspec.Struct, frozen=True):
     takes_attempt: bool
     is_async: bool
     layers: tuple[AnyLayer, ...]
+    remember: bool
+    """Whether a redelivery is settled by an earlier run in this process, instead of a second one."""
 
     @property
     def queue(self) -> Queue:
@@ -89,7 +92,10 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
         raise ConfigurationError(msg)
     if takes_attempt:
         _check_attempt(function, name, places[1].name)
-    return Handler(name, function, job_class, spec, takes_attempt, inspect.iscoroutinefunction(function), tuple(layers))
+    is_async = inspect.iscoroutinefunction(function)
+    return Handler(
+        name, function, job_class, spec, takes_attempt, is_async, tuple(layers), remember=registration.remember
+    )
 
 
 def check_limits(handler: Handler, features: Features) -> None:

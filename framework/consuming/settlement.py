@@ -34,6 +34,7 @@ from ..outcome import (
     ExpiredOnArrival,
     Kind,
     NotStarted,
+    Repeated,
     Retry,
     Snooze,
     Undecodable,
@@ -42,6 +43,7 @@ from ..outcome import (
 from ..runtime import Runtime
 from ..texts import named, one_line, said_by
 from ..tracebacks import exc_info
+from .remembered import ACKED, Past, Remembered, key_of
 
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 
@@ -81,6 +83,8 @@ class _Run(msgspec.Struct):
     error: BaseException | None
     """The error that led to the ending."""
     took_s: float
+    past: Past | None = None
+    """For a redelivery that doesn't run: how the earlier run ended."""
 
 
 class Settlement:
@@ -90,10 +94,15 @@ class Settlement:
         publish_layers: The middleware round every publish, first is outermost.
         runtime: Clock, chance and settings.
         observe: Called with each ending once its delivery is settled.
+        window: The number of deliveries that this worker may hold.
     """
 
     def __init__(
-        self, publish_layers: Sequence[AnyLayer], runtime: Runtime, observe: Callable[[Ended], None] | None = None
+        self,
+        publish_layers: Sequence[AnyLayer],
+        runtime: Runtime,
+        observe: Callable[[Ended], None] | None = None,
+        window: int = 0,
     ) -> None:
         self._observe = observe
         self.counts: defaultdict[type[Ending | Lost], int] = defaultdict(int)
@@ -101,6 +110,8 @@ class Settlement:
         self._publish_layers = publish_layers
         self._runtime = runtime
         self._clock = runtime.clock
+        self.remembered = Remembered(runtime.clock, window)
+        self._settled = self.remembered.settled.append  # looked up once
         self.unsettled = 0
         """The number of retries and burials that can't be published now; their deliveries stay unacknowledged."""
         self.cut = False
@@ -118,6 +129,8 @@ class Settlement:
             if not self.cut and isinstance(ending, Done) and delivery.live:  # nearly all
                 self.counts[Done] += 1
                 delivery.done()
+                envelope = delivery.envelope
+                self._settled((envelope.queue, envelope.job_id, envelope.passes))
             else:
                 run = self._run(delivery, attempt, ending, arrived)
                 if self.cut or isinstance(ending, CutOff):
@@ -130,9 +143,27 @@ class Settlement:
                     elif (republishing := self.settle(run, ending)) is not None:
                         return self._republished(republishing, run, ending)
                     else:
+                        if isinstance(ending, (Done, Expired, Repeated)):
+                            self._settled(key_of(delivery.envelope))
                         _say(run, ending)
             if self._observe is not None:
                 self._show(self._observe, delivery, attempt, ending, None if run is None else run.error)
+        except Exception as bug:  # noqa: BLE001 - see there
+            self._stuck(delivery, bug)
+        return None
+
+    def recall(self, delivery: Delivery, past: Past) -> Coroutine[Any, Any, None] | None:
+        """Settle a delivery by an earlier run of its job; return the rest of the settlement to await, or None."""
+        self.counts[Repeated] += 1
+        run = self._run(delivery, None, past.ending, None)
+        run.past = past
+        try:
+            if not delivery.live:
+                self._lost(run, past.ending)
+            elif (republishing := self.settle(run, past.ending)) is not None:
+                return self._republished(republishing, run, past.ending)
+            else:
+                self._settled(key_of(delivery.envelope))
         except Exception as bug:  # noqa: BLE001 - see there
             self._stuck(delivery, bug)
         return None
@@ -148,6 +179,7 @@ class Settlement:
         try:
             became = await republishing
             if became is not None:
+                self._replaced(run.delivery)
                 _say(run, became)
             elif self.cut:
                 _say_cut_off(run, ending)
@@ -163,6 +195,14 @@ class Settlement:
             raise
         except Exception as bug:  # noqa: BLE001 - see there
             self._stuck(run.delivery, bug)
+
+    def _replaced(self, delivery: Delivery) -> None:
+        """Remember that a retry or a burial is published: if the delivery was lost meanwhile, its redelivery is only acknowledged."""
+        key = key_of(delivery.envelope)
+        if delivery.live:
+            self._settled(key)
+        else:
+            self.remembered.add(key, ACKED)
 
     def _show(
         self,
@@ -186,6 +226,8 @@ class Settlement:
 
     def _lost(self, run: _Run, ending: Ending) -> None:
         self.counts[Lost] += 1
+        if past := run.past or self._past(run, ending):
+            self.remembered.add(key_of(run.envelope), past)
         if run.attempt is not None and isinstance(ending, (Retry, Bury)):
             ended = f"ended as {ending.kind.value} after {duration(run.took_s)}"
             gone = f"{ended}, but the channel or lease is gone, so the broker delivers the job again"
@@ -197,29 +239,39 @@ class Settlement:
             ending.kind.value,
         )
 
+    def _past(self, run: _Run, ending: Ending) -> Past | None:
+        """Return what to remember of a run; None for a delivery that didn't run."""
+        if run.attempt is None:
+            return None
+        if not isinstance(ending, (Retry, Snooze, Bury)):
+            return Past(ending)
+        reason = ending.reason if isinstance(ending, Bury) else ""
+        # a copy, since the exception's traceback holds what the handler's frames hold
+        return Past(type(ending)(*ending.args), self._failure(run.envelope, run.error, reason))
+
     def settle(self, run: _Run, ending: Ending) -> Coroutine[Any, Any, Ending | None] | None:
         """Settle a live delivery by its ending; return None, or a publish to await.
 
         The publish returns the ending that it made true; None if the delivery's channel or lease was lost meanwhile.
         """
-        delivery, envelope, error = run.delivery, run.envelope, run.error
+        delivery, envelope = run.delivery, run.envelope
         match ending:
-            case Done():
+            case Done() | Repeated():
                 delivery.done()
             case Expired(keep):
                 if keep:
-                    return self._bury(delivery, ending, self._failed(envelope, None, _why_expired(run, ending)))
+                    return self._bury(delivery, ending, self._failed(run, _why_expired(run, ending)))
                 delivery.done()
             case Snooze(delay_s):
                 return self._again(delivery, ending, _next(envelope, cause="snooze"), delay_s)
             case Retry(delay_s):
-                failed = self._failed(envelope, error, "" if error is not None else "a retry was requested")
+                failed = self._failed(run)
                 following = _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST))
                 return self._again(delivery, ending, following, delay_s or 0.0)
             case Bury(reason):
-                return self._bury(delivery, ending, self._failed(envelope, error, reason))
+                return self._bury(delivery, ending, self._failed(run, reason))
             case Undecodable(reason):
-                return self._bury(delivery, ending, self._failed(envelope, None, reason))
+                return self._bury(delivery, ending, self._failed(run, reason))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
                 # A time in the future, from a wrong clock, would make the job wait until then.
@@ -227,7 +279,7 @@ class Settlement:
                 waited_s = (now_ms - since_ms) / 1000
                 if waited_s >= self._runtime.settings.unknown_grace_s:
                     why = Bury(f"{reason}, after a wait of {waited_s:.0f} s")
-                    return self._bury(delivery, why, self._failed(envelope, None, reason))
+                    return self._bury(delivery, why, self._failed(run, reason))
                 if envelope.unknown_since_ms is None:
                     logger.warning(
                         "%s waits in the broker, because a deploy may be in progress: %s",
@@ -247,13 +299,15 @@ class Settlement:
         due_ms = moment_ms(self._clock.now() + delay_s) if delay_s else None
         envelope = msgspec.structs.replace(envelope, due_ms=due_ms)
 
+        published = False
+
         async def publish() -> None:
             reached = False
 
             async def last(changed: Envelope) -> Receipt:
-                nonlocal reached
+                nonlocal reached, published
                 reached = True
-                await delivery.again(changed)
+                published = await delivery.again(changed)
                 return Receipt(changed.job_id)
 
             await fold_publish(self._publish_layers, last)(_with_deadline(envelope))
@@ -262,27 +316,31 @@ class Settlement:
                 raise RuntimeError(msg)
 
         try:
-            return ending if await self._insist(delivery, publish, envelope) else None
+            return ending if await self._insist(delivery, publish, envelope) and published else None
         except _REFUSED as refused:  # another try wouldn't help
             reason = f"the {envelope.cause} can't be published: {refused}"
             ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
             bury = Bury(reason)
             bury.__cause__ = refused
-            return await self._bury(delivery, bury, self._failed(ran, refused, reason))
+            return await self._bury(delivery, bury, _entered(ran, self._failure(ran, refused, reason)))
 
     async def _bury(self, delivery: Delivery, ending: Ending, envelope: Envelope) -> Ending | None:
         buried = msgspec.structs.replace(
             envelope, origin=delivery.queue.name, cause="bury", due_ms=None, unknown_since_ms=None
         )
 
+        published = False
+
         async def publish() -> None:
             reached = False
 
             async def last(changed: Envelope) -> Receipt:
-                nonlocal reached
+                nonlocal reached, published
                 reached = True
                 # Middleware may only add headers to a burial; the rest stays as it came.
-                await delivery.bury(_with_deadline(msgspec.structs.replace(buried, headers=changed.headers)))
+                published = await delivery.bury(
+                    _with_deadline(msgspec.structs.replace(buried, headers=changed.headers))
+                )
                 return Receipt(changed.job_id)
 
             try:
@@ -301,7 +359,7 @@ class Settlement:
             if not reached:
                 await last(buried)
 
-        return ending if await self._insist(delivery, publish, buried) else None
+        return ending if await self._insist(delivery, publish, buried) and published else None
 
     async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
         """Repeat `publish` until the broker confirms, or until the delivery's channel or lease is gone.
@@ -340,9 +398,14 @@ class Settlement:
                 self.unsettled -= 1
         return False
 
-    def _failed(self, envelope: Envelope, error: BaseException | None, reason: str = "") -> Envelope:
-        """Return `envelope` with another entry in its errors; the oldest entries are dropped above `MAX_ERRORS_BYTES`."""
-        failure = Failure(
+    def _failed(self, run: _Run, reason: str = "") -> Envelope:
+        """Return the envelope of `run` with its failure; that of a remembered run, if there is one."""
+        failure = run.past.failure if run.past is not None else None
+        return _entered(run.envelope, failure or self._failure(run.envelope, run.error, reason))
+
+    def _failure(self, envelope: Envelope, error: BaseException | None, reason: str) -> Failure:
+        reason = reason or ("a retry was requested" if error is None else "")
+        return Failure(
             attempt=envelope.attempt,
             at_ms=int(self._clock.now() * 1000),
             host=socket.gethostname(),
@@ -351,12 +414,6 @@ class Settlement:
             reason=one_line(reason)[:_MESSAGE_CHARS],
             traceback="" if error is None else _trimmed(error),
         )
-        failures = [*failures_of(envelope), failure]
-        text = msgspec.json.encode(failures)
-        while len(text) > MAX_ERRORS_BYTES and len(failures) > 1:
-            failures = failures[1:]
-            text = msgspec.json.encode(failures)
-        return msgspec.structs.replace(envelope, errors=text.decode())
 
 
 def _say(run: _Run, ending: Ending) -> None:
@@ -410,6 +467,16 @@ def _why_expired(run: _Run, ending: Expired) -> str:
         f"had expired {(arrived_ms - expires_at_ms) / 1000:.0f} s before it first arrived, when it {age}: either it waited in the queue, "
         "or the clocks of its publisher and of this worker differ"
     )
+
+
+def _entered(envelope: Envelope, failure: Failure) -> Envelope:
+    """Return `envelope` with another entry in its errors; the oldest entries are dropped above `MAX_ERRORS_BYTES`."""
+    failures = [*failures_of(envelope), failure]
+    text = msgspec.json.encode(failures)
+    while len(text) > MAX_ERRORS_BYTES and len(failures) > 1:
+        failures = failures[1:]
+        text = msgspec.json.encode(failures)
+    return msgspec.structs.replace(envelope, errors=text.decode())
 
 
 def _next(envelope: Envelope, **changes: Any) -> Envelope:

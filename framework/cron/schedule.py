@@ -22,6 +22,7 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
+from ..ids import slot_job_id
 from ..job import Job
 from ..options import Outgoing
 
@@ -62,10 +63,6 @@ class Schedule(msgspec.Struct, frozen=True):
         """Return the first slot after `after`, in UTC; None if there is none."""
         return next_slot(self.expression, self.tz, after)
 
-    def slot_id(self, app: str, slot: datetime) -> str:
-        """Return the id of the job of `slot`, which is the same on every replica and after a restart."""
-        return f"{app}.{self.name}@{slot.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-
     def job(self, slot: datetime) -> Job | Outgoing | None:
         """Call the schedule's function for `slot` and return its job. The function gets `slot` in the schedule's time zone."""
         return self.emit(slot.astimezone(ZoneInfo(self.tz))) if self.takes_slot else self.emit()
@@ -78,7 +75,7 @@ class Schedule(msgspec.Struct, frozen=True):
         outgoing = emitted if isinstance(emitted, Outgoing) else Outgoing(emitted)
         options = outgoing.options.copy()
         if options.get("job_id") is None:
-            options["job_id"] = self.slot_id(app, slot)
+            options["job_id"] = slot_job_id(app, self.name, slot)
         return Outgoing(outgoing.job, **options)
 
 

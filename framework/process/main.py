@@ -46,6 +46,7 @@ _SAID = {
     Kind.UNKNOWN: "sent back as unknown",
     Kind.NOT_STARTED: "given back",
     Kind.LOST: "that the broker delivers again, since their channel or lease was lost",
+    Kind.REMEMBERED: "redelivered and not run again",
 }
 """How a worker's last log line names an ending; the other endings use `Kind.value`."""
 

@@ -49,13 +49,13 @@ class RenamedDelivery:
         """As `Delivery.live`."""
         return self._delivery.live
 
-    async def again(self, envelope: Envelope, /) -> None:
+    async def again(self, envelope: Envelope, /) -> bool:
         """As `Delivery.again`."""
-        await self._delivery.again(_to(self._delivery.queue, envelope))
+        return await self._delivery.again(_to(self._delivery.queue, envelope))
 
-    async def bury(self, envelope: Envelope, /) -> None:
+    async def bury(self, envelope: Envelope, /) -> bool:
         """As `Delivery.bury`."""
-        await self._delivery.bury(_to(self._delivery.queue, envelope))
+        return await self._delivery.bury(_to(self._delivery.queue, envelope))
 
 
 class RenamedSink:

@@ -164,7 +164,7 @@ class Harness(ABC):
         """End `break_publishing`."""
 
     def cut(self) -> None:
-        """Cut every connection, and accept new ones. For a broker that is `connected`."""
+        """Take every delivery from its worker, as a lost connection or lease does. For a broker that `counts_redelivery`."""
         raise NotImplementedError
 
     async def delete(self, queue: Queue) -> None:

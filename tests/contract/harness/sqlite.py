@@ -59,5 +59,10 @@ class SqliteHarness(Harness):
             self._blocker.close()
             self._blocker = None
 
+    def cut(self) -> None:
+        with closing(sqlite3.connect(self.path, timeout=PATIENCE_S)) as connection, connection:
+            connection.execute("UPDATE jobs SET claimed_by = NULL")
+            connection.execute("DELETE FROM workers")
+
 
 HARNESSES: dict[str, type[Harness]] = {"sqlite": SqliteHarness}

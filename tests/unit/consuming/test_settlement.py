@@ -30,13 +30,15 @@ class Settled:
     def done(self) -> None:
         self.how.append("done")
 
-    async def again(self, envelope: Envelope) -> None:
+    async def again(self, envelope: Envelope) -> bool:
         self._refuse()
         self.how.append(f"again, attempt {envelope.attempt}")
+        return True
 
-    async def bury(self, envelope: Envelope) -> None:
+    async def bury(self, envelope: Envelope) -> bool:
         self._refuse()
         self.how.append(f"buried from {envelope.origin}")
+        return True
 
     def _refuse(self) -> None:
         if self._refusals:

@@ -9,7 +9,8 @@ from croniter import croniter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leveret.cron.schedule import Schedule, check_expression, make_schedule, next_slot
+from leveret.cron.schedule import check_expression, make_schedule, next_slot
+from leveret.ids import is_slot_job_id, slot_job_id
 
 UTC = timezone.utc
 PARIS, NEW_YORK, LORD_HOWE = "Europe/Paris", "America/New_York", "Australia/Lord_Howe"
@@ -266,11 +267,26 @@ def test_a_wrong_name_is_refused(name: str) -> None:
 
 def test_a_slot_has_one_id_whatever_its_zone() -> None:
     """Two replicas in two zones, or a restart, must publish the same job."""
-    schedule = Schedule("digest", "0 9 * * *", PARIS, lambda: None, takes_slot=False, enabled=True)
     slot = at("07-01 07:00")
 
-    assert schedule.slot_id("shop", slot) == "shop.digest@2026-07-01T07:00:00Z"
-    assert schedule.slot_id("shop", slot.astimezone(ZoneInfo(NEW_YORK))) == schedule.slot_id("shop", slot)
+    assert slot_job_id("shop", "digest", slot) == "shop.digest@2026-07-01T07:00:00Z"
+    assert slot_job_id("shop", "digest", slot.astimezone(ZoneInfo(NEW_YORK))) == "shop.digest@2026-07-01T07:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("job_id", "app"),
+    [
+        ("shop.digest@2026-07-01T07:00:00Z", "other"),
+        ("shop.digest@2026-07-01T07:00:00Z", None),
+        ("shop.digest@2026-07-01T07:00Z", "shop"),
+        ("order@2026-07-01T07:00:00Z", "order"),
+        ("019a0000-0000-7000-8000-00000000000Z", "shop"),
+    ],
+)
+def test_only_the_id_of_a_slot_is_taken_for_one(job_id: str, app: str | None) -> None:
+    """A second job under a publisher's own id must run: only a slot's id says that both are one job."""
+    assert is_slot_job_id(slot_job_id("shop", "a.b-c_d", at("07-01 07:00")), "shop")
+    assert not is_slot_job_id(job_id, app)
 
 
 def test_a_function_gets_its_slot_in_the_schedules_zone() -> None:
