@@ -139,7 +139,7 @@ class ConfirmWindow:
         """End all publishes, and wake everybody who waits for room.
 
         If the broker closed only the channel, one publish is to blame. The broker ignores all publishes after that one. It has read
-        those before, and doesn't confirm them any more.
+        those before, and may have kept them, but doesn't confirm them any more.
         """
         self.closed = why
         if self._sweeper is not None:

@@ -13,7 +13,6 @@ import logging
 import ssl
 import time
 from collections.abc import Callable
-from math import inf
 from typing import Any, cast
 
 from pamqp import commands
@@ -43,7 +42,7 @@ class Connection(asyncio.Protocol):
         self.frame_max = 131_072
         self.max_properties_bytes = self.frame_max - PROPERTIES_OVERHEAD
         """The room for properties in one frame; larger properties would cost the connection."""
-        self.max_body_bytes: float = inf
+        self.max_body_bytes = 1 << 62
         """The largest body that the broker takes, once a larger one was refused. Each refusal costs a channel."""
         self.closed: Closed | None = None
         self.blocked: str | None = None

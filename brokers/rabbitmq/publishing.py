@@ -144,7 +144,7 @@ class Publishing:
         properties = encoded(route, envelope, connection.max_properties_bytes)
         posted = Posting(envelope.job_id, route.key, deadline, link=link, route=route, job=envelope.job, size=len(body))
         if posted.size > connection.max_body_bytes:
-            raise _too_large(posted, int(connection.max_body_bytes))
+            raise _too_large(posted, connection.max_body_bytes)
         link.window.publish(route.exchange, properties, body, posted)
         return posted
 

@@ -125,9 +125,13 @@ async def test_what_was_read_before_the_refused_job_is_said_to_be_maybe_publishe
             *before, refused, after = await shop.tried(publisher, *[10] * 200, 2_000_000, 10)
             assert isinstance(refused, MessageTooLarge)
             assert isinstance(after, Receipt)
-            unknown = [end for end in before if isinstance(end, PublishTimeout) and end.maybe_published]
-            assert len(unknown) + sum(isinstance(end, Receipt) for end in before) == 200
-            assert await raw.count(shop.queue.name) == 202, "a copy, or a loss"
+            assert all(
+                isinstance(end, Receipt) or (isinstance(end, PublishTimeout) and end.maybe_published) for end in before
+            )
+        # not all that were read need be there: RabbitMQ's channel forgets what it hadn't handed to a quorum queue yet
+        there = [found.properties.message_id for found in await raw.take_all(shop.queue.name)]
+        assert {end.job_id for end in (*before, after) if isinstance(end, Receipt)} <= set(there), "a loss"
+        assert len(there) == len(set(there)), "a copy that nobody asked for"
     finally:
         await rabbit.limit_messages(134_217_728)
 
