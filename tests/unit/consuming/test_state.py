@@ -134,9 +134,11 @@ async def test_an_embedded_worker_says_that_it_lost_its_broker_with_what_was_run
         assert (worker.state().name, worker.state().queues) == ("ready", (QueueState("hares", "consumed"),))
         await publisher.publish(Feed())
         await began.wait()
-        began.clear()
         memory_store(STORE).disconnect()
-        await began.wait()
+        while worker.state().name != "connecting":
+            await asyncio.sleep(0)
+        while worker.state().name != "ready":
+            await asyncio.sleep(0.001)
         gate.set()
 
     assert worker.state().name == "stopping"
