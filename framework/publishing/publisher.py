@@ -8,8 +8,9 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import wait
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, NoReturn, Unpack, cast, final
+from typing import Any, Unpack, cast, final
 
+from ..blocks import AsyncBlock
 from ..broker import PublisherState
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, InvalidJob, LeveretError, PublishTimeout
@@ -131,25 +132,19 @@ class Publisher:
 
 
 @final
-class PublisherBlock:
-    """What `App.publisher` returns: `async with` enters it. Any other use is an error that says so."""
+class PublisherBlock(AsyncBlock[Publisher]):
+    """What `App.publisher` returns. Shortens the traceback of an error that leaves the block."""
 
     def __init__(self, block: AbstractAsyncContextManager[Publisher]) -> None:
-        self._block = block
-
-    async def __aenter__(self) -> Publisher:
-        return await self._block.__aenter__()
+        advice = (
+            "write `async with app.publisher() as publisher:` and use publisher in the block, "
+            "or keep app.blocking_publisher() in code without asyncio"
+        )
+        super().__init__(block, "app.publisher()", advice)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
-        await self._block.__aexit__(kind, error, trace)
+        await super().__aexit__(kind, error, trace)
         if isinstance(error, LeveretError):  # nobody caught it in the block, so most likely it ends the program
             show_users_frames(error)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        msg = (
-            f"app.publisher() has no {name!r} before it is entered: write `async with app.publisher() as publisher:` and use publisher in "
-            "the block, or keep app.blocking_publisher() in code without asyncio"
-        )
-        raise AttributeError(msg)

@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import TypeVar, cast
 
 from ..app import App
+from ..blocks import AsyncBlock
 from .attempt import MadeAttempt, attempt
 from .lab import UNSET, Lab, LeveretRunning
 from .memory import memory_lab
@@ -24,6 +25,8 @@ from .records import Delayed, Published, Run
 from .sync import SyncLab, sync_lab
 
 _R = TypeVar("_R")
+
+_ADVICE = "write `async with running(app) as lab:` in an `async def`, or `with running_sync(app) as lab:` in a `def`"
 
 __all__ = [
     "Delayed",
@@ -40,19 +43,19 @@ __all__ = [
 
 
 def running(
-    app: App[_R], *, resources: _R = UNSET, now: datetime | None = None
+    app: App[_R], *, resources: _R = UNSET, now: datetime | None = None, cron: bool = True
 ) -> AbstractAsyncContextManager[Lab, None]:
     """Run `app` in a lab, with `resources` instead of those of its lifespan; without `resources`, the lifespan runs.
 
-    The lab's clock begins at `now`, an aware datetime, or at the real time. Meanwhile all publishers of `app`, including
-    blocking ones, publish to the lab. Leaving the block cuts off jobs that still run, after a grace of 1 s. An app without
-    handlers only publishes.
+    The lab's clock begins at `now`, an aware datetime, or at the real time. With `cron=False`, `advance` leaves the cron
+    schedules out. All publishers of `app`, including blocking ones, publish to the lab meanwhile. Leaving the block cuts off
+    jobs that still run, after a grace of 1 s. An app without handlers only publishes.
     """
-    return cast("AbstractAsyncContextManager[Lab, None]", memory_lab(app, resources, now))
+    return AsyncBlock[Lab](memory_lab(app, resources, now, cron=cron), "running(app)", _ADVICE)
 
 
 def running_sync(
-    app: App[_R], *, resources: _R = UNSET, now: datetime | None = None
+    app: App[_R], *, resources: _R = UNSET, now: datetime | None = None, cron: bool = True
 ) -> AbstractContextManager[SyncLab, None]:
     """Run `app` in a lab without `async`, for plain `def` tests; otherwise as `running`.
 
@@ -60,4 +63,4 @@ def running_sync(
     transaction of a `TestCase`. `async def` handlers run on the lab's loop, which the caller's thread drives inside the lab's
     methods. RuntimeError inside a running event loop.
     """
-    return cast("AbstractContextManager[SyncLab, None]", sync_lab(app, resources, now))
+    return cast("AbstractContextManager[SyncLab, None]", sync_lab(app, resources, now, cron=cron))

@@ -49,9 +49,9 @@ class Lab(Records, ABC):
     def advance(self, by: float | timedelta, /) -> None:
         """Move the clock by seconds, or by a timedelta, to a whole millisecond. Jobs that fall due run at the next `run_due` or `drain`.
 
-        The app's cron schedules fire on the way: each slot's job is published when the clock is at the slot. A `Timeout` that
-        is over ends its run. Raises what a cron function raises, and ValueError, before anything moves, if more than 20 000
-        slots lie on the way.
+        Unless `running` got `cron=False`, the app's cron schedules fire on the way: each slot's job is published when the
+        clock is at the slot. A `Timeout` that is over ends its run. Raises what a cron function raises, and ValueError, before
+        anything moves, if more than 20 000 slots lie on the way.
         """
 
     @abstractmethod
@@ -127,7 +127,7 @@ class LeveretRunning(Protocol):
     """The type of the fixtures `leveret_running` and `leveret_rabbitmq`: `leveret.testing.running`, or the same on a RabbitMQ."""
 
     def __call__(
-        self, app: App[_R], /, *, resources: _R = ..., now: datetime | None = None
+        self, app: App[_R], /, *, resources: _R = ..., now: datetime | None = None, cron: bool = True
     ) -> AbstractAsyncContextManager[Lab, None]:
         """Run `app` in a lab."""
         ...

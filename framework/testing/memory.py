@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from itertools import islice
@@ -25,8 +25,6 @@ from ..schemes import broker_module
 from .callers import CallersThread
 from .lab import AppLab, check_aware, opened
 from .records import Delayed
-
-_T = TypeVar("_T")
 
 STUCK_S = 30.0
 """Real seconds after which `run_due` and `drain` raise for a handler that doesn't end."""
@@ -90,26 +88,19 @@ def memory() -> Memory[Any]:
     return cast("Memory[Any]", broker_module("memory://"))
 
 
-def _in_a_thread(function: Callable[[], _T]) -> _T:
-    with ThreadPoolExecutor(1) as threads:
-        return threads.submit(function).result()
-
-
-def _here(function: Callable[[], _T]) -> _T:
-    return function()
-
-
 class MemoryLab(AppLab):
     """A lab whose time the test moves."""
 
-    def __init__(self, app: App[Any], clock: ManualClock, store: Store, *, in_a_thread: bool) -> None:
+    def __init__(self, app: App[Any], clock: ManualClock, store: Store, *, in_a_thread: bool, cron: bool) -> None:
         super().__init__()
         self._app = app
+        self._cron = cron
         self._clock = clock
         self._store = store
         self._slots_publisher = app.blocking_publisher()
         """Publishes the jobs of cron slots within `advance`, which can't await."""
-        self._call = _in_a_thread if in_a_thread else _here
+        self._in_a_thread = in_a_thread
+        """Whether cron functions run in a thread, where no event loop runs."""
         self._begins = clock.now()
 
     @property
@@ -152,17 +143,19 @@ class MemoryLab(AppLab):
     def _pass(self, until_s: float) -> None:
         """Move the clock to `until_s`, Unix seconds, and publish the jobs of the cron slots on the way."""
         until_s = moment_ms(until_s) / 1000  # as due times are: what is due in a minute is due after a minute
-        schedules = [schedule for schedule in self._app.schedules if schedule.enabled]
+        schedules = [schedule for schedule in self._app.schedules if schedule.enabled and self._cron]
         until = datetime.fromtimestamp(until_s, timezone.utc)
         passed = list(islice(slots(schedules, self.now, until), MOST_SLOTS + 1))
         if len(passed) > MOST_SLOTS:
-            msg = f"advance: more than {MOST_SLOTS} cron slots lie before {until}; advance in shorter steps, or give the schedule enabled=False in tests"
+            msg = f"advance: more than {MOST_SLOTS} cron slots lie before {until}; advance in shorter steps, or enter running(app, cron=False)"
             raise ValueError(msg)
-        for slot, schedule in passed:
-            self._move(slot.timestamp())
-            outgoing = self._call(partial(schedule.outgoing, self._app.name, slot))
-            if outgoing is not None:
-                self._slots_publisher.publish(outgoing.job, **outgoing.options)
+        with ThreadPoolExecutor(1) if self._in_a_thread else nullcontext() as threads:
+            for slot, schedule in passed:
+                self._move(slot.timestamp())
+                emit = partial(schedule.outgoing, self._app.name, slot)
+                outgoing = emit() if threads is None else threads.submit(emit).result()
+                if outgoing is not None:
+                    self._slots_publisher.publish(outgoing.job, **outgoing.options)
         self._move(until_s)
 
     def _move(self, until_s: float) -> None:
@@ -210,14 +203,14 @@ class MemoryLab(AppLab):
 
 @asynccontextmanager
 async def memory_lab(
-    app: App[Any], resources: Any, now: datetime | None, callers: CallersThread | None = None
+    app: App[Any], resources: Any, now: datetime | None, *, cron: bool, callers: CallersThread | None = None
 ) -> AsyncGenerator[MemoryLab, None]:
     """Run `app` in a lab; with `callers`, its `def` handlers and cron functions run in the thread that drives the loop."""
     begins_s = time.time() if now is None else check_aware("running: now", now).timestamp()
     broker = memory()
     clock, store = ManualClock(moment_ms(begins_s) / 1000), broker.MemoryStore()
     runtime = Runtime(app=app.name, settings=app.settings, clock=clock, rng=random.Random(0))
-    lab = MemoryLab(app, clock, store, in_a_thread=callers is None)
+    lab = MemoryLab(app, clock, store, in_a_thread=callers is None, cron=cron)
     async with opened(
         lab, app, resources, open_broker=lambda: broker.MemoryBroker(store, runtime), runtime=runtime, callers=callers
     ):

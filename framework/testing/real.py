@@ -148,7 +148,12 @@ async def _real_lab(url: str, app: App[Any], resources: Any) -> AsyncGenerator[R
 
 
 def running_on_rabbitmq(
-    url: str, app: App[_R], *, resources: _R = UNSET, now: datetime | None = None
+    url: str,
+    app: App[_R],
+    *,
+    resources: _R = UNSET,
+    now: datetime | None = None,
+    cron: bool = True,  # noqa: ARG001 - cron schedules fire in `advance` only, which raises here
 ) -> AbstractAsyncContextManager[Lab, None]:
     """Run `app` in a lab on the RabbitMQ at `url`, with queues that only this lab uses and that it deletes at the end.
 

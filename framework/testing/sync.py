@@ -66,14 +66,14 @@ class SyncLab(Records):
 
 
 async def _opened(
-    app: App[Any], resources: Any, now: datetime | None, callers: CallersThread
+    app: App[Any], resources: Any, now: datetime | None, callers: CallersThread, *, cron: bool
 ) -> tuple[MemoryLab, Callable[[], Coroutine[Any, Any, None]]]:
     """Open a lab; return the lab and the function that closes it. One task does both, as task groups of a lifespan require."""
     ready: asyncio.Future[MemoryLab] = asyncio.get_running_loop().create_future()
     leave = asyncio.Event()
 
     async def host() -> None:
-        async with memory_lab(app, resources, now, callers) as lab:
+        async with memory_lab(app, resources, now, cron=cron, callers=callers) as lab:
             ready.set_result(lab)
             await leave.wait()
 
@@ -87,14 +87,14 @@ async def _opened(
 
 
 @contextmanager
-def sync_lab(app: App[Any], resources: Any, now: datetime | None) -> Generator[SyncLab, None, None]:
+def sync_lab(app: App[Any], resources: Any, now: datetime | None, *, cron: bool) -> Generator[SyncLab, None, None]:
     """Run `app` in a lab on a loop that the caller's thread drives."""
     if asyncio._get_running_loop() is not None:
         msg = "running_sync can't be used inside an event loop; in an `async def` test, write async with running(app)"
         raise RuntimeError(msg)
     callers = CallersThread()
     try:
-        lab, close = callers.run(_opened(app, resources, now, callers))
+        lab, close = callers.run(_opened(app, resources, now, callers, cron=cron))
         try:
             yield SyncLab(lab, callers)
         finally:

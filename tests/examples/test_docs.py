@@ -146,22 +146,34 @@ def test_a_block_of_tests_passes(block: Block, shop: Path, request: pytest.Fixtu
         rabbit: Rabbit = request.getfixturevalue("rabbit")
         tests, url = 2 * tests, rabbit.url
     (shop / "test_shop.py").write_text(block.text, encoding="utf-8")
-    (shop / "pytest.ini").write_text(
-        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error\npythonpath = .\n",
-        encoding="utf-8",
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "test_shop.py"]
+    assert f"{tests} passed" in _pytest(shop, LEVERET_TEST_AMQP=url)
+
+
+def test_all_blocks_of_tests_pass_in_one_folder(shop: Path) -> None:
+    """A block that changed the app of all would fail the tests of another, as the file's order decides."""
+    together = [block for block in TESTS if not _on_rabbitmq(block)]
+    for number, block in enumerate(together):
+        (shop / f"test_{number}.py").write_text(block.text, encoding="utf-8")
+    assert len(together) > 1
+    assert f"{sum(block.text.count('def test_') for block in together)} passed" in _pytest(shop)
+
+
+def _pytest(folder: Path, **changes: str) -> str:
+    """Run pytest as a user does who copied the README's set-up, with every warning an error; return what it printed."""
+    [setup] = [block.text for block in BLOCKS if block.language == "toml" and "pytest" in block.text]
+    (folder / "pyproject.toml").write_text(setup, encoding="utf-8")
     ended = subprocess.run(
-        command,
+        [SCRIPTS + "/pytest", "-q", "-W", "error"],
         check=False,
-        cwd=shop,
-        env=environment(LEVERET_TEST_AMQP=url),
+        cwd=folder,
+        env=environment(**changes),
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert f"{tests} passed" in ended.stdout
+    assert "Warning" not in ended.stdout + ended.stderr
+    return ended.stdout
 
 
 @pytest.mark.parametrize("block", EXCERPTS, ids=_ids)

@@ -492,3 +492,10 @@ async def test_a_job_that_an_earlier_try_may_have_published_is_never_said_to_be_
             await publisher.publish(Mail(order_id=1), resend=resend)
     assert caught.value.maybe_published
     assert len(list(errors)) == (0 if resend else 1), "only who asks for it gets a second try"
+
+
+def test_a_plain_with_around_a_publisher_says_what_to_write() -> None:
+    """Python's own text is about an _AsyncGeneratorContextManager; django's and Celery's users write `with`."""
+    block: Any = App("unit").publisher()
+    with pytest.raises(TypeError, match=r"write `async with app\.publisher\(\) as publisher:`"), block:
+        pass

@@ -15,7 +15,7 @@ from leveret.brokers.memory import MemoryBroker, MemoryStore
 from leveret.clock import ManualClock
 from leveret.middleware import Retries, Timeout
 from leveret.runtime import Runtime
-from leveret.testing import Lab, attempt, running
+from leveret.testing import Lab, attempt, running, running_sync
 from leveret.testing.memory import Memory, Store
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -305,6 +305,32 @@ async def test_an_advance_past_too_many_slots_moves_nothing(monkeypatch: pytest.
         assert (lab.now, lab.published) == (EIGHT, ())
         lab.advance(50 * 60)
         assert len(lab.published) == 50
+
+
+async def test_a_lab_leaves_the_schedules_out_if_asked() -> None:
+    """A test of an expiry a day later would otherwise publish 8 640 jobs of a schedule that fires every ten seconds."""
+    app = recurring()
+    async with running(app, now=EIGHT, cron=False) as lab:
+        lab.advance_to(EIGHT + timedelta(days=3))
+        assert not lab.published
+
+
+def test_a_plain_lab_leaves_the_schedules_out_too() -> None:
+    """The two forms of a lab differ in nothing else than `async`."""
+    with running_sync(recurring(), now=EIGHT, cron=False) as lab:
+        lab.advance_to(EIGHT + timedelta(days=3))
+        assert not lab.published
+
+
+def test_a_lab_that_is_not_entered_says_how() -> None:
+    """Python's own text is about an _AsyncGeneratorContextManager, which no user has heard of."""
+    block: Any = running(App("unit"))
+    with pytest.raises(
+        AttributeError, match=r"running\(app\) has no 'drain' before .* write `async with running\(app\) as lab:`"
+    ):
+        block.drain()
+    with pytest.raises(TypeError, match="plain `with`: write `async with running"), block:
+        pass
 
 
 async def test_an_app_without_handlers_only_publishes() -> None:
