@@ -1,4 +1,4 @@
-"""The log records of runs, on the logger `leveret.attempt`. The consumer and the middleware `Logs` write them, one per ending."""
+"""The log records of runs: one per ending on the logger `leveret.attempt`, by the consumer and by `Logs`; warnings on `leveret.consumer`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .attempt import Attempt
 from .tracebacks import ExcInfo
 
 logger = logging.getLogger("leveret.attempt")
+_warnings = logging.getLogger("leveret.consumer")
 
 
 def log_attempt(
@@ -44,11 +45,25 @@ def log_attempt(
     )
 
 
-def again_in(delay_s: float | None) -> str:
-    """Return the text for a job that runs again after `delay_s`; "" without a delay."""
-    return "" if delay_s is None else f", again in {duration(delay_s)}"
+def warn_of(attempt: Attempt[Any], said: str, *args: object) -> None:
+    """Log a warning of a run that goes on: one line that begins with the job and its id. The fields are those of `Attempt.log`."""
+    envelope = attempt.envelope
+    _warnings.warning("job %s %s " + said, envelope.job, envelope.job_id, *args, extra=attempt.log.extra)
+
+
+def when(delay_s: float | None) -> str:
+    """Return the text for a wait before the next run: "at once" without a delay."""
+    return f"in {duration(delay_s)}" if delay_s else "at once"
 
 
 def duration(seconds: float) -> str:
-    """Return a short duration, such as 12.3 ms or 1.50 s."""
-    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    """Return a short duration, such as 12.3 ms, 1.5 s, 2 min 5 s or 1 h."""
+    if seconds < 1:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 60:
+        return f"{seconds:.2f}".rstrip("0").rstrip(".") + " s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [f"{n} {unit}" for n, unit in ((days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")) if n]
+    return " ".join(parts[:2])

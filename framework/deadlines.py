@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from .attempt import Attempt
+from .attemptlog import warn_of
 from .clock import Clock, Timer
 from .tracebacks import at, is_users
 
@@ -108,11 +109,9 @@ class Deadlines:
         """Log where a run is that ignores its cancellation. A thread can't be cancelled, which was logged when it was tried."""
         if frames := _users_frames(entry.task):
             frame = frames[-1]
-            envelope = entry.attempt.envelope
-            entry.attempt.log.warning(
-                "job %s %s ignores its cancellation: its Timeout was over %.0f s ago, it keeps its slot, and it is at %s",
-                envelope.job,
-                envelope.job_id,
+            warn_of(
+                entry.attempt,
+                "ignores its cancellation: its Timeout was over %.0f s ago, it keeps its slot, and it is at %s",
                 self._clock.monotonic() - entry.at,
                 f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}",
             )

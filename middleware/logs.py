@@ -6,7 +6,7 @@ import logging
 from typing import ClassVar, Literal, final
 
 from leveret.attempt import Attempt, elapsed_s
-from leveret.attemptlog import again_in, duration, log_attempt, logger
+from leveret.attemptlog import duration, log_attempt, logger, when
 from leveret.layer import Consume
 from leveret.outcome import Done, Outcome, Snooze
 
@@ -45,7 +45,7 @@ def _log_well(attempt: Attempt, outcome: Outcome) -> None:
         case Done():
             log_attempt(logging.INFO, attempt, "done", took_s, f"done after {duration(took_s)}")
         case Snooze(delay_s):
-            said = f"snoozed after {duration(took_s)}{again_in(delay_s)}"
+            said = f"snoozed after {duration(took_s)}, again {when(delay_s)}"
             log_attempt(logging.INFO, attempt, "snoozed", took_s, said, delay_s=delay_s)
         case _:
             pass  # the worker logs the others, once they are true

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from ..attempt import Attempt
+from ..attemptlog import warn_of
 from ..broker import Features
 from ..clock import Clock
 from ..deadlines import TICK_S
@@ -226,11 +227,10 @@ def _say_blocked(attempt: Attempt, handler: Handler, limit_s: float, took_s: flo
         return
     code = getattr(inspect.unwrap(handler.function), "__code__", None)
     place = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
-    attempt.log.warning(
-        "job %s %s: handler %s%s blocked the event loop: it returned after %.2f s, and its Timeout of %g s couldn't end it. "
+    warn_of(
+        attempt,
+        "blocked the event loop: handler %s%s returned after %.2f s, and its Timeout of %g s couldn't end it. "
         "Await what takes long, move it to asyncio.to_thread, or make the handler a def",
-        attempt.envelope.job,
-        attempt.job_id,
         handler.name,
         place,
         took_s,
@@ -314,9 +314,7 @@ def _in_thread(
                 if not cancelled:
                     overdue = not attempt.remaining_s()
                     where = at_thread(invoke.__code__, "attempt", attempt) if overdue else None
-                    attempt.log.warning(
-                        "job %s %s %s", attempt.envelope.job, attempt.job_id, _OVERDUE if overdue else _GOES_ON
-                    )
+                    warn_of(attempt, _OVERDUE if overdue else _GOES_ON)
                 cancelled = True
         if cancelled:
             waiting.exception()  # retrieved, so that asyncio doesn't log the exception as never retrieved

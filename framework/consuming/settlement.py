@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from ..attempt import Attempt, elapsed_s
-from ..attemptlog import again_in, duration, log_attempt
+from ..attemptlog import duration, log_attempt, when
 from ..backoff import full_jitter
 from ..broker import Delivery
 from ..chain import fold_publish
@@ -449,7 +449,9 @@ def _say(run: _Run, ending: Ending) -> None:
             level = logging.WARNING if crashes > 1 else logging.DEBUG  # neighbours of a crash come back once
             logger.log(level, "%s came back; workers that may have died of it: %d", what(run.envelope), crashes)
         case Retry(delay_s):
-            _log(run, logging.WARNING, "retry", f"retry {took}{again_in(delay_s)}", run.error, delay_s=delay_s)
+            ended = "ended" if run.error is None else "failed"
+            said = f"{ended} {took}, retried {when(delay_s)}"
+            _log(run, logging.WARNING, "retry", said, run.error, delay_s=delay_s)
         case Bury(reason):
             error = run.error or ending.__cause__  # the second is the error of a retry that can't be published
             _log(run, logging.ERROR, "buried", f"buried in {dead} {took}", error, reason=one_line(reason))

@@ -22,7 +22,7 @@ from .streams import tell
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _FULL = "%(asctime)s %(levelname)s %(process)d %(name)s %(message)s"
 _USERS = "leveret.job"
-"""The logger behind `Attempt.log`. A handler's records are printed unchanged, except passwords in URLs."""
+"""The logger behind `Attempt.log`. A handler's records are printed behind the name of their job, otherwise unchanged except passwords in URLs."""
 _REPORT_BYTES = 512
 """Largest report, bytes: POSIX keeps a pipe write of up to PIPE_BUF, which is at least 512, in one piece."""
 
@@ -90,16 +90,31 @@ class _Full(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if not record.name.startswith("leveret.") or record.name.startswith(_USERS):
-            return redact(super().format(record))
+            return redact(super().format(self._with_job(record)))
         bare = copy.copy(record)
         bare.exc_info = bare.exc_text = bare.stack_info = None
         note, below = self._traceback(record)
         line = self.line(one_line(super().format(bare)) + note)
         return redact("\n  ".join([line, *below]))
 
+    def _with_job(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Return a handler's record with its job in front, as in leveret's own records of the run."""
+        fields = vars(record)
+        if not record.name.startswith(_USERS) or not {"job", "job_id", "attempt"} <= fields.keys():
+            return record
+        named = copy.copy(record)
+        job = one_line("job {job} {job_id} attempt {attempt}:".format(**fields))
+        named.msg = self.ids(f"{job} ") + record.getMessage()
+        named.args = None
+        return named
+
     def line(self, line: str) -> str:
         """Return the line of one of leveret's own records as it is printed."""
         return line
+
+    def ids(self, text: str) -> str:
+        """Return `text` with its ids as they are printed."""
+        return text
 
     def _traceback(self, record: logging.LogRecord) -> tuple[str, list[str]]:
         """Return what a record's line says of its traceback, and the lines of the traceback."""
@@ -132,12 +147,15 @@ class _Short(_Full):
 
     def line(self, line: str) -> str:
         return textwrap.fill(
-            _UUID7.sub(r"\1", line),
+            self.ids(line),
             _columns(self._stream),
             subsequent_indent=" " * 9,  # below the text behind the time
             break_long_words=False,
             break_on_hyphens=False,
         )
+
+    def ids(self, text: str) -> str:
+        return _UUID7.sub(r"\1", text)
 
 
 def _columns(stream: TextIO) -> int:

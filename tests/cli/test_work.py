@@ -259,7 +259,7 @@ def test_a_failure_that_is_retried_is_seen_with_its_traceback(project: Project) 
     _, _, record = worker.log.partition("leveret.attempt ")
     line, *below, _, _ = record.splitlines()
     assert re.fullmatch(
-        rf"job note {job_id} attempt 1: retry after \S+ ms, again in \S+ m?s: "
+        rf"job note {job_id} attempt 1: failed after \S+ ms, retried in \S+ m?s: "
         r"ConnectionError: the mail server of postgresql://shop:\*\*\*@db is away",
         line,
     )

@@ -209,13 +209,13 @@ async def test_a_time_out_shows_where_the_thread_was(caplog: pytest.LogCaptureFi
     app: App[Any] = App("hangs", middleware=[Timeout(1)])
     app.handler(job=Greet)(handle)
     released = Released()
-    logging.getLogger("leveret.job").addHandler(released)
+    logging.getLogger("leveret.consumer").addHandler(released)
     try:
         async with running(app) as lab:
             await lab.publish(Greet())
             await lab.drain()
     finally:
-        logging.getLogger("leveret.job").removeHandler(released)
+        logging.getLogger("leveret.consumer").removeHandler(released)
     (record,) = [record for record in caplog.records if record.name == "leveret.attempt"]
     (shown,) = frames(record)
     assert shown[:3] == ["handle", "linger", "wait"]

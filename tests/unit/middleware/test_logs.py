@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from leveret import App, Attempt, Bury, Done, Expired, Outcome, Retry, Snooze
+from leveret.attemptlog import duration
 from leveret.clock import ManualClock
 from leveret.middleware import Logs, Retries, Timeout
 from leveret.testing import running
@@ -58,7 +59,7 @@ class Raises:
 
 @pytest.mark.parametrize(
     ("outcome", "text"),
-    [(Done(), "done after 12.3 ms"), (Snooze(30), "snoozed after 12.3 ms, again in 30.00 s")],
+    [(Done(), "done after 12.3 ms"), (Snooze(30), "snoozed after 12.3 ms, again in 30 s")],
 )
 async def test_a_run_that_ends_well_is_one_line(caplog: pytest.LogCaptureFixture, outcome: Outcome, text: str) -> None:
     """People filter by level, and a line in two halves isn't found."""
@@ -98,7 +99,26 @@ async def test_every_value_is_in_the_record(caplog: pytest.LogCaptureFixture) ->
         "delay_s": 4.0,
     }
     assert {name: vars(record)[name] for name in expected} == expected
-    assert record.getMessage() == "job greet id-1 attempt 2: snoozed after 2.50 s, again in 4.00 s"
+    assert record.getMessage() == "job greet id-1 attempt 2: snoozed after 2.5 s, again in 4 s"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0.0 ms"),
+        (1, "1 s"),
+        (59.5, "59.5 s"),
+        (60, "1 min"),
+        (125.4, "2 min 5 s"),
+        (3600, "1 h"),
+        (5400, "1 h 30 min"),
+        (90_061, "1 d 1 h"),
+        (4_147_200, "48 d"),
+    ],
+)
+def test_a_duration_is_readable(seconds: float, text: str) -> None:
+    """Nobody divides 4147200.00 s by a day in the head."""
+    assert duration(seconds) == text
 
 
 async def test_what_nobody_reads_is_not_made(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,10 +163,10 @@ def give(outcome: Outcome) -> Callable[[], Outcome]:
             [Retries()],
             fail,
             logging.WARNING,
-            r"retry after 250.0 ms, again in \d+\.\d ms: LookupError: no way",
+            r"failed after 250.0 ms, retried in \d+\.\d ms: LookupError: no way",
             {"outcome": "retry", "error": "LookupError: no way"},
         ),
-        ([Retries()], mute, logging.WARNING, "retry after .*: Mute: the message can't be shown", {"outcome": "retry"}),
+        ([Retries()], mute, logging.WARNING, "failed after .*: Mute: the message can't be shown", {"outcome": "retry"}),
         (
             [],
             fail,
@@ -168,7 +188,7 @@ def give(outcome: Outcome) -> Callable[[], Outcome]:
             "buried in emails.dead after 250.0 ms: no such order",
             {"outcome": "buried", "reason": "no such order", "error": "LookupError: no way"},
         ),
-        ([], give(Retry(5)), logging.WARNING, "retry after 250.0 ms, again in 5.00 s", {"delay_s": 5.0}),
+        ([], give(Retry(5)), logging.WARNING, "ended after 250.0 ms, retried in 5 s", {"delay_s": 5.0}),
         (
             [],
             give(Bury("half\na pair")),
@@ -178,7 +198,7 @@ def give(outcome: Outcome) -> Callable[[], Outcome]:
         ),
         ([], give(Expired()), logging.WARNING, "expired before it ran; the job is dropped", {"outcome": "expired"}),
         ([], give(Done()), logging.INFO, "done after 250.0 ms", {"outcome": "done"}),
-        ([], give(Snooze(30)), logging.INFO, "snoozed after 250.0 ms, again in 30.00 s", {"delay_s": 30.0}),
+        ([], give(Snooze(30)), logging.INFO, "snoozed after 250.0 ms, again in 30 s", {"delay_s": 30.0}),
     ],
 )
 async def test_each_ending_is_one_record(

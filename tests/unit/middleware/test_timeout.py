@@ -203,8 +203,8 @@ async def test_a_handler_that_blocks_the_loop_past_its_limit_is_named(
         return
     (line,) = said
     place = f"{__file__}:{greet.__code__.co_firstlineno}"
-    assert line.startswith(f"job greet {receipt.job_id}: handler {__name__}.{greet.__qualname__} ({place}) blocked")
-    assert "returned after 0.1" in line
+    handler = f"handler {__name__}.{greet.__qualname__} ({place})"
+    assert line.startswith(f"job greet {receipt.job_id} blocked the event loop: {handler} returned after 0.1")
     assert "its Timeout of 0.05 s" in line
 
 
@@ -290,7 +290,7 @@ async def test_a_handler_in_a_thread_that_is_cut_off_is_not_said_to_be_late(capl
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "leveret.job"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "leveret.consumer"]
     assert line.startswith("job greet id-1 is cut off, but its thread can't be stopped")
 
 

@@ -187,6 +187,23 @@ def test_on_a_terminal_a_line_is_broken_between_words(
     ]
 
 
+def test_a_line_of_a_handler_names_its_job(printing: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred jobs that run at once, nobody knows which one `fetching` belongs to."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    fields = {"job": "note", "job_id": ID, "queue": "notes", "attempt": 1}
+    log = logging.LoggerAdapter(logging.getLogger("leveret.job"), fields)
+    out = printing()
+    log.info("one %s\n  two", 1)
+    assert out.getvalue().endswith(f" leveret.job job note {ID} attempt 1: one 1\n  two\n")
+    out = printing(terminal=True)
+    log.info("one")
+    fields["attempt"] = 2
+    log.info("two %s", ID)
+    first, second = out.getvalue().splitlines()
+    assert first.endswith(" INFO job note 01a22a13-4990-7243: one")
+    assert second.endswith(f" INFO job note 01a22a13-4990-7243 attempt 2: two {ID}")
+
+
 def test_records_of_a_users_loggers_are_printed_as_they_are(
     printing: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
