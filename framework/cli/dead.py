@@ -20,7 +20,7 @@ from ..headers import MOST
 from ..settings import redact
 from .letter import LetterRecord, Summary, show_letter, summary_of
 from .output import ask, at_least_1, counted, json_option, moment, print_json, print_table, print_text, progress
-from .short_ids import may_be_short, short_forms, whole_id
+from .short_ids import is_too_short, may_be_short, short_forms, whole_id
 from .target import Target, run, target_options
 from .together import Together
 
@@ -223,7 +223,8 @@ def show(queue: str, job_id: str, target: Target, as_json: bool) -> None:
 
 
 def _nothing(queue: str, job_id: str) -> str:
-    return f"queue {queue!r} has no dead letter with id {job_id!r}; `leveret dead list {queue}` lists its dead letters"
+    short = ", which is too short for the beginning of an id: give 8 characters or more" if is_too_short(job_id) else ""
+    return f"queue {queue!r} has no dead letter with id {job_id!r}{short}; `leveret dead list {queue}` lists its dead letters"
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

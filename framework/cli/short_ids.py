@@ -14,6 +14,7 @@ from ..errors import ConfigurationError
 _SHORTEST, _WHOLE = 8, 36
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _BEGINNING = re.compile(rf"[0-9a-f-]{{{_SHORTEST},{_WHOLE - 1}}}")
+_TOO_SHORT = re.compile(rf"[0-9a-f]{{1,{_SHORTEST - 1}}}")
 _SHOWN = 5
 
 
@@ -27,6 +28,11 @@ def short_forms(ids: AbstractSet[str]) -> dict[str, str]:
 def may_be_short(text: str) -> bool:
     """Whether `text` can be the beginning of a UUID."""
     return _BEGINNING.fullmatch(text) is not None
+
+
+def is_too_short(text: str) -> bool:
+    """Whether `text` looks like the beginning of a UUID, but has too few characters to stand for one."""
+    return _TOO_SHORT.fullmatch(text) is not None
 
 
 def whole_id(text: str, ids: AbstractSet[str]) -> str:

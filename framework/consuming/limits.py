@@ -43,6 +43,22 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         """Return the place that sets the limit which `of` returns."""
         return self._binding(queue, in_threads=in_threads)[1]
 
+    def warn_of_capped(self, queue: str, *, in_threads: bool) -> None:
+        """Log a warning if the limit that a place sets for `queue` is above the one of the process, which holds."""
+        holds, wanted = self.of(queue, in_threads=in_threads), self.queues.get(queue, 0)
+        if wanted > holds:
+            logger.warning(
+                "queue %s runs %d jobs at once, not %d (%s): %d is the limit of the process%s (%s); raise it with --concurrency %d",
+                queue,
+                holds,
+                wanted,
+                self.origins.get(queue, DEFAULT),
+                holds,
+                " for `def` handlers" if in_threads else "",
+                self.origin,
+                wanted,
+            )
+
     def _binding(self, queue: str, *, in_threads: bool) -> tuple[int, str]:
         process = min(self.concurrency, self.threads) if in_threads else self.concurrency
         if self.queues.get(queue, process + 1) <= process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, cast
@@ -86,6 +86,8 @@ class Working(msgspec.Struct):
     worker: Worker
     consumer: Consumer
     consumption: Consumption
+    at_once: Mapping[str, int]
+    """How many jobs run at once in this process, by the name of their queue."""
     drained: bool = True
     """Whether every job finished within the grace; set at the end."""
 
@@ -120,6 +122,11 @@ async def working(
         known=_queues_of(app.handlers() if queues else handlers),
         app=app.name,
     )
+    at_once: dict[str, int] = {}
+    for queue in _queues_of(handlers):
+        in_threads = not any(handler.is_async for handler in handlers if handler.queue.name == queue)
+        at_once[queue] = limits.of(queue, in_threads=in_threads)
+        limits.warn_of_capped(queue, in_threads=in_threads)
     runtime = runtime or app.runtime()
     broker = app.open_broker(runtime)
     if runtime.processes > 1 and not broker.features().shared:
@@ -152,7 +159,7 @@ async def working(
         consumption = await broker.consume(consumer.subscriptions, consumer)
         stack.push_async_callback(consumption.close)
         stack.callback(watch.follow(consumption).cancel)
-        work = Working(Worker(watch), consumer, consumption)
+        work = Working(Worker(watch), consumer, consumption, at_once)
         try:
             yield work
         finally:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from datetime import datetime, timezone
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from ..app import App
 from ..cron.scheduler import FINISH_S, Scheduler
@@ -34,7 +35,8 @@ async def run(app: App[Any]) -> int:
     stop = Stop(scheduler.stop)
     for schedule in enabled:
         first = schedule.next(datetime.now(timezone.utc))
-        logger.info("schedule %s (%s %s): next slot at %s", schedule.name, schedule.expression, schedule.tz, first)
+        at = "never" if first is None else first.astimezone(ZoneInfo(schedule.tz)).isoformat()
+        logger.info("schedule %s (%s in %s): next slot %s", schedule.name, schedule.expression, schedule.tz, at)
     try:
         await first_of(asyncio.shield(running), stop.asked.wait())
         await first_of(asyncio.shield(running), stop.hurried.wait(), timeout_s=FINISH_S)

@@ -73,7 +73,7 @@ async def run(options: WorkOptions) -> int:
             hurry=stop.hurried,
             lifespan=partial(_lifespan, app, stop),
         ) as work:
-            names = ", ".join(f"{s.queue.name} (prefetch {s.prefetch})" for s in work.consumer.subscriptions)
+            names = ", ".join(f"{queue} ({limit} at once)" for queue, limit in work.at_once.items())
             takes = "takes jobs" if work.worker.state().name == "ready" else "waits for the broker, then takes jobs"
             logger.info(
                 "worker %s of app %s %s from %s on %s",

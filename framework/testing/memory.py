@@ -103,6 +103,9 @@ class MemoryLab(AppLab):
         """Whether cron functions run in a thread, where no event loop runs."""
         self._begins = clock.now()
 
+    def __repr__(self) -> str:
+        return f"<lab of app {self._app.name!r} at {self.now:%Y-%m-%d %H:%M:%S} UTC, {self._summary()}>"
+
     @property
     def _consumer(self) -> Consumer | None:
         return None if self.work is None else self.work.consumer

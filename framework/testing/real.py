@@ -55,6 +55,9 @@ class RealLab(AppLab):
         self._due_s: dict[str, float] = {}
         """When a job that is retried or snoozed is due again, Unix seconds, by its id."""
 
+    def __repr__(self) -> str:
+        return f"<lab on a RabbitMQ, {self._summary()}>"
+
     @property
     def now(self) -> datetime:
         """As `Lab.now`."""

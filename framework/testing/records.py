@@ -84,6 +84,11 @@ class Records:
         """Return the runs of a job, in order; empty for an unknown id."""
         return tuple(run for run in self._runs if run.envelope.job_id == job_id)
 
+    def _summary(self) -> str:
+        """Return the numbers of the records, such as `3 published, 4 runs: 2 done, 1 buried`."""
+        numbers = f"{len(self._published)} published, {len(self._runs)} runs"
+        return f"{numbers}: {len(self.done)} done, {len(self.buried)} buried"
+
     def add_published(self, job: Job, envelope: Envelope) -> None:
         """Record a publish."""
         self._published.append(Published(job, envelope))

@@ -27,6 +27,9 @@ class SyncLab(Records):
         self._callers = callers
         self._published, self._runs = lab._published, lab._runs  # pyright: ignore[reportPrivateUsage]
 
+    def __repr__(self) -> str:
+        return repr(self._lab)
+
     @property
     def now(self) -> datetime:
         """As `Lab.now`."""

@@ -96,4 +96,5 @@ def test_the_lines_of_cron_fit_and_colours_can_be_switched_off(project: Project)
     lines = text.splitlines()
     assert "\x1b" not in text
     assert re.fullmatch(r"\d\d:\d\d:\d\d INFO schedule every-second .*", lines[0])
+    assert re.search(r"next slot\s+\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d-03:00\n", text)  # as `describe` shows it
     assert max(map(len, lines)) <= 80

@@ -223,7 +223,7 @@ def test_work_runs_jobs_and_sigterm_ends_it_with_0(project: Project) -> None:
     project.publish("SendInvoice", {"order_id": 7})
 
     with project.start("work", "--queue", "emails=5", "--grace", "10") as worker:
-        worker.wait_for(r"takes jobs from emails \(prefetch \d+\) on")
+        worker.wait_for(r"takes jobs from emails \(5 at once\) on")
         project.publish("SendInvoice", {"order_id": 8})
         until(lambda: sum(line.startswith("end") for line in project.said) == 2, lambda: worker.log)
         worker.stop()

@@ -3,7 +3,7 @@
 import pytest
 
 from leveret import ConfigurationError
-from leveret.cli.short_ids import short_forms, whole_id
+from leveret.cli.short_ids import is_too_short, short_forms, whole_id
 
 A, B = "0198e2a4-5b6c-7d8e-9f01-23456789abcd", "0198e2a4-5b70-7d8e-9f01-23456789abcd"
 C = "fa98e2a4-5b6c-4d8e-9f01-23456789abcd"
@@ -44,6 +44,14 @@ def test_an_id_is_shown_as_short_as_it_is_unique(ids: set[str], shown: dict[str,
 def test_the_beginning_of_a_uuid_stands_for_it_and_no_other_text_does(text: str, meant: str) -> None:
     """`--id order-1` must not drop order-12, an empty variable not everything, and a whole id never another letter."""
     assert whole_id(text, {A, B, C, "order-12", "beefed", "deadbeef", "deadbeef-07"}) == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "short"), [("0", True), ("0198e2a", True), ("0198e2a4", False), ("order-1", False), ("", False)]
+)
+def test_a_beginning_that_is_too_short_is_told_from_another_id(text: str, short: bool) -> None:
+    """Who types 7 characters of a shown id reads that there is no such letter, and looks for it elsewhere."""
+    assert is_too_short(text) is short
 
 
 def test_a_beginning_of_several_is_refused_with_their_ids() -> None:

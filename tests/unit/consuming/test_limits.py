@@ -191,6 +191,28 @@ def test_the_limit_that_binds_is_the_one_that_is_named() -> None:
     assert (found.of("emails", in_threads=False), found.origin_of("emails", in_threads=False)) == (50, "code")
 
 
+@pytest.mark.parametrize(
+    ("limits", "line"),
+    [
+        (
+            Concurrency(origin=COMMAND_LINE, queues={"pdf": 50, "emails": 500}),
+            "queue pdf runs 8 jobs at once, not 50 (command line): 8 is the limit of the process for `def` handlers (default); raise it with --concurrency 50",
+        ),
+        (
+            Concurrency(process=5, queues={"pdf": 2, "emails": 6}),
+            "queue emails runs 5 jobs at once, not 6 (code): 5 is the limit of the process (code); raise it with --concurrency 6",
+        ),
+    ],
+)
+async def test_a_limit_above_the_one_of_the_process_is_a_warning(
+    limits: Concurrency, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`--queue pages=50` that runs 8 at once looks like a slow broker."""
+    async with working(make_app(), concurrency=[limits]) as work:
+        assert work.at_once == {**limits.queues, line.split()[1]: int(line.split()[3])}
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [line]
+
+
 @pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan"), "30", True, None])
 def test_a_wrong_grace_of_an_embedded_worker_is_refused_at_its_line(wrong: Any) -> None:
     """It would be a TypeError at the stop, when the jobs still run."""

@@ -180,10 +180,10 @@ def test_on_a_terminal_a_line_is_broken_between_words(
     monkeypatch.setenv("NO_COLOR", "1")
     out = printing(number=1, terminal=True)
     url = "amqp://shop:secret@rabbit.example.org/shop"
-    logging.getLogger("leveret.worker").info("worker 4711 of app shop takes jobs from emails (prefetch 200) on %s", url)
+    logging.getLogger("leveret.worker").info("worker 4711 of app shop takes jobs from emails (100 at once) on %s", url)
     assert [line[8:] for line in out.getvalue().splitlines()] == [
-        " #1 INFO worker 4711 of app shop takes jobs from emails (prefetch 200)",
-        " on amqp://shop:***@rabbit.example.org/shop",
+        " #1 INFO worker 4711 of app shop takes jobs from emails (100 at once) on",
+        " amqp://shop:***@rabbit.example.org/shop",
     ]
 
 

@@ -65,6 +65,15 @@ async def test_the_clock_begins_at_the_real_time() -> None:
         assert lab.now.utcoffset() == timedelta()
 
 
+async def test_a_lab_shows_its_time_and_its_numbers() -> None:
+    """A failed assertion about the lab prints it."""
+    app, _ = noting()
+    async with running(app, now=EIGHT) as lab:
+        await lab.publish(Note())
+        await lab.drain()
+        assert repr(lab) == "<lab of app 'unit' at 2026-03-02 07:00:00 UTC, 1 published, 1 runs: 1 done, 0 buried>"
+
+
 async def test_the_clock_begins_at_a_given_time() -> None:
     """A test that says "on the 29th of February" must be able to."""
     async with running(App("unit"), now=EIGHT) as lab:
