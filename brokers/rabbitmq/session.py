@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 from pamqp import commands
@@ -18,7 +18,7 @@ from leveret.settings import redact
 
 from .channel import Channel
 from .connection import Connection
-from .topology import Binding, Declaration, Exchange
+from .topology import Binding, Declaration, Exchange, PhysicalQueue
 from .wire import Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
@@ -111,7 +111,7 @@ def reason_of(error: BaseException) -> str:
     return redact(re.sub(r"\s+", " ", str(error) or type(error).__name__))[:300]
 
 
-async def declare(connection: Connection, declarations: Iterable[Declaration], queue: str, timeout_s: float) -> None:
+async def declare(connection: Connection, declarations: Sequence[Declaration], queue: str, timeout_s: float) -> None:
     """Declare `declarations` on a new channel, since a 404 or 406 closes the channel.
 
     Raises UnsupportedTopology if one exists with other arguments, ConfigurationError if the user isn't permitted,
@@ -129,13 +129,7 @@ async def declare(connection: Connection, declarations: Iterable[Declaration], q
         text = reason_of(error)
         match kind_of(error):
             case "drift":
-                # e.g. inequivalent arg 'x-max-priority' for queue 'emails' in vhost '/': received '6' but current is '10'
-                hint = (
-                    " (does it have the other type, quorum or classic?)"
-                    if re.search(r"x-queue-type|x-dead-letter-strategy|x-max-priority", text)
-                    else ""
-                )
-                msg = f"queue {queue!r}: its topology on RabbitMQ differs from what leveret declares, and was left unchanged{hint}: {text}"
+                msg = f"queue {queue!r}: {difference(queue, declarations, text)}. RabbitMQ says: {text}"
                 raise UnsupportedTopology(msg, queue=queue) from error
             case "refused":
                 msg = f"RabbitMQ at {connection.address} doesn't let user {connection.address.user!r} declare queue {queue!r}: {text}"
@@ -143,6 +137,25 @@ async def declare(connection: Connection, declarations: Iterable[Declaration], q
             case _:
                 msg = f"queue {queue!r} could not be declared: {text}"
                 raise ConnectionLost(msg) from error
+
+
+def difference(queue: str, declarations: Sequence[Declaration], text: str) -> str:
+    """Return what differs between the app's queue and the broker's, as far as RabbitMQ's `text` tells, and what to do.
+
+    RabbitMQ names one argument, the first that differs: inequivalent arg 'x-max-priority' for queue 'emails' in vhost '/':
+    received none but current is the value '6' of type 'byte'. Only quorum queues have a strategy and an overflow, and only
+    classic ones a priority.
+    """
+    declared = [one for one in declarations if isinstance(one, PhysicalQueue) and one.name == queue]
+    kind = declared[0].arguments["x-queue-type"] if declared else None
+    differs = "its topology on RabbitMQ differs from what leveret declares"
+    if kind == "classic" and "x-max-priority" in text:
+        priorities = "x-max-priority" in declared[0].arguments
+        differs = f"the app declares Queue({priorities=}), the broker has a queue with other priorities"
+    elif kind is not None and re.search("x-queue-type|x-dead-letter-strategy|x-overflow|x-max-priority", text):
+        other = "classic" if kind == "quorum" else "quorum"
+        differs = f"the app declares Queue(type={kind!r}), the broker has a {other} queue"
+    return f"{differs}. Nothing was changed: correct the Queue in code, or let workers empty the queue on the broker and delete it"
 
 
 def _declaration(record: Declaration) -> Frame:

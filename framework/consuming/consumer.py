@@ -366,7 +366,8 @@ class Consumer:
             return Undecodable("the message has no job name (AMQP's type), and the queue has several kinds of jobs")
         route = queue.routes.get(envelope.job)
         if route is None:
-            return Unknown(f"this worker has no handler for the job {envelope.job!r:.200}")
+            advice = "if it should run it, list the handler's module in App(modules=[…])"
+            return Unknown(f"this worker has no handler for the job {envelope.job!r:.200} ({advice})")
         if envelope.version <= route.version:
             return None
         return Unknown(

@@ -293,8 +293,9 @@ class Settlement:
                     return self._bury(delivery, why, self._failed(run, reason))
                 if envelope.unknown_since_ms is None:
                     logger.warning(
-                        "%s waits in the broker, because a deploy may be in progress: %s",
+                        "%s waits in the broker, because a deploy may be in progress, and is buried in %s otherwise: %s",
                         what(envelope),
+                        duration(self._runtime.settings.unknown_grace_s),
                         one_line(reason),
                     )
                 # 1, 2, 4 … 30 s: each wait is 1 s longer than all before it together.
