@@ -283,6 +283,9 @@ class App(Generic[_R]):
             key = (handler.queue.name, handler.spec.name)
             if (twin := found.get(key)) is not None:
                 msg = f"two handlers for job {handler.spec.name!r} of queue {handler.queue.name!r}: {twin.name} and {handler.name}; remove one"
+                if handler.job_class is not twin.job_class:
+                    classes = f"{twin.job_class.__qualname__} and {handler.job_class.__qualname__}"
+                    msg = f"the classes {classes} share the job name {handler.spec.name!r} in queue {handler.queue.name!r}; give one of them another name="
                 raise ConfigurationError(msg)
             for other in found.values():
                 if other.queue.name == handler.queue.name and other.queue != handler.queue:

@@ -59,6 +59,16 @@ def unexpected(call: str, given: Iterable[str], known: frozenset[str]) -> TypeEr
     return TypeError(f"{call}() got an unexpected keyword argument {name!r}{hint}")
 
 
+def for_outgoing(given: Iterable[str]) -> TypeError:
+    """Return the TypeError for a keyword that `publish_many` doesn't take, because each of its jobs has its own options."""
+    name = next(iter(given))
+    if name not in OUTGOING_OPTIONS:
+        return unexpected("publish_many", [name], frozenset({"timeout_s"}))
+    return TypeError(
+        f"publish_many() takes no {name}, since each job has its own: publish_many([Outgoing(job, {name}=…)])"
+    )
+
+
 @final
 class Outgoing(Generic[_J_co]):
     """A job with its publish options, for `publish_many` and cron functions. The options mean the same as in `Publisher.publish`."""

@@ -66,12 +66,13 @@ class Timeout:
             if not entry.expired:
                 return outcome
             msg = f"{attempt.envelope.job} was ended by its Timeout of {self.limit_s:g} s, but ignored the cancellation and returned"
-            raise TimeoutError(msg) from asyncio.CancelledError().with_traceback(entry.where)
+            raise TimeoutError(msg).with_traceback(entry.where)
         except asyncio.CancelledError as error:
             if not wheel.was_it(entry):
                 raise
             msg = f"{attempt.envelope.job} was ended by its Timeout of {self.limit_s:g} s"
-            raise TimeoutError(msg) from error
+            # with the frames in which the handler was; a CancelledError above it in the log would say nothing more
+            raise TimeoutError(msg).with_traceback(error.__traceback__) from None
         finally:
             wheel.clear(entry)
             attempt.end_by(outer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import types
 import typing
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -81,6 +82,9 @@ def resolve(registration: Registration, layers: Sequence[AnyLayer]) -> Handler:
     job_class: Any = registration.job_class
     if job_class is None:
         job_class = _annotated(function, name, places[0].name)
+    if job_class is Attempt or typing.get_origin(job_class) is Attempt:
+        msg = f"handler {name} must take (job, attempt), in this order"
+        raise ConfigurationError(msg)
     spec = spec_of(job_class) if isinstance(job_class, type) else None
     if spec is None:
         what = getattr(job_class, "__name__", repr(job_class))
@@ -131,12 +135,26 @@ def _annotated(function: Callable[..., Any], name: str, parameter: str) -> Any:
     try:
         hints = typing.get_type_hints(function)
     except Exception as error:
-        msg = f"handler {name}: the annotation of {parameter!r} can't be resolved here ({error}); {way_out}"
+        wrong = _unresolvable(function) or parameter
+        if wrong != parameter:
+            way_out = f"import what it names, or {way_out}"
+        msg = f"handler {name}: the annotation of {wrong!r} can't be resolved here ({error}); {way_out}"
         raise ConfigurationError(msg) from error
     if parameter not in hints:
-        msg = f"handler {name}: its first parameter {parameter!r} has no annotation; {way_out}"
+        msg = f"handler {name}: its first parameter {parameter!r} has no annotation; annotate it, such as {parameter}: SendInvoice"
         raise ConfigurationError(msg)
     return hints[parameter]
+
+
+def _unresolvable(function: Callable[..., Any]) -> str | None:
+    """Return the first parameter of `function` whose annotation can't be resolved by itself."""
+    annotations: dict[str, Any] = getattr(function, "__annotations__", {})
+    for parameter, annotation in annotations.items():
+        try:
+            typing.get_type_hints(types.SimpleNamespace(__annotations__={parameter: annotation}), function.__globals__)
+        except Exception:  # noqa: BLE001 - an annotation may raise anything
+            return parameter
+    return None
 
 
 def innermost(
@@ -214,10 +232,16 @@ def innermost(
 def _no_outcome(said: object, handler: Handler) -> TypeError:
     """Return the error for a handler that returned something else than None or an outcome."""
     if inspect.isclass(said) and issubclass(said, OUTCOMES):
-        return TypeError(f"handler {handler.name} returned the class {said.__name__}, not an instance of it")
-    return TypeError(
-        f"handler {handler.name} returned {said!r:.80}; results aren't stored, so return None or an outcome"
-    )
+        what = f"the class {said.__name__}, not an instance of it"
+    else:
+        what = f"{said!r:.80}; results aren't stored, so return None or an outcome"
+    return TypeError(f"handler {handler.name}{_place(handler)} returned {what}")
+
+
+def _place(handler: Handler) -> str:
+    """Return the file and line of a handler, in brackets; "" if its code is unknown."""
+    code = getattr(inspect.unwrap(handler.function), "__code__", None)
+    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
 
 
 def _say_blocked(attempt: Attempt, handler: Handler, limit_s: float, took_s: float) -> None:
@@ -225,14 +249,12 @@ def _say_blocked(attempt: Attempt, handler: Handler, limit_s: float, took_s: flo
     task = asyncio.current_task()
     if task is None or task.cancelling():
         return
-    code = getattr(inspect.unwrap(handler.function), "__code__", None)
-    place = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
     warn_of(
         attempt,
         "blocked the event loop: handler %s%s returned after %.2f s, and its Timeout of %g s couldn't end it. "
         "Await what takes long, move it to asyncio.to_thread, or make the handler a def",
         handler.name,
-        place,
+        _place(handler),
         took_s,
         limit_s,
     )

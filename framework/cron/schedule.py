@@ -129,7 +129,8 @@ def check_expression(expression: str) -> None:
     for name, field in zip(names, fields, strict=True):
         if not _is_field(name, field):
             low, high = _RANGES[name]
-            msg = f"cron expression {expression!r}: {name} must be {low} to {high}, *, a list, a range or a step, not {field!r}"
+            words = {"month": " or JAN to DEC", "day of week": " or MON to SUN"}.get(name, "")
+            msg = f"cron expression {expression!r}: {name} must be {low} to {high}{words}, *, a list, a range or a step, not {field!r}"
             raise ValueError(msg)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ from typing import Any
 
 from ..app import App
 from ..errors import ConfigurationError, LeveretError
+from ..job import Job
 from ..texts import is_ours
 
 _STANDARD = os.path.join(os.path.dirname(os.__file__), "")  # noqa: PTH118, PTH120 - a worker needs no pathlib
@@ -106,7 +108,10 @@ def load_app(path: str, *, modules: bool = True) -> App[Any]:
     """Return the app at `path`, module:attribute; with `modules`, also import the modules in the app's `modules=`."""
     app = load(path, "app")
     if not isinstance(app, App):
-        msg = f"{path!r} is {type(app).__name__}, not an App"
+        if inspect.isclass(app) and issubclass(app, Job):
+            msg = f"{path!r} is a Job class; name the App, such as {path.partition(':')[0]}:app"
+        else:
+            msg = f"{path!r} is {type(app).__name__}, not an App"
         raise ConfigurationError(msg)
     if modules:
         names = [path.partition(":")[0], *app.modules]

@@ -14,13 +14,13 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, final
+from typing import TYPE_CHECKING, Any, Never, Self, TypeVar, Unpack, final
 
 from ..broker import PublisherState
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, LeveretError, PublishTimeout
 from ..job import Job
-from ..options import TIMEOUT_S, PublishOptions
+from ..options import TIMEOUT_S, PublishOptions, for_outgoing
 from ..texts import is_ours
 from ..tracebacks import show_users_frames
 
@@ -224,6 +224,10 @@ class BlockingPublisher:
             options.get("job_id"),
         )
 
-    def publish_many(self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0) -> list[Receipt]:
+    def publish_many(
+        self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0, **options: Never
+    ) -> list[Receipt]:
         """Publish `jobs` and block until the publishes are confirmed; otherwise as `Publisher.publish_many`."""
+        if options:
+            raise for_outgoing(options)
         return self._call(lambda publisher: publisher.publish_many(jobs, timeout_s=timeout_s), timeout_s)

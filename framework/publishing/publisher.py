@@ -8,14 +8,14 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import wait
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Unpack, cast, final
+from typing import Any, Never, Unpack, cast, final
 
 from ..blocks import AsyncBlock
 from ..broker import PublisherState
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, InvalidJob, LeveretError, PublishTimeout
 from ..job import Job
-from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, PublishOptions, unexpected
+from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, PublishOptions, for_outgoing, unexpected
 from ..tracebacks import show_users_frames
 from .batch import Batch
 from .sender import Sender, seconds_of
@@ -118,12 +118,16 @@ class Publisher:
                 raise PublishTimeout(msg, job_id=options.get("job_id"), maybe_published=True)
         return future.result()
 
-    async def publish_many(self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0) -> list[Receipt]:
+    async def publish_many(
+        self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0, **options: Never
+    ) -> list[Receipt]:
         """Publish `jobs` pipelined, and return their receipts in order; `timeout_s` is for all of them.
 
         Raises `PublishManyError` if any job failed. Each job is confirmed separately: a job with a receipt in the error's
         `results` is published, even if others failed.
         """
+        if options:
+            raise for_outgoing(options)
         sender = self._open()
         if isinstance(jobs, (Job, Outgoing)):
             msg = "publish_many() takes a list or another iterable of jobs, not a single job; publish a single job with publish()"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
+
+import msgspec
 
 from .. import codec
 from ..backoff import full_jitter
@@ -28,19 +31,29 @@ from ..texts import said_by
 logger = logging.getLogger("leveret.publisher")
 
 MAX_ID_BYTES = 200
+_FIELD = re.compile(r": Expected (.*) - at `\$\.(.+)`\Z", re.DOTALL)
+"""The end of a text such as: the body can't be decoded as Mail: Expected `int`, got `str` - at `$.order_id`."""
 _MOST_S = 1e10
 """About 300 years; a time so far from now still fits into 64 bits as milliseconds since 1970."""
 
 
 def seconds_of(name: str, value: object, *, zero: bool = False) -> float:
-    """Return `value`, the option `name`, as seconds. Raises InvalidJob unless it is above 0 (with `zero`: at least 0) and finite."""
+    """Return `value`, the option `name`, as seconds. Raises InvalidJob unless it is above 0 (with `zero`, for a delay: at least 0) and finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         msg = f"{name} must be a number of seconds, not {value!r}"
         raise InvalidJob(msg)
     if not (value >= 0 if zero else value > 0) or value > _MOST_S:
-        msg = f"{name} must be {'at least' if zero else 'above'} 0 and at most {_MOST_S:g}, not {value}"
+        msg = (
+            f"{name} must be {'0 to 48 days' if zero else f'above 0 and at most {_MOST_S:g}'}, in seconds, not {value}"
+        )
         raise InvalidJob(msg)
     return float(value)
+
+
+def _why_invalid(text: str) -> str:
+    """Return msgspec's text about a field as a sentence that begins with the field; any other text unchanged."""
+    found = _FIELD.search(text)
+    return f"field {found[2]}: expected {found[1].replace('`', '')}" if found else text
 
 
 def _never() -> bool:
@@ -171,7 +184,8 @@ class Sender:
             if isinstance(priority, Priority):  # pyright: ignore[reportUnnecessaryIsInstance]
                 msg = f"{spec.queue!r} takes only the priority NORMAL, not {priority.name}"
             else:
-                msg = f"priority must be a Priority, not {priority!r}"
+                level = next((one for one in Priority if one.value == priority), Priority.HIGH)
+                msg = f"priority must be a Priority, such as Priority.{level.name}, not {priority!r}"
             raise InvalidJob(msg, job_id=job_id)
         body = self._encoded(job, contract, job_id)
         delay_s = self._delay_s(options, now, spec.queue) if "delay_s" in options or "at" in options else 0.0
@@ -230,7 +244,10 @@ class Sender:
             try:
                 contract.decoder.decode(body, self._content_type)
             except codec.UndecodableError as error:
-                raise InvalidJob(str(error), job_id=job_id) from error
+                cause = error.__cause__
+                if isinstance(cause, msgspec.MsgspecError):  # one of a user's hook, if any, and nothing of msgspec's
+                    cause = cause.__cause__
+                raise InvalidJob(_why_invalid(str(error)), job_id=job_id) from cause
         return body
 
     def _delay_s(self, options: OutgoingOptions, now: float, queue: Queue) -> float:

@@ -40,6 +40,7 @@ from tests.rabbit.node import Rabbit
         (("work", "shpo:app"), "'shpo:app': no module 'shpo' in "),
         (("work", "shop:ap"), "module shop has no 'ap'; did you mean 'app'?"),
         (("work", "shop:emails"), "'shop:emails' is Queue, not an App"),
+        (("work", "shop:SendInvoice"), "'shop:SendInvoice' is a Job class; name the App, such as shop:app"),
         (
             ("cron",),
             "app 'shop' has no enabled schedule; add one with @app.cron(…) and list its module in App(modules=[…])",

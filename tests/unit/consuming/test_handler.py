@@ -44,6 +44,10 @@ def no_attempt(job: Thing, foo: int) -> None: ...
 def keyword(job: Thing, *, more: int) -> None: ...
 
 
+def turned_round(attempt: Attempt, job: Thing) -> None: ...
+def unknown_attempt(job: Thing, attempt: "Missing") -> None: ...
+
+
 @pytest.mark.parametrize(
     ("function", "says"),
     [
@@ -51,7 +55,12 @@ def keyword(job: Thing, *, more: int) -> None: ...
         (three, r"must take \(job\) or"),
         (keyword, r"must take \(job\) or"),
         (no_attempt, "its second parameter 'foo' must be annotated with Attempt, not int"),
-        (not_annotated, "has no annotation; name its job class: @app.handler"),
+        (not_annotated, "has no annotation; annotate it, such as job: SendInvoice"),
+        (turned_round, r"must take \(job, attempt\), in this order"),
+        (
+            unknown_attempt,
+            "the annotation of 'attempt' can't be resolved here .*; import what it names, or name its job class",
+        ),
         (no_struct, "isn't a Job class"),
         (abstract, "is abstract"),
         (generates, "is a generator"),
@@ -86,6 +95,40 @@ def test_two_handlers_for_one_job_are_refused() -> None:
 
     with pytest.raises(ConfigurationError, match=r"two handlers for job 'thing.do'.*first and .*second"):
         app.handlers()
+
+
+def test_two_classes_with_one_name_are_named() -> None:
+    """Who copied a class, and its name with it, looks for a second handler of the first class in vain."""
+    app = App("two", broker="memory://")
+
+    class Copied(Job, name="thing.do", queue=Queue("things")):
+        """A job that should have another name."""
+
+    @app.handler
+    def first(job: Thing) -> None: ...
+
+    @app.handler
+    def second(job: Copied) -> None: ...
+
+    with pytest.raises(
+        ConfigurationError, match=r"classes Thing and .*Copied share the job name 'thing.do'.* another name="
+    ):
+        app.handlers()
+
+
+@pytest.mark.parametrize("said", [7, Bury])
+async def test_a_handler_that_returns_no_outcome_is_named_with_its_line(said: Any) -> None:
+    """The frames of the error are leveret's: the handler has returned by then."""
+    app = App("returns")
+
+    @app.handler
+    async def wrong(job: Thing) -> Any:
+        return said
+
+    async with running(app) as lab:
+        await lab.publish(Thing())
+        await lab.drain()
+        assert f"({__file__}:{wrong.__code__.co_firstlineno}) returned " in lab.buried[0].outcome.reason
 
 
 def test_a_queue_without_a_handler_is_refused() -> None:

@@ -184,6 +184,7 @@ async def test_a_time_out_shows_where_the_handler_waited(caplog: pytest.LogCaptu
         assert record.exc_info
         text = "".join(traceback.format_exception(*record.exc_info))
         assert "await asyncio.Event().wait()" in text
+        assert "CancelledError" not in text  # it would read as a second failure
         assert text.splitlines()[-1].startswith("TimeoutError: greet was ended by its Timeout of 1 s")
 
 
