@@ -301,15 +301,13 @@ class Consumer:
         self._slots.pause()
         try:
             while self._suspects:
-                held = self._suspects.popleft()
+                held = self._suspects[0]
                 queue = self._queues[held.delivery.queue.name]
-                ends = self._clock.monotonic() + ALONE_AFTER_S
-                while self._slots.running and (left_s := ends - self._clock.monotonic()) > 0:
-                    await first_of(self.changed(), self._clock.sleep(left_s))
+                await self._alone(queue)
+                self._suspects.popleft()
                 if not held.delivery.live:
                     continue
-                # Where the broker doesn't count, a job that is given back would be counted as a crash: it runs before the stop.
-                if self._stopping and queue.counts_crashes:
+                if self._gives_back(queue):
                     self._end_without_run(held.delivery, NotStarted())
                     continue
                 logger.warning(
@@ -323,6 +321,16 @@ class Consumer:
         finally:
             self._suspecting = False
             self._slots.resume()
+
+    async def _alone(self, queue: QueueHeld) -> None:
+        """Wait until nothing runs, for a stated time at most, or until a suspect of `queue` needn't run any more."""
+        ends = self._clock.monotonic() + ALONE_AFTER_S
+        while self._slots.running and not self._gives_back(queue) and (left_s := ends - self._clock.monotonic()) > 0:
+            await first_of(self.changed(), self._clock.sleep(left_s))
+
+    def _gives_back(self, queue: QueueHeld) -> bool:
+        """Whether a suspect is given back at this stop. Where the broker doesn't count, that would count as a crash: it still runs."""
+        return self._stopping and queue.counts_crashes
 
     def _tell_recalled(self) -> None:
         if self._teller is None:
@@ -513,6 +521,7 @@ class Consumer:
         if self._teller is not None:
             self._teller.cancel()
             self._say_recalled()
+        self._tell()
         self._slots.stop()
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -525,7 +534,8 @@ class Consumer:
             logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
             self._settlement.counts[CutOff] += len(self._tasks)
-            suspects = [held.delivery for held in self._tasks.values() if held is not None and self._counts(held)]
+            kept = [*self._suspects, *(held for held in self._tasks.values() if held is not None)]
+            suspects = [held.delivery for held in kept if self._counts(held)]
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
