@@ -51,6 +51,13 @@ class FaultProxy:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A connection that was accepted last has its transport and its task some turns of the loop later; asyncio leaks the
+        # socket if the server is closed before that.
+        self.refuse = True
+        for listening in self._server.sockets:
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+        for _ in range(5):
+            await asyncio.sleep(0)
         self._server.close()
         self.reset()
         for task in self._tasks:
@@ -109,6 +116,9 @@ class FaultProxy:
         except OSError:  # the node is down
             _reset(writer)
             return
+        except asyncio.CancelledError:
+            _reset(writer)
+            raise
         link = (writer, target_writer)
         self._links.add(link)
         try:
