@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -35,13 +36,20 @@ def exc_info(error: BaseException) -> ExcInfo:
     _trim_causes(error)
     whole = error.__traceback__
     trace = _from_users(whole)
-    if (
-        trace is None and error.__cause__ is None
+    if trace is None and not _has_cause(
+        error
     ):  # raised by leveret, and no cause leads further: keep the line that raised
         trace = whole
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
     return type(error), error, trace
+
+
+def _has_cause(error: BaseException) -> bool:
+    try:
+        return error.__cause__ is not None
+    except Exception:  # noqa: BLE001 - a property of the user's class
+        return False
 
 
 def show_users_frames(error: BaseException) -> None:
@@ -105,6 +113,11 @@ def _from_users(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _trim_causes(error: BaseException) -> None:
+    with contextlib.suppress(Exception):  # a class of the user may refuse anything; its traceback is then longer
+        _trim(error)
+
+
+def _trim(error: BaseException) -> None:
     seen, left = {id(error)}, [error]
     while left:
         one = left.pop()
@@ -112,5 +125,5 @@ def _trim_causes(error: BaseException) -> None:
         for led in (one.__cause__, one.__context__, *grouped):
             if led is not None and id(led) not in seen:
                 seen.add(id(led))
-                led.__traceback__ = _from_users(led.__traceback__)
+                BaseException.with_traceback(led, _from_users(led.__traceback__))  # also of a frozen dataclass
                 left.append(led)

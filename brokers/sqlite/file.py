@@ -37,7 +37,7 @@ _CLAIM = (
 _SETTLE = "DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
 _RELEASE = "UPDATE jobs SET claimed_by = NULL, begun = 0 WHERE claimed_by = ?"
 _BEREAVE = (
-    "UPDATE jobs SET claimed_by = NULL, begun = 0, crashes = crashes + (begun OR deliveries = 1) WHERE claimed_by = ?"
+    "UPDATE jobs SET claimed_by = NULL, begun = 0, crashes = crashes + (begun OR crashes = 0) WHERE claimed_by = ?"
 )
 _GIVE_BACK = "UPDATE jobs SET claimed_by = NULL, deliveries = deliveries - 1 WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
 _COLUMNS = "job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers"

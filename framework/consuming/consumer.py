@@ -41,7 +41,7 @@ from ..texts import named
 from ..waits import first_of
 from .handler import Handler, innermost, take_back_cancels
 from .limits import Limits
-from .remembered import Past, key_of
+from .remembered import Past, key_of, slot_of
 from .settlement import Ended, Lost, Settlement, what
 from .slots import Gate, Held, QueueHeld, Route, Slots, in_arrival_order
 
@@ -354,9 +354,10 @@ class Consumer:
 
     def _is_repeated(self, held: Held) -> bool:
         """Whether the job of this cron slot runs here already, or was settled here: a slot may be published twice."""
-        key = key_of(held.delivery.envelope)
-        return self._remembered.has_slot(key) or any(
-            other is not held and other.delivery.live and key_of(other.delivery.envelope) == key
+        envelope = held.delivery.envelope
+        slot = slot_of(envelope)
+        return self._remembered.has_slot(envelope) or any(
+            other is not held and other.delivery.live and slot_of(other.delivery.envelope) == slot
             for other in self._tasks.values()
             if other is not None
         )
@@ -452,7 +453,7 @@ class Consumer:
                 # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
                 await take_back_cancels()
             ending = CutOff() if self._stopping else _refused(cancelled)
-        except Exception as failed:  # noqa: BLE001 - an error that leaves the chain buries the job
+        except BaseException as failed:  # noqa: BLE001 - a SystemExit of a hook, or a panic of a native library: no job stops its worker
             ending = _refused(failed)
         finally:
             self._free(route, queue)
@@ -466,7 +467,7 @@ class Consumer:
                 if held.delivery is not delivery:  # redelivered during the settlement, which remembers the ending
                     self.deliver(held.delivery)
             if is_slot:
-                self._remembered.keep_slot(key_of(envelope))
+                self._remembered.keep_slot(envelope)
         finally:
             task, held.task = held.task, None
             if task is not None:
@@ -549,7 +550,9 @@ class Consumer:
 
 
 def _refused(error: BaseException) -> Bury:
-    """Return the burial for an exception that leaves the outermost middleware."""
+    """Return the burial for an exception that leaves the outermost middleware; raise a GeneratorExit, after which nothing can be awaited."""
+    if isinstance(error, GeneratorExit):
+        raise error
     bury = Bury(named(error))
     bury.__cause__ = error
     return bury

@@ -21,12 +21,21 @@ MOST = 10_000
 FOR_S = 3600.0
 """How long a lost delivery is remembered, seconds. Most come back within a second; others wait behind a sick broker."""
 
-Key: TypeAlias = tuple[str, str, int]
+Slot: TypeAlias = tuple[str, str, int]
 """Queue, job id and passes: a retry has the id of its first run, and one more pass."""
+Key: TypeAlias = tuple[str, str, int, int, int]
+"""The same, with the time of the publish and a hash of the body's end: publishers may use an id again, for another job."""
+_END = 256
+"""So many bytes of a body are hashed: a hash of 15 MiB would take 10 ms of the event loop."""
 
 
 def key_of(envelope: Envelope) -> Key:
     """Return the key of a delivery."""
+    return envelope.queue, envelope.job_id, envelope.passes, envelope.created_s, hash(envelope.body[-_END:])
+
+
+def slot_of(envelope: Envelope) -> Slot:
+    """Return the key of a cron slot, of which there may be several publishes."""
     return envelope.queue, envelope.job_id, envelope.passes
 
 
@@ -56,7 +65,7 @@ class Remembered:
         """The last settlements. If the connection is lost now, any of them may not have arrived."""
         self._lost: dict[Key, tuple[float, Held | Past]] = {}
         """Oldest first, each with its time."""
-        self._slots: dict[Key, None] = {}
+        self._slots: dict[Slot, None] = {}
 
     def lose(self, running: Iterable[Held]) -> None:
         """Remember the last settlements and the `running` jobs, because a channel or lease was lost."""
@@ -79,13 +88,14 @@ class Remembered:
         since, what = self._lost.pop(key, (0.0, None))
         return what if since >= self._clock.monotonic() - FOR_S else None
 
-    def keep_slot(self, key: Key) -> None:
+    def keep_slot(self, envelope: Envelope) -> None:
         """Remember the job of a cron slot for good if it has just been settled."""
+        key = key_of(envelope)
         if key in self.settled or self._lost.get(key, (0.0, None))[1] is ACKED:
-            self._slots[key] = None
+            self._slots[slot_of(envelope)] = None
             if len(self._slots) > MOST:
                 del self._slots[next(iter(self._slots))]
 
-    def has_slot(self, key: Key) -> bool:
+    def has_slot(self, envelope: Envelope) -> bool:
         """Whether the job of a cron slot was settled here."""
-        return key in self._slots
+        return slot_of(envelope) in self._slots

@@ -134,8 +134,7 @@ class Settlement:
             if not self.cut and isinstance(ending, Done) and delivery.live:  # nearly all
                 self.counts[Done] += 1
                 delivery.done()
-                envelope = delivery.envelope
-                self._settled((envelope.queue, envelope.job_id, envelope.passes))
+                self._settled(key_of(delivery.envelope))
             else:
                 run = self._run(delivery, attempt, ending, arrived)
                 if self.cut or isinstance(ending, CutOff):
@@ -430,7 +429,7 @@ class Settlement:
             attempt=envelope.attempt,
             at_ms=int(self._clock.now() * 1000),
             host=socket.gethostname(),
-            error="" if error is None else type(error).__qualname__,
+            error="" if error is None else _encodable(type(error).__qualname__),
             message=(one_line(reason) if error is None else said_by(error))[:_MESSAGE_CHARS],
             reason=one_line(reason)[:_MESSAGE_CHARS],
             traceback="" if error is None else _trimmed(error),
@@ -534,6 +533,13 @@ def at_debug(error: BaseException | None) -> BaseException | None:
     return error if logger.isEnabledFor(logging.DEBUG) else None
 
 
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _trimmed(error: BaseException) -> str:
-    text = "".join(traceback.format_exception(*exc_info(error))).encode("utf-8", "backslashreplace").decode()
+    try:
+        text = _encodable("".join(traceback.format_exception(*exc_info(error))))
+    except Exception as refused:  # noqa: BLE001 - a class of the user may refuse anything, and the job must still be settled
+        return f"the traceback can't be shown: {named(refused)}"
     return text if len(text) <= _TRACEBACK_CHARS else "…" + text[-_TRACEBACK_CHARS:]

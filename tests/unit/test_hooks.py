@@ -141,3 +141,36 @@ async def test_without_hooks_the_error_says_what_to_give() -> None:
         UndecodableError, match="type Customer can't be decoded; give the job class enc_hook= and dec_hook="
     ):
         Decoder(Bare).decode(b'{"customer": {}}', "application/json")
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), BaseException("a panic of a native library")])
+async def test_a_hook_that_raises_more_than_an_exception_stops_no_worker(error: BaseException) -> None:
+    """SystemExit ended the worker at every start; a native library's panic blocked a place in the window, without a line."""
+    armed = False
+
+    def panic(kind: type[Any], value: Any) -> Any:
+        if armed:
+            raise error
+        return kind()
+
+    class Odd(Job, name="odd", queue=QUEUE, enc_hook=lambda _: 1, dec_hook=panic):
+        point: Point
+
+    class Even(Job, name="even", queue=QUEUE):
+        """A job without a hook."""
+
+    app = App("unit")
+
+    @app.handler
+    async def odd(job: Odd) -> None: ...
+
+    @app.handler
+    async def even(job: Even) -> None: ...
+
+    async with running(app) as lab:
+        await lab.publish(Odd(Point()))
+        armed = True
+        await lab.publish(Even())
+        await lab.drain()
+
+    assert [type(run.job) for run in lab.done] == [Even]

@@ -4,11 +4,14 @@ import asyncio
 from collections import Counter
 from datetime import datetime, timezone
 
+from msgspec import structs
+
 from leveret import App, Attempt, Job, Queue
 from leveret.clock import ManualClock
 from leveret.consuming import remembered
-from leveret.consuming.remembered import ACKED, Past, Remembered
+from leveret.consuming.remembered import ACKED, Past, Remembered, key_of
 from leveret.consuming.worker import working
+from leveret.envelope import Envelope
 from leveret.ids import slot_job_id
 from leveret.outcome import Kind, Repeated, Retry
 
@@ -22,7 +25,7 @@ class Digest(Job, name="digest", queue=digests):
 
 
 def key(number: int) -> remembered.Key:
-    return "digests", f"id-{number}", 0
+    return "digests", f"id-{number}", 0, 1_700_000_000, 7
 
 
 def test_a_lost_run_is_remembered_until_its_redelivery_and_for_an_hour_at_most() -> None:
@@ -36,6 +39,17 @@ def test_a_lost_run_is_remembered_until_its_redelivery_and_for_an_hour_at_most()
     assert memory.take(key(1)) is None
     clock.advance(remembered.FOR_S + 1)
     assert memory.take(key(2)) is None
+
+
+def test_another_job_under_the_same_id_is_not_taken_for_the_first() -> None:
+    """A publisher may use an id again, since ids don't deduplicate; after a loss the second job was acked and never ran."""
+    first = Envelope(job_id="customer-7", job="sync", queue="digests", body=b"1", created_s=1_700_000_000)
+    memory = Remembered(ManualClock(), 10)
+    memory.add(key_of(first), ACKED)
+
+    assert memory.take(key_of(structs.replace(first, body=b"2"))) is None
+    assert memory.take(key_of(structs.replace(first, created_s=1_700_000_001))) is None
+    assert memory.take(key_of(structs.replace(first, attempt=1))) is ACKED
 
 
 def test_the_oldest_is_forgotten_first() -> None:

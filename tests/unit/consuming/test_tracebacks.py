@@ -1,6 +1,7 @@
 """The traceback of a failed run, on its log record and in its dead letter: it begins where a user can mend something."""
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
@@ -262,3 +263,46 @@ def test_errors_are_alike_by_class_and_innermost_line_of_a_user() -> None:
     nowhere, again = TimeoutError(), TimeoutError()
     nowhere.__cause__, again.__cause__ = again, nowhere
     assert place_of(exc_info(nowhere)) == (TimeoutError, "", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declined(Exception):
+    """A user's error that can't be changed."""
+
+    code: int
+
+
+class Unwritable(Exception):
+    """A user's error whose name can't be encoded."""
+
+
+Unwritable.__qualname__ = "Half\ud800"
+
+
+def frozen_cause() -> None:
+    try:
+        raise Declined(1)
+    except Declined as error:
+        msg = "declined"
+        raise RuntimeError(msg) from error
+
+
+def unwritable() -> None:
+    raise Unwritable
+
+
+@pytest.mark.parametrize("act", [frozen_cause, unwritable])
+async def test_an_error_whose_traceback_cannot_be_made_costs_no_settlement(act: Callable[[], None]) -> None:
+    """The job stayed unsettled, kept its place in the window, and ran again at each restart without a limit."""
+    app = App("unit", middleware=[Retries(max_attempts=2)])
+
+    @app.handler
+    async def greet(job: Greet) -> None:
+        act()
+
+    async with running(app) as lab:
+        receipt = await lab.publish(Greet())
+        await lab.drain()
+
+    assert [run.number for run in lab.attempts(receipt.job_id)] == [1, 2]
+    assert len(lab.buried) == 1
