@@ -301,13 +301,15 @@ class Consumer:
         self._slots.pause()
         try:
             while self._suspects:
-                held = self._suspects[0]
+                held = self._suspects.popleft()
                 queue = self._queues[held.delivery.queue.name]
-                await self._alone(queue)
-                self._suspects.popleft()
+                ends = self._clock.monotonic() + ALONE_AFTER_S
+                while self._slots.running and (left_s := ends - self._clock.monotonic()) > 0:
+                    await first_of(self.changed(), self._clock.sleep(left_s))
                 if not held.delivery.live:
                     continue
-                if self._gives_back(queue):
+                # Where the broker doesn't count, a job that is given back would be counted as a crash: it runs before the stop.
+                if self._stopping and queue.counts_crashes:
                     self._end_without_run(held.delivery, NotStarted())
                     continue
                 logger.warning(
@@ -321,16 +323,6 @@ class Consumer:
         finally:
             self._suspecting = False
             self._slots.resume()
-
-    async def _alone(self, queue: QueueHeld) -> None:
-        """Wait until nothing runs, for a stated time at most, or until a suspect of `queue` needn't run any more."""
-        ends = self._clock.monotonic() + ALONE_AFTER_S
-        while self._slots.running and not self._gives_back(queue) and (left_s := ends - self._clock.monotonic()) > 0:
-            await first_of(self.changed(), self._clock.sleep(left_s))
-
-    def _gives_back(self, queue: QueueHeld) -> bool:
-        """Whether a suspect is given back at this stop. Where the broker doesn't count, that would count as a crash: it still runs."""
-        return self._stopping and queue.counts_crashes
 
     def _tell_recalled(self) -> None:
         if self._teller is None:
@@ -522,7 +514,6 @@ class Consumer:
         if self._teller is not None:
             self._teller.cancel()
             self._say_recalled()
-        self._tell()
         self._slots.stop()
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -535,8 +526,7 @@ class Consumer:
             logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
             self._settlement.counts[CutOff] += len(self._tasks)
-            kept = [*self._suspects, *(held for held in self._tasks.values() if held is not None)]
-            suspects = [held.delivery for held in kept if self._counts(held)]
+            suspects = [held.delivery for held in self._tasks.values() if held is not None and self._counts(held)]
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
