@@ -477,7 +477,8 @@ class Consumer:
         try:
             await consumption.stop_taking()
             for held in in_arrival_order(self._slots.remove(lambda _: True)):
-                self._give_back(held.delivery)
+                # Not in a task: even without any grace, the delivery must be given back.
+                self._settlement.end(held.delivery, None, NotStarted(), None)
             while self._unfinished() and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
                 wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
                 await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
@@ -499,15 +500,8 @@ class Consumer:
             if held is not None:
                 held.task = None
                 self._free(held.route, self._queues[held.delivery.queue.name])
-                self._give_back(held.delivery)
+                self._settlement.end(held.delivery, None, NotStarted(), None)
         return bool(self._tasks)
-
-    def _give_back(self, delivery: Delivery) -> None:
-        """Give back a delivery. Not in a task: it must be given back even without any grace; only what crashed before is published."""
-        if delivery.envelope.crashes:
-            self._end_without_run(delivery, NotStarted())
-        else:
-            self._settlement.end(delivery, None, NotStarted(), None)
 
     def _stop_starting(self) -> None:
         self._stopping = True
@@ -536,7 +530,9 @@ class Consumer:
 
     def _counts(self, held: Held) -> bool:
         """Whether another worker would count the end of this process as one more crash of `held`."""
-        return held.delivery.envelope.crashes > 0 and not self._queues[held.delivery.queue.name].counts_crashes
+        delivery = held.delivery
+        counted_here = delivery.envelope.crashes > 1 and delivery.counted
+        return counted_here and not self._queues[delivery.queue.name].counts_crashes
 
 
 def _refused(error: BaseException) -> Bury:

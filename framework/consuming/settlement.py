@@ -300,9 +300,6 @@ class Settlement:
                 # 1, 2, 4 … 30 s: each wait is 1 s longer than all before it together.
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
                 return self._again(delivery, ending, unknown, min(30.0, 1.0 + waited_s))
-            case NotStarted() if envelope.crashes and not delivery.counted:
-                # given back it would be marked as redelivered, as what killed its worker is
-                return self._again(delivery, ending, _uncounted(envelope), 0.0)
             case NotStarted():
                 delivery.give_back()
             case CutOff():
@@ -414,9 +411,10 @@ class Settlement:
 
     async def uncount(self, delivery: Delivery) -> None:
         """Publish a suspect that was cut off again, if that is quick: its redelivery would be counted as a crash."""
-        envelope = _uncounted(delivery.envelope)
+        envelope = _next(delivery.envelope, cause="crash", crashes=delivery.envelope.crashes)
+        deadline = time.monotonic() + UNCOUNT_S
         with suppress(PublishError):
-            await delivery.again(msgspec.structs.replace(envelope, deadline=time.monotonic() + UNCOUNT_S))
+            await delivery.again(msgspec.structs.replace(envelope, due_ms=None, deadline=deadline))
 
     def _failed(self, run: _Run, reason: str = "") -> Envelope:
         """Return the envelope of `run` with its failure; that of a remembered run, if there is one."""
@@ -512,11 +510,6 @@ def _next(envelope: Envelope, **changes: Any) -> Envelope:
     # the count of a foreign producer may be at its maximum
     counted = {"passes": min(envelope.passes + 1, MOST), "crashes": 0, "unknown_since_ms": None, **changes}
     return msgspec.structs.replace(envelope, **counted)
-
-
-def _uncounted(envelope: Envelope) -> Envelope:
-    """Return `envelope` for a publish after a return that was no crash."""
-    return _next(envelope, cause="crash", crashes=envelope.crashes, due_ms=None)
 
 
 def _with_deadline(envelope: Envelope) -> Envelope:
