@@ -242,9 +242,7 @@ class Taker:
     async def settled(self) -> None:
         """Return once the broker has received every written settlement; nothing can be settled afterwards."""
         if self.queue.type == "quorum" and self._wrote:
-            # not of the suspects: the message that is taken would come back as one that crashed, and one settlement isn't held up
-            names = [name for name, levels in self.names.items() if levels and name not in self.mute]
-            await settled(self._channel, names, CLOSE_TIMEOUT_S)
+            await settled(self._channel, [name for name in self.names if name not in self.mute], CLOSE_TIMEOUT_S)
 
     async def _pause(self) -> None:
         """Cancel the consumers until half of the held bytes are settled, then consume again with a prefetch that fits the bodies."""

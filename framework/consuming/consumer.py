@@ -520,19 +520,10 @@ class Consumer:
             logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
             self._settlement.counts[CutOff] += len(self._tasks)
-            suspects = [held.delivery for held in self._tasks.values() if held is not None and self._counts(held)]
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
-            if suspects:
-                await asyncio.wait({self._create_task(self._settlement.uncount(each)) for each in suspects})
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _counts(self, held: Held) -> bool:
-        """Whether another worker would count the end of this process as one more crash of `held`."""
-        delivery = held.delivery
-        counted_here = delivery.envelope.crashes > 1 and delivery.counted
-        return counted_here and not self._queues[delivery.queue.name].counts_crashes
 
 
 def _refused(error: BaseException) -> Bury:

@@ -9,7 +9,6 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
 from typing import Any, ClassVar
 
 import msgspec
@@ -52,8 +51,6 @@ logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consu
 
 SETTLE_TIMEOUT_S = 5.0
 """Seconds per try to publish a retry or a burial; the tries go on until the delivery's channel or lease is gone."""
-UNCOUNT_S = 3.0
-"""Seconds to publish a suspect again that was cut off."""
 MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
@@ -408,13 +405,6 @@ class Settlement:
             if tries:
                 self.unsettled -= 1
         return False
-
-    async def uncount(self, delivery: Delivery) -> None:
-        """Publish a suspect that was cut off again, if that is quick: its redelivery would be counted as a crash."""
-        envelope = _next(delivery.envelope, cause="crash", crashes=delivery.envelope.crashes)
-        deadline = time.monotonic() + UNCOUNT_S
-        with suppress(PublishError):
-            await delivery.again(msgspec.structs.replace(envelope, due_ms=None, deadline=deadline))
 
     def _failed(self, run: _Run, reason: str = "") -> Envelope:
         """Return the envelope of `run` with its failure; that of a remembered run, if there is one."""

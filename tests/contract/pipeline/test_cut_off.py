@@ -143,23 +143,3 @@ async def test_a_worker_that_was_cut_off_is_let_go(harness: Harness) -> None:
         return shop() is None
 
     await until(is_gone)
-
-
-async def test_a_job_that_six_restarts_cut_off_is_no_crash(harness: Harness) -> None:
-    """A long report in a week of deploys would be buried for the deaths of workers that nobody mourns."""
-
-    async def hang(job: Any, attempt: Attempt[Any]) -> None:
-        await asyncio.Event().wait()
-
-    queue, last_runs = harness.queue(), Runs()
-    work = job_class(queue)
-    [job_id] = await publish(make_app(harness, work, Runs()), work(n=1))
-    for _ in range(6):
-        runs = Runs(hang)
-        async with working(make_app(harness, work, runs), queues=[queue.name], grace_s=0.05):
-            await runs.next()
-    async with make_app(harness, work, last_runs).worker(queues=[queue.name]):
-        assert (await last_runs.next()).job_id == job_id
-
-    assert (await depth(harness.admin(), queue)).dead == 0
-    await assert_empty(harness, queue)
