@@ -37,10 +37,8 @@ from ..outcome import (
     Repeated,
     Retry,
     Snooze,
-    Suspect,
     Undecodable,
     Unknown,
-    WorkerLost,
 )
 from ..runtime import Runtime
 from ..texts import named, one_line, said_by
@@ -273,12 +271,6 @@ class Settlement:
                 return self._bury(delivery, ending, self._failed(run, reason))
             case Undecodable(reason):
                 return self._bury(delivery, ending, self._failed(run, reason))
-            case Suspect():
-                suspect = _next(envelope, cause="crash", crashes=envelope.crashes + 1)
-                return self._again(delivery, ending, suspect, 0.0)
-            case WorkerLost(crashes):
-                failed = self._failed(run, ending.reason)
-                return self._bury(delivery, ending, msgspec.structs.replace(failed, crashes=crashes))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
                 # A time in the future, from a wrong clock, would make the job wait until then.
@@ -430,12 +422,6 @@ def _say(run: _Run, ending: Ending) -> None:
     match ending:
         case Undecodable(reason) | Bury(reason) if attempt is None:
             logger.error("%s is buried in %s: %s", what(run.envelope), dead, one_line(reason))
-        case WorkerLost():
-            logger.error("%s is buried in %s: %s", what(run.envelope), dead, ending.reason)
-        case Suspect():
-            crashes = run.envelope.crashes + 1
-            level = logging.WARNING if crashes > 1 else logging.DEBUG  # neighbours of a crash come back once
-            logger.log(level, "%s came back; workers that may have died of it: %d", what(run.envelope), crashes)
         case Retry(delay_s):
             ended = "ended" if run.error is None else "failed"
             said = f"{ended} {took}, retried {when(delay_s)}"
@@ -498,7 +484,7 @@ def _entered(envelope: Envelope, failure: Failure) -> Envelope:
 def _next(envelope: Envelope, **changes: Any) -> Envelope:
     """Return `envelope` for its next publish: the same id, one more pass."""
     # the count of a foreign producer may be at its maximum
-    counted = {"passes": min(envelope.passes + 1, MOST), "crashes": 0, "unknown_since_ms": None, **changes}
+    counted = {"passes": min(envelope.passes + 1, MOST), "unknown_since_ms": None, **changes}
     return msgspec.structs.replace(envelope, **counted)
 
 

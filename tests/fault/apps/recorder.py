@@ -5,7 +5,6 @@ A worker imports `app`, made out of the environment; a test makes the same with 
 
 import asyncio
 import os
-import signal
 import time
 
 import msgspec
@@ -50,10 +49,7 @@ class Recorder:
                 if self.n == 13:
                     raise KeyError("thirteen brings bad luck")
 
-        class Fatal(Job, name="fatal", queue=queue):
-            """Ends its process, as a C library may."""
-
-        self.Note, self.Chore, self.Flaky, self.Picky, self.Fatal = Note, Chore, Flaky, Picky, Fatal
+        self.Note, self.Chore, self.Flaky, self.Picky = Note, Chore, Flaky, Picky
         self._file: int | None = None
 
         async def note(job: Note, attempt: Attempt) -> None:
@@ -75,12 +71,7 @@ class Recorder:
         async def picky(job: Picky, attempt: Attempt) -> None:
             self.say("end", attempt)
 
-        async def fatal(job: Fatal, attempt: Attempt) -> None:
-            self.say("start", attempt)
-            await asyncio.sleep(0.05)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        for function, job_class in ((note, Note), (chore, Chore), (flaky, Flaky), (picky, Picky), (fatal, Fatal)):
+        for function, job_class in ((note, Note), (chore, Chore), (flaky, Flaky), (picky, Picky)):
             self.app.handler(job=job_class)(function)  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def say(self, verb: str, attempt: Attempt, *words: object) -> None:
