@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from ..errors import ConfigurationError
-from ..process.logs import LEVELS, one_line
+from ..process.logs import LEVELS, one_line, printable
 from ..process.streams import fitted, width_of
 
 _GAP, _INDENT = 2, 2
@@ -102,7 +102,7 @@ def _text_lines(text: str, width: int) -> list[str]:
 
 def lines(text: str) -> str:
     """Return `text` with control characters replaced, except line breaks and tabs."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return printable(text, "\n\t")
 
 
 def moment(at_ms: float | None) -> str:

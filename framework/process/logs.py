@@ -37,13 +37,14 @@ _UUID7 = re.compile(r"\b([0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3})-[0-9a-f]{4}-[0-9a
 
 def one_line(text: str) -> str:
     """Return `text` on one line, without control characters: received text must not move the cursor or forge a log line."""
-    return _printable(" ".join(text.split()))
+    return printable(" ".join(text.split()))
 
 
-def _printable(text: str) -> str:
+def printable(text: str, kept: str = "") -> str:
+    """Return `text` with control characters replaced, except those in `kept`."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return "".join(char if char.isprintable() or char in kept else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 class _Alike(msgspec.Struct):
@@ -127,7 +128,7 @@ class _Full(logging.Formatter):
                 return " (same traceback as above)", []
             note = f" ({left_out} more since the last traceback like this)" if left_out else ""
         lines = self.formatException(info).expandtabs().splitlines()
-        return note, [_printable(line) for line in lines]
+        return note, [printable(line) for line in lines]
 
 
 class _Short(_Full):

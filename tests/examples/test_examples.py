@@ -66,6 +66,19 @@ def run(checkout: Path, *command: str, broker: str | None) -> str:
     return ended.stdout
 
 
+def index(checkout: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program on `folder`, with these variables, to its end."""
+    return subprocess.run(
+        [sys.executable, PROGRAM, str(folder)],
+        check=False,
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 def row(output: str) -> list[int]:
     """Published, done, retried and dead, of the table at the end."""
     [line] = re.findall(r"file\.index\s*│(.*)", output)
@@ -164,32 +177,16 @@ def test_the_folder_is_named_before_anything_is_imported_that_takes_long(checkou
     """A program that says nothing for seconds is stopped by whoever tries it."""
     for package in ("leveret", "rich", "asyncio"):
         (checkout / f"{package}.py").write_text("raise SystemExit('imported')", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    ended = subprocess.run(
-        [sys.executable, PROGRAM, str(folder)],
-        check=False,
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    ended = index(checkout, folder, PYTHONPATH=str(checkout))
+
     assert ended.stdout == f"indexing this folder through a queue:\n  {folder}\n"
     assert ended.stderr == "imported\n"
 
 
 def test_no_broker_is_one_line(checkout: Path, folder: Path) -> None:
     """A traceback would be a stranger's first impression."""
-    environment = {**os.environ, "LEVERET_BROKER": "amqq://guest:guest@localhost/"}
-    ended = subprocess.run(
-        [sys.executable, PROGRAM, str(folder)],
-        check=False,
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    ended = index(checkout, folder, LEVERET_BROKER="amqq://guest:guest@localhost/")
+
     assert ended.returncode == 1
     assert "Error: the broker's URL 'amqq://guest:***@localhost/' has no known scheme" in ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
