@@ -141,8 +141,8 @@ class Attempt(Generic[_R_co]):
 
     @property
     def redelivered(self) -> bool:
-        """Whether the broker marked this delivery as redelivered."""
-        return self._redelivered
+        """Whether the job was delivered before, and that delivery was neither settled nor given back."""
+        return self._redelivered or self._envelope.crashes > 0
 
     @property
     def envelope(self) -> Envelope:

@@ -26,6 +26,8 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     """Several processes may use the broker at once."""
     counts_redelivery: bool
     """`Delivery.redelivered` is True after a worker died with the job."""
+    counts_crashes: bool = False
+    """The broker raises `Envelope.crashes` of a job that had begun when its worker died, and of no other. If False, the worker does."""
     connected: bool
     """A connection to the broker can be lost; its deliveries are then no longer `live`."""
     queue_type: str | None
@@ -70,6 +72,11 @@ class Delivery(Protocol):
         ...
 
     @property
+    def counted(self) -> bool:
+        """Whether `Envelope.crashes` counts the death that brought this delivery back, if one did. False: the worker must judge."""
+        ...
+
+    @property
     def problem(self) -> str | None:
         """Why the job can't run, if known before decoding: a leveret header that isn't a number, for example. Otherwise None."""
         ...
@@ -83,6 +90,10 @@ class Delivery(Protocol):
         """
         ...
 
+    async def begin(self) -> bool:
+        """Note that the job, which crashed a worker before, begins; return False if the delivery is no longer live."""
+        ...
+
     def done(self) -> None:
         """Acknowledge the job; acknowledgements are batched, and flushed once per turn of the event loop."""
         ...
@@ -90,7 +101,10 @@ class Delivery(Protocol):
     async def again(self, envelope: Envelope, /) -> bool:
         """Publish `envelope` to the delivery's queue, due at its `due_ms` and confirmed by its `deadline`, then acknowledge.
 
-        A `due_ms` that has passed means now. Returns whether the job is published; False if the delivery was lost before.
+        A `due_ms` that has passed means now. A broker without `Features.counts_crashes` sets an envelope with two crashes or
+        more aside: the queue's workers take such jobs one at a time, by deliveries that are `counted`.
+
+        Returns whether the job is published; False if the delivery was lost before.
 
         Raises the errors of `Broker.publish`; the delivery is then not acknowledged. A call after a `PublishTimeout` waits
         for the first publish if the broker can: while a broker blocks publishers, every further copy that is written would run.

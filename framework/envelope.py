@@ -44,6 +44,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Number of the coming run; only runs that count as attempts are counted."""
     passes: int = 0
     """How often leveret published the job again: retries, snoozes and replays."""
+    crashes: int = 0
+    """How many workers may have died while they ran this job; 0 again once a run has ended."""
     version: int = 1
     """Version of the contract that encoded the job."""
     first_seen_ms: int | None = None
@@ -59,7 +61,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     origin: str | None = None
     """In a dead-letter queue: the queue from which the job was buried."""
 
-    cause: Literal["retry", "snooze", "bury"] | None = None
+    cause: Literal["retry", "snooze", "bury", "crash"] | None = None
     """Why leveret publishes the job again; None for a publisher's publish. Not sent."""
     deadline: float = float("inf")
     """When the publish must have ended, `time.monotonic()` seconds. Not sent."""

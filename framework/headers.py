@@ -56,6 +56,7 @@ def check_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
 _FIELDS: tuple[tuple[str, str, type], ...] = (
     ("attempt", "lv-attempt", int),
     ("passes", "lv-pass", int),
+    ("crashes", "lv-crashes", int),
     ("version", "lv-version", int),
     ("first_seen_ms", "lv-first-seen", int),
     ("due_ms", "lv-due", int),
@@ -89,6 +90,8 @@ def pack_headers(envelope: Envelope) -> dict[str, object]:
         table["lv-attempt"] = envelope.attempt
     if envelope.passes:
         table["lv-pass"] = envelope.passes
+    if envelope.crashes:
+        table["lv-crashes"] = envelope.crashes
     if envelope.version != 1:
         table["lv-version"] = envelope.version
     if envelope.first_seen_ms is not None:

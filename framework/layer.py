@@ -55,7 +55,7 @@ class PublishLayer(Protocol):
     """Middleware around a publish: await `proceed(envelope)` and return its receipt; on a burial it may change only the headers."""
 
     def publish(self, envelope: Envelope, proceed: Publish, /) -> Awaitable[Receipt]:
-        """Run around a publish; `envelope.cause` is None for a publisher's publish, else "retry", "snooze" or "bury"."""
+        """Run around a publish; `envelope.cause` is None for a publisher's publish, else "retry", "snooze", "bury" or "crash"."""
         ...
 
 

@@ -32,6 +32,10 @@ class Kind(Enum):
     UNDECODABLE = "undecodable"
     UNKNOWN = "unknown"
     NOT_STARTED = "not started"
+    SUSPECTED = "suspected"
+    """A worker may have died of the job: published again, with one more crash."""
+    WORKER_LOST = "worker lost"
+    """So many workers died while they ran the job that it is buried."""
     CUT_OFF = "cut off"
     LOST = "lost"
     """The delivery's channel or lease was lost: the broker delivers the job again, however the run ended."""
@@ -201,5 +205,23 @@ class Repeated(msgspec.Struct, frozen=True):
     kind: ClassVar[Kind] = Kind.REMEMBERED
 
 
-Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff | Repeated
+class Suspect(msgspec.Struct, frozen=True):
+    """The job came back, and this worker doesn't know why: published again with one more crash, before it starts."""
+
+    kind: ClassVar[Kind] = Kind.SUSPECTED
+
+
+class WorkerLost(msgspec.Struct, frozen=True):
+    """The job was running whenever one of several workers died: buried."""
+
+    kind: ClassVar[Kind] = Kind.WORKER_LOST
+    crashes: int
+
+    @property
+    def reason(self) -> str:
+        """Why the job is buried; shown by `leveret dead list`."""
+        return f"worker_lost: {self.crashes} workers died while they ran this job (crash_limit)"
+
+
+Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff | Repeated | Suspect | WorkerLost
 """Every way in which a delivery can end in a worker; `Settlement.settle` acts on each."""

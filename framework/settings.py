@@ -26,6 +26,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How this app encodes the jobs that it publishes. Workers decode both encodings."""
     unknown_grace_s: float = 300.0
     """How long a job that no handler knows waits in the broker before it is buried, in case of a rolling deploy."""
+    crash_limit: int = 5
+    """A job is buried as `worker_lost` once so many workers died while they ran it."""
     connect_timeout_s: float = 10.0
     """Time limit of one attempt to connect, handshake included."""
     reconnect_base_s: float = 0.5
@@ -53,6 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             if type(given := getattr(self, name)) is not int:  # a bool is an int
                 msg = f"settings: {name} must be a whole number of bytes, not {given!r}"
                 raise ValueError(msg)
+        if type(self.crash_limit) is not int or self.crash_limit < 2:
+            msg = f"settings: crash_limit must be a whole number of at least 2, not {self.crash_limit!r}"
+            raise ValueError(msg)
         if not isinstance(self.validate, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"settings: validate must be True or False, not {self.validate!r}"
             raise ValueError(msg)  # not a TypeError, as for every other setting

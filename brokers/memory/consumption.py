@@ -33,6 +33,13 @@ class MemoryDelivery:
         """As `Delivery.envelope`."""
         return self.stored.envelope
 
+    counted = True
+    """As `Delivery.counted`: no job of this broker outlives its process."""
+
+    async def begin(self) -> bool:
+        """As `Delivery.begin`."""
+        return self.live
+
     @property
     def problem(self) -> str | None:
         """As `Delivery.problem`."""

@@ -51,12 +51,14 @@ class RabbitAdmin:
     async def _depth(self, name: str) -> Depth:
         counts = {level: await self.count(topology.sibling(name, level)) for level in LEVELS}
         dead = await self.count(topology.dead_queue(name))
+        suspects = (await self.count(topology.suspects_queue(name)) or (0, 0))[0]
         there = {level: count for level, count in counts.items() if count is not None}
         one = set(there) == {Priority.NORMAL}
         return Depth(
             queue=name,
-            ready=sum(ready for ready, _ in there.values()),
-            levels={"all" if one else level.value: ready for level, (ready, _) in there.items()},
+            ready=sum(ready for ready, _ in there.values()) + suspects,
+            levels={"all" if one else level.value: ready for level, (ready, _) in there.items()}
+            | ({"suspects": suspects} if suspects else {}),
             unsettled=None,
             delayed=None,
             dead=0 if dead is None else dead[0],
@@ -70,17 +72,16 @@ class RabbitAdmin:
         return sum([await self._on_channel(partial(_waiting, kind)) for kind in ("quorum", "classic")])
 
     async def purge(self, queue: Queue) -> int:
-        """Delete the waiting jobs of all levels; return how many."""
+        """Delete the waiting jobs of all levels and the suspects; return how many."""
         total = 0
-        for level in LEVELS:
-            name = topology.sibling(queue.name, level)
+        for name in _holding(queue):
             if await self.count(name) is not None:
                 total += await self._on_channel(partial(_purge, name))
         return total
 
     async def delete(self, queue: Queue) -> None:
         """Delete the queues of all levels and the dead letters, with their jobs; for `leveret.testing`. Delayed jobs end in `lv.lost`."""
-        for name in (*(topology.sibling(queue.name, level) for level in LEVELS), topology.dead_queue(queue.name)):
+        for name in (*_holding(queue), topology.dead_queue(queue.name)):
             await self._on_channel(partial(_delete, name))
 
     async def count(self, name: str) -> tuple[int, int] | None:
@@ -138,6 +139,11 @@ class RabbitAdmin:
         if connection is not None:
             await connection.close()
         await self.publishing.close()
+
+
+def _holding(queue: Queue) -> list[str]:
+    """Return every physical queue that may hold jobs of `queue`, whatever its type."""
+    return [*(topology.sibling(queue.name, level) for level in LEVELS), topology.suspects_queue(queue.name)]
 
 
 async def _purge(name: str, channel: Channel) -> int:

@@ -142,14 +142,14 @@ class RabbitConsumption:
             del self._asides[name]
         wanted: list[Wanted] = []
         for subscription in self._subscriptions:
-            names = topology.physicals(subscription.queue)
+            names = topology.consumed(subscription.queue)
             if left := {name: levels for name, levels in names.items() if name not in self._asides}:
                 wanted.append(Wanted(subscription, left))
         return wanted
 
     def _set_aside(self, sick: Sick) -> None:
         for subscription in self._subscriptions:
-            levels = topology.physicals(subscription.queue).get(sick.name)
+            levels = topology.consumed(subscription.queue).get(sick.name)
             if levels is not None and sick.name not in self._asides:
                 wanted = Wanted(subscription, {sick.name: levels})
                 aside = self._asides[sick.name] = Aside(self._home, wanted, sick, self._connection, self._tried_in_vain)
@@ -161,7 +161,7 @@ class RabbitConsumption:
     def _tried_in_vain(self) -> None:
         """Count a try to consume that the broker answered, and that failed; give up if none of the queues can be consumed."""
         self._fruitless += 1
-        names = [name for subscription in self._subscriptions for name in topology.physicals(subscription.queue)]
+        names = [name for subscription in self._subscriptions for name in topology.consumed(subscription.queue)]
         consumed = any(state.name == "consumed" for state in self.queues)
         if not consumed and self._fruitless >= FRUITLESS_TRIES * len(names):
             msg = f"RabbitMQ at {self._nodes} answers, but none of the queues could be consumed in {self._fruitless} tries"

@@ -33,8 +33,15 @@ class Routing:
         """Return the route to the dead letters of `queue`."""
         return Route(topology.DEAD, queue.name, None, queue, None, ends_at=topology.dead_queue(queue.name))
 
+    def suspects(self, queue: Queue, level: Priority) -> Route:
+        """Return the route to the suspects of `queue`; the level travels as AMQP's priority."""
+        lane = topology.suspects_queue(queue.name)
+        return Route(topology.JOBS, lane, topology.PRIORITY_PROPERTY[level], queue, None, ends_at=lane)
+
     async def ready(self, queue: Queue, envelope: Envelope, publishing: Publishing) -> Route:
-        """Return the route of `envelope`; for a delay, prepare the ladder on `publishing` first, and use the delay that is left then."""
+        """Return the route of `envelope`, a suspect's included; for a delay, prepare the ladder on `publishing` first, and use the delay that is left then."""
+        if envelope.crashes > 1:
+            return self.suspects(queue, envelope.priority)
         route = self._route(queue, envelope)
         if route.ladder is not None and not publishing.ready(route):
             # an envelope that AMQP can't carry is refused at once, with or without a connection

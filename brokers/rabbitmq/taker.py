@@ -84,6 +84,8 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
     redelivered: bool
     instead: Posting | None = None
     """The replacement that was published and isn't confirmed yet."""
+    counted: bool = False
+    """As `Delivery.counted`: what comes from the suspects for the first time was counted before."""
 
     @property
     def queue(self) -> Queue:
@@ -94,6 +96,10 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
     def live(self) -> bool:
         """Whether the channel of the delivery is open."""
         return self.taker.live
+
+    async def begin(self) -> bool:
+        """As `Delivery.begin`: the job was counted when it was published."""
+        return self.live
 
     def done(self) -> None:
         """Ack the delivery, at the end of this loop turn."""
@@ -204,14 +210,16 @@ class Taker:
             self._channel.leave()
 
     async def _register(self, timeout_s: float) -> None:
-        await self._channel.call(commands.Basic.Qos(prefetch_count=self._prefetch), timeout_s)
         for name, levels in self.names.items():
+            prefetch = self._prefetch if levels else 1  # suspects, one at a time: what is delivered starts
+            await self._channel.call(commands.Basic.Qos(prefetch_count=prefetch), timeout_s)
             # also for a classic queue with one level: a foreign priority would name a level that has no binding
             level = levels[0] if len(levels) == 1 else None
             # never the tag of an earlier consumer: the broker may still carry out what was asked for on a lost connection
             tag = f"{socket.gethostname()}.{os.getpid()}.{next(_SERIAL)}.{name}"[:255]
             try:
-                await self._channel.consume(name, tag, partial(self._take, level), timeout_s)
+                take = partial(self._take, level) if levels else self._take_suspect
+                await self._channel.consume(name, tag, take, timeout_s)
             except TimeoutError:
                 raise Sick(name, "RabbitMQ doesn't answer the consume") from None
             except Closed as closed:
@@ -234,7 +242,9 @@ class Taker:
     async def settled(self) -> None:
         """Return once the broker has received every written settlement; nothing can be settled afterwards."""
         if self.queue.type == "quorum" and self._wrote:
-            await settled(self._channel, [name for name in self.names if name not in self.mute], CLOSE_TIMEOUT_S)
+            # not of the suspects: the message that is taken would come back as one that crashed, and one settlement isn't held up
+            names = [name for name, levels in self.names.items() if levels and name not in self.mute]
+            await settled(self._channel, names, CLOSE_TIMEOUT_S)
 
     async def _pause(self) -> None:
         """Cancel the consumers until half of the held bytes are settled, then consume again with a prefetch that fits the bodies."""
@@ -302,6 +312,18 @@ class Taker:
                 self._session.spawn(self._widen())
         self._open.add(tag)
         self._deliver(RabbitDelivery(self, tag, envelope, problem, redelivered))
+
+    def _take_suspect(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+        if not self.live:
+            return
+        if not self._session.taking:
+            self._nacks.append(tag)
+            self._flush_soon()
+            return
+        envelope, problem = from_job_queue(properties, body, self._name, None)
+        self._held_bytes += len(body)
+        self._open.add(tag)
+        self._deliver(RabbitDelivery(self, tag, envelope, problem, True, counted=not redelivered))
 
     def _reject(self, tag: int, properties: bytes, size: int) -> None:
         job_id = id_in(properties)

@@ -97,6 +97,16 @@ def dead_queue(name: str) -> str:
     return f"{name}.dead"
 
 
+def suspects_queue(name: str) -> str:
+    """Return the queue of the jobs of queue `name` that crashed workers, at any level."""
+    return f"{name}.suspects"
+
+
+def consumed(queue: Queue) -> dict[str, tuple[Priority, ...]]:
+    """Return each physical queue that a worker of `queue` consumes, with the levels that it holds; none for the suspects."""
+    return {**physicals(queue), suspects_queue(queue.name): ()}
+
+
 def job_key(name: str, level: Priority) -> str:
     """Return the routing key on `lv.jobs`."""
     return f"{name}.{level.value}"
@@ -157,10 +167,14 @@ _CLASSIC: dict[str, object] = {"x-queue-type": "classic"}
 
 def job_queue_arguments(queue: Queue) -> dict[str, object]:
     """Return the arguments of `queue`'s physical queues."""
-    dead: dict[str, object] = {"x-dead-letter-exchange": DEAD, "x-dead-letter-routing-key": queue.name}
+    dead = _dead_arguments(queue)
     if queue.type == "quorum":
         return _QUORUM | _AT_LEAST_ONCE | dead
     return _CLASSIC | dead | ({"x-max-priority": PRIORITY_PROPERTY[Priority.URGENT]} if queue.priorities else {})
+
+
+def _dead_arguments(queue: Queue) -> dict[str, object]:
+    return {"x-dead-letter-exchange": DEAD, "x-dead-letter-routing-key": queue.name}
 
 
 SHARED: tuple[Declaration, ...] = (
@@ -186,7 +200,13 @@ OF_PROBE: tuple[Declaration, ...] = (PhysicalQueue(PROBE, _QUORUM),)
 def of_queue(queue: Queue) -> tuple[Declaration, ...]:
     """Return the declarations of `queue` besides `SHARED`, its dead-letter queue first."""
     dead = dead_queue(queue.name)
-    declarations: list[Declaration] = [PhysicalQueue(dead, _QUORUM), Binding(DEAD, dead, queue.name)]
+    suspects = suspects_queue(queue.name)
+    declarations: list[Declaration] = [
+        PhysicalQueue(dead, _QUORUM),
+        Binding(DEAD, dead, queue.name),
+        PhysicalQueue(suspects, _QUORUM | _AT_LEAST_ONCE | _dead_arguments(queue)),
+        Binding(JOBS, suspects, suspects),
+    ]
     arguments = job_queue_arguments(queue)
     for name, levels in physicals(queue).items():
         declarations.append(PhysicalQueue(name, arguments))

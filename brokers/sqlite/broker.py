@@ -45,6 +45,7 @@ _FEATURES = Features(
     durable=True,
     shared=True,
     counts_redelivery=True,
+    counts_crashes=True,
     connected=False,
     queue_type=None,
     keeps_order=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, final
 
+import msgspec
+
 from leveret.envelope import Envelope
 from leveret.job import Queue
 
@@ -14,6 +16,10 @@ from .rows import unpack
 
 class Settles(Protocol):
     """Settles deliveries; see `leveret.broker.Delivery`."""
+
+    async def begin(self, delivery: SqliteDelivery, /) -> bool:
+        """As `Delivery.begin`."""
+        ...
 
     def done(self, delivery: SqliteDelivery, /) -> None:
         """As `Delivery.done`."""
@@ -56,11 +62,22 @@ class SqliteDelivery:
     def __init__(self, window: Window, lease: Lease, row: Sequence[Any]) -> None:
         self.seq: int = row[0]
         self.redelivered: bool = row[1] > 1
-        self.envelope, self.problem = unpack(row[2:])
+        self.envelope, self.problem = unpack(row[3:])
+        if row[2]:
+            self.envelope = msgspec.structs.replace(self.envelope, crashes=row[2])
         self.queue = window.queue
         self.window = window
         self.lease = lease
         self.settled = False
+
+    @property
+    def counted(self) -> bool:
+        """As `Delivery.counted`: the row counts."""
+        return True
+
+    async def begin(self) -> bool:
+        """As `Delivery.begin`, committed before the job begins."""
+        return await self.window.settling.begin(self)
 
     @property
     def live(self) -> bool:

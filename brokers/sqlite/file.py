@@ -32,9 +32,13 @@ _FREE_PAGES = 1000
 _CLAIM = (
     "UPDATE jobs SET claimed_by = ?, deliveries = deliveries + 1 WHERE seq IN ("  # noqa: S608 - columns of ours
     "SELECT seq FROM jobs WHERE queue = ? AND level = ? AND claimed_by IS NULL AND due_ms IS NULL ORDER BY seq LIMIT ?)"
-    f" RETURNING seq, deliveries, {READ}"
+    f" RETURNING seq, deliveries, crashes, {READ}"
 )
 _SETTLE = "DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
+_RELEASE = "UPDATE jobs SET claimed_by = NULL, begun = 0 WHERE claimed_by = ?"
+_BEREAVE = (
+    "UPDATE jobs SET claimed_by = NULL, begun = 0, crashes = crashes + (begun OR crashes = 0) WHERE claimed_by = ?"
+)
 _GIVE_BACK = "UPDATE jobs SET claimed_by = NULL, deliveries = deliveries - 1 WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
 _COLUMNS = "job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers"
 _PROMOTED = (
@@ -191,7 +195,7 @@ class File:
         if self.takers and time.monotonic() >= self.beats.next:
             self._beat(connection, turn)
         for worker in self._dead:
-            self._reap(connection, worker)
+            self._reap(connection, worker, _BEREAVE)
         for write in writes:
             write.apply(turn)
         self._settle(connection, done, back, turn)
@@ -244,10 +248,11 @@ class File:
                 self.path,
                 leases.LEASE_S,
             )
-            self._reap(connection, worker)
+            self._reap(connection, worker, _BEREAVE)
 
-    def _reap(self, connection: sqlite3.Connection, worker: int) -> None:
-        connection.execute("UPDATE jobs SET claimed_by = NULL WHERE claimed_by = ?", (worker,))
+    def _reap(self, connection: sqlite3.Connection, worker: int, jobs: str = _RELEASE) -> None:
+        """Delete a worker's row, after freeing its dead letters, and its jobs by the statement `jobs`."""
+        connection.execute(jobs, (worker,))
         connection.execute("UPDATE dead SET claimed_by = NULL WHERE claimed_by = ?", (worker,))
         connection.execute("DELETE FROM workers WHERE id = ?", (worker,))
         self._any_may_wait()

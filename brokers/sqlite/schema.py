@@ -26,7 +26,8 @@ _FIELDS = (
     " created_s INTEGER NOT NULL, app TEXT, correlation_id TEXT, reply_to TEXT, headers TEXT"
 )
 # Each entry upgrades a file by one version; a released entry is never changed. A job's place in its level is its `seq`. A delayed
-# job has `due_ms`, and gets a new `seq` when it is due. `deliveries` counts the deliveries of the row.
+# job has `due_ms`, and gets a new `seq` when it is due. `deliveries` counts the deliveries of the row. `crashes` counts the
+# workers that died after the job had begun; only after a first death is it noted, in `begun`, that a job begins.
 _VERSIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE queues (name TEXT PRIMARY KEY) WITHOUT ROWID",
@@ -38,6 +39,10 @@ _VERSIONS: tuple[tuple[str, ...], ...] = (
         f"CREATE TABLE dead ({_PLACE}, buried_ms INTEGER, {_FIELDS}, claimed_by INTEGER)",
         "CREATE INDEX dead_queue ON dead (queue)",
         "CREATE INDEX dead_claimed ON dead (claimed_by) WHERE claimed_by IS NOT NULL",
+    ),
+    (
+        "ALTER TABLE jobs ADD COLUMN begun INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0",
     ),
 )
 

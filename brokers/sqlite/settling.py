@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import final
 
 import msgspec
 
 from leveret.clock import Clock
 from leveret.envelope import Envelope
+from leveret.errors import LeveretError
 
 from .delivery import SqliteDelivery
 from .rows import packed
 from .store import Store
-from .write import Again, Bury
+from .write import Again, Bury, Run
 
 
 @final
@@ -27,6 +29,19 @@ class Settling:
         """Delete the row, trying until it succeeds while the file is locked."""
         if delivery.unsettled:
             self._store.done(delivery)
+
+    async def begin(self, delivery: SqliteDelivery) -> bool:
+        """Note in the row that the job begins; False too if the disk fails."""
+
+        def note(connection: sqlite3.Connection) -> bool:
+            mine = (delivery.seq, delivery.lease.id)
+            return connection.execute("UPDATE jobs SET begun = 1 WHERE seq = ? AND claimed_by = ?", mine).rowcount == 1
+
+        about = f"the beginning of job {delivery.envelope.job_id} of queue {delivery.queue.name!r}"
+        try:
+            return bool(await self._store.run(Run(about, note)))
+        except LeveretError:
+            return False
 
     async def again(self, delivery: SqliteDelivery, envelope: Envelope) -> bool:
         """Add `envelope` to the queue in one transaction with the ack; do nothing if a late commit settled the delivery."""

@@ -246,6 +246,7 @@ def replayed(envelope: Envelope) -> Envelope:
     return msgspec.structs.replace(
         envelope,
         attempt=1,
+        crashes=0,
         passes=min(envelope.passes + 1, MOST),
         origin=None,
         due_ms=None,

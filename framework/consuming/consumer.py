@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -20,14 +20,29 @@ from ..context import current_attempt
 from ..ids import is_slot_job_id
 from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
-from ..outcome import OUTCOMES, Bury, CutOff, Ending, Kind, NotStarted, Repeated, Retry, Snooze, Undecodable, Unknown
+from ..outcome import (
+    OUTCOMES,
+    Bury,
+    CutOff,
+    Ending,
+    Kind,
+    NotStarted,
+    Repeated,
+    Retry,
+    Snooze,
+    Suspect,
+    Undecodable,
+    Unknown,
+    WorkerLost,
+)
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
 from ..texts import named
+from ..waits import first_of
 from .handler import Handler, innermost, take_back_cancels
 from .limits import Limits
 from .remembered import Past, key_of, slot_of
-from .settlement import Ended, Lost, Settlement
+from .settlement import Ended, Lost, Settlement, what
 from .slots import Gate, Held, QueueHeld, Route, Slots, in_arrival_order
 
 logger = logging.getLogger("leveret.consumer")
@@ -39,6 +54,10 @@ HOLD_S = 450.0
 MOST_WINDOW = 5000
 """At most this many settlements are remembered in case that they didn't arrive: about 800 kB."""
 _UNWIND_S = 1.0
+SHARED_S = 30.0
+"""Redeliveries that come so soon after the first one that follows a lost connection are put down to that loss, not to a crash."""
+ALONE_AFTER_S = 60.0
+"""How long a job that must run alone waits for the running ones, seconds; nothing else starts meanwhile."""
 _TELL_S = 1.0
 """How long redeliveries that don't run are collected for one log line, seconds."""
 
@@ -79,6 +98,11 @@ class Consumer:
         self._lost_running = 0
         self._told_recalled = 0
         self._teller: Timer | None = None
+        self._was_lost = False
+        self._shared_until = float("-inf")
+        self._suspects: deque[Held] = deque()
+        """The jobs that crashed workers at least twice; each runs alone."""
+        self._suspecting = False
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
         self._create_task = asyncio.get_running_loop().create_task
@@ -131,7 +155,11 @@ class Consumer:
                 prefetch = min(prefetch, max(1, int(gate.starts_per_s * START_WITHIN_S)))
         hold_s = HOLD_S if features.held_at_most_s is None else features.held_at_most_s / 4
         self._sweep_s = min(self._sweep_s, hold_s / 4)
-        self._slots.add_queue(QueueHeld(queue, routes, limit, Gate(gates) if gates else None, hold_s))
+        self._slots.add_queue(
+            QueueHeld(
+                queue, routes, limit, Gate(gates) if gates else None, hold_s, counts_crashes=features.counts_crashes
+            )
+        )
         self._subscriptions.append(Subscription(queue, prefetch))
 
     @property
@@ -195,6 +223,8 @@ class Consumer:
                 return
             route = route or queue.only
             assert route is not None
+            if delivery.redelivered and self._is_suspect(delivery, route):
+                return
         if not self._take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
             self._sweeper = self._clock.call_later(self._sweep_s, self._sweep)
 
@@ -206,6 +236,7 @@ class Consumer:
         running = [held for held in self._tasks.values() if held is not None and not held.delivery.live]
         self._lost_running = len(running)
         self._remembered.lose(running)
+        self._was_lost = True
         self._tell()
 
     def queues_changed(self) -> None:
@@ -236,6 +267,71 @@ class Consumer:
         self._tell_recalled()
         return True
 
+    def _is_suspect(self, delivery: Delivery, route: Route) -> bool:
+        """Deal with a redelivery that may have crashed its worker; False if the job just runs."""
+        crashes, limit = delivery.envelope.crashes, self._runtime.settings.crash_limit
+        if not delivery.counted and not self._is_shared_loss():
+            crashes += 1
+            if crashes < limit:
+                self._end_without_run(delivery, Suspect())
+                return True
+        if crashes >= limit:
+            self._end_without_run(delivery, WorkerLost(crashes))
+            return True
+        if crashes < 2:
+            return False
+        self._suspects.append(Held(delivery, route, self._clock.now()))
+        if not self._suspecting:
+            self._suspecting = True
+            task = self._create_task(self._run_suspects())
+            self._tasks[task] = None
+            task.add_done_callback(self._forget)
+        return True
+
+    def _is_shared_loss(self) -> bool:
+        """Whether a redelivery is put down to the last loss of a connection here: then the broker, or the network, returned the job."""
+        now = self._clock.monotonic()
+        if self._was_lost:
+            self._was_lost = False
+            self._shared_until = now + SHARED_S
+        return now < self._shared_until
+
+    async def _run_suspects(self) -> None:
+        """Run the suspects one after another, each alone in this process."""
+        self._slots.pause()
+        try:
+            while self._suspects:
+                held = self._suspects[0]
+                queue = self._queues[held.delivery.queue.name]
+                await self._alone(queue)
+                self._suspects.popleft()
+                if not held.delivery.live:
+                    continue
+                if self._gives_back(queue):
+                    self._end_without_run(held.delivery, NotStarted())
+                    continue
+                logger.warning(
+                    "%s runs alone, since workers may have died of it: %d",
+                    what(held.delivery.envelope),
+                    held.delivery.envelope.crashes,
+                )
+                self._slots.give_slot(held, queue)
+                if held.task is not None:
+                    await asyncio.wait([held.task])
+        finally:
+            self._suspecting = False
+            self._slots.resume()
+
+    async def _alone(self, queue: QueueHeld) -> None:
+        """Wait until nothing runs, for a stated time at most, or until a suspect of `queue` needn't run any more."""
+        ends = self._clock.monotonic() + ALONE_AFTER_S
+        while self._slots.running and not self._gives_back(queue) and (left_s := ends - self._clock.monotonic()) > 0:
+            await first_of(self.changed(), self._clock.sleep(left_s))
+
+    def _gives_back(self, queue: QueueHeld) -> bool:
+        """Whether a suspect is given back at this stop. Where the broker doesn't count, that would count as a crash: it still runs."""
+        return self._stopping and queue.counts_crashes
+
     def _tell_recalled(self) -> None:
         if self._teller is None:
             self._teller = self._clock.call_later(_TELL_S, self._say_recalled)
@@ -247,6 +343,14 @@ class Consumer:
             "%d redelivered jobs aren't run again, since this process ran them or runs them",
             self._told_recalled - told,
         )
+
+    async def _instead(self, held: Held, *, is_slot: bool) -> Repeated | NotStarted | None:
+        """Return why a job that has got its slot doesn't run; None if it does."""
+        if is_slot and self._is_repeated(held):
+            return Repeated()
+        if held.delivery.envelope.crashes and not await held.delivery.begin():
+            return NotStarted()
+        return None
 
     def _is_repeated(self, held: Held) -> bool:
         """Whether the job of this cron slot runs here already, or was settled here: a slot may be published twice."""
@@ -327,8 +431,8 @@ class Consumer:
         if queue.gate is not None:
             self._slots.begun(queue)
         try:
-            if is_slot and self._is_repeated(held):
-                ending = Repeated()
+            if (is_slot or envelope.crashes) and (instead := await self._instead(held, is_slot=is_slot)) is not None:
+                ending = instead
             else:
                 job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
                 attempt = make_attempt(
@@ -381,8 +485,7 @@ class Consumer:
         try:
             await consumption.stop_taking()
             for held in in_arrival_order(self._slots.remove(lambda _: True)):
-                # Not in a task: even without any grace, the delivery must be given back.
-                self._settlement.end(held.delivery, None, NotStarted(), None)
+                self._give_back(held.delivery)
             while self._unfinished() and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
                 wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
                 await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
@@ -404,14 +507,22 @@ class Consumer:
             if held is not None:
                 held.task = None
                 self._free(held.route, self._queues[held.delivery.queue.name])
-                self._settlement.end(held.delivery, None, NotStarted(), None)
+                self._give_back(held.delivery)
         return bool(self._tasks)
+
+    def _give_back(self, delivery: Delivery) -> None:
+        """Give back a delivery. Not in a task: it must be given back even without any grace; only what crashed before is published."""
+        if delivery.envelope.crashes:
+            self._end_without_run(delivery, NotStarted())
+        else:
+            self._settlement.end(delivery, None, NotStarted(), None)
 
     def _stop_starting(self) -> None:
         self._stopping = True
         if self._teller is not None:
             self._teller.cancel()
             self._say_recalled()
+        self._tell()
         self._slots.stop()
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -424,10 +535,18 @@ class Consumer:
             logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
             self._settlement.counts[CutOff] += len(self._tasks)
+            kept = [*self._suspects, *(held for held in self._tasks.values() if held is not None)]
+            suspects = [held.delivery for held in kept if self._counts(held)]
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
+            if suspects:
+                await asyncio.wait({self._create_task(self._settlement.uncount(each)) for each in suspects})
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _counts(self, held: Held) -> bool:
+        """Whether another worker would count the end of this process as one more crash of `held`."""
+        return held.delivery.envelope.crashes > 0 and not self._queues[held.delivery.queue.name].counts_crashes
 
 
 def _refused(error: BaseException) -> Bury:

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import msgspec
@@ -37,8 +38,10 @@ from ..outcome import (
     Repeated,
     Retry,
     Snooze,
+    Suspect,
     Undecodable,
     Unknown,
+    WorkerLost,
 )
 from ..runtime import Runtime
 from ..texts import named, one_line, said_by
@@ -49,6 +52,8 @@ logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consu
 
 SETTLE_TIMEOUT_S = 5.0
 """Seconds per try to publish a retry or a burial; the tries go on until the delivery's channel or lease is gone."""
+UNCOUNT_S = 3.0
+"""Seconds to publish a suspect again that was cut off."""
 MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
@@ -271,6 +276,12 @@ class Settlement:
                 return self._bury(delivery, ending, self._failed(run, reason))
             case Undecodable(reason):
                 return self._bury(delivery, ending, self._failed(run, reason))
+            case Suspect():
+                suspect = _next(envelope, cause="crash", crashes=envelope.crashes + 1)
+                return self._again(delivery, ending, suspect, 0.0)
+            case WorkerLost(crashes):
+                failed = self._failed(run, ending.reason)
+                return self._bury(delivery, ending, msgspec.structs.replace(failed, crashes=crashes))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
                 # A time in the future, from a wrong clock, would make the job wait until then.
@@ -289,6 +300,9 @@ class Settlement:
                 # 1, 2, 4 … 30 s: each wait is 1 s longer than all before it together.
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
                 return self._again(delivery, ending, unknown, min(30.0, 1.0 + waited_s))
+            case NotStarted() if envelope.crashes and not delivery.counted:
+                # given back it would be marked as redelivered, as what killed its worker is
+                return self._again(delivery, ending, _uncounted(envelope), 0.0)
             case NotStarted():
                 delivery.give_back()
             case CutOff():
@@ -398,6 +412,12 @@ class Settlement:
                 self.unsettled -= 1
         return False
 
+    async def uncount(self, delivery: Delivery) -> None:
+        """Publish a suspect that was cut off again, if that is quick: its redelivery would be counted as a crash."""
+        envelope = _uncounted(delivery.envelope)
+        with suppress(PublishError):
+            await delivery.again(msgspec.structs.replace(envelope, deadline=time.monotonic() + UNCOUNT_S))
+
     def _failed(self, run: _Run, reason: str = "") -> Envelope:
         """Return the envelope of `run` with its failure; that of a remembered run, if there is one."""
         failure = run.past.failure if run.past is not None else None
@@ -422,6 +442,12 @@ def _say(run: _Run, ending: Ending) -> None:
     match ending:
         case Undecodable(reason) | Bury(reason) if attempt is None:
             logger.error("%s is buried in %s: %s", what(run.envelope), dead, one_line(reason))
+        case WorkerLost():
+            logger.error("%s is buried in %s: %s", what(run.envelope), dead, ending.reason)
+        case Suspect():
+            crashes = run.envelope.crashes + 1
+            level = logging.WARNING if crashes > 1 else logging.DEBUG  # neighbours of a crash come back once
+            logger.log(level, "%s came back; workers that may have died of it: %d", what(run.envelope), crashes)
         case Retry(delay_s):
             ended = "ended" if run.error is None else "failed"
             said = f"{ended} {took}, retried {when(delay_s)}"
@@ -484,8 +510,13 @@ def _entered(envelope: Envelope, failure: Failure) -> Envelope:
 def _next(envelope: Envelope, **changes: Any) -> Envelope:
     """Return `envelope` for its next publish: the same id, one more pass."""
     # the count of a foreign producer may be at its maximum
-    counted = {"passes": min(envelope.passes + 1, MOST), "unknown_since_ms": None, **changes}
+    counted = {"passes": min(envelope.passes + 1, MOST), "crashes": 0, "unknown_since_ms": None, **changes}
     return msgspec.structs.replace(envelope, **counted)
+
+
+def _uncounted(envelope: Envelope) -> Envelope:
+    """Return `envelope` for a publish after a return that was no crash."""
+    return _next(envelope, cause="crash", crashes=envelope.crashes, due_ms=None)
 
 
 def _with_deadline(envelope: Envelope) -> Envelope:

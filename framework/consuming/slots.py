@@ -109,7 +109,16 @@ class Gate:
 class QueueHeld:
     """A queue in this process: its routes, its slots and its held jobs. Each level and kind of handler has a first-in, first-out lane."""
 
-    def __init__(self, queue: Queue, routes: Iterable[Route], limit: int, gate: Gate | None, hold_s: float) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        routes: Iterable[Route],
+        limit: int,
+        gate: Gate | None,
+        hold_s: float,
+        *,
+        counts_crashes: bool = False,
+    ) -> None:
         self.queue = queue
         self.routes = {route.handler.spec.name: route for route in routes}
         self.only = next(iter(self.routes.values())) if len(self.routes) == 1 else None
@@ -118,6 +127,8 @@ class QueueHeld:
         self.hold_s = hold_s
         """Seconds after which a waiting delivery is given back to the broker."""
         self.running = 0
+        self.counts_crashes = counts_crashes
+        """As `Features.counts_crashes`."""
         self.gate = gate
         self.count = 0
         self._lanes: dict[tuple[Priority, bool], deque[Held]] = {}
@@ -204,14 +215,15 @@ class Slots:
             and not (held.route.in_thread and self._in_threads >= self._threads)
             and (queue.gate is None or self._may_start(queue.gate))
         ):
-            self._give_slot(held, queue)  # nearly always: nothing waits before it
+            self.give_slot(held, queue)  # nearly always: nothing waits before it
             return True
         held.since = self._clock.monotonic()
         queue.add(held)
         self._pump()
         return False
 
-    def _give_slot(self, held: Held, queue: QueueHeld) -> None:
+    def give_slot(self, held: Held, queue: QueueHeld) -> None:
+        """Start `held`, whatever the limits say."""
         self.running += 1
         queue.running += 1
         if held.route.in_thread:
@@ -253,7 +265,7 @@ class Slots:
             _, queue, lane = best
             held = queue.take(lane)
             if held.delivery.live:
-                self._give_slot(held, queue)
+                self.give_slot(held, queue)
         for queue in self.queues.values():
             if queue.gate is not None:
                 queue.gate.forget()  # the gate was asked, but another queue went first
@@ -283,6 +295,15 @@ class Slots:
         """Remove and yield the deliveries that have waited longer than their queue's `hold_s`; `now` is in the clock's monotonic seconds."""
         for queue in self.queues.values():
             yield from queue.overdue(now)
+
+    def pause(self) -> None:
+        """Start nothing but by `give_slot`, until `resume`."""
+        self._concurrency = 0
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._concurrency = self.limits.concurrency
+        self._pump()
 
     def stop(self) -> None:
         """Start nothing more."""

@@ -47,6 +47,8 @@ _SAID = {
     Kind.NOT_STARTED: "given back",
     Kind.LOST: "that the broker delivers again, since their channel or lease was lost",
     Kind.REMEMBERED: "redelivered and not run again",
+    Kind.SUSPECTED: "published again, since a worker may have died of them",
+    Kind.WORKER_LOST: "buried, since workers died of them",
 }
 """How a worker's last log line names an ending; the other endings use `Kind.value`."""
 

@@ -40,6 +40,8 @@ class RenamedDelivery:
         self.queue = queue
         self.envelope = _to(queue, delivery.envelope)
         self.redelivered = delivery.redelivered
+        self.counted = delivery.counted
+        self.begin = delivery.begin
         self.problem = delivery.problem
         self.done = delivery.done
         self.give_back = delivery.give_back

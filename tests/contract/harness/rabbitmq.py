@@ -86,7 +86,13 @@ class RabbitHarness(Harness):
         finally:
             if self._link is not None:
                 await self._link.__aexit__(None, None, None)
-            await self._delete([name for queue in self.queues for name in (*self._names(queue), f"{queue.name}.dead")])
+            await self._delete(
+                [
+                    name
+                    for queue in self.queues
+                    for name in (*self._names(queue), f"{queue.name}.dead", f"{queue.name}.suspects")
+                ]
+            )
 
 
 class ClassicHarness(RabbitHarness):

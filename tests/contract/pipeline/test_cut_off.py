@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 from leveret import App, Attempt, Outcome, Publish, Snooze
 from leveret.consuming.worker import working
 from leveret.envelope import Envelope, Receipt
@@ -143,3 +145,33 @@ async def test_a_worker_that_was_cut_off_is_let_go(harness: Harness) -> None:
         return shop() is None
 
     await until(is_gone)
+
+
+async def test_what_six_restarts_cut_off_and_give_back_is_no_crash(
+    harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A long report, and what waits behind it, would be buried in a week of deploys, for workers that nobody mourns."""
+    queue, started, done = harness.queue(), asyncio.Event(), set[str]()
+    work = job_class(queue)
+    app: App[Any] = App("contract", broker=harness.url, concurrency=1)
+    last = False
+
+    @app.handler(job=work)
+    async def handle(job: Any, attempt: Attempt[Any]) -> None:
+        started.set()
+        if not last:
+            await asyncio.Event().wait()
+        done.add(attempt.job_id)
+
+    ids = await publish(app, *(work(n=n) for n in range(20)))
+    for _ in range(6):
+        started.clear()
+        async with working(app, queues=[queue.name], grace_s=0.05):
+            await started.wait()
+    last = True
+    async with app.worker(queues=[queue.name]):
+        await until(lambda: len(done) == len(ids))
+
+    assert "runs alone" not in caplog.text
+    assert (await depth(harness.admin(), queue)).dead == 0
+    await assert_empty(harness, queue)

@@ -5,6 +5,7 @@ A worker imports `app`, made out of the environment; a test makes the same with 
 
 import asyncio
 import os
+import signal
 import time
 
 import msgspec
@@ -49,7 +50,10 @@ class Recorder:
                 if self.n == 13:
                     raise KeyError("thirteen brings bad luck")
 
-        self.Note, self.Chore, self.Flaky, self.Picky = Note, Chore, Flaky, Picky
+        class Fatal(Job, name="fatal", queue=queue):
+            """Ends its process, as a C library may."""
+
+        self.Note, self.Chore, self.Flaky, self.Picky, self.Fatal = Note, Chore, Flaky, Picky, Fatal
         self._file: int | None = None
 
         async def note(job: Note, attempt: Attempt) -> None:
@@ -71,7 +75,12 @@ class Recorder:
         async def picky(job: Picky, attempt: Attempt) -> None:
             self.say("end", attempt)
 
-        for function, job_class in ((note, Note), (chore, Chore), (flaky, Flaky), (picky, Picky)):
+        async def fatal(job: Fatal, attempt: Attempt) -> None:
+            self.say("start", attempt)
+            await asyncio.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        for function, job_class in ((note, Note), (chore, Chore), (flaky, Flaky), (picky, Picky), (fatal, Fatal)):
             self.app.handler(job=job_class)(function)  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def say(self, verb: str, attempt: Attempt, *words: object) -> None:

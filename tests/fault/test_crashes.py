@@ -1,0 +1,54 @@
+"""A job that ends the process that runs it is set aside and buried; its neighbours are done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tests.conftest import StartNode
+from tests.fault.bench import Bench
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(180)]
+
+
+async def test_a_job_that_kills_its_worker_is_buried_and_its_neighbours_are_done(any_bench: Bench) -> None:
+    """R24. One bad image would take down a worker each second, with whatever runs beside it, until somebody is awake."""
+    bench = any_bench
+    before = await bench.publish(*(bench.recorder.Note(0.2) for _ in range(50)))
+    [fatal] = await bench.publish(bench.recorder.Fatal())
+    after = await bench.publish(*(bench.recorder.Note(0.2) for _ in range(50)))
+    await bench.working("--processes", "2")
+    await bench.until_ended([*before, *after], timeout_s=90)
+    await bench.until_empty(dead=1)
+    async with bench.admin() as admin, admin.dead(bench.queue) as letters:
+        [letter] = [letter async for letter in letters]
+
+    starts = Counter(bench.recorder.ids("start"))
+    assert letter.envelope.job_id == fatal
+    assert letter.envelope.crashes == 5
+    assert "worker_lost: 5 workers died while they ran this job" in letter.envelope.errors
+    assert starts.pop(fatal) == 5
+    assert set(starts) == {*before, *after}
+    assert max(starts.values()) <= 3, "no neighbour is in flight at more than two of its deaths"
+
+
+async def test_a_restart_of_the_broker_is_no_crash(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:
+    """Everything that four workers hold comes back at once: run one by one it would take an hour, and some would be buried."""
+    node = await rabbit_node()
+    one = bench(node.url)
+    ids = await one.publish(*(one.recorder.Note(2.0) for _ in range(800)))
+    workers = [await one.working("--concurrency", "100") for _ in range(4)]
+    await one.until_lines("start", 400)
+    await node.kill9()
+    await node.start()
+    await one.until_ended(ids, timeout_s=90)
+    await one.until_empty()
+    for worker in workers:
+        await worker.drained()
+
+    starts = Counter(one.recorder.ids("start"))
+    assert set(starts) == set(ids)
+    assert max(starts.values()) <= 2
+    assert not [worker.log for worker in workers if "runs alone" in worker.log or "worker_lost" in worker.log]
