@@ -188,7 +188,7 @@ class Unknown(msgspec.Struct, frozen=True):
 
 
 class NotStarted(msgspec.Struct, frozen=True):
-    """The worker held the job but didn't start it: given back."""
+    """The worker held the job but didn't start it: given back, or published again where the next worker would take that for a crash."""
 
     kind: ClassVar[Kind] = Kind.NOT_STARTED
 

@@ -23,6 +23,7 @@ _FEATURES = Features(
     durable=False,
     shared=False,
     counts_redelivery=True,
+    counts_crashes=True,
     connected=True,
     queue_type=None,
     keeps_order=True,

@@ -102,6 +102,7 @@ class Aside:
         except BaseException as error:
             consumers.end()
             await consumers.close()
+            self._home.sink.lost()  # what was delivered, and comes back, killed nobody
             if isinstance(error, FAULTS):
                 raise ConnectionLost(f"RabbitMQ at {connection.address}: {reason_of(error)}") from error
             raise

@@ -58,7 +58,7 @@ class RabbitBroker:
             deletable=True,
             bounds_headers=True,
             held_at_most_s=min(address.consumer_timeout_s for address in self._nodes.addresses),
-            physical=(*topology.physicals(queue), topology.dead_queue(queue.name)),
+            physical=(*topology.consumed(queue), topology.dead_queue(queue.name)),
         )
 
     @property

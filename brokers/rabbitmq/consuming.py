@@ -123,6 +123,7 @@ class RabbitConsumption:
             except BaseException as error:
                 main.end()
                 await main.close()
+                self._sink.lost()  # what was delivered, and comes back, killed nobody
                 if isinstance(error, Sick):
                     self._set_aside(error)
                     continue

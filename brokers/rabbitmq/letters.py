@@ -305,7 +305,7 @@ class RabbitDeadLetters:
             for hand in self._hands:
                 if hand.acked:
                     check_open(hand.channel.closed)  # the last acks may be lost: then their letters are back
-                    await settled(hand.channel, [self._queue], _STEP_S)
+                    await settled(hand.channel, self._queue, _STEP_S)
             for hand in self._hands:
                 if hand.channel.closed is None:
                     await self._return(hand)

@@ -16,7 +16,7 @@ from pamqp.base import Frame
 from leveret.errors import ConfigurationError, UnsupportedTopology
 from leveret.settings import redact
 
-from .channel import Channel
+from .channel import Channel, Got
 from .connection import Connection
 from .topology import Binding, Declaration, Exchange, PhysicalQueue
 from .wire import Closed
@@ -211,14 +211,12 @@ async def missing(connection: Connection, exchanges: Iterable[str], queue: str, 
     return None
 
 
-async def settled(channel: Channel, queues: Iterable[str], timeout_s: float) -> None:
-    """Return once quorum `queues` have received every settlement written to `channel`; the caller then closes the channel.
+async def settled(channel: Channel, queue: str, timeout_s: float) -> Got | None:
+    """Return once quorum queue `queue` has received every settlement written to `channel`; the caller then closes the channel.
 
     The answer to channel.close doesn't prove this. A channel hands at most 32 settlements to a quorum queue and keeps the
     rest until those are in the queue's log; when the channel is closed, it forgets the rest (`SOFT_LIMIT` in RabbitMQ's
-    rabbit_fifo_client). A basic.get is answered out of the same log, after the settlements, and the message that it takes
-    returns to the queue when the channel closes. On a closed channel there is nothing to wait for.
+    rabbit_fifo_client). A basic.get is answered out of the same log, after the settlements. Returns the message that it takes,
+    if any, which goes back to the queue, as redelivered, when the channel closes. On a closed channel there is nothing to wait for.
     """
-    if channel.closed is None:
-        for queue in queues:
-            await channel.get(queue, timeout_s)
+    return await channel.get(queue, timeout_s) if channel.closed is None else None

@@ -62,6 +62,11 @@ class Settling:
             return await self._confirmed(delivery, envelope.deadline)
         return False
 
+    async def anew(self, queue: Queue, envelope: Envelope) -> None:
+        """Publish `envelope` to `queue`, confirmed: a message that no worker has seen."""
+        route = await self._routes.ready(queue, envelope, self._publishing)
+        await self._publishing.send(route, envelope, envelope.deadline)
+
     async def _write(self, delivery: Replaceable, route: Route, envelope: Envelope) -> None:
         """Write the replacement if the delivery is still live: during the wait for a link, the broker may have taken the delivery back."""
         link = await self._publishing.linked(route, envelope, envelope.deadline)

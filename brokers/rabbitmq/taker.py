@@ -7,20 +7,24 @@ import itertools
 import logging
 import os
 import socket
+import time
 from bisect import bisect
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 from pamqp import commands
 
 from leveret.broker import Sink, Subscription
 from leveret.envelope import Envelope
+from leveret.errors import PublishError
+from leveret.headers import MOST
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 
-from .channel import Channel
+from .channel import Channel, Got
 from .connection import Connection
 from .properties import excess, from_job_queue, id_in, max_delivered_bytes
 from .publishing import Posting
@@ -192,8 +196,8 @@ class Taker:
         return self._delivered
 
     def open(self) -> None:
-        """Pass on the deliveries that came so far, and from now on each at once."""
-        self._deliver = self._session.sink.deliver
+        """Pass on the deliveries that came so far, and from now on each at once; a worker that stops takes none."""
+        self._deliver = self._session.sink.deliver if self._session.taking else self.nack
         for delivery in self._early:
             self._deliver(delivery)
         self._early.clear()
@@ -229,10 +233,14 @@ class Taker:
             self._consumer_tags.append((tag, name))
 
     async def stop(self) -> None:
-        """Cancel the consumers, but not those of mute queues, which would end the connection; their deliveries can still be acked."""
+        """Cancel the consumers, but not those of mute queues, which would end the connection; their deliveries can still be acked.
+
+        What comes before the cancel's answer is passed on: the sink knows how to return a job without a mark.
+        """
         async with self._switching:
             self._consumer_tags = [(tag, name) for tag, name in self._consumer_tags if name not in self.mute]
             await self._cancel()
+        self._deliver = self.nack
 
     async def _cancel(self) -> None:
         tags, self._consumer_tags = self._consumer_tags, []
@@ -242,9 +250,25 @@ class Taker:
     async def settled(self) -> None:
         """Return once the broker has received every written settlement; nothing can be settled afterwards."""
         if self.queue.type == "quorum" and self._wrote:
-            # not of the suspects: the message that is taken would come back as one that crashed, and one settlement isn't held up
-            names = [name for name, levels in self.names.items() if levels and name not in self.mute]
-            await settled(self._channel, names, CLOSE_TIMEOUT_S)
+            confirms = True
+            for name, levels in self.names.items():
+                if name in self.mute or not levels:  # a lone settlement, of a suspect, isn't held up
+                    continue
+                got = await settled(self._channel, name, CLOSE_TIMEOUT_S)
+                if got is not None and not got.redelivered and confirms:
+                    confirms = await self._put_back(got, levels[0])
+
+    async def _put_back(self, got: Got, level: Priority) -> bool:
+        """Publish a message again that was taken for its answer only: it would come back like one that killed its worker."""
+        envelope, problem = from_job_queue(got.properties, got.body, self._name, level)
+        if problem is None:
+            passes, deadline = min(envelope.passes + 1, MOST), time.monotonic() + CLOSE_TIMEOUT_S
+            try:
+                await self.settling.anew(self.queue, replace(envelope, passes=passes, deadline=deadline))
+            except PublishError:
+                return False
+            self._channel.ack(got.tag, multiple=False)
+        return True
 
     async def _pause(self) -> None:
         """Cancel the consumers until half of the held bytes are settled, then consume again with a prefetch that fits the bodies."""
@@ -294,11 +318,6 @@ class Taker:
             return
         size = len(body)
         self._held_bytes += size
-        if not self._session.taking:
-            self._nacks.append(tag)
-            self._held_bytes -= size
-            self._flush_soon()
-            return
         if size > self._max_body_bytes or len(properties) > self._max_properties_bytes:
             self._reject(tag, properties, size)
             return
@@ -315,10 +334,6 @@ class Taker:
 
     def _take_suspect(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         if not self.live:
-            return
-        if not self._session.taking:
-            self._nacks.append(tag)
-            self._flush_soon()
             return
         envelope, problem = from_job_queue(properties, body, self._name, None)
         self._held_bytes += len(body)

@@ -103,6 +103,9 @@ class Consumer:
         self._suspects: deque[Held] = deque()
         """The jobs that crashed workers at least twice; each runs alone."""
         self._suspecting = False
+        self._returning: deque[Delivery] = deque()
+        """The jobs that are published again, since they haven't started."""
+        self._returner: asyncio.Task[None] | None = None
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
         self._create_task = asyncio.get_running_loop().create_task
@@ -270,7 +273,7 @@ class Consumer:
     def _is_suspect(self, delivery: Delivery, route: Route) -> bool:
         """Deal with a redelivery that may have crashed its worker; False if the job just runs."""
         crashes, limit = delivery.envelope.crashes, self._runtime.settings.crash_limit
-        if not delivery.counted and not self._is_shared_loss():
+        if not (delivery.counted or self._remembered.gave_back(delivery.envelope) or self._is_shared_loss()):
             crashes += 1
             if crashes < limit:
                 self._end_without_run(delivery, Suspect())
@@ -301,36 +304,30 @@ class Consumer:
         self._slots.pause()
         try:
             while self._suspects:
-                held = self._suspects[0]
-                queue = self._queues[held.delivery.queue.name]
-                await self._alone(queue)
-                self._suspects.popleft()
+                held = self._suspects.popleft()
+                await self._alone()
                 if not held.delivery.live:
                     continue
-                if self._gives_back(queue):
-                    self._end_without_run(held.delivery, NotStarted())
+                if self._stopping:
+                    self._give_back(held.delivery)
                     continue
                 logger.warning(
                     "%s runs alone, since workers may have died of it: %d",
                     what(held.delivery.envelope),
                     held.delivery.envelope.crashes,
                 )
-                self._slots.give_slot(held, queue)
+                self._slots.give_slot(held, self._queues[held.delivery.queue.name])
                 if held.task is not None:
                     await asyncio.wait([held.task])
         finally:
             self._suspecting = False
             self._slots.resume()
 
-    async def _alone(self, queue: QueueHeld) -> None:
-        """Wait until nothing runs, for a stated time at most, or until a suspect of `queue` needn't run any more."""
+    async def _alone(self) -> None:
+        """Wait until nothing runs, for a stated time at most, or until the worker stops."""
         ends = self._clock.monotonic() + ALONE_AFTER_S
-        while self._slots.running and not self._gives_back(queue) and (left_s := ends - self._clock.monotonic()) > 0:
+        while self._slots.running and not self._stopping and (left_s := ends - self._clock.monotonic()) > 0:
             await first_of(self.changed(), self._clock.sleep(left_s))
-
-    def _gives_back(self, queue: QueueHeld) -> bool:
-        """Whether a suspect is given back at this stop. Where the broker doesn't count, that would count as a crash: it still runs."""
-        return self._stopping and queue.counts_crashes
 
     def _tell_recalled(self) -> None:
         if self._teller is None:
@@ -392,6 +389,9 @@ class Consumer:
 
     def _end_without_run(self, delivery: Delivery, ending: Ending | Past) -> None:
         """Settle a delivery that doesn't run, in a later turn of the loop, because the broker may still be delivering it."""
+        if isinstance(ending, NotStarted) and self._puts_back(delivery):
+            self._put_back(delivery)
+            return
 
         async def settle() -> None:
             if isinstance(ending, Past):
@@ -415,7 +415,12 @@ class Consumer:
     def _sweep(self) -> None:
         """Give back deliveries that have waited too long: another worker may be idle, and some brokers close the channel of a slow consumer."""
         for held in self._slots.overdue(self._clock.monotonic()):
-            self._end_without_run(held.delivery, NotStarted())
+            if self._puts_back(held.delivery) and not held.delivery.envelope.crashes:
+                # published again it would go behind every job of its level; this worker knows it when it comes back
+                self._remembered.give_back(held.delivery.envelope)
+                self._settlement.end(held.delivery, None, NotStarted(), None)
+            else:
+                self._end_without_run(held.delivery, NotStarted())
         waiting = self.held and not self._stopping
         self._sweeper = self._clock.call_later(self._sweep_s, self._sweep) if waiting else None
 
@@ -484,8 +489,9 @@ class Consumer:
         hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
         try:
             await consumption.stop_taking()
-            for held in in_arrival_order(self._slots.remove(lambda _: True)):
+            for held in (*in_arrival_order(self._slots.remove(lambda _: True)), *self._suspects):
                 self._give_back(held.delivery)
+            self._suspects.clear()
             while self._unfinished() and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
                 wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
                 await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
@@ -511,11 +517,21 @@ class Consumer:
         return bool(self._tasks)
 
     def _give_back(self, delivery: Delivery) -> None:
-        """Give back a delivery. Not in a task: it must be given back even without any grace; only what crashed before is published."""
-        if delivery.envelope.crashes:
-            self._end_without_run(delivery, NotStarted())
+        """Give back a delivery, without any grace too."""
+        if self._puts_back(delivery):
+            self._put_back(delivery)
         else:
             self._settlement.end(delivery, None, NotStarted(), None)
+
+    def _puts_back(self, delivery: Delivery) -> bool:
+        """Whether a job that hasn't started is published again: given back it would be marked as what killed its worker is."""
+        return not self._queues[delivery.queue.name].counts_crashes and delivery.problem is None
+
+    def _put_back(self, delivery: Delivery) -> None:
+        """Publish the job again, in a task that no grace cuts off."""
+        self._returning.append(delivery)
+        if self._returner is None or self._returner.done():
+            self._returner = self._create_task(self._settlement.put_back(self._returning))
 
     def _stop_starting(self) -> None:
         self._stopping = True
@@ -535,13 +551,14 @@ class Consumer:
             logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut = True
             self._settlement.counts[CutOff] += len(self._tasks)
-            kept = [*self._suspects, *(held for held in self._tasks.values() if held is not None)]
-            suspects = [held.delivery for held in kept if self._counts(held)]
+            suspects = [held.delivery for held in self._tasks.values() if held is not None and self._counts(held)]
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
             if suspects:
                 await asyncio.wait({self._create_task(self._settlement.uncount(each)) for each in suspects})
+        if self._returner is not None:
+            await asyncio.wait([self._returner])
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _counts(self, held: Held) -> bool:

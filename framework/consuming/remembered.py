@@ -66,6 +66,8 @@ class Remembered:
         self._lost: dict[Key, tuple[float, Held | Past]] = {}
         """Oldest first, each with its time."""
         self._slots: dict[Slot, None] = {}
+        self._given_back: dict[Key, None] = {}
+        """The jobs that were given back after too long a wait. Another process may have run them since."""
 
     def lose(self, running: Iterable[Held]) -> None:
         """Remember the last settlements and the `running` jobs, because a channel or lease was lost."""
@@ -87,6 +89,16 @@ class Remembered:
         """Return what is remembered of a job, and forget it: the settlement of its redelivery is remembered again."""
         since, what = self._lost.pop(key, (0.0, None))
         return what if since >= self._clock.monotonic() - FOR_S else None
+
+    def give_back(self, envelope: Envelope) -> None:
+        """Remember that a job goes back to its queue without a run."""
+        self._given_back[key_of(envelope)] = None
+        if len(self._given_back) > MOST:
+            del self._given_back[next(iter(self._given_back))]
+
+    def gave_back(self, envelope: Envelope) -> bool:
+        """Whether this process gave the job back, and forget it: the next time it comes back for another reason."""
+        return self._given_back.pop(key_of(envelope), 0) is None
 
     def keep_slot(self, envelope: Envelope) -> None:
         """Remember the job of a cron slot for good if it has just been settled."""

@@ -7,9 +7,8 @@ import logging
 import socket
 import time
 import traceback
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
 from typing import Any, ClassVar
 
 import msgspec
@@ -52,8 +51,8 @@ logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consu
 
 SETTLE_TIMEOUT_S = 5.0
 """Seconds per try to publish a retry or a burial; the tries go on until the delivery's channel or lease is gone."""
-UNCOUNT_S = 3.0
-"""Seconds to publish a suspect again that was cut off."""
+PUT_BACK_S = 3.0
+"""Seconds to publish a job again that was held or cut off at a stop."""
 MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
@@ -137,7 +136,7 @@ class Settlement:
                 self._settled(key_of(delivery.envelope))
             else:
                 run = self._run(delivery, attempt, ending, arrived)
-                if self.cut or isinstance(ending, CutOff):
+                if isinstance(ending, CutOff) or (self.cut and not isinstance(ending, NotStarted)):
                     _say_cut_off(run, ending)
                     ending = CutOff()  # counted in `Consumer.cut_off`, because a thread may never get here
                 else:
@@ -300,9 +299,6 @@ class Settlement:
                 # 1, 2, 4 … 30 s: each wait is 1 s longer than all before it together.
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
                 return self._again(delivery, ending, unknown, min(30.0, 1.0 + waited_s))
-            case NotStarted() if envelope.crashes and not delivery.counted:
-                # given back it would be marked as redelivered, as what killed its worker is
-                return self._again(delivery, ending, _uncounted(envelope), 0.0)
             case NotStarted():
                 delivery.give_back()
             case CutOff():
@@ -412,11 +408,42 @@ class Settlement:
                 self.unsettled -= 1
         return False
 
-    async def uncount(self, delivery: Delivery) -> None:
-        """Publish a suspect that was cut off again, if that is quick: its redelivery would be counted as a crash."""
-        envelope = _uncounted(delivery.envelope)
-        with suppress(PublishError):
-            await delivery.again(msgspec.structs.replace(envelope, deadline=time.monotonic() + UNCOUNT_S))
+    async def put_back(self, held: deque[Delivery]) -> None:
+        """Publish jobs again that didn't start, until `held` is empty: given back, they would look like jobs that killed their worker.
+
+        The first is confirmed before the others are written. A broker that confirms nothing may keep what was written, and the
+        jobs that go back all the same would run twice.
+        """
+        confirms = await self._put_back(held.popleft())
+        while held:
+            batch = list(held)
+            held.clear()
+            if confirms:
+                confirms = all(await asyncio.gather(*map(self._put_back, batch)))
+            else:
+                for delivery in batch:
+                    self.end(delivery, None, NotStarted(), None)
+
+    async def _put_back(self, delivery: Delivery) -> bool:
+        """Publish a job again that didn't start, and ack it; where that fails give it back, and return False."""
+        if not await self.uncount(delivery):
+            failed = delivery.live
+            self.end(delivery, None, NotStarted(), None)
+            return not failed
+        self.counts[NotStarted] += 1
+        self._replaced(delivery)
+        if self._observe is not None:
+            self._show(self._observe, delivery, None, NotStarted(), None)
+        return True
+
+    async def uncount(self, delivery: Delivery) -> bool:
+        """Publish a job again whose redelivery would be counted as a crash, if that is quick; return whether it is published."""
+        envelope = _uncounted(delivery)
+        try:
+            return await delivery.again(msgspec.structs.replace(envelope, deadline=time.monotonic() + PUT_BACK_S))
+        except PublishError as error:
+            logger.debug("%s goes back as redelivered, since it can't be published: %s", what(envelope), said_by(error))
+            return False
 
     def _failed(self, run: _Run, reason: str = "") -> Envelope:
         """Return the envelope of `run` with its failure; that of a remembered run, if there is one."""
@@ -514,9 +541,11 @@ def _next(envelope: Envelope, **changes: Any) -> Envelope:
     return msgspec.structs.replace(envelope, **counted)
 
 
-def _uncounted(envelope: Envelope) -> Envelope:
-    """Return `envelope` for a publish after a return that was no crash."""
-    return _next(envelope, cause="crash", crashes=envelope.crashes, due_ms=None)
+def _uncounted(delivery: Delivery) -> Envelope:
+    """Return the envelope of `delivery` for a publish without a count. One that came back before keeps a mark of that, for `Attempt.redelivered`."""
+    envelope = delivery.envelope
+    crashes = max(envelope.crashes, int(delivery.redelivered))
+    return _next(envelope, crashes=crashes, due_ms=None, unknown_since_ms=envelope.unknown_since_ms)
 
 
 def _with_deadline(envelope: Envelope) -> Envelope:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -32,6 +34,27 @@ async def test_a_job_that_kills_its_worker_is_buried_and_its_neighbours_are_done
     assert starts.pop(fatal) == 5
     assert set(starts) == {*before, *after}
     assert max(starts.values()) <= 3, "no neighbour is in flight at more than two of its deaths"
+
+
+async def test_five_rolling_restarts_under_load_count_no_crash(any_bench: Bench) -> None:
+    """After two deploys in an hour some hundred jobs would run one by one, each with the whole process waiting for it."""
+    bench, seen = any_bench, list[int]()
+    ids = await bench.publish(*(bench.recorder.Note(0.1) for _ in range(4000)))
+    start = partial(bench.working, "--concurrency", "20")
+    workers = every = [await start(), await start()]
+    for _ in range(5):
+        await bench.until_lines("start", len(bench.recorder.ids("start")) + 100)
+        following = await asyncio.gather(start(), start(), *(worker.drained() for worker in workers))
+        workers = [worker for worker in following if worker is not None]
+        every = [*every, *workers]
+        seen.append((await bench.depth()).levels.get("suspects", 0))
+    await bench.until_ended(ids)
+    await bench.until_empty()
+    await asyncio.gather(*(worker.drained() for worker in workers))
+
+    assert seen == [0] * 5
+    assert [worker.log for worker in every if "may have died" in worker.log] == []
+    assert Counter(bench.recorder.ids("start")) == Counter(ids), "each ran once"
 
 
 async def test_a_restart_of_the_broker_is_no_crash(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:

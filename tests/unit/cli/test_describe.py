@@ -202,9 +202,16 @@ async def test_on_rabbitmq_the_physical_queues_are_named() -> None:
     record = await described(broker="amqp://shop:hunter2@rabbit.example/")
     physical = {queue.name: queue.physical for queue in record.queues}
 
-    assert set(physical["emails"]) == {"emails", "emails.low", "emails.high", "emails.urgent", "emails.dead"}
-    assert set(physical["reports"]) == {"reports", "reports.dead"}
-    assert set(physical["plain"]) == {"plain", "plain.dead"}
+    assert set(physical["emails"]) == {
+        "emails",
+        "emails.low",
+        "emails.high",
+        "emails.urgent",
+        "emails.suspects",
+        "emails.dead",
+    }
+    assert set(physical["reports"]) == {"reports", "reports.suspects", "reports.dead"}
+    assert set(physical["plain"]) == {"plain", "plain.suspects", "plain.dead"}
     assert "  physical queues: emails" in text_of(record)
 
 
