@@ -9,8 +9,12 @@ from functools import partial
 
 import pytest
 
+from leveret import App, Attempt, Job
+from leveret.consuming.worker import working
+from leveret.outcome import Kind
 from tests.conftest import StartNode
-from tests.fault.bench import Bench
+from tests.fault.bench import Bench, eventually
+from tests.rabbit.node import Rabbit
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(180)]
 
@@ -75,3 +79,48 @@ async def test_a_restart_of_the_broker_is_no_crash(bench: Callable[..., Bench], 
     assert set(starts) == set(ids)
     assert max(starts.values()) <= 2
     assert not [worker.log for worker in workers if "runs alone" in worker.log or "worker_lost" in worker.log]
+
+
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
+async def test_a_job_that_waits_too_long_in_a_worker_keeps_its_place_and_is_no_suspect(
+    kind: str, bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
+    """Behind jobs of ten minutes, each of the next in line would go to the end of a backlog of days, or run alone."""
+    one = bench(f"{rabbit.url}?consumer_timeout_s=2", kind)
+    app, gate, ran = App[None]("waits", broker=one.recorder.plan.url, concurrency=1), asyncio.Event(), list[str]()
+
+    @app.handler(job=one.recorder.Note)
+    async def note(_: Job, attempt: Attempt) -> None:
+        await gate.wait()
+        ran.append(attempt.job_id)
+
+    ids = await one.publish(*(one.recorder.Note() for _ in range(4)))
+    async with working(app) as work:
+        await eventually(lambda: work.consumer.counts[Kind.NOT_STARTED] >= 3)
+        gate.set()
+        await eventually(lambda: len(ran) == len(ids))
+        assert work.consumer.counts[Kind.SUSPECTED] == 0
+    assert ran == ids
+
+
+async def test_a_stop_while_an_alarm_blocks_publishers_gives_back_at_once_and_makes_no_copies(
+    bench: Callable[..., Bench], rabbit_node: StartNode
+) -> None:
+    """Whatever a blocked connection has in it is carried out after the alarm: each job that was held would run twice."""
+    node = await rabbit_node()
+    one = bench(node.url)
+    ids = await one.publish(*(one.recorder.Note(0.5) for _ in range(300)))
+    worker = await one.working("--concurrency", "100", "--grace", "20")
+    await one.until_lines("end", 100)
+    await node.alarm(on=True)
+    worker.term()
+    assert await worker.ended(6) == 0, worker.log
+    await node.alarm(on=False)
+    other = await one.working("--concurrency", "100")
+    await one.until_ended(ids)
+    await one.until_empty()
+    await other.drained()
+
+    starts = Counter(one.recorder.ids("start"))
+    assert set(starts) == set(ids)
+    assert sum(starts.values()) - len(ids) <= 2, "those that showed that nothing is confirmed"
