@@ -125,14 +125,17 @@ async def test_what_one_queue_loses_costs_the_other_queues_nothing(
         await rabbit.limit_consumers(1800)
 
 
-async def test_a_deleted_queue_is_back_while_the_other_queues_run(rabbit: Rabbit, raw: Raw) -> None:
+async def test_a_deleted_queue_is_back_while_the_other_queues_run(
+    rabbit: Rabbit, raw: Raw, caplog: pytest.LogCaptureFixture
+) -> None:
     """A queue that somebody deleted and declared again had a worker that was connected, and took nothing from it."""
+    caplog.set_level(logging.INFO, "leveret")
     shop = Shop(rabbit.url)
     async with shop.working() as worker:
         running = await shop.publish(*(shop.Report(seconds=3) for _ in range(8)))
         for level in ("", ".low", ".high", ".urgent"):
             await raw.delete(f"{shop.sick.name}{level}")
-        await eventually(lambda: worker.state().name == "degraded")
+        await eventually(lambda: bool(about(caplog, "degraded: ")))
         await eventually(lambda: worker.state().name == "ready", timeout_s=5)
         jobs = [*await shop.publish(shop.Email()), *await shop.publish(shop.Email(), priority=Priority.LOW)]
         await eventually(lambda: all(shop.ends[job] == 1 for job in (*jobs, *running)), timeout_s=5)
