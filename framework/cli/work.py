@@ -67,9 +67,9 @@ def work(
 ) -> None:
     """Run a worker of APP (module:attribute, default LEVERET_APP): take jobs from its queues and run their handlers.
 
-    The worker waits for a broker that is down. SIGTERM or ^C stops the worker: it takes no more jobs, lets running jobs finish
-    within the grace, and exits with 0. A second signal, or the end of the grace, cuts the jobs off. The exit code is then 1,
-    and the broker delivers those jobs again.
+    The worker waits for a broker that is down. SIGTERM, ^C or the loss of its terminal stops the worker: it takes no more jobs,
+    lets running jobs finish within the grace, and exits with 0. A second signal, or the end of the grace, cuts the jobs off. The
+    exit code is then 1, and the broker delivers those jobs again.
 
     \b
     Example:
