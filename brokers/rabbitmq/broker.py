@@ -33,7 +33,8 @@ class RabbitBroker:
 
     def __init__(self, nodes: Nodes, runtime: Runtime) -> None:
         self._nodes = nodes
-        self._probe = Probe(nodes, runtime) if len(nodes.addresses) > 1 else None
+        if nodes.watcher is None and len(nodes.addresses) > 1:
+            nodes.watcher = Probe(nodes, runtime)
         self._runtime = runtime
         self._routes = Routing(runtime.clock)
         self._publishing = Publishing(nodes, runtime, f"leveret {runtime.app} publish")
@@ -89,5 +90,5 @@ class RabbitBroker:
             await consumption.close()
         self._consumptions.clear()
         await asyncio.gather(self._publishing.close(), self._settling.close())
-        if self._probe is not None:
-            await self._probe.close()
+        if self._nodes.watcher is not None and not self._nodes.used():
+            await self._nodes.watcher.close()
