@@ -242,7 +242,7 @@ async def test_a_broker_that_is_killed_and_comes_back_loses_no_confirmed_job(
             failed.clear()
             await asyncio.wait_for(failed.wait(), 10)
             await node.start()
-            await worker.says("(?s)" + ".*".join(["consuming again"] * kill))
+            await worker.says("(?s)" + ".*".join(["consuming again"] * kill), 10)
         await eventually(partial(more, confirmed, len(confirmed) + 100), lambda: one.logs)
         enough.set()
         await asyncio.wait_for(asyncio.gather(*publishing), 30)
@@ -442,7 +442,7 @@ async def test_a_hung_broker_is_noticed_and_worked_with_again(
         await worker.says("waiting to consume: .*no answer in time", 15)
     finally:
         node.resume()
-    await worker.says("consuming again")
+    await worker.says("consuming again", 10)
     ids += await one.publish(*(one.recorder.Note() for _ in range(100)))
     await one.until_ended(ids)
     await one.until_empty()
