@@ -56,6 +56,8 @@ class Probe:
                 await asyncio.sleep(_TICK_S)
                 await self._ask_back()
                 for address in used:
+                    if address not in progress:  # declares the queue: during an election, that takes up to 15 s
+                        await self._answers(address)
                     now, seen = time.monotonic(), self._progress(address)
                     before, since = progress.get(address, (None, now))
                     if seen != before:
@@ -75,9 +77,8 @@ class Probe:
         answers = await self._answers(address)
         while not answers and self._progress(address):  # a cluster without a majority is asked again and again
             answers, *elsewhere = await asyncio.gather(*(self._answers(node) for node in (address, *others)))
-            if (
-                not answers and any(elsewhere) and self._progress(address)
-            ):  # it may have ended its connections meanwhile
+            ended = not self._progress(address)  # a minority that pauses itself ends its connections
+            if not answers and any(elsewhere) and not ended:
                 self._leave(address, others[elsewhere.index(True)])
                 return
 
