@@ -37,6 +37,7 @@ class Link:
 
     def __init__(self, connection: Connection, channel: Channel) -> None:
         self.connection = connection
+        self.since = time.monotonic()
         self.window = channel.window
         self.declared: set[Queue | str | None] = {None}
         self.ready: set[Route] = set()
@@ -84,6 +85,8 @@ class Links:
         """Whether an attempt to connect is under way; False during the pause before one."""
         self._returning = False
         """Whether the connection was lost, and is opened again even if nobody waits for it."""
+        self._brief = 0
+        """How many connections in a row were lost sooner than the base of the back-off: they count as failed attempts."""
         self.state = PublisherState.at(runtime.clock.now(), "connecting", f"RabbitMQ at {nodes} wasn't reached yet")
         self._refused: tuple[float, ConfigurationError] | None = None
         self.closed = False
@@ -144,7 +147,9 @@ class Links:
         An attempt goes on after its publish gave up: otherwise publishes whose timeout is shorter than a handshake would never
         get a connection.
         """
-        attempt = 0
+        attempt = self._brief
+        if attempt and connection is None:
+            await self.pause(attempt)
         while True:
             self._trying = True
             try:
@@ -219,6 +224,8 @@ class Links:
             )
         else:
             self._nodes.leave(connection.address)
+            brief = time.monotonic() - link.since < self._runtime.settings.reconnect_base_s
+            self._brief = self._brief + 1 if brief else 0
             logger.warning(
                 "the connection %r to RabbitMQ at %s is lost: %s", self._name, connection.address, self.state.why
             )

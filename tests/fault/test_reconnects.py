@@ -100,6 +100,22 @@ async def test_a_worker_whose_connection_is_reset_every_two_seconds_is_back_with
     assert sum(starts.values()) - len(ids) <= 8 * 20, "only what was on its way when the connection went"
 
 
+async def test_a_publishing_connection_that_never_lasts_is_opened_ever_more_rarely(rabbit: Rabbit) -> None:
+    """A load balancer that accepts and hangs up would get a connection after the other, and the log a line for each."""
+
+    class Order(Job, name="order", queue=Queue(f"brief-{uuid.uuid4().hex[:12]}", priorities=False)):
+        """A job to publish."""
+
+    async with link_to(rabbit) as link, App("shop", broker=link.url).publisher() as publisher:
+        await publisher.publish(Order())
+        before = link.accepted
+        for _ in range(60):
+            link.reset()
+            await asyncio.sleep(0.05)
+        assert link.accepted - before < 20
+        await publisher.publish(Order(), timeout_s=10)
+
+
 async def test_a_hundred_running_jobs_and_no_broker_are_a_few_lines(
     rabbit_node: StartNode, caplog: pytest.LogCaptureFixture
 ) -> None:
