@@ -13,7 +13,7 @@ from pamqp import commands
 from leveret.backoff import full_jitter
 from leveret.broker import PublisherState, PublisherStateName
 from leveret.errors import ConfigurationError
-from leveret.job import Queue
+from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 
 from .channel import Channel
@@ -39,7 +39,7 @@ class Link:
         self.connection = connection
         self.since = time.monotonic()
         self.window = channel.window
-        self.declared: set[Queue | str | None] = {None}
+        self.declared: set[Queue | Priority | None] = {None}
         self.ready: set[Route] = set()
         """Kept routes whose topology is declared: a look-up here is faster than two in `declared`."""
         self.declaring: dict[object, asyncio.Task[None]] = {}

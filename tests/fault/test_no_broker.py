@@ -259,13 +259,15 @@ async def test_a_broker_that_is_killed_and_comes_back_loses_no_confirmed_job(
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
 async def test_every_delayed_job_comes_after_the_broker_was_killed(
-    bench: Callable[..., Bench], rabbit_node: StartNode
+    kind: str, bench: Callable[..., Bench], rabbit_node: StartNode
 ) -> None:
     """A power cut finds thousands of retries on their way from delay queue to delay queue: each comes, though some only when RabbitMQ moves it again."""
     # 180 s unless told: how long its dead-letter worker waits for a confirm that the kill has cost it
     node = await rabbit_node(advanced={"dead_letter_worker_publisher_confirm_timeout": 2_000})
-    one = bench(node.url, reconnect_cap_s=1.0)
+    one = bench(node.url, kind, reconnect_cap_s=1.0)
     confirmed = list[str]()
     async with one.app.publisher() as publisher:
         # declares the queue, and the delay queues with their bindings
@@ -274,6 +276,8 @@ async def test_every_delayed_job_comes_after_the_broker_was_killed(
         for _ in range(15):
             some = [Outgoing(one.recorder.Note(), delay_s=0.25 * (1 + number % 8)) for number in range(200)]
             confirmed.extend(receipt.job_id for receipt in await publisher.publish_many(some, timeout_s=30))
+    while (await one.depth()).ready < 1_500:  # the others are on their way
+        pass
     await node.kill9()
     await node.start()
     worker = await one.working()
