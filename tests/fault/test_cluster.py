@@ -133,7 +133,7 @@ async def test_the_leader_hangs(site: Site) -> None:
 
 @pytest.mark.versions
 async def test_the_leader_is_cut_off_from_its_peers(site: Site) -> None:
-    """R11. A minority pauses itself late, on 4.3 never, and is silent until then: what nobody held must go on elsewhere."""
+    """A minority pauses itself late, on 4.3 never, and is silent until then: what nobody held must go on elsewhere."""
     async with Load(site.bench) as load:
         struck = time.monotonic()
         site.cluster.isolate(site.leader)
