@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -28,16 +28,18 @@ from .handler import Handler, innermost, take_back_cancels
 from .limits import Limits
 from .remembered import Past, key_of, slot_of
 from .settlement import Ended, Lost, Settlement
-from .slots import Gate, Held, QueueHeld, Route, Slots, in_arrival_order
+from .slots import Gate, Held, QueueHeld, Returned, Route, Slots, in_arrival_order
 
 logger = logging.getLogger("leveret.consumer")
 
 START_WITHIN_S = 60.0
 """A rate limit lowers the prefetch to the starts of this many seconds; the broker's consumer timeout includes waiting."""
-HOLD_S = 450.0
-"""Seconds that a delivery waits for a slot before it is given back; a quarter of the broker's limit, if the broker has one."""
 MOST_WINDOW = 5000
 """At most this many settlements are remembered in case that they didn't arrive: about 800 kB."""
+RUN_PART = 0.75
+"""The part of the broker's limit for which a job runs before its delivery is given back, once a delivery was overdue."""
+_LEAST_LIMIT_S = 1.0
+"""A shorter limit of the broker isn't believed: it would be a queue that was deleted and declared again at once."""
 _UNWIND_S = 1.0
 _TELL_S = 1.0
 """How long redeliveries that don't run are collected for one log line, seconds."""
@@ -71,8 +73,6 @@ class Consumer:
         self._tasks: dict[asyncio.Task[None], Held | None] = {}
         """The running tasks, each with the delivery that it runs; None for a delivery that is settled without a run."""
         self._sweeper: Timer | None = None
-        self._sweep_s = float("inf")
-        """Seconds between two looks at the waiting deliveries."""
         self.on_queues_changed: Callable[[], None] | None = None
         """Called when the state of a queue has changed."""
         self._lost_held = 0
@@ -129,9 +129,7 @@ class Consumer:
         for gate in gates:
             if gate.starts_per_s is not None:
                 prefetch = min(prefetch, max(1, int(gate.starts_per_s * START_WITHIN_S)))
-        hold_s = HOLD_S if features.held_at_most_s is None else features.held_at_most_s / 4
-        self._sweep_s = min(self._sweep_s, hold_s / 4)
-        self._slots.add_queue(QueueHeld(queue, routes, limit, Gate(gates) if gates else None, hold_s))
+        self._slots.add_queue(QueueHeld(queue, routes, limit, Gate(gates) if gates else None, features.held_at_most_s))
         self._subscriptions.append(Subscription(queue, prefetch))
 
     @property
@@ -196,7 +194,7 @@ class Consumer:
             route = route or queue.only
             assert route is not None
         if not self._take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
-            self._sweeper = self._clock.call_later(self._sweep_s, self._sweep)
+            self._sweep_later()
 
     def lost(self) -> None:
         """Forget the deliveries that haven't started and can no longer be settled; the broker delivers them again."""
@@ -207,6 +205,40 @@ class Consumer:
         self._lost_running = len(running)
         self._remembered.lose(running)
         self._tell()
+
+    def overdue(self, queue: str, limit_s: float | None) -> None:
+        """As `Sink.overdue`: wait with a delivery for a quarter of the limit, and run with one for three quarters."""
+        held_by = self._queues[queue]
+        if limit_s is None:
+            ages = [age for held, age in self._ages() if held.delivery.queue.name == queue and held.delivery.live]
+            limit_s = max([*ages, self._clock.monotonic() - held_by.oldest()])
+        set_s = held_by.held_at_most_s
+        if limit_s < _LEAST_LIMIT_S or (held_by.was_overdue and set_s is not None and limit_s >= set_s):
+            return
+        held_by.held_at_most_s, held_by.was_overdue = limit_s, True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweep_later()
+        limit = f"{round(limit_s, 1):g}"
+        is_set = "consumer_timeout_s isn't set" if set_s is None else f"consumer_timeout_s is {set_s:g}"
+        wrong = set_s is None or limit_s < 0.9 * set_s
+        logger.warning(
+            "queue %s: the broker took back a delivery that was held for %s s, its limit (RabbitMQ's consumer_timeout); %s. "
+            "%sive each handler a Timeout of at most %.3g s. "
+            "Deliveries of jobs that run for longer are now given back in time, so another worker may start such a job too",
+            queue,
+            limit,
+            is_set,
+            f"Set consumer_timeout_s={limit}, and g" if wrong else "G",
+            limit_s * RUN_PART,
+        )
+
+    def _ages(self) -> Iterator[tuple[Held, float]]:
+        """Yield what runs, each with the seconds for which its delivery is held."""
+        now, wall = self._clock.monotonic(), self._clock.now()
+        for held in self._tasks.values():
+            if held is not None:
+                yield held, now - held.since if held.since else wall - held.arrived
 
     def queues_changed(self) -> None:
         """Pass on that the state of a queue has changed."""
@@ -229,7 +261,11 @@ class Consumer:
         if isinstance(known, Past):
             self._end_without_run(delivery, known)
         elif known is not None and known.task is not None:
+            returned = isinstance(known.delivery, Returned)
             known.delivery = delivery  # it goes on: its ending settles this delivery
+            known.since = self._clock.monotonic()
+            if returned:  # this worker gave the delivery back, so it counts no loss
+                return True
             self._settlement.counts[Repeated] += 1
         else:
             return False
@@ -308,12 +344,30 @@ class Consumer:
         if self._watchers:
             self._tell()
 
+    def _sweep_later(self) -> None:
+        soon_s = min(queue.hold_s for queue in self._queues.values()) / 4
+        self._sweeper = self._clock.call_later(soon_s, self._sweep)
+
     def _sweep(self) -> None:
         """Give back deliveries that have waited too long: another worker may be idle, and some brokers close the channel of a slow consumer."""
         for held in self._slots.overdue(self._clock.monotonic()):
             self._end_without_run(held.delivery, NotStarted())
-        waiting = self.held and not self._stopping
-        self._sweeper = self._clock.call_later(self._sweep_s, self._sweep) if waiting else None
+        guarded = {name: queue.hold_s * 4 * RUN_PART for name, queue in self._queues.items() if queue.was_overdue}
+        if guarded:
+            for held, age in self._ages():
+                if held.route.handler.remember and age > guarded.get(held.delivery.queue.name, age):
+                    self._return(held)
+        self._sweeper = None
+        if (self.held or guarded) and not self._stopping:
+            self._sweep_later()
+
+    def _return(self, held: Held) -> None:
+        """Give back the delivery of a running job, which waits for the next delivery: overdue, it would cost the queue its channel."""
+        delivery = held.delivery
+        if delivery.live:
+            delivery.give_back()
+            held.delivery = Returned(delivery.queue, delivery.envelope, delivery.redelivered)
+            self._remembered.add(key_of(delivery.envelope), held)
 
     async def _work(self, held: Held, queue: QueueHeld) -> None:
         """Run one delivery, free its slot, settle it."""
@@ -357,17 +411,22 @@ class Consumer:
         rest = self._end(delivery, attempt, ending, held.arrived)
         try:
             if rest is not None:
-                if not self._settlement.cut:
-                    await take_back_cancels()
-                await rest
-                if held.delivery is not delivery:  # redelivered during the settlement, which remembers the ending
-                    self.deliver(held.delivery)
+                await self._settle(held, delivery, rest)
             if is_slot:
                 self._remembered.keep_slot(envelope)
         finally:
             task, held.task = held.task, None
             if task is not None:
                 self._forget(task)
+
+    async def _settle(self, held: Held, delivery: Delivery, rest: Coroutine[Any, Any, None]) -> None:
+        """Await the rest of a settlement, during which the delivery isn't given back."""
+        held.since = float("inf")
+        if not self._settlement.cut:
+            await take_back_cancels()
+        await rest
+        if held.delivery is not delivery:  # redelivered during the settlement, which remembers the ending
+            self.deliver(held.delivery)
 
     async def drain(self, consumption: Consumption, grace_s: float, hurry: asyncio.Event | None = None) -> bool:
         """Stop consuming, give back jobs that haven't started, finish the others within the grace, cut off the rest.
