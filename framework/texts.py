@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 
+MOST = 2000
+"""Most characters of `one_line`: an error may quote the whole document that it refuses."""
 _OURS = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120 - pathlib drops the separator, and `leveret_shop` would count as ours
 
 
 def one_line(text: str) -> str:
-    """Return `text` on one line, with half surrogate pairs escaped: an event is one log line, which must be encodable."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    """Return `text` on one line, at most `MOST` characters, with half surrogate pairs escaped: an event is one log line, which must be encodable."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= MOST else line[: MOST - 1] + "…"
 
 
 def said_by(error: BaseException) -> str:
@@ -23,7 +26,7 @@ def said_by(error: BaseException) -> str:
 
 def named(error: BaseException) -> str:
     """Return the class and message of an exception on one line, at most 500 characters."""
-    name, text = type(error).__qualname__, said_by(error)
+    name, text = one_line(type(error).__qualname__), said_by(error)
     return (f"{name}: {text}" if text else name)[:500]
 
 

@@ -409,7 +409,7 @@ class Settlement:
             attempt=envelope.attempt,
             at_ms=int(self._clock.now() * 1000),
             host=socket.gethostname(),
-            error="" if error is None else _encodable(type(error).__qualname__),
+            error="" if error is None else one_line(type(error).__qualname__),
             message=(one_line(reason) if error is None else said_by(error))[:_MESSAGE_CHARS],
             reason=one_line(reason)[:_MESSAGE_CHARS],
             traceback="" if error is None else _trimmed(error),
