@@ -156,7 +156,7 @@ class QueueState(msgspec.Struct, frozen=True):
     - stopped: the worker stops.
     """
     why: str = ""
-    """Why the queue isn't consumed; empty if it is."""
+    """Why the queue isn't consumed, or why no job can be buried from it; otherwise empty."""
 
 
 class Consumption(Protocol):

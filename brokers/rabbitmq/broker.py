@@ -38,7 +38,8 @@ class RabbitBroker:
         self._runtime = runtime
         self._routes = Routing(runtime.clock)
         self._publishing = Publishing(nodes, runtime, f"leveret {runtime.app} publish")
-        self._settling = Settling(Publishing(nodes, runtime, f"leveret {runtime.app} settle"), self._routes)
+        retrying, burying = (Publishing(nodes, runtime, f"leveret {runtime.app} {what}") for what in ("settle", "bury"))
+        self._settling = Settling(retrying, burying, self._routes)
         self._consumptions: set[RabbitConsumption] = set()
 
     def features(self, queue: Queue | None = None, /) -> Features:

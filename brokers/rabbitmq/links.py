@@ -30,6 +30,8 @@ _IDLE_CLOSE_S = 0.4
 """How long the answer to a close is waited for where nobody waits for a confirm. A queue that confirms nothing delays it for good."""
 _MOST_ASIDE = 4
 """At most this many connections are left to queues that confirm nothing: if no queue confirms, more connections don't help."""
+_RENEW_S = 1.0
+"""How long a channel in which RabbitMQ refused a publish is used on, seconds: a full queue may refuse a thousand a second."""
 
 
 class Link:
@@ -37,6 +39,7 @@ class Link:
 
     def __init__(self, connection: Connection, channel: Channel) -> None:
         self.connection = connection
+        self.channel = channel
         self.since = time.monotonic()
         self.window = channel.window
         self.declared: set[Queue | Priority | None] = {None}
@@ -237,8 +240,9 @@ class Links:
         if link.connection.blocked is not None:
             window.restart_clock()
         if link is self.current:
-            if self._relieving is None and self._held_up_by(link):
-                self._relieving = asyncio.get_running_loop().create_task(self._relieve(link))
+            if self._relieving is None and (window.refused or self._held_up_by(link)):
+                work = self._renew(link) if window.refused else self._relieve(link)
+                self._relieving = asyncio.get_running_loop().create_task(work)
                 self._relieving.add_done_callback(self._relieved)
         elif link in self._leaving:
             if window.confirms:
@@ -278,10 +282,34 @@ class Links:
         self.aside.update(dict.fromkeys(lanes, link))
         link.window.let_go()
 
+    async def _renew(self, link: Link) -> None:
+        """Go on in another channel of the connection of `link`.
+
+        RabbitMQ 3.10 goes on refusing in a channel that it told that a queue is full, also once the queue has room again.
+        """
+        timeout_s = self._runtime.settings.connect_timeout_s
+        await self._runtime.clock.sleep(_RENEW_S)
+        if not link.usable or link.connection.blocked is not None:
+            return
+        try:
+            channel = await link.connection.channel(timeout_s)
+            await channel.call(commands.Confirm.Select(), timeout_s)
+        except FAULTS:
+            return
+        if link is not self.current or not link.usable:
+            channel.leave()
+            return
+        new = self._use(link.connection, channel)
+        new.declared, new.ready, new.seen, new.declaring = link.declared, link.ready, link.seen, link.declaring
+        self._leaving.add(link)
+        link.window.let_go()
+        if link.window.idle:
+            self._end(link)
+
     def _relieved(self, task: asyncio.Task[None]) -> None:
         self._relieving = None
         if not task.cancelled() and (bug := task.exception()) is not None:
-            logger.critical("a bug in leveret: the second publishing connection wasn't opened", exc_info=bug)
+            logger.critical("a bug in leveret: the second publishing connection or channel wasn't opened", exc_info=bug)
 
     def _forget(self, link: Link) -> None:
         """Let the lanes that were left to `link` use the current link again."""
@@ -291,6 +319,11 @@ class Links:
     def _end(self, link: Link) -> None:
         self._forget(link)
         self._leaving.discard(link)
+        others = [other for other in (self.current, *self._leaving) if other is not None and other is not link]
+        if any(other.connection is link.connection for other in others):
+            if link.usable:
+                link.channel.leave()
+            return
         waited_for = next(link.window.waited_for, None) is not None
         close = link.connection.close(CLOSE_TIMEOUT_S if waited_for else _IDLE_CLOSE_S)
         task = asyncio.get_running_loop().create_task(close)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +17,8 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
+from ..envelope import Envelope
+from ..failure import failures_of
 from ..ids import is_slot_job_id
 from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
@@ -34,8 +36,6 @@ logger = logging.getLogger("leveret.consumer")
 
 START_WITHIN_S = 60.0
 """A rate limit lowers the prefetch to the starts of this many seconds; the broker's consumer timeout includes waiting."""
-MOST_WINDOW = 5000
-"""At most this many settlements are remembered in case that they didn't arrive: about 800 kB."""
 RUN_PART = 0.75
 """The part of the broker's limit for which a job runs before its delivery is given back, once a delivery was overdue."""
 _LEAST_LIMIT_S = 1.0
@@ -86,8 +86,8 @@ class Consumer:
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
             own = [handler for handler in handlers if handler.queue == queue]
             self._open(queue, own, around_sync, broker.features(queue))
-        window = sum(each.prefetch * len(each.queue.levels) for each in self._subscriptions)
-        self._settlement = Settlement(publish_layers, runtime, observe, min(window, MOST_WINDOW))
+        self._settlement = Settlement(publish_layers, runtime, observe, self._subscriptions)
+        self._settlement.on_refusals_changed = self.queues_changed
         self._remembered = self._settlement.remembered
         self._end = self._settlement.end
 
@@ -158,6 +158,11 @@ class Consumer:
         return self._settlement.unsettled
 
     @property
+    def refusals(self) -> Mapping[str, str]:
+        """As `Settlement.refusals`."""
+        return self._settlement.refusals
+
+    @property
     def counts(self) -> Counter[Kind]:
         """The number of endings so far, by kind."""
         return Counter({ending.kind: count for ending, count in self._settlement.counts.items()})
@@ -184,6 +189,7 @@ class Consumer:
             or route is None
             or delivery.problem is not None
             or envelope.version > route.version
+            or envelope.bury_since_ms is not None
         ):
             if delivery.redelivered and self._is_known(delivery, route or queue.only):
                 return
@@ -204,6 +210,7 @@ class Consumer:
         running = [held for held in self._tasks.values() if held is not None and not held.delivery.live]
         self._lost_running = len(running)
         self._remembered.lose(running)
+        self._settlement.lost()
         self._tell()
 
     def overdue(self, queue: str, limit_s: float | None) -> None:
@@ -294,11 +301,14 @@ class Consumer:
             if other is not None
         )
 
-    def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | None:
+    def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | Bury | None:
         """Return why a delivery can't start; None if it can, also without a name if the queue has only one kind of job."""
         envelope = delivery.envelope
         if self._stopping:
             return NotStarted()
+        if envelope.bury_since_ms is not None:
+            failures = failures_of(envelope)
+            return Bury(failures[-1].reason or failures[-1].message if failures else "for a reason that didn't fit")
         if delivery.problem is not None:
             return Undecodable(delivery.problem)
         if not envelope.job:
@@ -313,6 +323,16 @@ class Consumer:
             return None
         return Unknown(
             f"{envelope.job} has version {envelope.version}, this worker's handler knows version {route.version}"
+        )
+
+    def _contracts(self, envelope: Envelope, route: Route) -> str:
+        """Name the sender's contract and this worker's for a body that doesn't fit, unless one program has both."""
+        if envelope.app is None or (envelope.app == self._runtime.app and envelope.version == route.version):
+            return ""
+        job_class = route.decoder.job_class
+        return (
+            f"; it was published by the app {envelope.app!r:.80} as version {envelope.version}, and this worker's app "
+            f"{self._runtime.app!r} has version {route.version}, {job_class.__module__}.{job_class.__qualname__}"
         )
 
     def _start(self, held: Held, queue: QueueHeld) -> None:
@@ -397,7 +417,7 @@ class Consumer:
         except (Retry, Snooze, Bury) as said:  # raised by middleware; `innermost` returns those of a handler
             ending = said
         except UndecodableError as undecodable:
-            ending = Undecodable(str(undecodable))
+            ending = Undecodable(f"{undecodable}{self._contracts(envelope, route)}")
         except asyncio.CancelledError as cancelled:
             if not self._settlement.cut:
                 # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
@@ -468,6 +488,7 @@ class Consumer:
 
     def _stop_starting(self) -> None:
         self._stopping = True
+        self._settlement.stop()
         if self._teller is not None:
             self._teller.cancel()
             self._say_recalled()
