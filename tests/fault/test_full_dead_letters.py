@@ -17,7 +17,7 @@ from tests.fault.bench import eventually
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import Raw
 
-pytestmark = [pytest.mark.fault, pytest.mark.versions, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 
 FULL: dict[str, int | str] = {"max-length": 1, "overflow": "reject-publish"}
 
@@ -156,6 +156,7 @@ async def test_good_jobs_go_on_beside_burials_that_nobody_confirms(rabbit: Rabbi
     assert shop.bad_runs == Counter(bad)
 
 
+@pytest.mark.versions
 async def test_a_publisher_goes_on_once_a_full_queue_has_room(rabbit: Rabbit) -> None:
     """RabbitMQ 3.10 goes on refusing in the channel that it refused in: a service would have to be started again."""
     shop = Shop(rabbit.url)
