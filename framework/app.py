@@ -433,8 +433,9 @@ class App(Generic[_R]):
                 those jobs again.
         """
         where = f"app {self._name!r}: worker()"
-        if isinstance(queues, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"app {self._name!r}: queues must be a list of names, not {queues!r}"
+        if isinstance(queues, (str, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            advice = "" if isinstance(queues, str) else "; limits go into concurrency={'emails': 50}"
+            msg = f"app {self._name!r}: queues must be a list of names, not {queues!r:.80}{advice}"
             raise ConfigurationError(msg)
         if type(grace_s) not in {int, float} or not 0 <= grace_s < float("inf"):
             msg = f"{where}: grace_s must be a finite number of seconds, at least 0, not {grace_s!r:.80}"

@@ -137,6 +137,13 @@ class Sink(Protocol):
         """Forget the deliveries that haven't started and are no longer `live`. There may be none."""
         ...
 
+    def overdue(self, queue: str, limit_s: float | None) -> None:
+        """Hold no delivery of `queue` for longer than `limit_s`: the broker took one back. None: the broker doesn't name its limit.
+
+        Called before the `lost` of that queue's deliveries, so that their age shows a limit that isn't named.
+        """
+        ...
+
     def queues_changed(self) -> None:
         """Look at `Consumption.queues`, which has changed. After a loss, `lost` is called first."""
         ...
@@ -163,7 +170,7 @@ class QueueState(msgspec.Struct, frozen=True):
     - stopped: the worker stops.
     """
     why: str = ""
-    """Why the queue isn't consumed; empty if it is."""
+    """Why the queue isn't consumed, or why no job can be buried from it; otherwise empty."""
 
 
 class Consumption(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable
 from typing import Literal
 
@@ -69,6 +70,6 @@ class Decoder:
         except RecursionError as error:
             msg = f"the body can't be decoded as {self.job_class.__name__}: the value is nested too deeply"
             raise UndecodableError(msg) from error
-        except Exception as error:
+        except (Exception, CancelledError) as error:
             msg = f"the body can't be decoded as {self.job_class.__name__}: {named(error)}"
             raise UndecodableError(msg) from error

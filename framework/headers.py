@@ -62,12 +62,13 @@ _FIELDS: tuple[tuple[str, str, type], ...] = (
     ("due_ms", "lv-due", int),
     ("expires_at_ms", "lv-expires-at", int),
     ("unknown_since_ms", "lv-unknown-since", int),
+    ("bury_since_ms", "lv-bury-since", int),
     ("errors", "lv-errors", str),
     ("origin", "lv-origin", str),
 )
 
 
-_MOMENTS = ("lv-first-seen", "lv-due", "lv-expires-at", "lv-unknown-since")
+_MOMENTS = ("lv-first-seen", "lv-due", "lv-expires-at", "lv-unknown-since", "lv-bury-since")
 _RANGES = {
     "attempt": range(1, _INT64),
     "first_seen_ms": range(
@@ -102,6 +103,8 @@ def pack_headers(envelope: Envelope) -> dict[str, object]:
         table["lv-expires-at"] = envelope.expires_at_ms
     if envelope.unknown_since_ms is not None:
         table["lv-unknown-since"] = envelope.unknown_since_ms
+    if envelope.bury_since_ms is not None:
+        table["lv-bury-since"] = envelope.bury_since_ms
     if envelope.errors:
         table["lv-errors"] = envelope.errors
     if envelope.origin is not None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 
+MOST = 2000
+"""Most characters of `one_line`: an error may quote the whole document that it refuses."""
 _OURS = os.path.join(os.path.dirname(__file__), "")  # noqa: PTH118, PTH120 - pathlib drops the separator, and `leveret_shop` would count as ours
 
 
 def one_line(text: str) -> str:
-    """Return `text` on one line, with half surrogate pairs escaped: an event is one log line, which must be encodable."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    """Return `text` on one line, at most `MOST` characters, with half surrogate pairs escaped: an event is one log line, which must be encodable."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= MOST else line[: MOST - 1] + "…"
 
 
 def said_by(error: BaseException) -> str:
@@ -23,7 +26,7 @@ def said_by(error: BaseException) -> str:
 
 def named(error: BaseException) -> str:
     """Return the class and message of an exception on one line, at most 500 characters."""
-    name, text = type(error).__qualname__, said_by(error)
+    name, text = one_line(type(error).__qualname__), said_by(error)
     return (f"{name}: {text}" if text else name)[:500]
 
 
@@ -31,22 +34,22 @@ _HANG = re.compile(r" *(?:\S.{0,14}? {2,}(?=\S))?")
 """The indent of a line, with the label after it if two spaces follow the label."""
 
 
-def folded(text: str, width: int) -> str:
+def folded(text: str, width: int, indent: int = 4) -> str:
     """Return `text` with every line that is longer than `width` folded at words.
 
-    What follows is aligned under the text after the line's label, or indented by four more. A word is never broken: a longer
-    one gets a line for itself.
+    What follows is aligned under the text after the line's label, or indented by `indent` more. A word is never broken: a
+    longer one gets a line for itself.
     """
-    return "\n".join(line if len(line) <= width else _folded(line, width) for line in text.split("\n"))
+    return "\n".join(line if len(line) <= width else _folded(line, width, indent) for line in text.split("\n"))
 
 
-def _folded(line: str, width: int) -> str:
+def _folded(line: str, width: int, indent: int) -> str:
     from textwrap import fill
 
     found = _HANG.match(line)
     label = found.group() if found else ""
-    indent = len(label) if label.strip() else len(label) + 4
-    return fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    hang = len(label) if label.strip() else len(label) + indent
+    return fill(line, width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False)
 
 
 def is_ours(file: str) -> bool:

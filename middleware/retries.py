@@ -215,9 +215,13 @@ class Retries:
                     try:
                         outcome = await proceed(attempt)
                     except asyncio.CancelledError as cancelled:
-                        if cancelled.args != (CANCELLED,):
+                        if cancelled.args == (CANCELLED,):
+                            raise RuntimeError(CANCELLED) from cancelled
+                        task = asyncio.current_task()
+                        if task is None or task.cancelling():
                             raise
-                        raise RuntimeError(CANCELLED) from cancelled
+                        msg = "middleware raised CancelledError, but nothing had cancelled the run"
+                        raise RuntimeError(msg) from cancelled
                 except (
                     Retry,
                     Snooze,
@@ -300,19 +304,19 @@ class Retries:
         if plan.wait is not None:
             try:
                 return seconds_by(plan.wait, attempt, error, self._clock)
-            except Exception as failed:  # noqa: BLE001 - a user's code; the job must not be lost
+            except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001 - a user's code; the job must not be lost
                 _say_failed(attempt, "wait", plan.wait, "the back-off computes the wait", failed)
         return full_jitter(attempt.number, base_s=plan.base_s, cap_s=plan.cap_s, rng=self._rng)
 
     def _stops(self, attempt: Attempt, error: BaseException, plan: _Plan, stop: TenacityStop, delay_s: float) -> bool:
         try:
             return stopped_by(stop, attempt, error, self._clock, delay_s)
-        except Exception as failed:  # noqa: BLE001 - as above
+        except (Exception, asyncio.CancelledError) as failed:  # noqa: BLE001 - as above
             _say_failed(attempt, "stop", stop, f"the job is buried after {plan.max_attempts} runs", failed)
             return attempt.number >= plan.max_attempts
 
 
-def _say_failed(attempt: Attempt, keyword: str, strategy: object, instead: str, failed: Exception) -> None:
+def _say_failed(attempt: Attempt, keyword: str, strategy: object, instead: str, failed: BaseException) -> None:
     logger.warning(
         "job %s %s: %s=%s of Retries failed, so %s: %s",
         attempt.envelope.job,
@@ -336,7 +340,7 @@ def _applies(on: On, error: Exception) -> bool:
             msg = f"the predicate returned {type(answer).__name__}; a predicate must not be async"
             raise TypeError(msg)
         return bool(answer)
-    except Exception:
+    except (Exception, asyncio.CancelledError):
         logger.exception("the predicate %s of a Rule failed on %s; the rule doesn't match", _name(on), named(error))
         return False
 

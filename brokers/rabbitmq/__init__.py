@@ -19,7 +19,7 @@ def open_broker(url: str, runtime: Runtime) -> Broker:
 
     ConfigurationError for a URL that can't be read.
     """
-    return RabbitBroker(Nodes(addresses(url, rabbit_settings(runtime.settings))), runtime)
+    return RabbitBroker(Nodes.shared(addresses(url, rabbit_settings(runtime.settings))), runtime)
 
 
 def open_admin(url: str, runtime: Runtime) -> Admin:

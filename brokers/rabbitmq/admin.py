@@ -69,7 +69,7 @@ class RabbitAdmin:
 
     async def delayed(self) -> int:
         """Count the jobs in the delay ladders, which all queues of the vhost share."""
-        return sum([await self._on_channel(partial(_waiting, kind)) for kind in ("quorum", "classic")])
+        return sum([await self._on_channel(partial(_waiting, names)) for names in topology.delay_queues()])
 
     async def purge(self, queue: Queue) -> int:
         """Delete the waiting jobs of all levels and the suspects; return how many."""
@@ -165,8 +165,7 @@ async def _count(name: str, channel: Channel) -> tuple[int, int] | None:
     return answer.message_count or 0, answer.consumer_count or 0
 
 
-async def _waiting(kind: str, channel: Channel) -> int:
-    """Count the jobs in a delay ladder, by asking for all its queues at once; a ladder that was never declared holds none."""
-    queues = [record.name for record in topology.of_ladder(kind) if isinstance(record, topology.PhysicalQueue)]
-    counts = await asyncio.gather(*(_count(name, channel) for name in queues))
+async def _waiting(names: tuple[str, ...], channel: Channel) -> int:
+    """Count the jobs in the queues of a delay ladder, all asked at once; a ladder that was never declared holds none."""
+    counts = await asyncio.gather(*(_count(name, channel) for name in names))
     return sum(found[0] for found in counts if found is not None)

@@ -33,11 +33,13 @@ class RabbitBroker:
 
     def __init__(self, nodes: Nodes, runtime: Runtime) -> None:
         self._nodes = nodes
-        self._probe = Probe(nodes, runtime) if len(nodes.addresses) > 1 else None
+        if nodes.watcher is None and len(nodes.addresses) > 1:
+            nodes.watcher = Probe(nodes, runtime)
         self._runtime = runtime
         self._routes = Routing(runtime.clock)
         self._publishing = Publishing(nodes, runtime, f"leveret {runtime.app} publish")
-        self._settling = Settling(Publishing(nodes, runtime, f"leveret {runtime.app} settle"), self._routes)
+        retrying, burying = (Publishing(nodes, runtime, f"leveret {runtime.app} {what}") for what in ("settle", "bury"))
+        self._settling = Settling(retrying, burying, self._routes)
         self._consumptions: set[RabbitConsumption] = set()
 
     def features(self, queue: Queue | None = None, /) -> Features:
@@ -89,5 +91,5 @@ class RabbitBroker:
             await consumption.close()
         self._consumptions.clear()
         await asyncio.gather(self._publishing.close(), self._settling.close())
-        if self._probe is not None:
-            await self._probe.close()
+        if self._nodes.watcher is not None and not self._nodes.used():
+            await self._nodes.watcher.close()

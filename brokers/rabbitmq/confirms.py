@@ -123,6 +123,8 @@ class ConfirmWindow:
         """How many of them ended as `Late`. These take no place in the window: otherwise a queue that confirms nothing would stop all publishing."""
         self._confirmed = 0
         """The highest tag that the broker has confirmed."""
+        self.refused = False
+        """Whether the broker has refused to keep a publish of this channel."""
         self._known: set[str] = set()
         """Routing keys with at least one confirmed publish."""
         self._marks: deque[tuple[int, int]] = deque(maxlen=_STUCK_SWEEPS)
@@ -338,6 +340,7 @@ class ConfirmWindow:
             self._known.add(publish.key)
             publish.end(returned)
         else:
+            self.refused = True
             publish.end(Nacked("the broker refused to keep it (basic.nack)"))
 
     def on_return(self, code: int, text: str, key: bytes, properties: bytes) -> None:

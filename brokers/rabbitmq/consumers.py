@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -32,6 +34,9 @@ SICK_AFTER_S = 2.0
 WATCH_S = 10.0
 """Seconds between two looks at the number of consumers that the broker counts."""
 _CANCELLED = "the broker cancelled a consumer (the queue was deleted, or a delivery was held too long)"
+_HELD_TOO_LONG = "RabbitMQ cancelled its consumer, because a delivery was held for longer than the consumer timeout"
+_DELETED = "RabbitMQ cancelled its consumer, because the queue is gone"
+_TIMED_OUT = re.compile(r"delivery acknowledgement on channel .* timed out(?:.*value used: (\d+) ms)?")
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -195,17 +200,35 @@ class Consumers:
 
     def _channel_closed(self, each: Wanted, taker: Taker, why: Closed) -> None:
         if why.scope == "channel":
-            self._drop(each, taker, f"its channel was closed: {reason_of(why)}")
+            timed_out = _TIMED_OUT.search(why.text)
+            limit_s = int(timed_out[1]) / 1000 if timed_out and timed_out[1] else None
+            reason = f"its channel was closed: {reason_of(why)}"
+            self._drop(each, taker, reason, overdue=timed_out is not None, limit_s=limit_s)
 
     def _cancelled(self, each: Wanted, taker: Taker, _: str) -> None:
-        self._drop(each, taker, _CANCELLED)
+        self.spawn(self._drop_cancelled(each, taker))
 
-    def _drop(self, each: Wanted, taker: Taker, reason: str) -> None:
+    async def _drop_cancelled(self, each: Wanted, taker: Taker) -> None:
+        """Give up a queue with a cancelled consumer. If a quorum queue is still there, a delivery was held too long (RabbitMQ 4.3)."""
+        reason = _CANCELLED
+        with suppress(*FAULTS):
+            found = await counts(self.connection, each.names, SICK_AFTER_S)
+            if None in found.values():
+                reason = _DELETED
+            elif each.subscription.queue.type == "quorum":
+                reason = _HELD_TOO_LONG
+        self._drop(each, taker, reason, overdue=reason is _HELD_TOO_LONG)
+
+    def _drop(
+        self, each: Wanted, taker: Taker, reason: str, *, overdue: bool = False, limit_s: float | None = None
+    ) -> None:
         """Give up one queue's channel and make its taker again; the other queues' deliveries stay live."""
         name = each.subscription.queue.name
         if self.takers.get(name) is not taker or self.lost.done():
             return
         del self.takers[name]
+        if overdue:
+            self.sink.overdue(name, limit_s)
         taker.end()
         taker.leave()
         self._fail(each, reason)

@@ -181,7 +181,7 @@ class RabbitConsumption:
                 since = time.monotonic()
                 reason = await asyncio.shield(self._main.lost)
                 await self._undisturbed(self._lost(self._main, reason))
-                if time.monotonic() - since > settings.reconnect_cap_s:
+                if time.monotonic() - since > settings.reconnect_base_s:  # a link that flaps is worth a try at once
                     attempt = 1
                 if self._stopping:
                     return

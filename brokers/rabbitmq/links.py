@@ -13,7 +13,7 @@ from pamqp import commands
 from leveret.backoff import full_jitter
 from leveret.broker import PublisherState, PublisherStateName
 from leveret.errors import ConfigurationError
-from leveret.job import Queue
+from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 
 from .channel import Channel
@@ -30,6 +30,8 @@ _IDLE_CLOSE_S = 0.4
 """How long the answer to a close is waited for where nobody waits for a confirm. A queue that confirms nothing delays it for good."""
 _MOST_ASIDE = 4
 """At most this many connections are left to queues that confirm nothing: if no queue confirms, more connections don't help."""
+_RENEW_S = 1.0
+"""How long a channel in which RabbitMQ refused a publish is used on, seconds: a full queue may refuse a thousand a second."""
 
 
 class Link:
@@ -37,8 +39,10 @@ class Link:
 
     def __init__(self, connection: Connection, channel: Channel) -> None:
         self.connection = connection
+        self.channel = channel
+        self.since = time.monotonic()
         self.window = channel.window
-        self.declared: set[Queue | str | None] = {None}
+        self.declared: set[Queue | Priority | None] = {None}
         self.ready: set[Route] = set()
         """Kept routes whose topology is declared: a look-up here is faster than two in `declared`."""
         self.declaring: dict[object, asyncio.Task[None]] = {}
@@ -84,6 +88,8 @@ class Links:
         """Whether an attempt to connect is under way; False during the pause before one."""
         self._returning = False
         """Whether the connection was lost, and is opened again even if nobody waits for it."""
+        self._brief = 0
+        """How many connections in a row were lost sooner than the base of the back-off: they count as failed attempts."""
         self.state = PublisherState.at(runtime.clock.now(), "connecting", f"RabbitMQ at {nodes} wasn't reached yet")
         self._refused: tuple[float, ConfigurationError] | None = None
         self.closed = False
@@ -144,7 +150,9 @@ class Links:
         An attempt goes on after its publish gave up: otherwise publishes whose timeout is shorter than a handshake would never
         get a connection.
         """
-        attempt = 0
+        attempt = self._brief
+        if attempt and connection is None:
+            await self.pause(attempt)
         while True:
             self._trying = True
             try:
@@ -219,6 +227,8 @@ class Links:
             )
         else:
             self._nodes.leave(connection.address)
+            brief = time.monotonic() - link.since < self._runtime.settings.reconnect_base_s
+            self._brief = self._brief + 1 if brief else 0
             logger.warning(
                 "the connection %r to RabbitMQ at %s is lost: %s", self._name, connection.address, self.state.why
             )
@@ -230,8 +240,9 @@ class Links:
         if link.connection.blocked is not None:
             window.restart_clock()
         if link is self.current:
-            if self._relieving is None and self._held_up_by(link):
-                self._relieving = asyncio.get_running_loop().create_task(self._relieve(link))
+            if self._relieving is None and (window.refused or self._held_up_by(link)):
+                work = self._renew(link) if window.refused else self._relieve(link)
+                self._relieving = asyncio.get_running_loop().create_task(work)
                 self._relieving.add_done_callback(self._relieved)
         elif link in self._leaving:
             if window.confirms:
@@ -271,10 +282,34 @@ class Links:
         self.aside.update(dict.fromkeys(lanes, link))
         link.window.let_go()
 
+    async def _renew(self, link: Link) -> None:
+        """Go on in another channel of the connection of `link`.
+
+        RabbitMQ 3.10 goes on refusing in a channel that it told that a queue is full, also once the queue has room again.
+        """
+        timeout_s = self._runtime.settings.connect_timeout_s
+        await self._runtime.clock.sleep(_RENEW_S)
+        if not link.usable or link.connection.blocked is not None:
+            return
+        try:
+            channel = await link.connection.channel(timeout_s)
+            await channel.call(commands.Confirm.Select(), timeout_s)
+        except FAULTS:
+            return
+        if link is not self.current or not link.usable:
+            channel.leave()
+            return
+        new = self._use(link.connection, channel)
+        new.declared, new.ready, new.seen, new.declaring = link.declared, link.ready, link.seen, link.declaring
+        self._leaving.add(link)
+        link.window.let_go()
+        if link.window.idle:
+            self._end(link)
+
     def _relieved(self, task: asyncio.Task[None]) -> None:
         self._relieving = None
         if not task.cancelled() and (bug := task.exception()) is not None:
-            logger.critical("a bug in leveret: the second publishing connection wasn't opened", exc_info=bug)
+            logger.critical("a bug in leveret: the second publishing connection or channel wasn't opened", exc_info=bug)
 
     def _forget(self, link: Link) -> None:
         """Let the lanes that were left to `link` use the current link again."""
@@ -284,6 +319,11 @@ class Links:
     def _end(self, link: Link) -> None:
         self._forget(link)
         self._leaving.discard(link)
+        others = [other for other in (self.current, *self._leaving) if other is not None and other is not link]
+        if any(other.connection is link.connection for other in others):
+            if link.usable:
+                link.channel.leave()
+            return
         waited_for = next(link.window.waited_for, None) is not None
         close = link.connection.close(CLOSE_TIMEOUT_S if waited_for else _IDLE_CLOSE_S)
         task = asyncio.get_running_loop().create_task(close)

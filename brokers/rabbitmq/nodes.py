@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
-from weakref import WeakSet
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+from weakref import WeakSet, WeakValueDictionary
 
 from leveret.errors import ConfigurationError
 
@@ -15,8 +16,28 @@ from .session import FAULTS, ConnectionLost, kind_of, reason_of
 from .wire import Closed
 
 
+class Watcher(Protocol):
+    """Watches nodes for as long as a connection to them is open."""
+
+    def wake(self) -> None:
+        """Begin to watch, since a connection was opened."""
+        ...
+
+    async def close(self) -> None:
+        """Stop, since no connection is open any more."""
+        ...
+
+
 class Nodes:
-    """The addresses of one RabbitMQ. All connections of a broker share them, and with them what one of them has learnt."""
+    """The addresses of one RabbitMQ. All connections to them share what one of them has learnt."""
+
+    _shared: ClassVar[WeakValueDictionary[object, Nodes]] = WeakValueDictionary()
+
+    @classmethod
+    def shared(cls, addresses: Sequence[Address]) -> Nodes:
+        """Return the nodes that all brokers with these addresses in this event loop share, such as a worker's and a publisher's."""
+        key = (asyncio._get_running_loop(), *addresses)
+        return cls._shared.setdefault(key, cls(addresses))
 
     def __init__(self, addresses: Sequence[Address]) -> None:
         self.addresses = tuple(addresses)
@@ -28,10 +49,14 @@ class Nodes:
         """Nodes that answer, but are cut off from their cluster; they aren't tried while another is left."""
         self.open: WeakSet[Connection] = WeakSet()
         """The connections that `connect` made."""
-        self.on_connected: Callable[[], None] | None = None
+        self.watcher: Watcher | None = None
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.addresses))
+
+    def used(self) -> set[Address]:
+        """Return the addresses to which a connection is open."""
+        return {connection.address for connection in self.open if connection.usable}
 
     def leave(self, address: Address) -> None:
         """Try another address first from now on, since a connection to `address` was lost."""
@@ -69,8 +94,8 @@ class Nodes:
             else:
                 self._first = number
                 self.open.add(connection)
-                if self.on_connected is not None:
-                    self.on_connected()
+                if self.watcher is not None:
+                    self.watcher.wake()
                 return connection
         if refused == len(order) and refusal is not None:
             raise ConfigurationError("; ".join(reasons)) from refusal

@@ -33,7 +33,7 @@ _TICK_S = 0.5
 
 
 class Probe:
-    """Watches the nodes to which a broker has connections, as long as it has any. For several addresses only."""
+    """Watches the nodes to which a program has connections, as long as it has any. For several addresses only."""
 
     def __init__(self, nodes: Nodes, runtime: Runtime) -> None:
         self._nodes = nodes
@@ -42,9 +42,9 @@ class Probe:
         """The open connections of the probe, by node."""
         self._task: asyncio.Task[None] | None = None
         self._asked_back = 0.0
-        nodes.on_connected = self._wake
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Begin to watch, unless this probe watches already or has failed."""
         if self._task is None or (self._task.done() and not self._task.cancelled() and self._task.exception() is None):
             self._task = asyncio.get_running_loop().create_task(self._run())
             self._task.add_done_callback(_check_ended)
@@ -52,10 +52,12 @@ class Probe:
     async def _run(self) -> None:
         progress: dict[Address, tuple[object, float]] = {}
         try:
-            while used := {connection.address for connection in self._nodes.open if connection.usable}:
+            while used := self._nodes.used():
                 await asyncio.sleep(_TICK_S)
                 await self._ask_back()
                 for address in used:
+                    if address not in progress:  # declares the queue: during an election, that takes up to 15 s
+                        await self._answers(address)
                     now, seen = time.monotonic(), self._progress(address)
                     before, since = progress.get(address, (None, now))
                     if seen != before:
@@ -75,7 +77,8 @@ class Probe:
         answers = await self._answers(address)
         while not answers and self._progress(address):  # a cluster without a majority is asked again and again
             answers, *elsewhere = await asyncio.gather(*(self._answers(node) for node in (address, *others)))
-            if not answers and any(elsewhere):
+            ended = not self._progress(address)  # a minority that pauses itself ends its connections
+            if not answers and any(elsewhere) and not ended:
                 self._leave(address, others[elsewhere.index(True)])
                 return
 
@@ -135,9 +138,10 @@ class Probe:
 
     async def close(self) -> None:
         """End the probe and drop its connections."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        task, self._task = self._task, None  # a connection that is opened meanwhile is watched by another task
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
 
 
 def _check_ended(task: asyncio.Task[None]) -> None:

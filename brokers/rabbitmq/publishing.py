@@ -27,7 +27,7 @@ from leveret.errors import (
     Unroutable,
 )
 from leveret.failure import shortened
-from leveret.job import Queue
+from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 
 from . import topology
@@ -235,7 +235,7 @@ class Publishing:
 
         Raises `_Gone` if the queue at its end was deleted. An exchange that was deleted is declared again.
         """
-        exchanges = topology.way(route.ladder or "")
+        exchanges = topology.way(route.ladder or Priority.NORMAL)
         try:
             gone = await missing(link.connection, exchanges, queue, self._runtime.settings.connect_timeout_s)
         except FAULTS as error:
@@ -248,8 +248,8 @@ class Publishing:
             raise _Gone(f"queue {gone}")
         logger.warning("exchange %s was deleted; declaring it again", gone)
 
-    async def _declare(self, link: Link, what: Queue | str) -> None:
-        """Declare `what`: a queue's topology, or a ladder by its kind."""
+    async def _declare(self, link: Link, what: Queue | Priority) -> None:
+        """Declare `what`: a queue's topology, or a ladder."""
         if isinstance(what, Queue):
             name, records = what.name, topology.SHARED + topology.of_queue(what)
         else:

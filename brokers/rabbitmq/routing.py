@@ -59,5 +59,6 @@ class Routing:
         except ValueError as error:
             msg = f"{envelope.job or 'a job'} to queue {queue.name}: {error}"
             raise InvalidJob(msg, job_id=envelope.job_id) from None
-        priority, due_in = priority_property(queue, envelope.priority), topology.physical(queue, envelope.priority)
-        return Route(exchange, key, priority, queue, queue.type, due_in=due_in)
+        level = envelope.priority
+        ladder, due_in = topology.ladder_of(queue, level), topology.physical(queue, level)
+        return Route(exchange, key, priority_property(queue, level), queue, ladder, due_in=due_in)

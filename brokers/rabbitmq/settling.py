@@ -37,18 +37,22 @@ class Replaceable(Protocol):
 
 
 class Settling:
-    """Retries and burials, on a separate connection: a publish to a queue that confirms nothing can't hold them up."""
+    """Retries and burials, each on a separate connection: neither waits for a queue that confirms nothing to the others."""
 
-    def __init__(self, publishing: Publishing, routes: Routing) -> None:
-        self._publishing = publishing
+    def __init__(self, retrying: Publishing, burying: Publishing, routes: Routing) -> None:
+        self._retrying = retrying
+        self._burying = burying
         self._routes = routes
 
     async def again(self, delivery: Replaceable, envelope: Envelope) -> bool:
-        """Publish `envelope` to the delivery's queue, confirmed, then ack."""
+        """Publish `envelope` to the delivery's queue, confirmed, then ack.
+
+        A burial on its way isn't waited for any more: its letter may be there twice in the end, but no copy runs.
+        """
         if delivery.live:
-            if delivery.instead is None:
-                route = await self._routes.ready(delivery.queue, envelope, self._publishing)
-                await self._write(delivery, route, envelope)
+            if delivery.instead is None or delivery.instead.route.ends_at is not None:
+                route = await self._routes.ready(delivery.queue, envelope, self._retrying)
+                await _write(delivery, self._retrying, route, envelope)
             return await self._confirmed(delivery, envelope.deadline)
         return False
 
@@ -58,20 +62,14 @@ class Settling:
             if delivery.instead is None:
                 queue = delivery.queue
                 buried = envelope if envelope.origin else msgspec.structs.replace(envelope, origin=queue.name)
-                await self._write(delivery, self._routes.dead(queue), buried)
+                await _write(delivery, self._burying, self._routes.dead(queue), buried)
             return await self._confirmed(delivery, envelope.deadline)
         return False
 
     async def anew(self, queue: Queue, envelope: Envelope) -> None:
         """Publish `envelope` to `queue`, confirmed: a message that no worker has seen."""
-        route = await self._routes.ready(queue, envelope, self._publishing)
-        await self._publishing.send(route, envelope, envelope.deadline)
-
-    async def _write(self, delivery: Replaceable, route: Route, envelope: Envelope) -> None:
-        """Write the replacement if the delivery is still live: during the wait for a link, the broker may have taken the delivery back."""
-        link = await self._publishing.linked(route, envelope, envelope.deadline)
-        if delivery.live:
-            delivery.instead = self._publishing.write(link, route, envelope)
+        route = await self._routes.ready(queue, envelope, self._retrying)
+        await self._retrying.send(route, envelope, envelope.deadline)
 
     async def _confirmed(self, delivery: Replaceable, deadline: float) -> bool:
         """Ack the delivery once its replacement is confirmed; return False if none was written.
@@ -93,5 +91,12 @@ class Settling:
         return True
 
     async def close(self) -> None:
-        """Close the connection."""
-        await self._publishing.close()
+        """Close the connections."""
+        await asyncio.gather(self._retrying.close(), self._burying.close())
+
+
+async def _write(delivery: Replaceable, publishing: Publishing, route: Route, envelope: Envelope) -> None:
+    """Write the replacement if the delivery is still live: during the wait for a link, the broker may have taken the delivery back."""
+    link = await publishing.linked(route, envelope, envelope.deadline)
+    if delivery.live:
+        delivery.instead = publishing.write(link, route, envelope)

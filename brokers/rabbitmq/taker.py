@@ -20,7 +20,6 @@ from pamqp import commands
 from leveret.broker import Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import PublishError
-from leveret.headers import MOST
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 
@@ -262,9 +261,9 @@ class Taker:
         """Publish a message again that was taken for its answer only: it would come back like one that killed its worker."""
         envelope, problem = from_job_queue(got.properties, got.body, self._name, level)
         if problem is None:
-            passes, deadline = min(envelope.passes + 1, MOST), time.monotonic() + CLOSE_TIMEOUT_S
+            deadline = time.monotonic() + CLOSE_TIMEOUT_S
             try:
-                await self.settling.anew(self.queue, replace(envelope, passes=passes, deadline=deadline))
+                await self.settling.anew(self.queue, replace(envelope, deadline=deadline))
             except PublishError:
                 return False
             self._channel.ack(got.tag, multiple=False)

@@ -21,6 +21,7 @@ from leveret.outcome import MAX_DELAY_S
 JOBS = "lv.jobs"
 JOBS_ALTERNATE = "lv.jobs.alt"
 DEAD = "lv.dead"
+_DELAY = "lv.delay."
 DUE = "lv.delay.due"
 DUE_ALTERNATE = "lv.delay.alt"
 LOST = "lv.lost"
@@ -120,18 +121,27 @@ def destination(name: str, level: Priority) -> str:
     return f"q/{name.replace('.', '/')}/{level.value}"
 
 
-def _delay(kind: str, rest: str) -> str:
-    return f"lv.delay.{rest}" if kind == "quorum" else f"lv.delay.classic.{rest}"
+def ladder_of(queue: Queue, level: Priority) -> Priority:
+    """Return the ladder in which jobs of `queue` at `level` wait, named by a level; most wait in that of NORMAL.
+
+    A quorum queue of RabbitMQ 4.x orders by AMQP's `priority`, which only jobs of classic queues have. In one ladder, an urgent job
+    would hold up the others of its delay queue. A job without the property counts as NORMAL.
+    """
+    return level if queue.type == "classic" and queue.priorities else Priority.NORMAL
 
 
-def digit(kind: str, place: int) -> str:
+def _delay(ladder: Priority, rest: str) -> str:
+    return f"{_DELAY}{rest}" if ladder is Priority.NORMAL else f"{_DELAY}{ladder.value}.{rest}"
+
+
+def digit(ladder: Priority, place: int) -> str:
     """Return the exchange that routes by the digit at `place`."""
-    return _delay(kind, f"digit.{place}")
+    return _delay(ladder, f"digit.{place}")
 
 
-def waiting(kind: str, ttl_ms: int) -> str:
+def waiting(ladder: Priority, ttl_ms: int) -> str:
     """Return the queue in which jobs wait for `ttl_ms`: `lv.delay.250ms`, `lv.delay.16s`."""
-    return _delay(kind, f"{ttl_ms}ms" if ttl_ms % 1000 else f"{ttl_ms // 1000}s")
+    return _delay(ladder, f"{ttl_ms}ms" if ttl_ms % 1000 else f"{ttl_ms // 1000}s")
 
 
 def delay_units(delay_s: float) -> int:
@@ -153,7 +163,7 @@ def route(queue: Queue, level: Priority, delay_s: float) -> tuple[str, str]:
         return JOBS, job_key(queue.name, level)
     digits = format(delay_units(delay_s), f"0{PLACES}o")
     highest = len(digits.lstrip("0")) - 1
-    return digit(queue.type, highest), f"{'.'.join(digits)}.{destination(queue.name, level)}"
+    return digit(ladder_of(queue, level), highest), f"{'.'.join(digits)}.{destination(queue.name, level)}"
 
 
 _QUORUM: dict[str, object] = {
@@ -217,9 +227,19 @@ def of_queue(queue: Queue) -> tuple[Declaration, ...]:
     return tuple(declarations)
 
 
-def way(kind: str) -> tuple[str, ...]:
-    """Return the exchanges that a delayed job may pass on its way to a queue of `kind`."""
-    return (DUE, *(digit(kind, place) for place in range(PLACES)))
+def way(ladder: Priority) -> tuple[str, ...]:
+    """Return the exchanges that a delayed job may pass in `ladder`."""
+    return (DUE, *(digit(ladder, place) for place in range(PLACES)))
+
+
+def delay_queues() -> tuple[tuple[str, ...], ...]:
+    """Return the names of the delay queues of each ladder; the last is the ladder of classic queues in 0.1.0, which is only counted."""
+    times_ms = [value * 8**place * UNIT_MS for place in range(PLACES) for value in range(1, 8)]
+    ladders = [tuple(waiting(ladder, ttl_ms) for ttl_ms in times_ms) for ladder in LEVELS]
+    return (
+        *ladders,
+        tuple(name.replace(_DELAY, f"{_DELAY}classic.") for name in ladders[LEVELS.index(Priority.NORMAL)]),
+    )
 
 
 def _pattern(place: int, value: int) -> str:
@@ -228,20 +248,21 @@ def _pattern(place: int, value: int) -> str:
     return ".".join(words)
 
 
-def of_ladder(kind: str) -> tuple[Declaration, ...]:
-    """Return the delay ladder for queues of `kind`: a job waits once per digit of its key that isn't 0.
+def of_ladder(ladder: Priority) -> tuple[Declaration, ...]:
+    """Return the delay ladder named `ladder`: a job waits once per digit of its key that isn't 0.
 
     A single TTL queue isn't enough: a message of 1 s behind one of 10 s would take 10 s. Bindings have exactly PLACES + 1 words.
+    The delay queues are quorum queues for classic queues too: a classic queue dead-letters at most once, and a crash loses jobs.
     """
-    arguments = _QUORUM | _AT_LEAST_ONCE if kind == "quorum" else _CLASSIC
+    arguments = _QUORUM | _AT_LEAST_ONCE
     declarations: list[Declaration] = []
     below = DUE
     for place in range(PLACES):
-        exchange = digit(kind, place)
+        exchange = digit(ladder, place)
         declarations += (Exchange(exchange, "topic"), Binding(exchange, below, _pattern(place, 0), to="exchange"))
         for value in range(1, 8):
             ttl_ms = value * 8**place * UNIT_MS
-            name = waiting(kind, ttl_ms)
+            name = waiting(ladder, ttl_ms)
             declarations += (
                 PhysicalQueue(name, arguments | {"x-dead-letter-exchange": below, "x-message-ttl": ttl_ms}),
                 Binding(exchange, name, _pattern(place, value)),

@@ -451,6 +451,7 @@ class Store:
     def _give_up(self, error: ConfigurationError) -> None:
         """Fail everything with `error`: the file can't be used, and waiting won't help."""
         takers, self._file.takers = self._file.takers, []
+        self._can_write(str(error))
         self._fail(self._writes, lambda write: error if write.job_id is None else _unusable(write, error))
         if self._done:
             log.warning("%d finished jobs couldn't be deleted from %s: %s", len(self._done), self.path, error)

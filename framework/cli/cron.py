@@ -22,7 +22,8 @@ def cron(app: str | None, log_level: str | None) -> None:
     Run exactly one instance; two would publish every slot twice.
 
     The id of a slot's job consists of app, schedule and time, so a restart can't publish a slot under a second id. Slots that fall
-    due while no cron process runs are skipped. SIGTERM or ^C stops the process after the publish in progress. The exit code is then 0.
+    due while no cron process runs are skipped. SIGTERM, ^C or the loss of its terminal stops the process after the publish in
+    progress. The exit code is then 0.
 
     \b
     Example:

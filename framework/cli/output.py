@@ -27,11 +27,13 @@ _NUMBER = r"(\d+(?:\.\d+)?)"
 _DURATION = re.compile(f"{_NUMBER}|" + "".join(f"(?:{_NUMBER}{unit})?" for unit in _UNITS), re.ASCII)
 
 
-class _Count(click.IntRange):
+class Count(click.IntRange):
+    """A whole number within bounds."""
+
     name = "whole number"  # "integer range" is what click calls it: 'x' is not a valid integer range
 
 
-at_least_1 = _Count(min=1)
+at_least_1 = Count(min=1)
 log_level_option = click.option(
     "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Log level.  [default: LEVERET_LOG, else info]"
 )

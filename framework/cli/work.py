@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import click
 import msgspec
 
+from ..consuming.limits import MOST, limit_in
 from ..process.options import WorkOptions
 from ..settings import environment
-from .output import at_least_1, duration, log_level_option
+from .output import Count, at_least_1, duration, log_level_option
 from .target import app_options, app_path
 
 
@@ -29,7 +30,7 @@ from .target import app_options, app_path
     "--concurrency",
     "-c",
     metavar="N",
-    type=at_least_1,
+    type=Count(min=1, max=MOST),
     help="Jobs at once per process, over all its queues.  [default: LEVERET_CONCURRENCY, App(concurrency=…), or 100, of which 8 in threads]",
 )
 @click.option(
@@ -67,9 +68,9 @@ def work(
 ) -> None:
     """Run a worker of APP (module:attribute, default LEVERET_APP): take jobs from its queues and run their handlers.
 
-    The worker waits for a broker that is down. SIGTERM or ^C stops the worker: it takes no more jobs, lets running jobs finish
-    within the grace, and exits with 0. A second signal, or the end of the grace, cuts the jobs off. The exit code is then 1,
-    and the broker delivers those jobs again.
+    The worker waits for a broker that is down. SIGTERM, ^C or the loss of its terminal stops the worker: it takes no more jobs,
+    lets running jobs finish within the grace, and exits with 0. A second signal, or the end of the grace, cuts the jobs off. The
+    exit code is then 1, and the broker delivers those jobs again.
 
     \b
     Example:
@@ -93,12 +94,13 @@ def work(
 def _queue_limits(given: Sequence[str]) -> dict[str, int | None]:
     limits: dict[str, int | None] = {}
     for text in given:
-        name, equals, limit = text.partition("=")
-        if not name or (equals and not (limit.isascii() and limit.isdecimal() and int(limit) > 0)):
-            msg = f"--queue {text!r}: expected NAME or NAME=CONCURRENCY with a whole number of at least 1, such as emails=50"
+        name, equals, number = text.partition("=")
+        limit = limit_in(number)
+        if not name or (equals and limit is None):
+            msg = f"--queue {text!r:.200}: expected NAME or NAME=CONCURRENCY with a whole number from 1 to {MOST}, such as emails=50"
             raise click.UsageError(msg)
         if name in limits:
             msg = f"--queue {name!r} is given twice"
             raise click.UsageError(msg)
-        limits[name] = int(limit) if equals else None
+        limits[name] = limit
     return limits

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +17,8 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
+from ..envelope import Envelope
+from ..failure import failures_of
 from ..headers import MOST
 from ..ids import is_slot_job_id
 from ..job import Queue
@@ -43,17 +45,17 @@ from ..waits import first_of
 from .handler import Handler, innermost, take_back_cancels
 from .limits import Limits
 from .remembered import Past, key_of, slot_of
-from .settlement import Ended, Lost, Settlement, what
-from .slots import Gate, Held, QueueHeld, Route, Slots, in_arrival_order
+from .settlement import Ended, Lost, Settlement, uncounted, what
+from .slots import Gate, Held, QueueHeld, Returned, Route, Slots, in_arrival_order
 
 logger = logging.getLogger("leveret.consumer")
 
 START_WITHIN_S = 60.0
 """A rate limit lowers the prefetch to the starts of this many seconds; the broker's consumer timeout includes waiting."""
-HOLD_S = 450.0
-"""Seconds that a delivery waits for a slot before it is given back; a quarter of the broker's limit, if the broker has one."""
-MOST_WINDOW = 5000
-"""At most this many settlements are remembered in case that they didn't arrive: about 800 kB."""
+RUN_PART = 0.75
+"""The part of the broker's limit for which a job runs before its delivery is given back, once a delivery was overdue."""
+_LEAST_LIMIT_S = 1.0
+"""A shorter limit of the broker isn't believed: it would be a queue that was deleted and declared again at once."""
 _UNWIND_S = 1.0
 SHARED_S = 30.0
 """Redeliveries that come so soon after the first one that follows a lost connection are put down to that loss, not to a crash."""
@@ -91,8 +93,6 @@ class Consumer:
         self._tasks: dict[asyncio.Task[None], Held | None] = {}
         """The running tasks, each with the delivery that it runs; None for a delivery that is settled without a run."""
         self._sweeper: Timer | None = None
-        self._sweep_s = float("inf")
-        """Seconds between two looks at the waiting deliveries."""
         self.on_queues_changed: Callable[[], None] | None = None
         """Called when the state of a queue has changed."""
         self._lost_held = 0
@@ -104,8 +104,8 @@ class Consumer:
         self._suspects: deque[Held] = deque()
         """The jobs that crashed workers at least twice; each runs alone."""
         self._suspecting = False
-        self._returning: deque[Delivery] = deque()
-        """The jobs that are published again, since they haven't started."""
+        self._returning: deque[tuple[Delivery, Envelope]] = deque()
+        """The jobs that are published again instead of given back."""
         self._returner: asyncio.Task[None] | None = None
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
@@ -114,8 +114,8 @@ class Consumer:
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
             own = [handler for handler in handlers if handler.queue == queue]
             self._open(queue, own, around_sync, broker.features(queue))
-        window = sum(each.prefetch * len(each.queue.levels) for each in self._subscriptions)
-        self._settlement = Settlement(publish_layers, runtime, observe, min(window, MOST_WINDOW))
+        self._settlement = Settlement(publish_layers, runtime, observe, self._subscriptions)
+        self._settlement.on_refusals_changed = self.queues_changed
         self._remembered = self._settlement.remembered
         self._end = self._settlement.end
 
@@ -157,13 +157,9 @@ class Consumer:
         for gate in gates:
             if gate.starts_per_s is not None:
                 prefetch = min(prefetch, max(1, int(gate.starts_per_s * START_WITHIN_S)))
-        hold_s = HOLD_S if features.held_at_most_s is None else features.held_at_most_s / 4
-        self._sweep_s = min(self._sweep_s, hold_s / 4)
-        self._slots.add_queue(
-            QueueHeld(
-                queue, routes, limit, Gate(gates) if gates else None, hold_s, counts_crashes=features.counts_crashes
-            )
-        )
+        readiness = Gate(gates) if gates else None
+        held_s, counts = features.held_at_most_s, features.counts_crashes
+        self._slots.add_queue(QueueHeld(queue, routes, limit, readiness, held_s, counts_crashes=counts))
         self._subscriptions.append(Subscription(queue, prefetch))
 
     @property
@@ -192,6 +188,11 @@ class Consumer:
         return self._settlement.unsettled
 
     @property
+    def refusals(self) -> Mapping[str, str]:
+        """As `Settlement.refusals`."""
+        return self._settlement.refusals
+
+    @property
     def counts(self) -> Counter[Kind]:
         """The number of endings so far, by kind."""
         return Counter({ending.kind: count for ending, count in self._settlement.counts.items()})
@@ -214,12 +215,14 @@ class Consumer:
         route = queue.routes.get(envelope.job)
         if (
             delivery.redelivered
+            or envelope.crashes
             or self._stopping
             or route is None
             or delivery.problem is not None
             or envelope.version > route.version
+            or envelope.bury_since_ms is not None
         ):
-            if delivery.redelivered and self._is_known(delivery, route or queue.only):
+            if (delivery.redelivered or envelope.crashes) and self._is_known(delivery, route or queue.only):
                 return
             ending = self._unroutable(delivery, queue)
             if ending is not None:
@@ -230,7 +233,7 @@ class Consumer:
             if delivery.redelivered and self._is_suspect(delivery, route):
                 return
         if not self._take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
-            self._sweeper = self._clock.call_later(self._sweep_s, self._sweep)
+            self._sweep_later()
 
     def lost(self) -> None:
         """Forget the deliveries that haven't started and can no longer be settled; the broker delivers them again."""
@@ -241,7 +244,42 @@ class Consumer:
         self._lost_running = len(running)
         self._remembered.lose(running)
         self._was_lost = True
+        self._settlement.lost()
         self._tell()
+
+    def overdue(self, queue: str, limit_s: float | None) -> None:
+        """As `Sink.overdue`: wait with a delivery for a quarter of the limit, and run with one for three quarters."""
+        held_by = self._queues[queue]
+        if limit_s is None:
+            ages = [age for held, age in self._ages() if held.delivery.queue.name == queue and held.delivery.live]
+            limit_s = max([*ages, self._clock.monotonic() - held_by.oldest()])
+        set_s = held_by.held_at_most_s
+        if limit_s < _LEAST_LIMIT_S or (held_by.was_overdue and set_s is not None and limit_s >= set_s):
+            return
+        held_by.held_at_most_s, held_by.was_overdue = limit_s, True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._sweep_later()
+        limit = f"{round(limit_s, 1):g}"
+        is_set = "consumer_timeout_s isn't set" if set_s is None else f"consumer_timeout_s is {set_s:g}"
+        wrong = set_s is None or limit_s < 0.9 * set_s
+        logger.warning(
+            "queue %s: the broker took back a delivery that was held for %s s, its limit (RabbitMQ's consumer_timeout); %s. "
+            "%sive each handler a Timeout of at most %.3g s. "
+            "Deliveries of jobs that run for longer are now given back in time, so another worker may start such a job too",
+            queue,
+            limit,
+            is_set,
+            f"Set consumer_timeout_s={limit}, and g" if wrong else "G",
+            limit_s * RUN_PART,
+        )
+
+    def _ages(self) -> Iterator[tuple[Held, float]]:
+        """Yield what runs, each with the seconds for which its delivery is held."""
+        now, wall = self._clock.monotonic(), self._clock.now()
+        for held in self._tasks.values():
+            if held is not None:
+                yield held, now - held.since if held.since else wall - held.arrived
 
     def queues_changed(self) -> None:
         """Pass on that the state of a queue has changed."""
@@ -264,7 +302,11 @@ class Consumer:
         if isinstance(known, Past):
             self._end_without_run(delivery, known)
         elif known is not None and known.task is not None:
+            returned = isinstance(known.delivery, Returned)
             known.delivery = delivery  # it goes on: its ending settles this delivery
+            known.since = self._clock.monotonic()
+            if returned:  # this worker gave the delivery back, so it counts no loss
+                return True
             self._settlement.counts[Repeated] += 1
         else:
             return False
@@ -360,11 +402,14 @@ class Consumer:
             if other is not None
         )
 
-    def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | None:
+    def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | Bury | None:
         """Return why a delivery can't start; None if it can, also without a name if the queue has only one kind of job."""
         envelope = delivery.envelope
         if self._stopping:
             return NotStarted()
+        if envelope.bury_since_ms is not None:
+            failures = failures_of(envelope)
+            return Bury(failures[-1].reason or failures[-1].message if failures else "for a reason that didn't fit")
         if delivery.problem is not None:
             return Undecodable(delivery.problem)
         if not envelope.job:
@@ -379,6 +424,16 @@ class Consumer:
             return None
         return Unknown(
             f"{envelope.job} has version {envelope.version}, this worker's handler knows version {route.version}"
+        )
+
+    def _contracts(self, envelope: Envelope, route: Route) -> str:
+        """Name the sender's contract and this worker's for a body that doesn't fit, unless one program has both."""
+        if envelope.app is None or (envelope.app == self._runtime.app and envelope.version == route.version):
+            return ""
+        job_class = route.decoder.job_class
+        return (
+            f"; it was published by the app {envelope.app!r:.80} as version {envelope.version}, and this worker's app "
+            f"{self._runtime.app!r} has version {route.version}, {job_class.__module__}.{job_class.__qualname__}"
         )
 
     def _start(self, held: Held, queue: QueueHeld) -> None:
@@ -413,6 +468,10 @@ class Consumer:
         if self._watchers:
             self._tell()
 
+    def _sweep_later(self) -> None:
+        soon_s = min(queue.hold_s for queue in self._queues.values()) / 4
+        self._sweeper = self._clock.call_later(soon_s, self._sweep)
+
     def _sweep(self) -> None:
         """Give back deliveries that have waited too long: another worker may be idle, and some brokers close the channel of a slow consumer."""
         for held in self._slots.overdue(self._clock.monotonic()):
@@ -422,8 +481,25 @@ class Consumer:
                 self._settlement.end(held.delivery, None, NotStarted(), None)
             else:
                 self._end_without_run(held.delivery, NotStarted())
-        waiting = self.held and not self._stopping
-        self._sweeper = self._clock.call_later(self._sweep_s, self._sweep) if waiting else None
+        guarded = {name: queue.hold_s * 4 * RUN_PART for name, queue in self._queues.items() if queue.was_overdue}
+        if guarded:
+            for held, age in self._ages():
+                if held.route.handler.remember and age > guarded.get(held.delivery.queue.name, age):
+                    self._return(held)
+        self._sweeper = None
+        if (self.held or guarded) and not self._stopping:
+            self._sweep_later()
+
+    def _return(self, held: Held) -> None:
+        """Give back the delivery of a running job, which waits for the next delivery: overdue, it would cost the queue its channel."""
+        delivery = held.delivery
+        if delivery.live:
+            if self._puts_back(delivery):
+                self._put_back(delivery, began=True)
+            else:
+                delivery.give_back()
+            held.delivery = Returned(delivery.queue, delivery.envelope, delivery.redelivered)
+            self._remembered.add(key_of(delivery.envelope), held)
 
     async def _work(self, held: Held, queue: QueueHeld) -> None:
         """Run one delivery, free its slot, settle it."""
@@ -453,7 +529,7 @@ class Consumer:
         except (Retry, Snooze, Bury) as said:  # raised by middleware; `innermost` returns those of a handler
             ending = said
         except UndecodableError as undecodable:
-            ending = Undecodable(str(undecodable))
+            ending = Undecodable(f"{undecodable}{self._contracts(envelope, route)}")
         except asyncio.CancelledError as cancelled:
             if not self._settlement.cut:
                 # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
@@ -467,17 +543,22 @@ class Consumer:
         rest = self._end(delivery, attempt, ending, held.arrived)
         try:
             if rest is not None:
-                if not self._settlement.cut:
-                    await take_back_cancels()
-                await rest
-                if held.delivery is not delivery:  # redelivered during the settlement, which remembers the ending
-                    self.deliver(held.delivery)
+                await self._settle(held, delivery, rest)
             if is_slot:
                 self._remembered.keep_slot(envelope)
         finally:
             task, held.task = held.task, None
             if task is not None:
                 self._forget(task)
+
+    async def _settle(self, held: Held, delivery: Delivery, rest: Coroutine[Any, Any, None]) -> None:
+        """Await the rest of a settlement, during which the delivery isn't given back."""
+        held.since = float("inf")
+        if not self._settlement.cut:
+            await take_back_cancels()
+        await rest
+        if held.delivery is not delivery:  # redelivered during the settlement, which remembers the ending
+            self.deliver(held.delivery)
 
     async def drain(self, consumption: Consumption, grace_s: float, hurry: asyncio.Event | None = None) -> bool:
         """Stop consuming, give back jobs that haven't started, finish the others within the grace, cut off the rest.
@@ -525,17 +606,18 @@ class Consumer:
             self._settlement.end(delivery, None, NotStarted(), None)
 
     def _puts_back(self, delivery: Delivery) -> bool:
-        """Whether a job that hasn't started is published again: given back it would be marked as what killed its worker is."""
+        """Whether a job is published again instead of given back: it would be marked as what killed its worker is."""
         return not self._queues[delivery.queue.name].counts_crashes and delivery.problem is None
 
-    def _put_back(self, delivery: Delivery) -> None:
+    def _put_back(self, delivery: Delivery, *, began: bool = False) -> None:
         """Publish the job again, in a task that no grace cuts off."""
-        self._returning.append(delivery)
+        self._returning.append((delivery, uncounted(delivery, began=began)))
         if self._returner is None or self._returner.done():
             self._returner = self._create_task(self._settlement.put_back(self._returning))
 
     def _stop_starting(self) -> None:
         self._stopping = True
+        self._settlement.stop()
         if self._teller is not None:
             self._teller.cancel()
             self._say_recalled()
@@ -557,7 +639,8 @@ class Consumer:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
             if suspects:
-                await asyncio.wait({self._create_task(self._settlement.uncount(each)) for each in suspects})
+                returning = (self._settlement.uncount(each, uncounted(each, began=True)) for each in suspects)
+                await asyncio.wait(list(map(self._create_task, returning)))
         if self._returner is not None:
             await asyncio.wait([self._returner])
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -14,6 +14,8 @@ logger = logging.getLogger("leveret.worker")
 
 CONCURRENCY = 100
 THREADS = 8
+MOST = 100_000
+"""The largest limit that a place may set: a process has no memory for more jobs, and a larger number is a slip."""
 
 CODE = "code"
 VARIABLE = "LEVERET_CONCURRENCY"
@@ -92,24 +94,39 @@ def in_code(given: int | Mapping[str, int] | None, where: str) -> Concurrency:
 
 
 def _check(limit: Any, what: str) -> None:
-    if type(limit) is not int or limit < 1:  # a bool is an int
-        msg = f"{what} must be a whole number of at least 1, not {limit!r:.80}"
+    if type(limit) is not int or not 1 <= limit <= MOST:  # a bool is an int
+        shown = (
+            "a larger one" if type(limit) is int and limit > MOST else f"{limit!r:.80}"
+        )  # Python prints no 5 000 digits
+        msg = f"{what} must be a whole number of at least 1 and at most {MOST}, not {shown}"
         raise ConfigurationError(msg)
+
+
+def limit_in(text: str) -> int | None:
+    """Return the limit that `text` spells; None for anything else than a whole number from 1 to `MOST`."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(MOST))):
+        return None
+    limit = int(text)
+    return limit if 1 <= limit <= MOST else None
 
 
 def in_environment(text: str | None) -> Concurrency:
     """Return the limits that LEVERET_CONCURRENCY sets, such as `100,emails=50`; ConfigurationError for a wrong value."""
     limits: dict[str, int] = {}
     for part in text.split(",") if text else []:
-        name, equals, limit = (word.strip() for word in part.rpartition("="))
-        if (equals and not name) or not (limit.isascii() and limit.isdecimal() and int(limit) > 0):
-            msg = f"{VARIABLE} {text!r:.200}: expected N or QUEUE=N, with commas between and N a whole number of at least 1, such as 100,emails=50"
+        name, equals, number = (word.strip() for word in part.rpartition("="))
+        limit = limit_in(number)
+        if (equals and not name) or limit is None:
+            msg = (
+                f"{VARIABLE} {text!r:.200}: expected N or QUEUE=N, with commas between and N a whole number from 1 to {MOST}, "
+                "such as 100,emails=50"
+            )
             raise ConfigurationError(msg)
         if name in limits:
             what = f"queue {name!r}" if name else "the process"
             msg = f"{VARIABLE} {text!r:.200}: the limit of {what} is given twice"
             raise ConfigurationError(msg)
-        limits[name] = int(limit)
+        limits[name] = limit
     return Concurrency(origin=VARIABLE, process=limits.pop("", None), queues=limits)
 
 

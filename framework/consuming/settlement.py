@@ -8,7 +8,8 @@ import socket
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from ..attempt import Attempt, elapsed_s
 from ..attemptlog import duration, log_attempt, when
 from ..backoff import full_jitter
-from ..broker import Delivery
+from ..broker import Delivery, Subscription
 from ..chain import fold_publish
 from ..clock import moment_ms
 from ..envelope import Envelope, Receipt
@@ -45,6 +46,8 @@ from ..outcome import (
 from ..runtime import Runtime
 from ..texts import named, one_line, said_by
 from ..tracebacks import exc_info
+from ..waits import first_of
+from .burials import PATIENCE_S, Burials
 from .remembered import ACKED, Past, Remembered, key_of
 
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
@@ -56,6 +59,16 @@ PUT_BACK_S = 3.0
 MAX_ERRORS_BYTES = 16 << 10
 _TRACEBACK_CHARS = 2000
 _MESSAGE_CHARS = 500
+MOST_WINDOW = 5000
+"""At most this many settlements are remembered in case that they didn't arrive: about 800 kB."""
+_SHORTEST_WAIT_S = 0.25
+"""The unit of delays on RabbitMQ."""
+_MOST_UNKNOWN = 1000
+"""At most this many kinds of unknown jobs are logged; a kind is a name, a version and a sender."""
+_BURIED_WITHIN_S = 4.0
+"""The longest wait between two tries of a burial that stays in the worker."""
+_POSTPONED_S = (10.0, 300.0)
+"""The shortest and the longest wait, in the broker, of a job that is to be buried: each is as long as all before it together."""
 _REFUSED = (InvalidJob, MessageTooLarge)
 """Errors that another try wouldn't change."""
 
@@ -98,7 +111,7 @@ class Settlement:
         publish_layers: The middleware round every publish, first is outermost.
         runtime: Clock, chance and settings.
         observe: Called with each ending once its delivery is settled.
-        window: The number of deliveries that this worker may hold.
+        subscriptions: The queues of the deliveries, with their prefetch.
     """
 
     def __init__(
@@ -106,7 +119,7 @@ class Settlement:
         publish_layers: Sequence[AnyLayer],
         runtime: Runtime,
         observe: Callable[[Ended], None] | None = None,
-        window: int = 0,
+        subscriptions: Sequence[Subscription] = (),
     ) -> None:
         self._observe = observe
         self.counts: defaultdict[type[Ending | Lost], int] = defaultdict(int)
@@ -114,12 +127,50 @@ class Settlement:
         self._publish_layers = publish_layers
         self._runtime = runtime
         self._clock = runtime.clock
-        self.remembered = Remembered(runtime.clock, window)
+        window = sum(each.prefetch * len(each.queue.levels) for each in subscriptions)
+        self.remembered = Remembered(runtime.clock, min(window, MOST_WINDOW))
         self._settled = self.remembered.settled.append  # looked up once
         self.unsettled = 0
         """The number of retries and burials that can't be published now; their deliveries stay unacknowledged."""
         self.cut = False
         """Whether the grace of a stop is over; nothing is then tried again."""
+        self._burials = defaultdict[str, Burials](partial(Burials, 2))
+        self._burials.update((each.queue.name, Burials(each.prefetch)) for each in subscriptions)
+        self._unknown: set[tuple[str, int, str | None]] = set()
+        self._stopping = asyncio.Event()
+        self.on_refusals_changed: Callable[[], None] | None = None
+        """Called when `refusals` has changed."""
+
+    @property
+    def refusals(self) -> Mapping[str, str]:
+        """Why the dead letters of a queue take nothing, by the queue's name; only queues with burials that wait in this worker."""
+        return {name: burials.why for name, burials in self._burials.items() if burials.why}
+
+    def stop(self) -> None:
+        """Let no burial wait in this worker any more: the worker stops."""
+        self._stopping.set()
+
+    def lost(self) -> None:
+        """Forget what the dead letters refused: the deliveries that waited for them may be gone."""
+        for burials in self._burials.values():
+            burials.why = ""
+
+    def _refuse(self, queue: str, why: str) -> None:
+        """Note why the dead letters of `queue` take nothing; "" if they do."""
+        burials = self._burials[queue]
+        before, burials.why = burials.why, why
+        if bool(before) == bool(why):
+            return
+        if why:
+            logger.error(
+                "queue %s: burials can't be published: a few wait in this worker, the others in the broker: %s",
+                queue,
+                why,
+            )
+        else:
+            logger.info("queue %s: burials are published again", queue)
+        if self.on_refusals_changed is not None:
+            self.on_refusals_changed()
 
     def end(
         self, delivery: Delivery, attempt: Attempt[Any] | None, ending: Ending, arrived: float | None
@@ -140,7 +191,8 @@ class Settlement:
                     _say_cut_off(run, ending)
                     ending = CutOff()  # counted in `Consumer.cut_off`, because a thread may never get here
                 else:
-                    self.counts[type(ending)] += 1
+                    if run.envelope.bury_since_ms is None:  # otherwise counted where the job ended
+                        self.counts[type(ending)] += 1
                     if not delivery.live:
                         self._lost(run, ending)
                     elif (republishing := self.settle(run, ending)) is not None:
@@ -182,7 +234,8 @@ class Settlement:
         try:
             became = await republishing
             if became is not None:
-                self._replaced(run.delivery)
+                if not isinstance(became, Suspect):  # its copy has the same key
+                    self._replaced(run.delivery)
                 _say(run, became)
             elif self.cut:
                 _say_cut_off(run, ending)
@@ -216,6 +269,8 @@ class Settlement:
         error: BaseException | None,
     ) -> None:
         """Call the observer. Its error says nothing about the settlement, which is over or left to the broker."""
+        if delivery.envelope.bury_since_ms is not None:  # shown where the job ended
+            return
         try:
             observe(Ended(delivery.envelope, None if attempt is None else attempt.job, ending, error))
         except Exception as bug:
@@ -263,24 +318,24 @@ class Settlement:
                 delivery.done()
             case Expired(keep):
                 if keep:
-                    return self._bury(delivery, ending, self._failed(run, _why_expired(run, ending)))
+                    return self._bury(run, ending, self._failed(run, _why_expired(run, ending)))
                 delivery.done()
             case Snooze(delay_s):
-                return self._again(delivery, ending, _next(envelope, cause="snooze"), delay_s)
+                return self._again(run, ending, _next(envelope, cause="snooze"), delay_s)
             case Retry(delay_s):
                 failed = self._failed(run)
                 following = _next(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST))
-                return self._again(delivery, ending, following, delay_s or 0.0)
+                return self._again(run, ending, following, delay_s or 0.0)
             case Bury(reason):
-                return self._bury(delivery, ending, self._failed(run, reason))
+                return self._bury(run, ending, self._failed(run, reason))
             case Undecodable(reason):
-                return self._bury(delivery, ending, self._failed(run, reason))
+                return self._bury(run, ending, self._failed(run, reason))
             case Suspect():
-                suspect = _next(envelope, cause="crash", crashes=min(envelope.crashes + 1, MOST))
-                return self._again(delivery, ending, suspect, 0.0)
+                suspect = msgspec.structs.replace(envelope, cause="crash", crashes=min(envelope.crashes + 1, MOST))
+                return self._again(run, ending, suspect, 0.0)
             case WorkerLost(crashes):
                 failed = self._failed(run, ending.reason)
-                return self._bury(delivery, ending, msgspec.structs.replace(failed, crashes=crashes))
+                return self._bury(run, ending, msgspec.structs.replace(failed, crashes=crashes))
             case Unknown(reason):
                 now_ms = int(self._clock.now() * 1000)
                 # A time in the future, from a wrong clock, would make the job wait until then.
@@ -288,24 +343,45 @@ class Settlement:
                 waited_s = (now_ms - since_ms) / 1000
                 if waited_s >= self._runtime.settings.unknown_grace_s:
                     why = Bury(f"{reason}, after a wait of {waited_s:.0f} s")
-                    return self._bury(delivery, why, self._failed(run, reason))
-                if envelope.unknown_since_ms is None:
-                    logger.warning(
-                        "%s waits in the broker, because a deploy may be in progress, and is buried in %s otherwise: %s",
-                        what(envelope),
-                        duration(self._runtime.settings.unknown_grace_s),
-                        one_line(reason),
-                    )
-                # 1, 2, 4 … 30 s: each wait is 1 s longer than all before it together.
+                    return self._bury(run, why, self._failed(run, reason))
+                self._say_unknown(envelope, reason)
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
-                return self._again(delivery, ending, unknown, min(30.0, 1.0 + waited_s))
+                return self._again(
+                    run, ending, unknown, unknown_wait_s(waited_s, self._runtime.settings.unknown_grace_s)
+                )
             case NotStarted():
                 delivery.give_back()
             case CutOff():
                 pass  # left unsettled, so that the broker delivers it again when the connection closes
         return None
 
-    async def _again(self, delivery: Delivery, ending: Ending, envelope: Envelope, delay_s: float) -> Ending | None:
+    def _say_unknown(self, envelope: Envelope, reason: str) -> None:
+        """Log a job that this worker doesn't know; once per name and sender, since each such job comes many times."""
+        kind = (envelope.job, envelope.version, envelope.app)
+        if kind in self._unknown or len(self._unknown) >= _MOST_UNKNOWN:
+            return
+        self._unknown.add(kind)
+        sender = "" if envelope.app in (None, self._runtime.app) else f", from the app {one_line(envelope.app):.80}"
+        logger.warning(
+            "%s%s waits in the broker, because a deploy may be in progress, and is buried in %s otherwise: %s",
+            what(envelope),
+            sender,
+            duration(self._runtime.settings.unknown_grace_s),
+            one_line(reason),
+        )
+
+    async def _again(self, run: _Run, ending: Ending, envelope: Envelope, delay_s: float) -> Ending | None:
+        try:
+            return ending if await self._delayed(run.delivery, envelope, delay_s) else None
+        except _REFUSED as refused:  # another try wouldn't help
+            reason = f"the {envelope.cause} can't be published: {refused}"
+            ran = msgspec.structs.replace(envelope, attempt=run.delivery.envelope.attempt)
+            bury = Bury(reason)
+            bury.__cause__ = refused
+            return await self._bury(run, bury, _entered(ran, self._failure(ran, refused, reason)))
+
+    async def _delayed(self, delivery: Delivery, envelope: Envelope, delay_s: float) -> bool:
+        """Publish `envelope` to its queue, due after `delay_s`; return whether it is published. Raises what another try wouldn't change."""
         due_ms = moment_ms(self._clock.now() + delay_s) if delay_s else None
         envelope = msgspec.structs.replace(envelope, due_ms=due_ms)
 
@@ -325,18 +401,18 @@ class Settlement:
                 msg = "publishing middleware returned without awaiting proceed(envelope)"
                 raise RuntimeError(msg)
 
-        try:
-            return ending if await self._insist(delivery, publish, envelope) and published else None
-        except _REFUSED as refused:  # another try wouldn't help
-            reason = f"the {envelope.cause} can't be published: {refused}"
-            ran = msgspec.structs.replace(envelope, attempt=delivery.envelope.attempt)
-            bury = Bury(reason)
-            bury.__cause__ = refused
-            return await self._bury(delivery, bury, _entered(ran, self._failure(ran, refused, reason)))
+        return await self._insist(delivery, publish, envelope) and published
 
-    async def _bury(self, delivery: Delivery, ending: Ending, envelope: Envelope) -> Ending | None:
+    async def _bury(self, run: _Run, ending: Ending, envelope: Envelope) -> Ending | None:
+        """Publish the job to the dead letters. If they take nothing, few burials wait here, and any other in the broker."""
+        delivery = run.delivery
         buried = msgspec.structs.replace(
-            envelope, origin=delivery.queue.name, cause="bury", due_ms=None, unknown_since_ms=None
+            envelope,
+            origin=delivery.queue.name,
+            cause="bury",
+            due_ms=None,
+            unknown_since_ms=None,
+            bury_since_ms=None,
         )
 
         published = False
@@ -369,38 +445,84 @@ class Settlement:
             if not reached:
                 await last(buried)
 
-        return ending if await self._insist(delivery, publish, buried) and published else None
+        burials = self._burials[delivery.queue.name]
+        if await burials.enter():
+            try:
+                if await self._insist(delivery, publish, buried, burials):
+                    return ending if published else None
+            finally:
+                burials.leave()
+        elif burials.parks and not burials.why:
+            self._refuse(delivery.queue.name, f"{delivery.queue.name}.dead confirmed no letter for {PATIENCE_S:g} s")
+        if not delivery.live or self.cut:
+            return None
+        try:
+            return await self._postponed(run, ending, envelope)
+        except _REFUSED:  # the mark doesn't fit into its headers any more
+            return ending if await self._insist(delivery, publish, buried) and published else None
 
-    async def _insist(self, delivery: Delivery, publish: Callable[[], Awaitable[None]], envelope: Envelope) -> bool:
+    async def _postponed(self, run: _Run, ending: Ending, envelope: Envelope) -> Ending | None:
+        """Let a job that is to be buried wait in the broker, with a mark, so that no worker runs it again."""
+        now_ms = int(self._clock.now() * 1000)
+        since_ms = min(run.envelope.bury_since_ms or now_ms, now_ms)
+        shortest_s, longest_s = _POSTPONED_S
+        waits_s = min(longest_s, max(shortest_s, (now_ms - since_ms) / 1000))
+        marked = _next(envelope, cause="bury", bury_since_ms=since_ms)
+        if not await self._delayed(run.delivery, marked, waits_s):
+            return None
+        if run.envelope.bury_since_ms is None:
+            _say_postponed(run, ending)
+        return Snooze(waits_s)
+
+    async def _insist(
+        self,
+        delivery: Delivery,
+        publish: Callable[[], Awaitable[None]],
+        envelope: Envelope,
+        burials: Burials | None = None,
+    ) -> bool:
         """Repeat `publish` until the broker confirms, or until the delivery's channel or lease is gone.
 
         The delivery isn't acknowledged before, and never rejected. Raises `InvalidJob` or `MessageTooLarge` if the job can only
-        be buried; a burial is repeated in spite of them.
+        be buried; a burial is repeated in spite of them. A burial, with its `burials`, ends without success at a stop, or if no
+        burial may wait here.
         """
-        tries, told = 0, float("-inf")
+        tries, told, queue = 0, float("-inf"), delivery.queue.name
         try:
             while delivery.live and not self.cut:
                 try:
                     await publish()
                 except Exception as error:  # the delivery must not be lost, whatever middleware raises
-                    if isinstance(error, _REFUSED) and envelope.cause != "bury":
+                    if isinstance(error, _REFUSED) and (envelope.cause != "bury" or envelope.bury_since_ms is not None):
                         raise
                     if tries == 0:
                         self.unsettled += 1
                     tries += 1
-                    if self._clock.monotonic() - told >= 60.0 and delivery.live:
+                    said = said_by(error) if isinstance(error, PublishError) else named(error)
+                    if burials is not None:
+                        if not burials.parks or self._stopping.is_set():
+                            return False
+                        self._refuse(queue, said)
+                    elif self._clock.monotonic() - told >= 60.0 and delivery.live:
                         told = self._clock.monotonic()
                         logger.error(  # noqa: TRY400 - one line; the traceback at debug level
                             "%s: the %s can't be published, so the job stays unacknowledged and the worker tries again: %s",
                             what(envelope),
                             envelope.cause,
-                            said_by(error) if isinstance(error, PublishError) else named(error),
+                            said,
                             exc_info=at_debug(error),
                         )
                     if delivery.live:
-                        await self._clock.sleep(full_jitter(tries, base_s=0.2, cap_s=15.0, rng=self._runtime.rng))
+                        cap_s = 15.0 if burials is None else _BURIED_WITHIN_S
+                        wait_s = full_jitter(tries, base_s=0.2, cap_s=cap_s, rng=self._runtime.rng)
+                        if burials is None:
+                            await self._clock.sleep(wait_s)
+                        else:
+                            await first_of(self._clock.sleep(wait_s), self._stopping.wait())
                 else:
-                    if tries:
+                    if burials is not None:
+                        self._refuse(queue, "")
+                    elif tries:
                         logger.info("%s: the %s is published after %d tries", what(envelope), envelope.cause, tries + 1)
                     return True
         finally:
@@ -408,37 +530,35 @@ class Settlement:
                 self.unsettled -= 1
         return False
 
-    async def put_back(self, held: deque[Delivery]) -> None:
-        """Publish jobs again that didn't start, until `held` is empty: given back, they would look like jobs that killed their worker.
+    async def put_back(self, held: deque[tuple[Delivery, Envelope]]) -> None:
+        """Publish each delivery's envelope until `held` is empty: given back, the jobs would look like those that killed their worker.
 
         The first is confirmed before the others are written. A broker that confirms nothing may keep what was written, and the
         jobs that go back all the same would run twice.
         """
-        confirms = await self._put_back(held.popleft())
+        confirms = await self._put_back(*held.popleft())
         while held:
             batch = list(held)
             held.clear()
             if confirms:
-                confirms = all(await asyncio.gather(*map(self._put_back, batch)))
+                confirms = all(await asyncio.gather(*(self._put_back(*each) for each in batch)))
             else:
-                for delivery in batch:
+                for delivery, _ in batch:
                     self.end(delivery, None, NotStarted(), None)
 
-    async def _put_back(self, delivery: Delivery) -> bool:
-        """Publish a job again that didn't start, and ack it; where that fails give it back, and return False."""
-        if not await self.uncount(delivery):
+    async def _put_back(self, delivery: Delivery, envelope: Envelope) -> bool:
+        """Publish a job again, and ack its delivery; where that fails give it back, and return False."""
+        if not await self.uncount(delivery, envelope):
             failed = delivery.live
             self.end(delivery, None, NotStarted(), None)
             return not failed
         self.counts[NotStarted] += 1
-        self._replaced(delivery)
         if self._observe is not None:
             self._show(self._observe, delivery, None, NotStarted(), None)
         return True
 
-    async def uncount(self, delivery: Delivery) -> bool:
+    async def uncount(self, delivery: Delivery, envelope: Envelope) -> bool:
         """Publish a job again whose redelivery would be counted as a crash, if that is quick; return whether it is published."""
-        envelope = _uncounted(delivery)
         try:
             return await delivery.again(msgspec.structs.replace(envelope, deadline=time.monotonic() + PUT_BACK_S))
         except PublishError as error:
@@ -447,6 +567,8 @@ class Settlement:
 
     def _failed(self, run: _Run, reason: str = "") -> Envelope:
         """Return the envelope of `run` with its failure; that of a remembered run, if there is one."""
+        if run.envelope.bury_since_ms is not None:
+            return run.envelope  # its failure was entered where the job ended
         failure = run.past.failure if run.past is not None else None
         return _entered(run.envelope, failure or self._failure(run.envelope, run.error, reason))
 
@@ -456,7 +578,7 @@ class Settlement:
             attempt=envelope.attempt,
             at_ms=int(self._clock.now() * 1000),
             host=socket.gethostname(),
-            error="" if error is None else _encodable(type(error).__qualname__),
+            error="" if error is None else one_line(type(error).__qualname__),
             message=(one_line(reason) if error is None else said_by(error))[:_MESSAGE_CHARS],
             reason=one_line(reason)[:_MESSAGE_CHARS],
             traceback="" if error is None else _trimmed(error),
@@ -487,6 +609,42 @@ def _say(run: _Run, ending: Ending) -> None:
             _log(run, logging.WARNING, "expired", f"{_why_expired(run, ending)}; the job is {becomes}")
         case _:
             pass
+
+
+def unknown_wait_s(waited_s: float, grace_s: float) -> float:
+    """Return how long a job waits for the next worker that may know it, seconds: a quarter of its wait so far.
+
+    At least 40 waits fit into the grace, so that a job meets a worker that knows it even where most workers of its queue don't.
+    """
+    return max(_SHORTEST_WAIT_S, min(grace_s / 40, max(0.5, waited_s / 4)))
+
+
+def _say_postponed(run: _Run, ending: Ending) -> None:
+    """Log a job that ended, and that can't be buried yet."""
+    dead = f"{run.delivery.queue.name}.dead"
+    waits = f"{dead} takes no letter now, so the job waits in the broker to be buried"
+    error = run.error or (ending.__cause__ if isinstance(ending, BaseException) else None)
+    if run.attempt is None:
+        logger.error("%s: %s: %s", what(run.envelope), waits, one_line(_why(run, ending)))
+    else:
+        _log(
+            run,
+            logging.ERROR,
+            "bury",
+            f"ended after {duration(run.took_s)}; {waits}",
+            error,
+            reason=one_line(_why(run, ending)),
+        )
+
+
+def _why(run: _Run, ending: Ending) -> str:
+    match ending:
+        case Undecodable(reason) | Bury(reason):
+            return reason
+        case Expired():
+            return _why_expired(run, ending)
+        case _:
+            return ending.kind.value
 
 
 def _say_cut_off(run: _Run, ending: Ending) -> None:
@@ -541,11 +699,15 @@ def _next(envelope: Envelope, **changes: Any) -> Envelope:
     return msgspec.structs.replace(envelope, **counted)
 
 
-def _uncounted(delivery: Delivery) -> Envelope:
-    """Return the envelope of `delivery` for a publish without a count. One that came back before keeps a mark of that, for `Attempt.redelivered`."""
+def uncounted(delivery: Delivery, *, began: bool) -> Envelope:
+    """Return the envelope of `delivery` for a publish without a count.
+
+    A job that `began`, here or before, has a count of 1 at least, so that `Attempt.redelivered` says so and a worker that runs it
+    knows it. The passes stay: by them, such a worker knows it.
+    """
     envelope = delivery.envelope
-    crashes = max(envelope.crashes, int(delivery.redelivered))
-    return _next(envelope, crashes=crashes, due_ms=None, unknown_since_ms=envelope.unknown_since_ms)
+    crashes = max(envelope.crashes, int(began or delivery.redelivered))
+    return msgspec.structs.replace(envelope, crashes=crashes, due_ms=None)
 
 
 def _with_deadline(envelope: Envelope) -> Envelope:

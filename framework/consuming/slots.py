@@ -13,6 +13,7 @@ import msgspec
 from ..broker import Delivery
 from ..clock import Clock, Timer
 from ..codec import Decoder
+from ..envelope import Envelope
 from ..job import Priority, Queue
 from ..layer import Consume, Readiness
 from ..texts import named
@@ -23,6 +24,8 @@ from .settlement import at_debug
 logger = logging.getLogger("leveret.consumer")
 
 _ASK_AGAIN_S = 1.0
+HOLD_S = 450.0
+"""Seconds that a delivery waits for a slot before it is given back; a quarter of the broker's limit, if the broker has one."""
 AGEING_S = 10.0
 """Each such wait, in seconds, counts as one priority level, so that jobs of the lowest level don't starve."""
 
@@ -49,9 +52,38 @@ class Held(msgspec.Struct, eq=False, gc=False):
     arrived: float
     """When the delivery arrived, in Unix seconds."""
     since: float = 0.0
-    """Since when the delivery waits, in monotonic seconds; 0 if it didn't wait."""
+    """Since when the delivery is held, in monotonic seconds; 0 if its job started at its arrival."""
     task: asyncio.Task[None] | None = None
     """The task of the run, while it runs. Cleared at the end, because the traceback of a cancelled task refers to this object."""
+
+
+class Returned(msgspec.Struct, frozen=True, eq=False):
+    """Stands for the delivery of a running job that was given back: the job's next delivery takes its place."""
+
+    queue: Queue
+    envelope: Envelope
+    redelivered: bool
+    problem: None = None
+    live: bool = False
+    counted: bool = False
+
+    async def begin(self) -> bool:
+        """Return False: nothing begins by it."""
+        return False
+
+    def done(self) -> None:
+        """Do nothing."""
+
+    def give_back(self) -> None:
+        """Do nothing."""
+
+    async def again(self, _: Envelope, /) -> bool:
+        """Publish nothing."""
+        return False
+
+    async def bury(self, _: Envelope, /) -> bool:
+        """Publish nothing."""
+        return False
 
 
 class Gate:
@@ -115,7 +147,7 @@ class QueueHeld:
         routes: Iterable[Route],
         limit: int,
         gate: Gate | None,
-        hold_s: float,
+        held_at_most_s: float | None,
         *,
         counts_crashes: bool = False,
     ) -> None:
@@ -124,8 +156,10 @@ class QueueHeld:
         self.only = next(iter(self.routes.values())) if len(self.routes) == 1 else None
         """The route for jobs without a name, if the queue has only one kind of job."""
         self.limit = limit
-        self.hold_s = hold_s
-        """Seconds after which a waiting delivery is given back to the broker."""
+        self.held_at_most_s = held_at_most_s
+        """Seconds after which the broker takes back a delivery; None: never."""
+        self.was_overdue = False
+        """Whether the broker has taken back a delivery. Those of running jobs are then given back in time."""
         self.running = 0
         self.counts_crashes = counts_crashes
         """As `Features.counts_crashes`."""
@@ -167,9 +201,19 @@ class QueueHeld:
                 self.count -= len(out)
                 yield from out
 
+    def oldest(self) -> float:
+        """Return since when the delivery that has waited longest waits, in the clock's monotonic seconds; infinity if none waits."""
+        return min((lane[0].since for lane in self._lanes.values() if lane), default=float("inf"))
+
     def overdue(self, now: float) -> Iterator[Held]:
         """Remove and yield the deliveries that have waited longer than `hold_s`; `now` is in the clock's monotonic seconds."""
-        return self.remove(lambda held: held.since < now - self.hold_s)
+        latest = now - self.hold_s
+        return self.remove(lambda held: held.since < latest)
+
+    @property
+    def hold_s(self) -> float:
+        """Seconds after which a waiting delivery is given back to the broker."""
+        return HOLD_S if self.held_at_most_s is None else self.held_at_most_s / 4
 
 
 class Slots:

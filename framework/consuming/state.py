@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Literal, TypeAlias, final
 
@@ -28,7 +28,7 @@ class WorkerState(msgspec.Struct, frozen=True):
     """
     - connecting: no queue is consumed; the worker waits for its broker.
     - ready: every queue is consumed.
-    - degraded: the broker answers, but not every queue is consumed; `queues` says which.
+    - degraded: the broker answers, but not every queue is consumed, or the dead letters of one take nothing; `queues` says which.
     - stopping: the worker takes no more jobs and finishes those that run.
     - failed: no queue is consumed, and waiting won't help.
     """
@@ -77,7 +77,10 @@ class Watch:
         self._look()
 
     def _seen(self) -> WorkerState:
-        queues = tuple(self._consumption.queues) if self._consumption is not None else ()
+        refusals = self._consumer.refusals
+        queues = (
+            () if self._consumption is None else tuple(_with(refusals, queue) for queue in self._consumption.queues)
+        )
         name, why = self._judged(queues)
         return WorkerState(name, self.state.since if name == self.state.name else self._now(), why, queues)
 
@@ -85,7 +88,7 @@ class Watch:
         names = {queue.name for queue in queues}
         if self._stopping:
             return "stopping", ""
-        if names == {"consumed"}:
+        if names == {"consumed"} and not any(queue.why for queue in queues):
             return "ready", ""
         if self._failure is not None and "consumed" not in names:
             return "failed", redact(" ".join(str(self._failure).split()))
@@ -97,7 +100,8 @@ class Watch:
             return
         before, state = self.state, self._seen()
         self.state = state
-        if state.name == before.name and (state.name != "degraded" or _missing(state) == _missing(before)):
+        same = state.name == before.name or {state.name, before.name} == {"ready", "degraded"}
+        if same and _missing(state) == _missing(before):  # `Settlement` logs which burials are refused
             if losses := self._consumer.losses():
                 logger.warning("%s: a channel or lease was lost%s", state.name, losses)
             return
@@ -126,6 +130,12 @@ class Worker:
         return self._watch.state
 
 
+def _with(refusals: Mapping[str, str], queue: QueueState) -> QueueState:
+    """Return the state of `queue` with the reason why its dead letters take nothing, if it is consumed all the same."""
+    why = refusals.get(queue.queue) if queue.name == "consumed" else None
+    return queue if why is None else msgspec.structs.replace(queue, why=f"its burials can't be published: {why}")
+
+
 def _missing(state: WorkerState) -> set[str]:
     return {queue.queue for queue in state.queues if queue.name != "consumed"}
 
@@ -134,7 +144,7 @@ def _reasons(queues: Sequence[QueueState]) -> str:
     """Return why queues aren't consumed: each reason once, with its queues if others have another one."""
     reasons: dict[str, list[str]] = {}
     for queue in queues:
-        if queue.name != "consumed":
+        if queue.name != "consumed" or queue.why:
             reasons.setdefault(queue.why or "not consumed yet", []).append(queue.queue)
     if len(reasons) == 1 and len(next(iter(reasons.values()))) == len(queues) > 1:
         return next(iter(reasons))

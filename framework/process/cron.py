@@ -19,7 +19,7 @@ logger = logging.getLogger("leveret.cron")
 
 
 async def run(app: App[Any]) -> int:
-    """Run the app's schedules until SIGTERM or SIGINT; return the exit code.
+    """Run the app's schedules until SIGTERM, SIGINT or SIGHUP; return the exit code.
 
     0: every publish in progress at the signal has ended. 1: a publish didn't end within `FINISH_S`, or a second signal cut it off.
     """

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import textwrap
 import time
 from collections import deque
 from typing import TextIO
@@ -16,8 +15,9 @@ import msgspec
 
 from ..errors import ConfigurationError, LeveretError
 from ..settings import redact
+from ..texts import folded
 from ..tracebacks import Place, place_of
-from .streams import tell
+from .streams import tell, width_of
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _FULL = "%(asctime)s %(levelname)s %(process)d %(name)s %(message)s"
@@ -147,23 +147,12 @@ class _Short(_Full):
         return text.replace(level, f"\x1b[{_COLOURS.get(level, 0)}m{level}\x1b[0m", 1)
 
     def line(self, line: str) -> str:
-        return textwrap.fill(
-            self.ids(line),
-            _columns(self._stream),
-            subsequent_indent=" " * 9,  # below the text behind the time
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        text = self.ids(line)
+        width = width_of(self._stream)
+        return text if width is None else folded(text, width, indent=9)  # below the text behind the time
 
     def ids(self, text: str) -> str:
         return _UUID7.sub(r"\1", text)
-
-
-def _columns(stream: TextIO) -> int:
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except OSError:
-        return 80
 
 
 def set_up_logs(level: str, number: int | None = None) -> None:

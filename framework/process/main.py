@@ -142,6 +142,8 @@ def main(argv: Sequence[str]) -> int:
         return report_error(ConfigurationError("python -m leveret.process.main is internal; run `leveret work`"))
     try:
         set_up_logs(options.log_level, options.number)
+        if options.ignore_hangups:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if options.lifeline is None and (options.processes > 1 or options.reload):
             from .supervisor import supervise
 

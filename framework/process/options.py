@@ -27,6 +27,8 @@ class WorkOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A file descriptor of the memory that all workers share."""
     report: int | None = None
     """A file descriptor for the line of a configuration error; the supervisor prints the line once for all workers."""
+    ignore_hangups: bool = False
+    """Whether SIGHUP is ignored, as by the supervisor. uvloop starts a child with the default of every signal."""
     index: int = 0
     """The number of this process, from 0."""
 

@@ -17,7 +17,12 @@ logger = logging.getLogger("leveret.worker")
 
 HURRY_S = 5.0
 """Time from a second signal until the process ends unconditionally."""
-_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def ignores_hangups() -> bool:
+    """Return whether this process was started with SIGHUP ignored, as by nohup."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def _reset_in_forks() -> None:
@@ -30,6 +35,8 @@ def _reset_in_forks() -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not ignores_hangups():
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         unblock()
 
     def unblock() -> None:
@@ -43,6 +50,8 @@ def _reset_in_forks() -> None:
 class Stop:
     """SIGTERM and SIGINT as two events: the first signal asks the process to stop, a second signal to hurry.
 
+    SIGHUP asks once: shell and kernel each send one when a terminal is lost. It stays ignored where it was, as under nohup.
+
     Args:
         stop: Called at the first request to stop.
         hurry: Called at each further request.
@@ -55,8 +64,10 @@ class Stop:
         self._hurry = hurry
         self._starting: asyncio.Task[Any] | None = None
         self._loop = asyncio.get_running_loop()
-        for number in _NUMBERS:
+        for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.ask)
+        if not ignores_hangups():
+            self._loop.add_signal_handler(signal.SIGHUP, self._ask_once)
         _reset_in_forks()
 
     def ask(self) -> None:
@@ -68,13 +79,16 @@ class Stop:
         if then is not None:
             then()
 
+    def _ask_once(self) -> None:
+        if not self.asked.is_set():
+            self.ask()
+
     def ask_at_end_of(self, lifeline: int) -> None:
         """Ask when the file descriptor reads end-of-file: the process at the other end is gone."""
 
         def ended() -> None:
             self._loop.remove_reader(lifeline)
-            if not self.asked.is_set():
-                self.ask()
+            self._ask_once()
 
         self._loop.add_reader(lifeline, ended)
 

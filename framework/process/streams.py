@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 from ..texts import folded
@@ -33,8 +34,11 @@ def width_of(stream: TextIO) -> int | None:
     if not stream.isatty():
         return None
     given = os.environ.get("COLUMNS", "")
-    width = (int(given) if given.isdecimal() else 0) or os.get_terminal_size(stream.fileno()).columns or 80
-    return max(width, _NARROWEST)
+    width = int(given) if given.isdecimal() else 0
+    if not width:
+        with suppress(OSError):  # a terminal that doesn't know its size
+            width = os.get_terminal_size(stream.fileno()).columns
+    return max(width or 80, _NARROWEST)
 
 
 def fitted(text: str, stream: TextIO) -> str:

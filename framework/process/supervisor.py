@@ -18,7 +18,7 @@ from ..errors import ConfigurationError
 from ..waits import first_of
 from .options import WorkOptions
 from .shared import make_shared
-from .signals import HURRY_S, Stop
+from .signals import HURRY_S, Stop, ignores_hangups
 from .streams import tell
 
 logger = logging.getLogger("leveret.supervisor")
@@ -139,6 +139,7 @@ class _Workers:
             lifeline=self._lifeline,
             shared=self._shared,
             report=self._reason,
+            ignore_hangups=ignores_hangups(),
             index=index,
             reload=False,
         )

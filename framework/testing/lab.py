@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any, Protocol, Unpack
 
 from typing_extensions import TypeVar
@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 from ..app import App, Capture
 from ..broker import Broker
 from ..consuming.worker import Working, working
+from ..context import current_attempt
 from ..envelope import Receipt
 from ..errors import ConfigurationError
 from ..job import Job
@@ -24,6 +25,7 @@ from .records import Delayed, Records
 
 _R = TypeVar("_R")
 
+IN_HANDLER = "a handler can't wait for the lab to run jobs, because the lab waits for the handler; call drain and run_due in the test"
 UNSET: Any = object()
 """Stands for resources that weren't given, because None is a value."""
 
@@ -131,6 +133,21 @@ class LeveretRunning(Protocol):
     ) -> AbstractAsyncContextManager[Lab, None]:
         """Run `app` in a lab."""
         ...
+
+
+def check_outside() -> None:
+    """Raise RuntimeError inside a handler, which would wait for itself."""
+    if current_attempt.get() is not None:
+        raise RuntimeError(IN_HANDLER)
+
+
+def utc(seconds: float, what: str, error: type[Exception] = ValueError) -> datetime:
+    """Return Unix seconds as a datetime in UTC; raise `error` beyond the year 9999."""
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc)
+    except (OverflowError, OSError, ValueError):
+        msg = f"{what} is beyond the year 9999, where datetimes end"
+        raise error(msg) from None
 
 
 def check_aware(what: str, moment: object) -> datetime:

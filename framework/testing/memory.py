@@ -20,10 +20,11 @@ from ..codec import Decoder
 from ..consuming.consumer import Consumer
 from ..cron.schedule import slots
 from ..envelope import Envelope
+from ..errors import ConfigurationError
 from ..runtime import Runtime
 from ..schemes import broker_module
 from .callers import CallersThread
-from .lab import AppLab, check_aware, opened
+from .lab import AppLab, check_aware, check_outside, opened, utc
 from .records import Delayed
 
 STUCK_S = 30.0
@@ -130,9 +131,9 @@ class MemoryLab(AppLab):
 
     def advance(self, by: float | timedelta, /) -> None:
         """As `Lab.advance`."""
-        seconds = by.total_seconds() if isinstance(by, timedelta) else by
-        if not seconds >= 0:
-            msg = f"the lab's clock can't be advanced by {seconds} s"
+        seconds: Any = by.total_seconds() if isinstance(by, timedelta) else by
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
+            msg = f"the lab's clock can't be advanced by {seconds!r:.80} s; give a timedelta, or a finite number of seconds of at least 0"
             raise ValueError(msg)
         self._pass(self._clock.now() + seconds)
 
@@ -147,7 +148,7 @@ class MemoryLab(AppLab):
         """Move the clock to `until_s`, Unix seconds, and publish the jobs of the cron slots on the way."""
         until_s = moment_ms(until_s) / 1000  # as due times are: what is due in a minute is due after a minute
         schedules = [schedule for schedule in self._app.schedules if schedule.enabled and self._cron]
-        until = datetime.fromtimestamp(until_s, timezone.utc)
+        until = utc(until_s, "advance: the moment")
         passed = list(islice(slots(schedules, self.now, until), MOST_SLOTS + 1))
         if len(passed) > MOST_SLOTS:
             msg = f"advance: more than {MOST_SLOTS} cron slots lie before {until}; advance in shorter steps, or enter running(app, cron=False)"
@@ -183,6 +184,7 @@ class MemoryLab(AppLab):
 
     async def _settle(self, begun: int) -> None:
         """Let the loop run until only the clock could start something; `begun` is the number of runs before."""
+        check_outside()
         quiet, version, moved = 0, -1, time.monotonic()
         while quiet < 5:
             await asyncio.sleep(0)
@@ -210,8 +212,10 @@ async def memory_lab(
 ) -> AsyncGenerator[MemoryLab, None]:
     """Run `app` in a lab; with `callers`, its `def` handlers and cron functions run in the thread that drives the loop."""
     begins_s = time.time() if now is None else check_aware("running: now", now).timestamp()
+    begins_s = moment_ms(begins_s) / 1000
+    utc(begins_s, "running: now", ConfigurationError)
     broker = memory()
-    clock, store = ManualClock(moment_ms(begins_s) / 1000), broker.MemoryStore()
+    clock, store = ManualClock(begins_s), broker.MemoryStore()
     runtime = Runtime(app=app.name, settings=app.settings, clock=clock, rng=random.Random(0))
     lab = MemoryLab(app, clock, store, in_a_thread=callers is None, cron=cron)
     async with opened(

@@ -18,7 +18,7 @@ from ..outcome import NotStarted, Retry, Snooze, Unknown
 from ..runtime import Runtime
 from ..schemes import broker_module
 from ..waits import first_of
-from .lab import UNSET, AppLab, Lab, opened
+from .lab import UNSET, AppLab, Lab, check_outside, opened
 from .records import Delayed, Published
 from .renamed import Names, RenamedBroker
 
@@ -92,6 +92,7 @@ class RealLab(AppLab):
         await self._until_ended(lambda _: True)
 
     async def _until_ended(self, awaited: Callable[[Published], bool]) -> None:
+        check_outside()
         ends = time.monotonic() + PATIENCE_S
         while self.work is not None and (left := [one for one in self._unended() if awaited(one)]):
             if time.monotonic() > ends:

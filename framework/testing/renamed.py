@@ -69,6 +69,10 @@ class RenamedSink:
         self.lost = sink.lost
         self.queues_changed = sink.queues_changed
 
+    def overdue(self, queue: str, limit_s: float | None) -> None:
+        """As `Sink.overdue`."""
+        self._sink.overdue(self._queues[queue].name, limit_s)
+
     def deliver(self, delivery: Delivery, /) -> None:
         """As `Sink.deliver`."""
         self._sink.deliver(RenamedDelivery(delivery, self._queues[delivery.queue.name]))

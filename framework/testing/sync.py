@@ -14,6 +14,7 @@ from ..job import Job
 from ..options import PublishOptions
 from ..waits import first_of
 from .callers import CallersThread
+from .lab import IN_HANDLER
 from .memory import MemoryLab, memory_lab
 from .records import Delayed, Records
 
@@ -63,8 +64,7 @@ class SyncLab(Records):
     def _run_jobs(self, work: Coroutine[Any, Any, None]) -> None:
         if self._callers.in_handler:
             work.close()
-            msg = "a handler can't wait for the lab to run jobs, because the lab waits for the handler; call drain and run_due in the test"
-            raise RuntimeError(msg)
+            raise RuntimeError(IN_HANDLER)
         self._callers.run(work)
 
 

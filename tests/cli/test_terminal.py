@@ -64,7 +64,8 @@ def test_the_lines_of_a_worker_fit(project: Project) -> None:
         )
 
     def ended(text: str) -> bool:
-        return text.count(" done after ") == 2 and text.count("ValueError: ") > 1
+        workers = text.count(" of app logged takes")
+        return workers == 2 and text.count(" done after ") == 2 and text.count("ValueError: ") > 1
 
     text = shown(project, ["work", "logged:app", "--processes", "2"], ended)
 

@@ -468,8 +468,8 @@ async def test_again_delivers_the_new_envelope_and_the_original_is_gone(harness:
     consumption, sink = await consume(broker, queue)
     first = await sink.next()
     changed = msgspec.structs.replace(first.envelope, attempt=2, passes=1, errors="[]", cause="retry")
-    retried = timed(changed, soon(), delay_s=delay_s)
     started = time.monotonic()
+    retried = timed(changed, soon(), delay_s=delay_s)
     await first.again(retried)
     second = await sink.next()
     took_s = time.monotonic() - started

@@ -122,8 +122,8 @@ class Bench:
         self.queue = self.recorder.queue
         self.app = self.recorder.app
 
-    def start(self, *arguments: str, url: str | None = None) -> Worker:
-        """Start a worker with `arguments` of `leveret work`, on another URL if given."""
+    def start(self, *arguments: str, url: str | None = None, app: str = "recorder") -> Worker:
+        """Start a worker of a module of `apps`, with `arguments` of `leveret work`, on another URL if given."""
         plan = self.recorder.plan if url is None else msgspec.structs.replace(self.recorder.plan, url=url)
         log = self._folder / f"log-{len(self._workers)}"
         kept = {
@@ -134,7 +134,7 @@ class Bench:
         environment = {**kept, "FAULT_PLAN": msgspec.json.encode(plan).decode()}
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [_LEVERET, "work", "tests.fault.apps.recorder:app", *arguments],
+                [_LEVERET, "work", f"tests.fault.apps.{app}:app", *arguments],
                 cwd=_ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,

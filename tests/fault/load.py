@@ -33,13 +33,14 @@ class Counts:
 
 
 class Load:
-    """Publishes `rate` jobs of 50 ms a second, each by itself, until the block ends; then waits until each confirmed one has run."""
+    """Publishes `rate` jobs a second, each by itself, until the block ends; then waits until each confirmed one has run for `seconds`."""
 
-    def __init__(self, bench: Bench, *, rate: float = 100, timeout_s: float = 5) -> None:
+    def __init__(self, bench: Bench, *, rate: float = 100, seconds: float = 0.05, timeout_s: float = 5) -> None:
         self.confirmed: set[str] = set()
         self.refused: Counter[str] = Counter()
         self._bench = bench
         self._rate = rate
+        self._seconds = seconds
         self._timeout_s = timeout_s
         self._ids: list[str] = []
         self._slowest_s = 0.0
@@ -94,7 +95,9 @@ class Load:
     async def _one(self, job_id: str) -> None:
         began = time.monotonic()
         try:
-            await self._publisher.publish(self._bench.recorder.Note(0.05), job_id=job_id, timeout_s=self._timeout_s)
+            await self._publisher.publish(
+                self._bench.recorder.Note(self._seconds), job_id=job_id, timeout_s=self._timeout_s
+            )
             self.confirmed.add(job_id)
         except PublishError as error:
             self.refused[type(error).__name__] += 1

@@ -129,3 +129,17 @@ async def test_the_leader_hangs(site: Site) -> None:
     counts = site.result(load, since=struck)
     assert counts.silence_s <= 20
     assert counts.repeated <= 2 * SLOTS
+
+
+@pytest.mark.versions
+async def test_the_leader_is_cut_off_from_its_peers(site: Site) -> None:
+    """A minority pauses itself late, on 4.3 never, and is silent until then: what nobody held must go on elsewhere."""
+    async with Load(site.bench) as load:
+        struck = time.monotonic()
+        site.cluster.isolate(site.leader)
+        await asyncio.sleep(25)
+        site.cluster.heal()
+        await site.cluster.whole()
+    counts = site.result(load, since=struck)
+    assert counts.silence_s <= 15
+    assert counts.repeated <= 2 * 2 * SLOTS, "what the two workers held: acks that were written in the cut may be lost"

@@ -202,7 +202,8 @@ async def test_a_retry_that_waits_for_a_deleted_queue_declares_it_again(
     monkeypatch.setattr(publishing, "SEEN_S", 0.1)
     nodes = Nodes(addresses(rabbit.url))
     queue = Queue(f"shop-{uuid.uuid4().hex[:12]}")
-    settling = Settling(Publishing(nodes, Runtime(app="shop", settings=Settings()), "settle"), Routing(SystemClock()))
+    link = Publishing(nodes, Runtime(app="shop", settings=Settings()), "settle")
+    settling = Settling(link, link, Routing(SystemClock()))
     delivery = Held(queue)
     try:
         await settling.again(delivery, waiting_for(queue))

@@ -13,6 +13,7 @@ from leveret.brokers.rabbitmq.consuming import RabbitConsumption
 from leveret.consuming.worker import working
 from leveret.ids import new_job_id
 from tests.fault.bench import PATIENCE_S, Bench, eventually, link_to, stray_tracebacks
+from tests.fault.load import Load
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import connect
 
@@ -43,6 +44,26 @@ async def test_a_stop_within_the_grace_loses_nothing_and_starts_nothing_twice(an
     for worker in (first, second, third):
         assert not stray_tracebacks(worker.log)
         assert " ERROR " not in worker.log
+
+
+@pytest.mark.versions
+async def test_workers_that_are_restarted_one_after_another_under_load_lose_and_repeat_nothing(
+    any_bench: Bench, record_property: Callable[[str, object], None]
+) -> None:
+    """R40. A deploy that repeats a few jobs of each worker repeats hundreds a week, and nobody can say which."""
+    bench, workers = any_bench, [await any_bench.working("--concurrency", "20") for _ in range(3)]
+    async with Load(bench, rate=100, seconds=0.3) as load:
+        for place in (0, 1, 2, 0, 1, 2):
+            await workers[place].drained()
+            workers[place] = await bench.working("--concurrency", "20")
+    await bench.until_empty()
+    counts = load.counts()
+    record_property("counts", str(counts))
+    for worker in workers:
+        await worker.drained()
+
+    assert counts.confirmed == counts.published, load.refused
+    assert (counts.lost, counts.repeated, counts.strange) == (0, 0, 0), counts
 
 
 @pytest.mark.parametrize("kind", ["Note", "Chore"])

@@ -1,14 +1,18 @@
 """`leveret work` as processes: who dies, who is told to end, and what becomes of the jobs."""
 
 import os
+import pty
 import re
 import signal
+import subprocess
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Project, Running, alive, children_of, until
+from tests.cli.command import LEVERET, PATIENCE_S, Project, Running, alive, children_of, until
 
 pytestmark = pytest.mark.fault
 
@@ -17,6 +21,16 @@ pytestmark = pytest.mark.fault
 def project(tmp_path: Path) -> Project:
     """A folder with shop.py and nothing else."""
     return Project(tmp_path)
+
+
+@contextmanager
+def hangups_ignored() -> Generator[None]:
+    """What is started in the block ignores SIGHUP, as under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def workers(running: Running, count: int) -> list[int]:
@@ -74,7 +88,7 @@ def test_a_worker_that_always_dies_is_restarted_ever_more_rarely(project: Projec
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-@pytest.mark.parametrize("how", ["SIGTERM", "^C"])
+@pytest.mark.parametrize("how", ["SIGTERM", "^C", "SIGHUP"])
 def test_a_stop_lets_what_runs_end_and_exits_with_0(project: Project, processes: str, how: str) -> None:
     """Every deploy does this: a job that is cut off runs twice."""
     for n in range(4):
@@ -84,6 +98,10 @@ def test_a_stop_lets_what_runs_end_and_exits_with_0(project: Project, processes:
         until(lambda: len(started(project)) >= 2)
         if how == "^C":
             os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does: the whole group
+        elif how == "SIGHUP":
+            running.send(signal.SIGHUP)
+            running.wait_for("stopping: [12] running")
+            running.send(signal.SIGHUP)  # when a terminal is lost, the shell sends one, and the kernel another
         else:
             running.send(signal.SIGTERM)
 
@@ -91,6 +109,57 @@ def test_a_stop_lets_what_runs_end_and_exits_with_0(project: Project, processes:
     assert sorted(ended(project)) == sorted(started(project))
     assert len(ended(project)) + ready(project) == 4
     assert "Traceback" not in running.log
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_lost_terminal_lets_what_runs_end_and_exits_with_0(project: Project, processes: str) -> None:
+    """A closed laptop ended a worker on the spot, and whatever it ran was run again from the beginning."""
+    project.publish("SendInvoice", {"order_id": 1, "seconds": 1.5})
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", LEVERET, "work", "-q", "emails", "--processes", processes],
+        cwd=project.folder,
+        env=project.environment({}),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    try:
+        until(lambda: started(project) == ["1"])
+        os.close(ours)
+
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert ended(project) == ["1"]
+    assert ready(project) == 0
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_worker_that_ignores_hangups_outlives_its_terminal(project: Project, processes: str) -> None:
+    """`nohup leveret work` is started so that it goes on after the log-out: it must not drain at it."""
+    with hangups_ignored(), project.start("work", "-q", "emails", "--processes", processes) as running:
+        pids = {running.process.pid, *workers(running, int(processes))}
+        for pid in pids:
+            os.kill(pid, signal.SIGHUP)
+        project.publish("SendInvoice", {"order_id": 1})
+
+        until(lambda: ended(project) == ["1"], lambda: running.log)
+        assert "stopping" not in running.log
+        running.stop()
+
+
+def test_a_cron_process_that_loses_its_terminal_ends_in_order(project: Project) -> None:
+    """A publish that was on its way is cut off, and nobody knows whether its job is there."""
+    project.write("timed.py", "from shop import *\napp.cron('0 0 1 1 *', Note(), name='yearly')\n")
+    with project.start("cron", "timed:app") as running:
+        running.wait_for("schedule yearly")
+        running.send(signal.SIGHUP)
+
+        assert running.end() == 0, running.log
+    assert "stopped" in running.log
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

@@ -1,5 +1,6 @@
 """Fields of types that msgspec doesn't know: a job class's `enc_hook` and `dec_hook`, from the publisher to the handler."""
 
+import asyncio
 from decimal import Decimal
 from typing import Any
 
@@ -174,3 +175,16 @@ async def test_a_hook_that_raises_more_than_an_exception_stops_no_worker(error: 
         await lab.drain()
 
     assert [type(run.job) for run in lab.done] == [Even]
+
+
+def test_a_dec_hook_that_raises_cancelled_error_is_a_body_that_cannot_be_decoded() -> None:
+    """As for every other error of a hook: it would look as if somebody had cancelled the run."""
+
+    def cancelled(_: type, __: Any) -> Any:
+        raise asyncio.CancelledError
+
+    class Stuck(Job, name="stuck", queue=QUEUE, dec_hook=cancelled):
+        customer: Customer
+
+    with pytest.raises(UndecodableError, match="CancelledError"):
+        Decoder(Stuck).decode(b'{"customer":"Ada"}', "application/json")

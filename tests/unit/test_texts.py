@@ -6,7 +6,7 @@ import pytest
 
 import leveret
 from leveret import middleware
-from leveret.texts import folded, is_ours
+from leveret.texts import folded, is_ours, named, one_line
 
 _PACKAGE = Path(leveret.__file__).parent
 
@@ -48,3 +48,18 @@ def test_a_layers_file_lies_in_the_package() -> None:
 def test_a_text_is_folded_at_words_and_keeps_its_indent(text: str, fits: str) -> None:
     """A terminal breaks a line anywhere: in the middle of a queue's name, and without the indent that makes a list a list."""
     assert folded(text, 40) == fits
+
+
+def test_a_line_ends_after_two_thousand_characters() -> None:
+    """A validation error quotes the document of 10 MB that it refuses: one such job fills the log of a day."""
+    line = one_line("x" * 10_000_000)
+
+    assert len(line) == 2000
+    assert line.endswith("x…")
+
+
+def test_the_name_of_an_error_is_on_one_line() -> None:
+    """A class that is made at run time may have any name, and a second line of a log can be a forged record."""
+    error = type("A\nB", (Exception,), {})("why")
+
+    assert named(error) == "A B: why"

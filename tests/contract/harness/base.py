@@ -59,6 +59,8 @@ class Recorder:
         self.lost_once = asyncio.Event()
         self.states: list[QueueState] = []
         """Every state of the followed consumption's queues, at each change."""
+        self.overdues: list[tuple[str, float | None]] = []
+        """The queues of which the broker took back a delivery, each with the broker's limit."""
         self._followed: Consumption | None = None
         self._changed = asyncio.Event()
 
@@ -68,6 +70,9 @@ class Recorder:
     def lost(self) -> None:
         self.losses += 1
         self.lost_once.set()
+
+    def overdue(self, queue: str, limit_s: float | None) -> None:
+        self.overdues.append((queue, limit_s))
 
     def queues_changed(self) -> None:
         if self._followed is not None:

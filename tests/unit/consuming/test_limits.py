@@ -82,7 +82,24 @@ def test_a_queue_that_this_worker_does_not_take_from_raises_no_other_limit() -> 
     assert found.concurrency == 100
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "50", {"emails": 0}, {"emails": "50"}, {"emails": True}, {5: 5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        0,
+        -1,
+        True,
+        1.5,
+        "50",
+        2**62,
+        10**5000,
+        {"emails": 0},
+        {"emails": "50"},
+        {"emails": True},
+        {"emails": 2**62},
+        {5: 5},
+    ],
+    ids=lambda wrong: f"{str(wrong)[:20] if wrong != 10**5000 else '10**5000'}",
+)
 @pytest.mark.parametrize("embedded", [False, True])
 def test_a_wrong_number_in_code_is_refused_at_its_line(wrong: Any, embedded: bool) -> None:
     """A worker with a limit of "50" would end in a TypeError at its first job."""
@@ -92,7 +109,23 @@ def test_a_wrong_number_in_code_is_refused_at_its_line(wrong: Any, embedded: boo
 
 
 @pytest.mark.parametrize(
-    "wrong", ["many", "0", "-1", "1.5", "emails", "emails=", "=5", "emails=x", "emails=0", "10,,emails=5", "10,", "٣"]
+    "wrong",
+    [
+        "many",
+        "0",
+        "-1",
+        "1.5",
+        "emails",
+        "emails=",
+        "=5",
+        "emails=x",
+        "emails=0",
+        "10,,emails=5",
+        "10,",
+        "٣",
+        "100001",
+        "9" * 5000,
+    ],
 )
 def test_a_wrong_variable_is_one_line_that_shows_it(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """An operator corrects what the line shows; a variable that is half read would be worse."""
@@ -106,6 +139,12 @@ def test_a_limit_that_the_variable_sets_twice_is_refused(twice: str, what: str) 
     """Nobody knows which of the two the operator meant."""
     with pytest.raises(ConfigurationError, match=f"the limit of {what} is given twice"):
         in_environment(twice)
+
+
+def test_queues_with_limits_are_not_a_list_of_names() -> None:
+    """The names would be taken and the limits forgotten: a queue that must run one job at a time runs a hundred."""
+    with pytest.raises(ConfigurationError, match=r"queues must be a list of names, .*limits go into concurrency="):
+        make_app().worker(queues={"emails": 1})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 async def test_a_queue_that_the_app_does_not_have_is_an_error_in_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from datetime import datetime, timezone
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -40,6 +40,7 @@ class Told:
     running, held = 2, 3
     on_queues_changed: Any = None
     lost = ""
+    refusals: ClassVar[dict[str, str]] = {}
 
     def losses(self) -> str:
         lost, self.lost = self.lost, ""

@@ -216,8 +216,38 @@ async def test_a_try_in_place_that_is_put_off_counts_as_the_failure_before_it() 
 
 async def test_a_cancelled_run_is_not_tried_again() -> None:
     """A shutdown would wait for a handler that starts anew each time it is cancelled."""
+    starts = 0
+
+    async def handler(_: Attempt[Any]) -> None:
+        nonlocal starts
+        starts += 1
+        await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(chain(Retries(Rule(Exception, immediate=5)), handler=handler)(attempt()))
+    await asyncio.sleep(0)
+    task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await chain(Retries(Rule(Exception, immediate=5)), handler=failing(asyncio.CancelledError()))(attempt())
+        await task
+    assert starts == 1
+
+
+async def test_a_cancelled_error_without_a_cancel_is_a_failure_like_others() -> None:
+    """Middleware awaits a future that somebody else cancelled: the job was buried at its first attempt."""
+    outcome = await chain(Retries(), handler=failing(asyncio.CancelledError()))(attempt())
+
+    assert isinstance(outcome, Retry)
+    assert "nothing had cancelled the run" in str(outcome.__cause__)
+
+
+async def test_a_wait_that_raises_cancelled_error_is_computed_by_the_back_off() -> None:
+    """As for every other error of a strategy: it must not bury the job."""
+
+    def wait(_: Attempt[Any], __: BaseException) -> float:
+        raise asyncio.CancelledError
+
+    outcome = await chain(Retries(wait=wait), handler=failing(ValueError("no")))(attempt())
+
+    assert isinstance(outcome, Retry)
 
 
 async def test_a_timeout_error_is_a_failure_like_others() -> None:

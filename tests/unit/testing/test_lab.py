@@ -105,6 +105,46 @@ async def test_the_clock_goes_forward_only() -> None:
         assert lab.now == EIGHT
 
 
+@pytest.mark.parametrize("by", [float("inf"), "5", True, None])
+async def test_the_clock_moves_by_a_number_of_seconds(by: Any) -> None:
+    """An endless advance hung in the schedules, and a text ended in a TypeError far from the test's line."""
+    async with running(App("unit"), now=EIGHT) as lab:
+        with pytest.raises(ValueError, match=r"the lab's clock can't be advanced by .* s; give a timedelta"):
+            lab.advance(by)
+        assert lab.now == EIGHT
+
+
+async def test_time_ends_with_the_year_9999() -> None:
+    """Python's datetimes end there, in an OverflowError that names neither the test's line nor the lab."""
+    with pytest.raises(ConfigurationError, match=r"^running: now is beyond the year 9999"):
+        async with running(App("unit"), now=datetime.max.replace(tzinfo=timezone.utc)):
+            pass
+    async with running(App("unit"), now=EIGHT) as lab:
+        with pytest.raises(ValueError, match=r"^advance: the moment is beyond the year 9999"):
+            lab.advance(1e15)
+        assert lab.now == EIGHT
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("method", ["run_due", "drain"])
+async def test_a_handler_that_runs_the_lab_is_refused_at_once(method: str) -> None:
+    """It waits for itself, and the test for half a minute."""
+    app = App("unit")
+
+    class Loop(Job, name="loop", queue=Queue("loops")):
+        pass
+
+    @app.handler(job=Loop)
+    async def loop(_: Loop) -> None:
+        await getattr(lab, method)()
+
+    async with running(app) as lab:
+        await lab.publish(Loop())
+        await lab.run_due()
+        [run] = lab.buried
+        assert "a handler can't wait for the lab to run jobs" in run.outcome.reason
+
+
 @pytest.mark.parametrize("begins", [EIGHT, datetime.now(timezone.utc), EIGHT + timedelta(microseconds=123_456)])
 async def test_a_job_is_due_after_exactly_its_delay(begins: datetime) -> None:
     """Off by a rounding error, `advance(60)` would leave a job of 60 s waiting, on some days."""

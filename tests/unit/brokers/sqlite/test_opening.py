@@ -251,3 +251,21 @@ async def test_commits_are_durable_and_the_log_is_write_ahead(tmp_path: Path) ->
         ]
 
     assert settings == [2, "wal", 2]
+
+
+async def test_the_state_says_that_a_file_cannot_be_used_until_it_can(tmp_path: Path) -> None:
+    """A readiness probe that sees "ready" sends requests to a service whose every publish fails."""
+    path = tmp_path / "notes.txt"
+    path.write_text("remember the milk\n" * 100)
+    broker = open_broker(f"sqlite:///{path}", Runtime(app="unit"))
+    try:
+        with pytest.raises(BrokerUnavailable):
+            await broker.publish(Queue("jobs"), make_envelope(Queue("jobs")))
+        assert broker.publishing.name == "blocked"
+        assert "isn't a SQLite database" in broker.publishing.why
+
+        path.unlink()
+        await broker.publish(Queue("jobs"), make_envelope(Queue("jobs")))
+        assert (broker.publishing.name, broker.publishing.why) == ("ready", "")
+    finally:
+        await broker.close()

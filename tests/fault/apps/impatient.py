@@ -1,0 +1,9 @@
+"""The app of `recorder` in a process that tries a sick queue often, and gives up after 12 tries of its four levels."""
+
+from leveret.brokers.rabbitmq import aside, consuming
+from tests.fault.apps import recorder
+
+consuming.FRUITLESS_TRIES = 3
+aside.BASE_S, aside.CAP_S = 0.1, 0.2
+
+app = recorder.app
