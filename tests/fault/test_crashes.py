@@ -56,9 +56,9 @@ async def test_five_rolling_restarts_under_load_count_no_crash(any_bench: Bench)
     await bench.until_empty()
     await asyncio.gather(*(worker.drained() for worker in workers))
 
+    assert Counter(bench.recorder.ids("start")) == Counter(ids), "each ran once"
     assert seen == [0] * 5
     assert [worker.log for worker in every if "may have died" in worker.log] == []
-    assert Counter(bench.recorder.ids("start")) == Counter(ids), "each ran once"
 
 
 async def test_a_restart_of_the_broker_is_no_crash(bench: Callable[..., Bench], rabbit_node: StartNode) -> None:

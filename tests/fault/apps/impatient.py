@@ -1,4 +1,4 @@
-"""The app of `recorder` in a process that tries a sick queue often, and gives up after 12 tries of its four levels."""
+"""The app of `recorder` in a process that tries a sick queue often, and gives up after 3 tries of each of its physical queues."""
 
 from leveret.brokers.rabbitmq import aside, consuming
 from tests.fault.apps import recorder
