@@ -165,7 +165,7 @@ class RabbitConsumption:
         names = [name for subscription in self._subscriptions for name in topology.consumed(subscription.queue)]
         consumed = any(state.name == "consumed" for state in self.queues)
         if not consumed and self._fruitless >= FRUITLESS_TRIES * len(names):
-            msg = f"RabbitMQ at {self._nodes} answers, but none of the queues could be consumed in {self._fruitless} tries"
+            msg = f"RabbitMQ at {self._nodes} answers, but none of the queues could be consumed in {FRUITLESS_TRIES} tries each"
             self._fail(LeveretError(msg))
 
     def _raise(self, error: BaseException, address: Address) -> NoReturn:

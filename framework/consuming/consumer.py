@@ -17,6 +17,7 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
+from ..headers import MOST
 from ..ids import is_slot_job_id
 from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
@@ -274,7 +275,7 @@ class Consumer:
         """Deal with a redelivery that may have crashed its worker; False if the job just runs."""
         crashes, limit = delivery.envelope.crashes, self._runtime.settings.crash_limit
         if not (delivery.counted or self._remembered.gave_back(delivery.envelope) or self._is_shared_loss()):
-            crashes += 1
+            crashes = min(crashes + 1, MOST)
             if crashes < limit:
                 self._end_without_run(delivery, Suspect())
                 return True

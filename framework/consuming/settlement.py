@@ -276,7 +276,7 @@ class Settlement:
             case Undecodable(reason):
                 return self._bury(delivery, ending, self._failed(run, reason))
             case Suspect():
-                suspect = _next(envelope, cause="crash", crashes=envelope.crashes + 1)
+                suspect = _next(envelope, cause="crash", crashes=min(envelope.crashes + 1, MOST))
                 return self._again(delivery, ending, suspect, 0.0)
             case WorkerLost(crashes):
                 failed = self._failed(run, ending.reason)

@@ -198,7 +198,7 @@ async def test_a_worker_that_can_consume_nothing_although_the_broker_answers_fai
         try:
             await rabbit.close_connections()
             with pytest.raises(
-                LeveretError, match="answers, but none of the queues could be consumed in 6 tries"
+                LeveretError, match="answers, but none of the queues could be consumed in 3 tries each"
             ) as failed:
                 await asyncio.wait_for(work.consumption.failed(), 30)
             assert not isinstance(failed.value, ConfigurationError), (
