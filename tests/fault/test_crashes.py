@@ -9,8 +9,11 @@ from functools import partial
 
 import pytest
 
+from leveret.ids import new_job_id
 from tests.conftest import StartNode
 from tests.fault.bench import Bench
+from tests.rabbit.node import Rabbit
+from tests.rabbit.raw import connect
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(180)]
 
@@ -75,3 +78,39 @@ async def test_a_restart_of_the_broker_is_no_crash(bench: Callable[..., Bench], 
     assert set(starts) == set(ids)
     assert max(starts.values()) <= 2
     assert not [worker.log for worker in workers if "runs alone" in worker.log or "worker_lost" in worker.log]
+
+
+@pytest.mark.rabbit
+async def test_a_queue_of_the_version_before_gets_its_suspects_queue_from_the_worker(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
+    """A program of the version before declares none: without it the worker would find nothing to set a job aside in."""
+    one = bench(rabbit.url)
+    lane = f"{one.queue.name}.suspects"
+    ids = await one.publish(one.recorder.Note())
+    async with connect(rabbit.url) as raw:
+        await raw.delete(lane)
+        worker = await one.working()
+        await one.until_ended(ids)
+        assert await raw.count(lane) == 0
+        await worker.drained()
+
+
+@pytest.mark.rabbit
+async def test_a_worker_that_may_not_declare_the_suspects_queue_says_so_and_ends(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
+    """Rights that name each queue are from before the upgrade: a worker that went on without would keep what it can't set aside."""
+    name = f"narrow-{new_job_id()}"
+    await rabbit.ctl("add_user", name, name)
+    try:
+        one = bench(rabbit.url.replace("guest:guest@", f"{name}:{name}@"))
+        rights = rf"^(lv\..*|{one.queue.name}(\.(low|high|urgent|dead))?)$"
+        await rabbit.ctl("set_permissions", name, rights, rights, rights)
+        worker = one.start()
+
+        assert await worker.ended() == 2, worker.log
+        assert f"doesn't let user '{name}' declare queue '{one.queue.name}'" in worker.log
+        assert f"{one.queue.name}.suspects" in worker.log
+    finally:
+        await rabbit.ctl("delete_user", name)
