@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -156,8 +157,8 @@ class Taker:
         self._max_properties_bytes = max_delivered_bytes(session.connection.frame_max)
         self._consumer_tags: list[tuple[str, str]] = []
         """Each with its physical queue."""
-        self._open: set[int] = set()
-        """Delivered, unsettled tags: at most as many as the windows hold, even while the oldest job runs for long."""
+        self._open: dict[int, str] = {}
+        """Delivered, unsettled tags, each with its physical queue: at most as many as the windows hold, even while the oldest job runs for long."""
         self._lowest = 1
         """Every tag below this one is settled."""
         self._delivered = 0
@@ -168,6 +169,8 @@ class Taker:
         self._wrote = False
         """Whether any settlement was written."""
         self._flushing = False
+        self._withheld = False
+        """Whether settlements wait for the end of a cancel."""
         self._held_bytes = 0
         self._largest = 0
         """The largest body since the prefetch was last computed, in bytes."""
@@ -203,6 +206,7 @@ class Taker:
 
     def end(self) -> None:
         """Write the pending settlements, if the channel is open; nothing can be settled afterwards."""
+        self._withheld = False
         self.flush()
         self.live = False
 
@@ -213,16 +217,12 @@ class Taker:
             self._channel.leave()
 
     async def _register(self, timeout_s: float) -> None:
-        for name, levels in self.names.items():
-            prefetch = self._prefetch if levels else 1  # suspects, one at a time: what is delivered starts
-            await self._channel.call(commands.Basic.Qos(prefetch_count=prefetch), timeout_s)
-            # also for a classic queue with one level: a foreign priority would name a level that has no binding
-            level = levels[0] if len(levels) == 1 else None
+        for name in self.names:
+            await self._channel.call(commands.Basic.Qos(prefetch_count=self._window(name)), timeout_s)
             # never the tag of an earlier consumer: the broker may still carry out what was asked for on a lost connection
             tag = f"{socket.gethostname()}.{os.getpid()}.{next(_SERIAL)}.{name}"[:255]
             try:
-                take = partial(self._take, level) if levels else self._take_suspect
-                await self._channel.consume(name, tag, take, timeout_s)
+                await self._channel.consume(name, tag, self._taking(name), timeout_s)
             except TimeoutError:
                 raise Sick(name, "RabbitMQ doesn't answer the consume") from None
             except Closed as closed:
@@ -230,6 +230,18 @@ class Taker:
                     raise Sick(name, f"RabbitMQ closes the connection that asks: {closed.text}") from closed
                 raise
             self._consumer_tags.append((tag, name))
+
+    def _window(self, name: str) -> int:
+        """Return the prefetch of a physical queue. Suspects come one at a time: what is delivered starts."""
+        return self._prefetch if self.names[name] else 1
+
+    def _taking(self, name: str) -> Callable[[int, bool, bytes, bytes], None]:
+        """Return what takes the deliveries of a physical queue."""
+        levels = self.names[name]
+        if not levels:
+            return partial(self._take_suspect, name)
+        # also for a classic queue with one level: a foreign priority would name a level that has no binding
+        return partial(self._take, name, levels[0] if len(levels) == 1 else None)
 
     async def stop(self) -> None:
         """Cancel the consumers, but not those of mute queues, which would end the connection; their deliveries can still be acked.
@@ -242,9 +254,26 @@ class Taker:
         self._deliver = self.nack
 
     async def _cancel(self) -> None:
+        """Cancel the consumers, after every delivery to them has come.
+
+        A channel drops what a quorum queue delivers to a consumer that it has just cancelled, and the queue keeps those messages
+        for it until the channel closes. So settlements, in whose place the queue delivers others, wait for the end of the cancel.
+        While a window isn't full, others may be on their way: a basic.get, which is answered out of the queue's log, comes after them.
+        """
         tags, self._consumer_tags = self._consumer_tags, []
-        for tag, _ in tags:
-            await self._channel.cancel(tag, CLOSE_TIMEOUT_S)
+        self.flush()
+        self._withheld = True
+        held = Counter(self._open.values())
+        try:
+            for tag, name in tags:
+                if held[name] < self._window(name) and (self.queue.type == "quorum" or not self.names[name]):
+                    got = await self._channel.get(name, CLOSE_TIMEOUT_S)
+                    if got is not None:
+                        self._taking(name)(got.tag, got.redelivered, got.properties, got.body)
+                await self._channel.cancel(tag, CLOSE_TIMEOUT_S)
+        finally:
+            self._withheld = False
+            self.flush()
 
     async def settled(self) -> None:
         """Return once the broker has received every written settlement; nothing can be settled afterwards."""
@@ -312,7 +341,9 @@ class Taker:
                 self._paused = False
                 await self._register(self._session.runtime.settings.connect_timeout_s)
 
-    def _take(self, level: Priority | None, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+    def _take(
+        self, name: str, level: Priority | None, tag: int, redelivered: bool, properties: bytes, body: bytes
+    ) -> None:
         if not self.live:
             return
         size = len(body)
@@ -328,15 +359,15 @@ class Taker:
             self._narrow_for -= 1
             if not self._narrow_for:
                 self._session.spawn(self._widen())
-        self._open.add(tag)
+        self._open[tag] = name
         self._deliver(RabbitDelivery(self, tag, envelope, problem, redelivered))
 
-    def _take_suspect(self, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
+    def _take_suspect(self, name: str, tag: int, redelivered: bool, properties: bytes, body: bytes) -> None:
         if not self.live:
             return
         envelope, problem = from_job_queue(properties, body, self._name, None)
         self._held_bytes += len(body)
-        self._open.add(tag)
+        self._open[tag] = name
         self._deliver(RabbitDelivery(self, tag, envelope, problem, True, counted=not redelivered))
 
     def _reject(self, tag: int, properties: bytes, size: int) -> None:
@@ -355,7 +386,7 @@ class Taker:
     def ack(self, delivery: RabbitDelivery) -> None:
         """Ack `delivery` at the end of this loop turn."""
         if self.live and (tag := delivery.tag) in self._open:
-            self._open.remove(tag)
+            del self._open[tag]
             self._acks.append(tag)
             self._held_bytes -= len(delivery.envelope.body)
             if not self._flushing:
@@ -364,7 +395,7 @@ class Taker:
     def nack(self, delivery: RabbitDelivery) -> None:
         """Requeue `delivery` at the end of this loop turn."""
         if self.live and (tag := delivery.tag) in self._open:
-            self._open.remove(tag)
+            del self._open[tag]
             self._nacks.append(tag)
             self._held_bytes -= len(delivery.envelope.body)
             self._flush_soon()
@@ -377,7 +408,7 @@ class Taker:
     def flush(self) -> None:
         """Write the settlements since the last flush."""
         self._flushing = False
-        if not self.live or not (self._acks or self._nacks):
+        if not self.live or self._withheld or not (self._acks or self._nacks):
             return
         if self._paused and self._held_bytes <= HELD_BYTES // 2:
             self._session.spawn(self._resume())

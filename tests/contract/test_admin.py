@@ -114,6 +114,22 @@ async def test_purge_empties_every_level(harness: Harness) -> None:
     assert (await depth(admin, queue)).ready == 0
 
 
+async def test_a_job_that_was_set_aside_after_crashes_is_counted_and_purged(harness: Harness) -> None:
+    """It would run after the purge, and kill one more worker; a queue that holds only such jobs would look empty."""
+    broker, admin, queue = harness.open(), harness.admin(), harness.queue()
+    await broker.publish(queue, timed(make_envelope(queue), soon()))
+    consumption, sink = await consume(broker, queue)
+    delivery = await sink.next()
+    await consumption.stop_taking()
+    assert await delivery.again(timed(msgspec.structs.replace(delivery.envelope, crashes=2, passes=1), soon()))
+    await consumption.close()
+
+    row = await depth(admin, queue)
+    assert (row.ready, sum(row.levels.values())) == (1, 1)
+    assert await admin.purge(queue) == 1
+    assert (await depth(admin, queue)).ready == 0
+
+
 async def test_dead_letters_come_oldest_first_and_stay(harness: Harness) -> None:
     """Looking must change nothing: not the order, not the count."""
     broker, admin, queue = harness.open(), harness.admin(), harness.queue()

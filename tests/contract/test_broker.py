@@ -319,6 +319,28 @@ async def test_what_was_settled_just_before_the_close_stays_settled(harness: Har
     assert Counter(bodies(await rest_of(harness, queue, 200))) == Counter(bodies(deliveries[1::2]))
 
 
+async def test_no_job_is_held_for_a_consumer_that_has_been_cancelled(harness: Harness) -> None:
+    """Jobs that take the place of those that have just ended: unseen, they would wait until the end of the worker, and then look like its killers."""
+    broker, queue, jobs = harness.open(), harness.queue(), 200
+    await asyncio.gather(*(publish(broker, queue, b"%d" % number) for number in range(jobs)))
+
+    came: list[Delivery] = []
+    while len(came) < jobs:
+        consumption, sink = await consume(broker, queue, prefetch=20)
+        held = await sink.take(min(20, jobs - len(came)))
+        stop = asyncio.create_task(consumption.stop_taking())
+        while not stop.done() or sink.waiting or held:  # a job ends in every turn of the loop
+            held += await sink.take(sink.waiting)
+            if held:
+                came.append(held.pop())
+                came[-1].done()
+            await asyncio.sleep(0)
+        await consumption.close()
+
+    assert len(came) == jobs
+    assert [delivery.envelope.body for delivery in came if delivery.redelivered] == []
+
+
 async def test_jobs_may_be_settled_in_any_order(harness: Harness) -> None:
     """Jobs end when they end: an ack too many costs the channel and all that is held, one too few runs a job twice."""
     broker, queue, chance = harness.open(), harness.queue(), random.Random(7)

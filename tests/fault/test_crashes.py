@@ -11,10 +11,12 @@ import pytest
 
 from leveret import App, Attempt, Job
 from leveret.consuming.worker import working
+from leveret.ids import new_job_id
 from leveret.outcome import Kind
 from tests.conftest import StartNode
 from tests.fault.bench import Bench, eventually
 from tests.rabbit.node import Rabbit
+from tests.rabbit.raw import connect
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(180)]
 
@@ -124,3 +126,39 @@ async def test_a_stop_while_an_alarm_blocks_publishers_gives_back_at_once_and_ma
     starts = Counter(one.recorder.ids("start"))
     assert set(starts) == set(ids)
     assert sum(starts.values()) - len(ids) <= 2, "those that showed that nothing is confirmed"
+
+
+@pytest.mark.rabbit
+async def test_a_queue_of_the_version_before_gets_its_suspects_queue_from_the_worker(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
+    """A program of the version before declares none: without it the worker would find nothing to set a job aside in."""
+    one = bench(rabbit.url)
+    lane = f"{one.queue.name}.suspects"
+    ids = await one.publish(one.recorder.Note())
+    async with connect(rabbit.url) as raw:
+        await raw.delete(lane)
+        worker = await one.working()
+        await one.until_ended(ids)
+        assert await raw.count(lane) == 0
+        await worker.drained()
+
+
+@pytest.mark.rabbit
+async def test_a_worker_that_may_not_declare_the_suspects_queue_says_so_and_ends(
+    bench: Callable[..., Bench], rabbit: Rabbit
+) -> None:
+    """Rights that name each queue are from before the upgrade: a worker that went on without would keep what it can't set aside."""
+    name = f"narrow-{new_job_id()}"
+    await rabbit.ctl("add_user", name, name)
+    try:
+        one = bench(rabbit.url.replace("guest:guest@", f"{name}:{name}@"))
+        rights = rf"^(lv\..*|{one.queue.name}(\.(low|high|urgent|dead))?)$"
+        await rabbit.ctl("set_permissions", name, rights, rights, rights)
+        worker = one.start()
+
+        assert await worker.ended() == 2, worker.log
+        assert f"doesn't let user '{name}' declare queue '{one.queue.name}'" in worker.log
+        assert f"{one.queue.name}.suspects" in worker.log
+    finally:
+        await rabbit.ctl("delete_user", name)

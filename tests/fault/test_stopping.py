@@ -12,7 +12,7 @@ from leveret import App, Job, Queue
 from leveret.brokers.rabbitmq.consuming import RabbitConsumption
 from leveret.consuming.worker import working
 from leveret.ids import new_job_id
-from tests.fault.bench import PATIENCE_S, Bench, eventually, link_to, stray_tracebacks
+from tests.fault.bench import PATIENCE_S, Bench, Worker, eventually, link_to, stray_tracebacks
 from tests.fault.load import Load
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import connect
@@ -162,18 +162,20 @@ async def test_stops_at_full_speed_repeat_nothing(any_bench: Bench) -> None:
     """The acks of a worker's last moment are still on their way when it closes its channel: those lost are jobs that run twice at each deploy."""
     bench, jobs, stops = any_bench, 6000, 5
     ids = await bench.publish(*(bench.recorder.Note() for _ in range(jobs)))
+    workers: list[Worker] = []
     for stop in range(1, stops + 1):
-        worker = await bench.working()
+        workers.append(await bench.working())
         await bench.until_lines("end", stop * jobs // (stops + 1))
-        await worker.drained()
-    worker = await bench.working()
+        await workers[-1].drained()
+    workers.append(await bench.working())
     await bench.until_ended(ids)
     await bench.until_empty()
-    await worker.drained()
+    await workers[-1].drained()
 
     runs = Counter(bench.recorder.ids("start"))
     assert set(runs) == set(ids)
     assert [count for count in runs.values() if count > 1] == [], "a job that had ended ran again"
+    assert [worker.log for worker in workers if "may have died" in worker.log] == [], "a stop looked like a death"
 
 
 @pytest.mark.rabbit

@@ -537,6 +537,26 @@ async def test_a_dead_workers_row_is_taken_over_after_the_lease(
     assert delivery.redelivered
 
 
+async def test_a_death_counts_as_a_crash_of_what_had_begun_and_of_what_has_none_yet(
+    path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only waited beside a job that kills its workers would be buried with it; nobody knows of a first death what had begun."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    monkeypatch.setattr(lease, "LEASE_S", 0.3)
+    broker = opened()
+    await publish(broker, b"first death", b"had begun", b"had waited")
+    with closing(sqlite3.connect(path)) as file, file:
+        worker = file.execute("INSERT INTO workers (identity) VALUES ('another-boot pid:[1] 1 1')").lastrowid
+        file.execute("UPDATE jobs SET claimed_by = ?, deliveries = 1", (worker,))
+        file.execute("UPDATE jobs SET crashes = 2 WHERE body != ?", (b"first death",))
+        file.execute("UPDATE jobs SET begun = 1 WHERE body = ?", (b"had begun",))
+
+    _, sink = await consume(broker, QUEUE)
+    crashes = {(delivery := await sink.next()).envelope.body: delivery.envelope.crashes for _ in range(3)}
+
+    assert crashes == {b"first death": 1, b"had begun": 3, b"had waited": 2}
+
+
 async def test_a_living_worker_keeps_what_it_holds_for_longer_than_a_lease(
     opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
