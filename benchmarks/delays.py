@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from leveret import Outgoing
-from tests.fault.bench import Bench
+from leveret import Outgoing, Publisher
+from tests.fault.bench import Bench, Worker
 from tests.rabbit.node import Node, installation_of
 
 ENDS_AT_S = (8.0, 24.0, 40.0)
@@ -34,6 +35,49 @@ HELD = """[{element(4, Queue), map_size(Held)} || {_, Worker, _, _} <- superviso
 """Erlang: the queues whose dead-letter worker holds messages that it could send nowhere, and how many."""
 
 
+async def publish(bench: Bench, delays: Sequence[float], publisher: Publisher) -> dict[str, float]:
+    """Publish a job per delay; return when each is due, by its id."""
+    due: dict[str, float] = {}
+    for first in range(0, len(delays), 200):
+        some = delays[first : first + 200]
+        now = time.monotonic()
+        receipts = await publisher.publish_many(
+            [Outgoing(bench.recorder.Note(), delay_s=delay_s) for delay_s in some], timeout_s=30
+        )
+        due.update((receipt.job_id, now + delay_s) for receipt, delay_s in zip(receipts, some, strict=True))
+    return due
+
+
+async def end(node: Node, worker: Worker, ending: str, number: int) -> tuple[float, float]:
+    """End the node for the `number`th time and start it again; return when it went and when the worker consumed again."""
+    down = time.monotonic()
+    await (node.kill9() if ending == "kill" else node.stop())
+    await node.start()
+    await worker.says("(?s)" + ".*".join(["consuming again"] * number))
+    return down, time.monotonic()
+
+
+async def starts_of(bench: Bench, due: Iterable[str]) -> dict[str, list[float]]:
+    """Wait for each job, at most `PATIENCE_S`; return when each that came was started."""
+    ends, missing = time.monotonic() + PATIENCE_S, set(due)
+    while missing and time.monotonic() < ends:
+        await asyncio.sleep(0.5)
+        missing -= set(bench.recorder.ids("start"))
+    await asyncio.sleep(2)  # for copies
+    starts: dict[str, list[float]] = {}
+    for words in bench.recorder.lines("start"):
+        starts.setdefault(words[1], []).append(float(words[4]))
+    return starts
+
+
+def late_s(at: float, came_at: float, outages: Sequence[tuple[float, float]]) -> float:
+    """Return by how much a job came late that was due `at`, the time without a broker left out."""
+    for down, back in outages:
+        if at <= back and came_at >= down:
+            at = max(at, min(back, came_at))
+    return came_at - at
+
+
 async def measure(version: str, kind: str, ending: str, longest_s: float, advanced: dict[str, int]) -> str:
     """Run once; return a line of results."""
     jobs, ends_at_s = (2_000, ENDS_AT_S) if longest_s > ENDS_AT_S[0] else (7_000, (0.0,))
@@ -45,57 +89,28 @@ async def measure(version: str, kind: str, ending: str, longest_s: float, advanc
             await node.start()
             worker = await bench.working()
             delays = [rng.uniform(0.25, longest_s) for _ in range(jobs)]
-            due: dict[str, float] = {}
             async with bench.app.publisher() as publisher:
-                await publisher.publish(bench.recorder.Note(), delay_s=0.5, timeout_s=30)
+                await publish(bench, [0.5], publisher)  # declares the ladder
                 await node.flush()
-                for first in range(0, jobs, 200):
-                    some = delays[first : first + 200]
-                    now = time.monotonic()
-                    receipts = await publisher.publish_many(
-                        [Outgoing(bench.recorder.Note(), delay_s=delay_s) for delay_s in some], timeout_s=30
-                    )
-                    due.update((receipt.job_id, now + delay_s) for receipt, delay_s in zip(receipts, some, strict=True))
-            lasts = dict(zip(due, delays, strict=True))
+                due = await publish(bench, delays, publisher)
             published = time.monotonic()
             outages: list[tuple[float, float]] = []
             for number, at_s in enumerate(ends_at_s if ending != "none" else (), 1):
                 await asyncio.sleep(published + at_s - time.monotonic())
-                down = time.monotonic()
-                await (node.kill9() if ending == "kill" else node.stop())
-                await node.start()
-                await worker.says("(?s)" + ".*".join(["consuming again"] * number))
-                outages.append((down, time.monotonic()))
+                outages.append(await end(node, worker, ending, number))
                 await asyncio.sleep(2)
                 print(f"held by dead-letter workers without a target: {await node.eval(HELD)}", flush=True)
-            ends = time.monotonic() + PATIENCE_S
-            missing = set(due)
-            while missing and time.monotonic() < ends:
-                await asyncio.sleep(0.5)
-                missing = set(due) - set(bench.recorder.ids("start"))
-            await asyncio.sleep(2)  # for copies
-            starts: dict[str, list[float]] = {}
-            for words in bench.recorder.lines("start"):
-                starts.setdefault(words[1], []).append(float(words[4]))
+            starts = await starts_of(bench, due)
         finally:
             bench.close()
             await node.close()
-
-    def late_s(job_id: str) -> float:
-        """Return by how much the job came late, the time without a broker left out."""
-        at, came_at = due[job_id], starts[job_id][0]
-        for down, back in outages:
-            if at <= back and came_at >= down:
-                at = max(at, min(back, came_at))
-        return came_at - at
-
-    came = [job_id for job_id in due if job_id in starts]
-    lates = {job_id: late_s(job_id) for job_id in came}
-    over = sorted(late for job_id, late in lates.items() if late > max(0.5, lasts[job_id] / 10))
+    lates = {job_id: late_s(at, starts[job_id][0], outages) for job_id, at in due.items() if job_id in starts}
+    allowed_s = {job_id: max(0.5, delay_s / 10) for job_id, delay_s in zip(due, delays, strict=True)}
+    over = sorted(late for job_id, late in lates.items() if late > allowed_s[job_id])
     row = sorted(lates.values())
     return (
-        f"RabbitMQ {version} {kind} {ending} {longest_s:g} s {advanced or ''}: {len(due)} published, {len(due) - len(came)} lost,"
-        f" {sum(len(starts[job_id]) > 1 for job_id in came)} twice, {len(over)} late"
+        f"RabbitMQ {version} {kind} {ending} {longest_s:g} s {advanced or ''}: {len(due)} published, {len(due) - len(lates)} lost,"
+        f" {sum(len(starts[job_id]) > 1 for job_id in lates)} twice, {len(over)} late"
         f" (by {Counter(round(late, -1) for late in over)}); p50 {row[len(row) // 2]:.2f} s, p99 {row[len(row) * 99 // 100]:.2f} s,"
         f" worst {row[-1]:.2f} s; without a broker {', '.join(f'{b - d:.1f}' for d, b in outages) or '0'} s"
     )

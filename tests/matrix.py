@@ -124,7 +124,9 @@ def main() -> int:
             )
             continue
         chosen = [
-            suite for suite in arguments.suites.split(",") if suite != "cluster" or version == versions[-1] or not some
+            suite
+            for suite in arguments.suites.split(",")
+            if suite != "cluster" or version == versions[-1] or not arguments.subset
         ]
         rows += [run(version, suite, suites[suite], name) for suite in chosen]
     text = "\n".join(page(rows))

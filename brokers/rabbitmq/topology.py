@@ -233,13 +233,13 @@ def way(ladder: Priority) -> tuple[str, ...]:
 
 
 def delay_queues() -> tuple[tuple[str, ...], ...]:
-    """Return the names of the delay queues of each ladder; the last is the ladder of classic queues in 0.1.0, which is only counted."""
-    times_ms = [value * 8**place * UNIT_MS for place in range(PLACES) for value in range(1, 8)]
-    ladders = [tuple(waiting(ladder, ttl_ms) for ttl_ms in times_ms) for ladder in LEVELS]
-    return (
-        *ladders,
-        tuple(name.replace(_DELAY, f"{_DELAY}classic.") for name in ladders[LEVELS.index(Priority.NORMAL)]),
-    )
+    """Return the names of the delay queues of each ladder; the last is the former ladder of classic queues, which is only counted."""
+    ladders = {
+        level: tuple(record.name for record in of_ladder(level) if isinstance(record, PhysicalQueue))
+        for level in LEVELS
+    }
+    former = tuple(name.replace(_DELAY, f"{_DELAY}classic.") for name in ladders[Priority.NORMAL])
+    return (*ladders.values(), former)
 
 
 def _pattern(place: int, value: int) -> str:
@@ -254,7 +254,6 @@ def of_ladder(ladder: Priority) -> tuple[Declaration, ...]:
     A single TTL queue isn't enough: a message of 1 s behind one of 10 s would take 10 s. Bindings have exactly PLACES + 1 words.
     The delay queues are quorum queues for classic queues too: a classic queue dead-letters at most once, and a crash loses jobs.
     """
-    arguments = _QUORUM | _AT_LEAST_ONCE
     declarations: list[Declaration] = []
     below = DUE
     for place in range(PLACES):
@@ -264,7 +263,9 @@ def of_ladder(ladder: Priority) -> tuple[Declaration, ...]:
             ttl_ms = value * 8**place * UNIT_MS
             name = waiting(ladder, ttl_ms)
             declarations += (
-                PhysicalQueue(name, arguments | {"x-dead-letter-exchange": below, "x-message-ttl": ttl_ms}),
+                PhysicalQueue(
+                    name, _QUORUM | _AT_LEAST_ONCE | {"x-dead-letter-exchange": below, "x-message-ttl": ttl_ms}
+                ),
                 Binding(exchange, name, _pattern(place, value)),
             )
         below = exchange

@@ -52,8 +52,6 @@ logger = logging.getLogger("leveret.consumer")
 
 START_WITHIN_S = 60.0
 """A rate limit lowers the prefetch to the starts of this many seconds; the broker's consumer timeout includes waiting."""
-RUN_PART = 0.75
-"""The part of the broker's limit for which a job runs before its delivery is given back, once a delivery was overdue."""
 _LEAST_LIMIT_S = 1.0
 """A shorter limit of the broker isn't believed: it would be a queue that was deleted and declared again at once."""
 _UNWIND_S = 1.0
@@ -271,7 +269,7 @@ class Consumer:
             limit,
             is_set,
             f"Set consumer_timeout_s={limit}, and g" if wrong else "G",
-            limit_s * RUN_PART,
+            held_by.run_s,
         )
 
     def _ages(self) -> Iterator[tuple[Held, float]]:
@@ -481,10 +479,10 @@ class Consumer:
                 self._settlement.end(held.delivery, None, NotStarted(), None)
             else:
                 self._end_without_run(held.delivery, NotStarted())
-        guarded = {name: queue.hold_s * 4 * RUN_PART for name, queue in self._queues.items() if queue.was_overdue}
+        guarded = any(queue.was_overdue for queue in self._queues.values())
         if guarded:
             for held, age in self._ages():
-                if held.route.handler.remember and age > guarded.get(held.delivery.queue.name, age):
+                if held.route.handler.remember and age > self._queues[held.delivery.queue.name].run_s:
                     self._return(held)
         self._sweeper = None
         if (self.held or guarded) and not self._stopping:

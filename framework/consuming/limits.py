@@ -95,9 +95,8 @@ def in_code(given: int | Mapping[str, int] | None, where: str) -> Concurrency:
 
 def _check(limit: Any, what: str) -> None:
     if type(limit) is not int or not 1 <= limit <= MOST:  # a bool is an int
-        shown = (
-            "a larger one" if type(limit) is int and limit > MOST else f"{limit!r:.80}"
-        )  # Python prints no 5 000 digits
+        # Python prints no 5 000 digits
+        shown = "a larger one" if type(limit) is int and limit > MOST else f"{limit!r:.80}"
         msg = f"{what} must be a whole number of at least 1 and at most {MOST}, not {shown}"
         raise ConfigurationError(msg)
 

@@ -337,23 +337,26 @@ class Settlement:
                 failed = self._failed(run, ending.reason)
                 return self._bury(run, ending, msgspec.structs.replace(failed, crashes=crashes))
             case Unknown(reason):
-                now_ms = int(self._clock.now() * 1000)
-                # A time in the future, from a wrong clock, would make the job wait until then.
-                since_ms = min(envelope.unknown_since_ms or now_ms, now_ms)
-                waited_s = (now_ms - since_ms) / 1000
-                if waited_s >= self._runtime.settings.unknown_grace_s:
+                since_ms, waited_s = self._waited(envelope.unknown_since_ms)
+                grace_s = self._runtime.settings.unknown_grace_s
+                if waited_s >= grace_s:
                     why = Bury(f"{reason}, after a wait of {waited_s:.0f} s")
                     return self._bury(run, why, self._failed(run, reason))
                 self._say_unknown(envelope, reason)
                 unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
-                return self._again(
-                    run, ending, unknown, unknown_wait_s(waited_s, self._runtime.settings.unknown_grace_s)
-                )
+                return self._again(run, ending, unknown, unknown_wait_s(waited_s, grace_s))
             case NotStarted():
                 delivery.give_back()
             case CutOff():
                 pass  # left unsettled, so that the broker delivers it again when the connection closes
         return None
+
+    def _waited(self, since_ms: int | None) -> tuple[int, float]:
+        """Return since when a job waits, Unix ms, and for how long, seconds; from now on if it didn't wait before."""
+        now_ms = int(self._clock.now() * 1000)
+        # A time in the future, from a wrong clock, would make the job wait until then.
+        since_ms = min(since_ms or now_ms, now_ms)
+        return since_ms, (now_ms - since_ms) / 1000
 
     def _say_unknown(self, envelope: Envelope, reason: str) -> None:
         """Log a job that this worker doesn't know; once per name and sender, since each such job comes many times."""
@@ -463,10 +466,9 @@ class Settlement:
 
     async def _postponed(self, run: _Run, ending: Ending, envelope: Envelope) -> Ending | None:
         """Let a job that is to be buried wait in the broker, with a mark, so that no worker runs it again."""
-        now_ms = int(self._clock.now() * 1000)
-        since_ms = min(run.envelope.bury_since_ms or now_ms, now_ms)
+        since_ms, waited_s = self._waited(run.envelope.bury_since_ms)
         shortest_s, longest_s = _POSTPONED_S
-        waits_s = min(longest_s, max(shortest_s, (now_ms - since_ms) / 1000))
+        waits_s = min(longest_s, max(shortest_s, waited_s))
         marked = _next(envelope, cause="bury", bury_since_ms=since_ms)
         if not await self._delayed(run.delivery, marked, waits_s):
             return None
@@ -611,30 +613,16 @@ def _say(run: _Run, ending: Ending) -> None:
             pass
 
 
-def unknown_wait_s(waited_s: float, grace_s: float) -> float:
-    """Return how long a job waits for the next worker that may know it, seconds: a quarter of its wait so far.
-
-    At least 40 waits fit into the grace, so that a job meets a worker that knows it even where most workers of its queue don't.
-    """
-    return max(_SHORTEST_WAIT_S, min(grace_s / 40, max(0.5, waited_s / 4)))
-
-
 def _say_postponed(run: _Run, ending: Ending) -> None:
     """Log a job that ended, and that can't be buried yet."""
     dead = f"{run.delivery.queue.name}.dead"
     waits = f"{dead} takes no letter now, so the job waits in the broker to be buried"
     error = run.error or (ending.__cause__ if isinstance(ending, BaseException) else None)
+    reason = one_line(_why(run, ending))
     if run.attempt is None:
-        logger.error("%s: %s: %s", what(run.envelope), waits, one_line(_why(run, ending)))
+        logger.error("%s: %s: %s", what(run.envelope), waits, reason)
     else:
-        _log(
-            run,
-            logging.ERROR,
-            "bury",
-            f"ended after {duration(run.took_s)}; {waits}",
-            error,
-            reason=one_line(_why(run, ending)),
-        )
+        _log(run, logging.ERROR, "bury", f"ended after {duration(run.took_s)}; {waits}", error, reason=reason)
 
 
 def _why(run: _Run, ending: Ending) -> str:
@@ -680,6 +668,14 @@ def _why_expired(run: _Run, ending: Expired) -> str:
         f"had expired {(arrived_ms - expires_at_ms) / 1000:.0f} s before it first arrived, when it {age}: either it waited in the queue, "
         "or the clocks of its publisher and of this worker differ"
     )
+
+
+def unknown_wait_s(waited_s: float, grace_s: float) -> float:
+    """Return how long a job waits for the next worker that may know it, seconds: a quarter of its wait so far.
+
+    At least 40 waits fit into the grace, so that a job meets a worker that knows it even where most workers of its queue don't.
+    """
+    return max(_SHORTEST_WAIT_S, min(grace_s / 40, max(0.5, waited_s / 4)))
 
 
 def _entered(envelope: Envelope, failure: Failure) -> Envelope:

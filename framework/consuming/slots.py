@@ -26,6 +26,8 @@ logger = logging.getLogger("leveret.consumer")
 _ASK_AGAIN_S = 1.0
 HOLD_S = 450.0
 """Seconds that a delivery waits for a slot before it is given back; a quarter of the broker's limit, if the broker has one."""
+RUN_PART = 0.75
+"""The part of the broker's limit for which a job runs before its delivery is given back, once a delivery was overdue."""
 AGEING_S = 10.0
 """Each such wait, in seconds, counts as one priority level, so that jobs of the lowest level don't starve."""
 
@@ -214,6 +216,11 @@ class QueueHeld:
     def hold_s(self) -> float:
         """Seconds after which a waiting delivery is given back to the broker."""
         return HOLD_S if self.held_at_most_s is None else self.held_at_most_s / 4
+
+    @property
+    def run_s(self) -> float:
+        """Seconds after which the delivery of a running job is given back; infinity until the broker has taken one back."""
+        return self.held_at_most_s * RUN_PART if self.was_overdue and self.held_at_most_s is not None else float("inf")
 
 
 class Slots:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from leveret import App, Attempt, BrokerUnavailable, Bury, Job, Queue
-from leveret.consuming.worker import Working, working
+from leveret.consuming.worker import working
 from tests.fault.bench import eventually
 from tests.rabbit.node import Rabbit
 from tests.rabbit.raw import Raw
@@ -28,7 +28,7 @@ class Shop:
     def __init__(self, url: str) -> None:
         self.queue = queue = Queue(f"full-{uuid.uuid4().hex[:12]}")
         self.dead = f"{queue.name}.dead"
-        self.app = App("shop", broker=url, concurrency=20)
+        self.app: App[None] = App("shop", broker=url, concurrency=20)
         self.done = 0
         self.bad_runs = Counter[str]()
 
@@ -40,16 +40,15 @@ class Shop:
 
         self.Good, self.Bad = Good, Bad
 
+        @self.app.handler
         async def good(job: Good) -> None:
             await asyncio.sleep(0.02)
             self.done += 1
 
-        async def bad(job: Bad, attempt: Attempt) -> Bury:
+        @self.app.handler
+        async def bad(job: Bad, attempt: Attempt[None]) -> Bury:
             self.bad_runs[attempt.job_id] += 1
             return Bury(f"bad {job.n}")
-
-        self.app.handler(job=Good)(good)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        self.app.handler(job=Bad)(bad)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     @asynccontextmanager
     async def full(self, rabbit: Rabbit) -> AsyncGenerator[None]:
@@ -76,12 +75,6 @@ class Shop:
         )
         return count / (time.monotonic() - began)
 
-    @asynccontextmanager
-    async def working(self, grace_s: float = 30) -> AsyncGenerator[Working]:
-        """Run a worker."""
-        async with working(self.app, grace_s=grace_s) as work:
-            yield work
-
     async def buried(self, raw: Raw, count: int, timeout_s: float) -> float:
         """Wait until `count` letters are there, and return how long that took."""
         began = time.monotonic()
@@ -97,7 +90,7 @@ async def test_good_jobs_go_on_beside_burials_that_are_refused(
     """R-dead: 200 bad jobs filled the prefetch, and none of 100 good ones ran in 15 s; on 3.10 for as long as the worker lived."""
     caplog.set_level(logging.INFO, "leveret")
     shop = Shop(rabbit.url)
-    async with shop.working() as work:
+    async with working(shop.app) as work:
         healthy = await shop.rate(1500)
         async with shop.full(rabbit):
             bad = await shop.publish(*(shop.Bad(n) for n in range(200)))
@@ -123,13 +116,13 @@ async def test_a_stop_is_not_held_by_burials_that_are_refused(rabbit: Rabbit, ra
     """Each deploy would take the whole grace, and each of these jobs would run again in the next worker."""
     shop = Shop(rabbit.url)
     async with shop.full(rabbit):
-        async with shop.working():
+        async with working(shop.app):
             bad = await shop.publish(*(shop.Bad(n) for n in range(60)))
             await eventually(lambda: len(shop.bad_runs) == 60)
             began = time.monotonic()
         took_s = time.monotonic() - began
     assert took_s < 5
-    async with shop.working():
+    async with working(shop.app):
         await shop.buried(raw, 60, 60)
     assert shop.bad_runs == Counter(bad)
 
@@ -137,7 +130,7 @@ async def test_a_stop_is_not_held_by_burials_that_are_refused(rabbit: Rabbit, ra
 async def test_good_jobs_go_on_beside_burials_that_nobody_confirms(rabbit: Rabbit, raw: Raw) -> None:
     """A dead-letter queue without its majority answers nothing: burials that wait for it would stop all other jobs."""
     shop = Shop(rabbit.url)
-    async with shop.working() as work:
+    async with working(shop.app) as work:
         healthy = await shop.rate(1000)
         process = f"whereis('%2F_{shop.dead}')"
         await rabbit.ctl("eval", f"ok = sys:suspend({process}).")

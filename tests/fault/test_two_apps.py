@@ -15,6 +15,7 @@ from leveret.failure import failures_of
 from leveret.runtime import Runtime
 from tests.fault.bench import eventually
 from tests.rabbit.node import Rabbit
+from tests.rabbit.raw import Raw
 
 pytestmark = [pytest.mark.fault, pytest.mark.versions, pytest.mark.timeout(120)]
 
@@ -62,7 +63,7 @@ async def test_jobs_reach_the_one_worker_of_four_that_knows_them(
     assert "from the app shipping" in lines[0]
 
 
-async def test_a_job_of_another_contract_is_buried_with_both_contracts(rabbit: Rabbit) -> None:
+async def test_a_job_of_another_contract_is_buried_with_both_contracts(rabbit: Rabbit, raw: Raw) -> None:
     """Two teams chose one name: whoever reads the dead letter must see whose job it is."""
     queue = Queue(f"shared-{uuid.uuid4().hex[:12]}")
 
@@ -81,8 +82,7 @@ async def test_a_job_of_another_contract_is_buried_with_both_contracts(rabbit: R
     async with shipping.publisher() as publisher, billing.worker():
         await publisher.publish(Theirs("May"))
         admin = open_admin(rabbit.url, Runtime(app="fault"))
-        while not (await admin.depths([queue]))[0].dead:
-            await asyncio.sleep(0.1)  # AMQP has no event for a depth
+        await raw.until_count(f"{queue.name}.dead", 1)
         async with admin.dead(queue) as letters:
             [reason] = [failures_of(letter.envelope)[-1].reason async for letter in letters]
         await admin.close()
