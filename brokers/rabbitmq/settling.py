@@ -66,10 +66,13 @@ class Settling:
             return await self._confirmed(delivery, envelope.deadline)
         return False
 
-    async def anew(self, queue: Queue, envelope: Envelope) -> None:
-        """Publish `envelope` to `queue`, confirmed: a message that no worker has seen."""
+    async def anew(self, queue: Queue, envelope: Envelope) -> bool:
+        """Publish `envelope` to `queue`, confirmed: a message that no worker has seen. Return False, at once, if the broker blocks publishers."""
+        if self._retrying.state.name == "blocked":
+            return False
         route = await self._routes.ready(queue, envelope, self._retrying)
         await self._retrying.send(route, envelope, envelope.deadline)
+        return True
 
     async def _confirmed(self, delivery: Replaceable, deadline: float) -> bool:
         """Ack the delivery once its replacement is confirmed; return False if none was written.

@@ -292,7 +292,8 @@ class Taker:
         if problem is None:
             deadline = time.monotonic() + CLOSE_TIMEOUT_S
             try:
-                await self.settling.anew(self.queue, replace(envelope, deadline=deadline))
+                if not await self.settling.anew(self.queue, replace(envelope, deadline=deadline)):
+                    return False
             except PublishError:
                 return False
             self._channel.ack(got.tag, multiple=False)

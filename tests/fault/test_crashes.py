@@ -96,13 +96,14 @@ async def test_a_job_that_waits_too_long_in_a_worker_keeps_its_place_and_is_no_s
         await gate.wait()
         ran.append(attempt.job_id)
 
-    ids = await one.publish(*(one.recorder.Note() for _ in range(4)))
+    ids = await one.publish(*(one.recorder.Note() for _ in range(20)))
     async with working(app) as work:
         await eventually(lambda: work.consumer.counts[Kind.NOT_STARTED] >= 3)
         gate.set()
         await eventually(lambda: len(ran) == len(ids))
         assert work.consumer.counts[Kind.SUSPECTED] == 0
-    assert ran == ids
+    # what is given back in the moment in which another job ends is overtaken by the next one
+    assert [job_id for place, job_id in enumerate(ran) if abs(ids.index(job_id) - place) > 2] == []
 
 
 async def test_a_stop_while_an_alarm_blocks_publishers_gives_back_at_once_and_makes_no_copies(
@@ -111,14 +112,15 @@ async def test_a_stop_while_an_alarm_blocks_publishers_gives_back_at_once_and_ma
     """Whatever a blocked connection has in it is carried out after the alarm: each job that was held would run twice."""
     node = await rabbit_node()
     one = bench(node.url)
-    ids = await one.publish(*(one.recorder.Note(0.5) for _ in range(300)))
+    ids = await one.publish(*(one.recorder.Note(0.5) for _ in range(1500)))
     worker = await one.working("--concurrency", "100", "--grace", "20")
     await one.until_lines("end", 100)
     await node.alarm(on=True)
     worker.term()
-    assert await worker.ended(6) == 0, worker.log
+    assert await worker.ended(15) == 0, worker.log  # the grace is 20 s
+    assert "100 given back" in worker.log
     await node.alarm(on=False)
-    other = await one.working("--concurrency", "100")
+    other = await one.working("--concurrency", "500")
     await one.until_ended(ids)
     await one.until_empty()
     await other.drained()
