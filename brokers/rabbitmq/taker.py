@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import socket
+import sys
 from bisect import bisect
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
@@ -20,6 +21,7 @@ from leveret.envelope import Envelope
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 
+from . import topology
 from .channel import Channel
 from .connection import Connection
 from .properties import excess, from_job_queue, id_in, max_delivered_bytes
@@ -91,6 +93,12 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
         return self.taker.queue
 
     @property
+    def consumers(self) -> int:
+        """How many consumers the job's physical queue had at the last look; very many if the broker counted none."""
+        name = topology.physical(self.taker.queue, self.envelope.priority)
+        return self.taker.consumers.get(name) or sys.maxsize
+
+    @property
     def live(self) -> bool:
         """Whether the channel of the delivery is open."""
         return self.taker.live
@@ -135,6 +143,8 @@ class Taker:
         self.names = names
         self.mute: set[str] = set()
         """Physical queues in which the broker counts no consumer although one is registered: sick ones, as far as known."""
+        self.consumers: Mapping[str, int] = {}
+        """How many consumers each of these has, as the broker counted lately."""
         self.settling = session.settling
         self.live = True
         self._wanted = self._prefetch = min(subscription.prefetch, MOST_PREFETCH)

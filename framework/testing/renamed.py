@@ -41,6 +41,7 @@ class RenamedDelivery:
         self.envelope = _to(queue, delivery.envelope)
         self.redelivered = delivery.redelivered
         self.problem = delivery.problem
+        self.consumers = delivery.consumers
         self.done = delivery.done
         self.give_back = delivery.give_back
 
