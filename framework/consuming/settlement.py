@@ -164,6 +164,7 @@ class Settlement:
         if bool(before) == bool(why):
             return
         if why:
+            burials.hurry()
             logger.error(
                 "queue %s: burials can't be published: a few wait in this worker, the others in the broker: %s",
                 queue,
