@@ -90,7 +90,7 @@ async def measure(version: str, kind: str, ending: str, longest_s: float, advanc
             worker = await bench.working()
             delays = [rng.uniform(0.25, longest_s) for _ in range(jobs)]
             async with bench.app.publisher() as publisher:
-                await publish(bench, [0.5], publisher)  # declares the ladder
+                await publish(bench, [longest_s], publisher)  # declares the ladder
                 await node.flush()
                 due = await publish(bench, delays, publisher)
             published = time.monotonic()

@@ -82,6 +82,11 @@ class Delivery(Protocol):
         ...
 
     @property
+    def consumers(self) -> int:
+        """How many workers consume the job's queue at its level, as counted lately: very many before the first count, 0 if nobody counts."""
+        ...
+
+    @property
     def live(self) -> bool:
         """Whether the channel or lease is still there, so that the delivery can be settled. Once it is gone, the broker delivers the job again.
 

@@ -56,6 +56,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The job must have started by then, Unix ms."""
     unknown_since_ms: int | None = None
     """Since when the job has waited for a handler that knows its name and version, Unix ms."""
+    strangers: str = ""
+    """Which workers have met the job since then and don't know it: their short ids, with commas between."""
     bury_since_ms: int | None = None
     """Since when the job waits to be buried, Unix ms: no worker runs it. Its dead letters took nothing."""
     errors: str = ""

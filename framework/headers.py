@@ -62,6 +62,7 @@ _FIELDS: tuple[tuple[str, str, type], ...] = (
     ("due_ms", "lv-due", int),
     ("expires_at_ms", "lv-expires-at", int),
     ("unknown_since_ms", "lv-unknown-since", int),
+    ("strangers", "lv-strangers", str),
     ("bury_since_ms", "lv-bury-since", int),
     ("errors", "lv-errors", str),
     ("origin", "lv-origin", str),
@@ -103,6 +104,8 @@ def pack_headers(envelope: Envelope) -> dict[str, object]:
         table["lv-expires-at"] = envelope.expires_at_ms
     if envelope.unknown_since_ms is not None:
         table["lv-unknown-since"] = envelope.unknown_since_ms
+        if envelope.strangers:
+            table["lv-strangers"] = envelope.strangers
     if envelope.bury_since_ms is not None:
         table["lv-bury-since"] = envelope.bury_since_ms
     if envelope.errors:

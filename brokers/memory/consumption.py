@@ -41,6 +41,11 @@ class MemoryDelivery:
         return self.live
 
     @property
+    def consumers(self) -> int:
+        """0: nobody counts the workers of a queue in memory."""
+        return 0
+
+    @property
     def problem(self) -> str | None:
         """As `Delivery.problem`."""
         return self.stored.problem

@@ -166,6 +166,9 @@ async def _count(name: str, channel: Channel) -> tuple[int, int] | None:
 
 
 async def _waiting(names: tuple[str, ...], channel: Channel) -> int:
-    """Count the jobs in the queues of a delay ladder, all asked at once; a ladder that was never declared holds none."""
+    """Count the jobs in the queues of a delay ladder, all asked at once.
+
+    A queue that isn't there closes the channel, and ends the count: nobody has declared that queue yet, nor any after it.
+    """
     counts = await asyncio.gather(*(_count(name, channel) for name in names))
     return sum(found[0] for found in counts if found is not None)

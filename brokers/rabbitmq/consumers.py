@@ -280,23 +280,23 @@ class Consumers:
         """
         before: set[str] = set()
         while True:
+            with suppress(TimeoutError):
+                counted = await self._counted(self.runtime.settings.connect_timeout_s)
+                idle = {name for name, count in counted.items() if not count}
+                for taker in self.takers.values():
+                    taker.consumers = counted
+                    mute = idle & before & taker.names.keys()
+                    if mute != taker.mute:
+                        taker.mute = mute
+                        self.home.changed()
+                before = idle
             await self.runtime.clock.sleep(WATCH_S)
-            try:
-                idle = await self._without_consumer(self.runtime.settings.connect_timeout_s)
-            except TimeoutError:
-                continue
-            for taker in self.takers.values():
-                mute = idle & before & taker.names.keys()
-                if mute != taker.mute:
-                    taker.mute = mute
-                    self.home.changed()
-            before = idle
 
-    async def _without_consumer(self, timeout_s: float) -> set[str]:
-        """Return the physical queues without a consumer, of those that this connection consumes."""
+    async def _counted(self, timeout_s: float) -> dict[str, int]:
+        """Return the number of consumers of each physical queue that this connection consumes."""
         names = [name for taker in self.takers.values() for name in taker.names]
         found = await counts(self.connection, names, timeout_s)
-        return {name for name, there in found.items() if there is not None and not there[1]}
+        return {name: there[1] for name, there in found.items() if there is not None}
 
     def trouble(self, queue: str) -> str:
         """Return why `queue` isn't consumed here; empty if it is."""
@@ -312,9 +312,9 @@ class Consumers:
         self.taking = False
         try:
             # the cancel of a sick queue's consumer would end the connection, and with it the acks of the running jobs
-            idle = await self._without_consumer(CLOSE_TIMEOUT_S)
+            counted = await self._counted(CLOSE_TIMEOUT_S)
             for taker in self.takers.values():
-                taker.mute = idle & taker.names.keys()
+                taker.mute = {name for name in taker.names if counted.get(name) == 0}
             await asyncio.gather(*(taker.stop() for taker in self.takers.values()))
         except FAULTS as error:
             reason = reason_of(error)

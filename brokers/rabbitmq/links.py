@@ -13,7 +13,7 @@ from pamqp import commands
 from leveret.backoff import full_jitter
 from leveret.broker import PublisherState, PublisherStateName
 from leveret.errors import ConfigurationError
-from leveret.job import Priority, Queue
+from leveret.job import Queue
 from leveret.runtime import Runtime
 
 from .channel import Channel
@@ -22,6 +22,7 @@ from .connection import Connection
 from .nodes import Nodes
 from .route import Route
 from .session import FAULTS, ConnectionLost, reason_of, size_limit
+from .topology import Ladder
 from .wire import CLOSE_TIMEOUT_S, Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
@@ -42,12 +43,12 @@ class Link:
         self.channel = channel
         self.since = time.monotonic()
         self.window = channel.window
-        self.declared: set[Queue | Priority | None] = {None}
+        self.declared: set[Queue | Ladder | None] = {None}
         self.ready: set[Route] = set()
         """Kept routes whose topology is declared: a look-up here is faster than two in `declared`."""
         self.declaring: dict[object, asyncio.Task[None]] = {}
-        self.seen: dict[str, float] = {}
-        """By physical queue: when the queue and the delay ladder on the way to it were last found to exist, monotonic seconds."""
+        self.seen: dict[tuple[Ladder | None, str | None], float] = {}
+        """By delay ladder and physical queue: when a job's way through both was last found to exist, monotonic seconds."""
 
     @property
     def usable(self) -> bool:

@@ -27,7 +27,7 @@ from leveret.errors import (
     Unroutable,
 )
 from leveret.failure import shortened
-from leveret.job import Priority, Queue
+from leveret.job import Queue
 from leveret.runtime import Runtime
 
 from . import topology
@@ -37,6 +37,7 @@ from .nodes import Nodes
 from .properties import encode
 from .route import Route
 from .session import FAULTS, ConnectionLost, declare, missing, reason_of, size_limit
+from .topology import Ladder
 from .wire import Closed
 
 logger = logging.getLogger("leveret.rabbitmq")
@@ -175,10 +176,9 @@ class Publishing:
                         for what in (route.queue, route.ladder):
                             if what is not None and what not in link.declared:
                                 await self._once(link, what, partial(self._declare, link, what))
-                        if route.due_in is not None and _unseen(link, route):
-                            await self._once(
-                                link, (route.ladder, route.due_in), partial(self._look, link, route, route.due_in)
-                            )
+                        if route.ladder is not None and route.due_in is not None and _unseen(link, route):
+                            look = partial(self._look, link, route.ladder, route.due_in)
+                            await self._once(link, (route.ladder, route.due_in), look)
                             if route.ladder not in link.declared:
                                 continue
                         declared = True
@@ -230,32 +230,31 @@ class Publishing:
             )
         await asyncio.shield(task)
 
-    async def _look(self, link: Link, route: Route, queue: str) -> None:
+    async def _look(self, link: Link, ladder: Ladder, queue: str) -> None:
         """Find out whether the way of a delayed job exists: the broker confirms the job at the first hop.
 
         Raises `_Gone` if the queue at its end was deleted. An exchange that was deleted is declared again.
         """
-        exchanges = topology.way(route.ladder or Priority.NORMAL)
         try:
-            gone = await missing(link.connection, exchanges, queue, self._runtime.settings.connect_timeout_s)
+            gone = await missing(link.connection, topology.way(ladder), queue, self._runtime.settings.connect_timeout_s)
         except FAULTS as error:
             raise ConnectionLost(f"the delay ladder could not be looked at: {reason_of(error)}") from error
         if gone is None:
-            link.seen[queue] = time.monotonic()
+            link.seen[ladder, queue] = time.monotonic()
             return
         link.forget()
         if gone == queue:
             raise _Gone(f"queue {gone}")
         logger.warning("exchange %s was deleted; declaring it again", gone)
 
-    async def _declare(self, link: Link, what: Queue | Priority) -> None:
+    async def _declare(self, link: Link, what: Queue | Ladder) -> None:
         """Declare `what`: a queue's topology, or a ladder."""
         if isinstance(what, Queue):
             name, records = what.name, topology.SHARED + topology.of_queue(what)
         else:
             name, records = "lv.delay.*", topology.of_ladder(what)
         await declare(link.connection, records, name, self._runtime.settings.connect_timeout_s)
-        link.declared.add(what)
+        link.declared.update([what] if isinstance(what, Queue) else what.lower())
 
     async def close(self) -> None:
         """Close the connections; publishes that wait for a connection fail."""
@@ -264,7 +263,7 @@ class Publishing:
 
 def _unseen(link: Link, route: Route) -> bool:
     """Return whether a delayed job's way must be looked at first."""
-    return route.due_in is not None and time.monotonic() - link.seen.get(route.due_in, -inf) > SEEN_S
+    return route.due_in is not None and time.monotonic() - link.seen.get((route.ladder, route.due_in), -inf) > SEEN_S
 
 
 def _failure(posted: Posting, error: Exception) -> PublishError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from leveret.job import Priority, Queue
+from leveret.job import Queue
+
+from .topology import Ladder
 
 
 class Route(msgspec.Struct, frozen=True, eq=False):
@@ -14,7 +16,7 @@ class Route(msgspec.Struct, frozen=True, eq=False):
     key: str
     priority: int | None
     queue: Queue | None
-    ladder: Priority | None
+    ladder: Ladder | None
     ends_at: str | None = None
     """The queue that the route leads to, if it isn't `queue`: a queue of dead letters, or a queue that needn't be declared."""
     due_in: str | None = None

@@ -24,7 +24,7 @@ class Routing:
         """Return the route to a level of `queue`."""
         known = self._known.get((queue.name, level))
         if known is None or (known.queue is not queue and known.queue != queue):
-            exchange, key = topology.route(queue, level, 0)
+            exchange, key, _ = topology.route(queue, level, 0)
             priority = priority_property(queue, level)
             known = self._known[queue.name, level] = Route(exchange, key, priority, queue, None, kept=True)
         return known
@@ -55,10 +55,10 @@ class Routing:
         if not delay_s:
             return self.level(queue, envelope.priority)
         try:
-            exchange, key = topology.route(queue, envelope.priority, delay_s)
+            exchange, key, ladder = topology.route(queue, envelope.priority, delay_s)
         except ValueError as error:
             msg = f"{envelope.job or 'a job'} to queue {queue.name}: {error}"
             raise InvalidJob(msg, job_id=envelope.job_id) from None
         level = envelope.priority
-        ladder, due_in = topology.ladder_of(queue, level), topology.physical(queue, level)
+        due_in = topology.physical(queue, level)
         return Route(exchange, key, priority_property(queue, level), queue, ladder, due_in=due_in)

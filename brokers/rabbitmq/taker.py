@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import socket
+import sys
 import time
 from bisect import bisect
 from collections import Counter
@@ -24,6 +25,7 @@ from leveret.errors import PublishError
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 
+from . import topology
 from .channel import Channel, Got
 from .connection import Connection
 from .properties import excess, from_job_queue, id_in, max_delivered_bytes
@@ -97,6 +99,12 @@ class RabbitDelivery(msgspec.Struct, eq=False, gc=False):
         return self.taker.queue
 
     @property
+    def consumers(self) -> int:
+        """How many consumers the job's physical queue had at the last look; very many if the broker counted none."""
+        name = topology.physical(self.taker.queue, self.envelope.priority)
+        return self.taker.consumers.get(name) or sys.maxsize
+
+    @property
     def live(self) -> bool:
         """Whether the channel of the delivery is open."""
         return self.taker.live
@@ -145,6 +153,8 @@ class Taker:
         self.names = names
         self.mute: set[str] = set()
         """Physical queues in which the broker counts no consumer although one is registered: sick ones, as far as known."""
+        self.consumers: Mapping[str, int] = {}
+        """How many consumers each of these has, as the broker counted lately."""
         self.settling = session.settling
         self.live = True
         self._wanted = self._prefetch = min(subscription.prefetch, MOST_PREFETCH)

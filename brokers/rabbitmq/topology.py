@@ -11,7 +11,7 @@ Arguments are the same for every version of RabbitMQ, since a queue can't be dec
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -68,6 +68,17 @@ class Binding(msgspec.Struct, frozen=True):
     to: Literal["queue", "exchange"] = "queue"
 
 
+class Ladder(NamedTuple):
+    """The lowest places of the delay ladder that is named by a level: a job needs no place above its highest digit."""
+
+    level: Priority
+    places: int
+
+    def lower(self) -> list[Ladder]:
+        """Return this ladder and each shorter one, which it contains."""
+        return [Ladder(self.level, places) for places in range(1, self.places + 1)]
+
+
 Declaration: TypeAlias = Exchange | PhysicalQueue | Binding
 
 
@@ -122,7 +133,7 @@ def destination(name: str, level: Priority) -> str:
 
 
 def ladder_of(queue: Queue, level: Priority) -> Priority:
-    """Return the ladder in which jobs of `queue` at `level` wait, named by a level; most wait in that of NORMAL.
+    """Return the level that names the ladder in which jobs of `queue` at `level` wait; most wait in that of NORMAL.
 
     A quorum queue of RabbitMQ 4.x orders by AMQP's `priority`, which only jobs of classic queues have. In one ladder, an urgent job
     would hold up the others of its delay queue. A job without the property counts as NORMAL.
@@ -157,13 +168,13 @@ def delay_units(delay_s: float) -> int:
     return -(-units >> shift) << shift
 
 
-def route(queue: Queue, level: Priority, delay_s: float) -> tuple[str, str]:
-    """Return the exchange and routing key for a job of `queue`, now (`delay_s` <= 0) or later."""
+def route(queue: Queue, level: Priority, delay_s: float) -> tuple[str, str, Ladder | None]:
+    """Return the exchange and routing key for a job of `queue`, now (`delay_s` <= 0) or later, and the ladder on its way."""
     if delay_s <= 0:
-        return JOBS, job_key(queue.name, level)
+        return JOBS, job_key(queue.name, level), None
     digits = format(delay_units(delay_s), f"0{PLACES}o")
-    highest = len(digits.lstrip("0")) - 1
-    return digit(ladder_of(queue, level), highest), f"{'.'.join(digits)}.{destination(queue.name, level)}"
+    ladder = Ladder(ladder_of(queue, level), len(digits.lstrip("0")))
+    return digit(ladder.level, ladder.places - 1), f"{'.'.join(digits)}.{destination(queue.name, level)}", ladder
 
 
 _QUORUM: dict[str, object] = {
@@ -227,15 +238,18 @@ def of_queue(queue: Queue) -> tuple[Declaration, ...]:
     return tuple(declarations)
 
 
-def way(ladder: Priority) -> tuple[str, ...]:
+def way(ladder: Ladder) -> tuple[str, ...]:
     """Return the exchanges that a delayed job may pass in `ladder`."""
-    return (DUE, *(digit(ladder, place) for place in range(PLACES)))
+    return (DUE, *(digit(ladder.level, place) for place in range(ladder.places)))
 
 
 def delay_queues() -> tuple[tuple[str, ...], ...]:
-    """Return the names of the delay queues of each ladder; the last is the former ladder of classic queues, which is only counted."""
+    """Return the names of the delay queues of each ladder, in the order in which they are declared.
+
+    The last is the former ladder of classic queues, which is only counted.
+    """
     ladders = {
-        level: tuple(record.name for record in of_ladder(level) if isinstance(record, PhysicalQueue))
+        level: tuple(record.name for record in of_ladder(Ladder(level, PLACES)) if isinstance(record, PhysicalQueue))
         for level in LEVELS
     }
     former = tuple(name.replace(_DELAY, f"{_DELAY}classic.") for name in ladders[Priority.NORMAL])
@@ -248,20 +262,20 @@ def _pattern(place: int, value: int) -> str:
     return ".".join(words)
 
 
-def of_ladder(ladder: Priority) -> tuple[Declaration, ...]:
-    """Return the delay ladder named `ladder`: a job waits once per digit of its key that isn't 0.
+def of_ladder(ladder: Ladder) -> tuple[Declaration, ...]:
+    """Return the declarations of a delay ladder: a job waits once per digit of its key that isn't 0.
 
     A single TTL queue isn't enough: a message of 1 s behind one of 10 s would take 10 s. Bindings have exactly PLACES + 1 words.
     The delay queues are quorum queues for classic queues too: a classic queue dead-letters at most once, and a crash loses jobs.
     """
     declarations: list[Declaration] = []
     below = DUE
-    for place in range(PLACES):
-        exchange = digit(ladder, place)
+    for place in range(ladder.places):
+        exchange = digit(ladder.level, place)
         declarations += (Exchange(exchange, "topic"), Binding(exchange, below, _pattern(place, 0), to="exchange"))
         for value in range(1, 8):
             ttl_ms = value * 8**place * UNIT_MS
-            name = waiting(ladder, ttl_ms)
+            name = waiting(ladder.level, ttl_ms)
             declarations += (
                 PhysicalQueue(
                     name, _QUORUM | _AT_LEAST_ONCE | {"x-dead-letter-exchange": below, "x-message-ttl": ttl_ms}

@@ -80,6 +80,11 @@ class SqliteDelivery:
         return await self.window.settling.begin(self)
 
     @property
+    def consumers(self) -> int:
+        """0: nobody counts the workers of a queue in a file."""
+        return 0
+
+    @property
     def live(self) -> bool:
         """Whether the lease is alive. A settled delivery stays live: a retry that was committed late isn't lost."""
         return self.lease.alive

@@ -252,6 +252,7 @@ def replayed(envelope: Envelope) -> Envelope:
         due_ms=None,
         expires_at_ms=None,
         unknown_since_ms=None,
+        strangers="",
         bury_since_ms=None,
         cause=None,
         deadline=time.monotonic() + _REPLAY_S,

@@ -21,16 +21,28 @@ class Burials:
         self.why = ""
         """Why the dead letters take nothing; empty if they do."""
         self._places = asyncio.Semaphore(max(1, prefetch // 4))
+        self._waiting: set[asyncio.Timeout] = set()
+        """The patience of each burial that waits for a place."""
 
     async def enter(self) -> bool:
         """Take a place; return False if there is none, because the dead letters take nothing."""
         if self.why and self._places.locked():
             return False
+        patience = asyncio.timeout(PATIENCE_S)
+        self._waiting.add(patience)
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with patience:
                 return await self._places.acquire()
         except TimeoutError:
             return False
+        finally:
+            self._waiting.discard(patience)
+
+    def hurry(self) -> None:
+        """Let nobody wait for a place any more: the dead letters refuse, and no place will be free soon."""
+        for patience in self._waiting:
+            if not patience.expired():
+                patience.reschedule(0.0)
 
     def leave(self) -> None:
         """Give the place back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import time
 import traceback
@@ -69,6 +70,9 @@ _BURIED_WITHIN_S = 4.0
 """The longest wait between two tries of a burial that stays in the worker."""
 _POSTPONED_S = (10.0, 300.0)
 """The shortest and the longest wait, in the broker, of a job that is to be buried: each is as long as all before it together."""
+MOST_GRACES = 10
+"""After so many graces a job with an unknown name is buried though it hasn't met every consumer of its queue. It has met at most
+about 400 workers by then, whose ids take 4 KB of its headers."""
 _REFUSED = (InvalidJob, MessageTooLarge)
 """Errors that another try wouldn't change."""
 
@@ -134,6 +138,8 @@ class Settlement:
         """The number of retries and burials that can't be published now; their deliveries stay unacknowledged."""
         self.cut = False
         """Whether the grace of a stop is over; nothing is then tried again."""
+        self._id = os.urandom(4).hex()
+        """Names this worker among the strangers of a job."""
         self._burials = defaultdict[str, Burials](partial(Burials, 2))
         self._burials.update((each.queue.name, Burials(each.prefetch)) for each in subscriptions)
         self._unknown: set[tuple[str, int, str | None]] = set()
@@ -162,6 +168,7 @@ class Settlement:
         if bool(before) == bool(why):
             return
         if why:
+            burials.hurry()
             logger.error(
                 "queue %s: burials can't be published: a few wait in this worker, the others in the broker: %s",
                 queue,
@@ -339,11 +346,14 @@ class Settlement:
             case Unknown(reason):
                 since_ms, waited_s = self._waited(envelope.unknown_since_ms)
                 grace_s = self._runtime.settings.unknown_grace_s
-                if waited_s >= grace_s:
+                strangers = _met(envelope.strangers, self._id)
+                # while the queue has more consumers than the job has met strangers, one of them may know it
+                met_all = strangers.count(",") + 1 >= delivery.consumers
+                if waited_s >= (grace_s if met_all else grace_s * MOST_GRACES):
                     why = Bury(f"{reason}, after a wait of {waited_s:.0f} s")
                     return self._bury(run, why, self._failed(run, reason))
                 self._say_unknown(envelope, reason)
-                unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms)
+                unknown = _next(envelope, cause="snooze", unknown_since_ms=since_ms, strangers=strangers)
                 return self._again(run, ending, unknown, unknown_wait_s(waited_s, grace_s))
             case NotStarted():
                 delivery.give_back()
@@ -415,6 +425,7 @@ class Settlement:
             cause="bury",
             due_ms=None,
             unknown_since_ms=None,
+            strangers="",
             bury_since_ms=None,
         )
 
@@ -678,6 +689,13 @@ def unknown_wait_s(waited_s: float, grace_s: float) -> float:
     return max(_SHORTEST_WAIT_S, min(grace_s / 40, max(0.5, waited_s / 4)))
 
 
+def _met(strangers: str, worker: str) -> str:
+    """Return the ids `strangers` with that of `worker` among them."""
+    if worker in strangers:
+        return strangers
+    return f"{strangers},{worker}" if strangers else worker
+
+
 def _entered(envelope: Envelope, failure: Failure) -> Envelope:
     """Return `envelope` with another entry in its errors; the oldest entries are dropped above `MAX_ERRORS_BYTES`."""
     failures = [*failures_of(envelope), failure]
@@ -691,7 +709,8 @@ def _entered(envelope: Envelope, failure: Failure) -> Envelope:
 def _next(envelope: Envelope, **changes: Any) -> Envelope:
     """Return `envelope` for its next publish: the same id, one more pass."""
     # the count of a foreign producer may be at its maximum
-    counted = {"passes": min(envelope.passes + 1, MOST), "crashes": 0, "unknown_since_ms": None, **changes}
+    fresh = {"crashes": 0, "unknown_since_ms": None, "strangers": ""}
+    counted = {"passes": min(envelope.passes + 1, MOST), **fresh, **changes}
     return msgspec.structs.replace(envelope, **counted)
 
 

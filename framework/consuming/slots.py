@@ -66,6 +66,7 @@ class Returned(msgspec.Struct, frozen=True, eq=False):
     envelope: Envelope
     redelivered: bool
     problem: None = None
+    consumers: int = 0
     live: bool = False
     counted: bool = False
 

@@ -43,6 +43,7 @@ class RenamedDelivery:
         self.counted = delivery.counted
         self.begin = delivery.begin
         self.problem = delivery.problem
+        self.consumers = delivery.consumers
         self.done = delivery.done
         self.give_back = delivery.give_back
 

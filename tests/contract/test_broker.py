@@ -87,6 +87,8 @@ async def test_every_field_of_an_envelope_arrives_as_it_was_sent(harness: Harnes
         due_ms=1_700_000_000_456,
         expires_at_ms=4_000_000_000_000,
         unknown_since_ms=1_800_000_000_789,
+        strangers="0a1b2c3d,4e5f6071",
+        bury_since_ms=1_800_000_000_790,
         errors=msgspec.json.encode([Failure(attempt=1, at_ms=1, host="h", error="ValueError", message="mé")]).decode(),
     )
 

@@ -106,6 +106,7 @@ envelopes = st.builds(
     due_ms=st.none() | counts,
     expires_at_ms=st.none() | counts,
     unknown_since_ms=st.none() | counts,
+    bury_since_ms=st.none() | counts,
     errors=texts,
     origin=st.none() | st.just("orders"),
 )

@@ -40,6 +40,7 @@ class Refused:
 
     async def bury(self, envelope: Envelope) -> bool:
         del envelope
+        await asyncio.sleep(0)  # as for a broker's answer
         if self.full:
             raise BrokerUnavailable("basic.nack")
         self.buried = True
@@ -56,6 +57,20 @@ def ending(made: Settlement, delivery: Refused) -> asyncio.Task[None]:
     rest = made.end(cast("Delivery", cast("Any", delivery)), runs.attempt(), Bury("no such order"), None)
     assert rest is not None
     return asyncio.ensure_future(cast("Any", rest))
+
+
+async def test_the_first_refusal_frees_those_that_wait_for_a_place() -> None:
+    """They would hold the window for as long as the dead letters may be silent: a second in which no job of the queue runs."""
+    clock, deliveries = ManualClock(), [Refused(n) for n in range(5)]
+    made = settlement(clock, 8)
+
+    tasks = [ending(made, delivery) for delivery in deliveries]
+    for _ in range(100):  # turns of the loop, no time
+        await asyncio.sleep(0)
+
+    assert [delivery.postponed is not None for delivery in deliveries] == [False, False, True, True, True]
+    made.stop()
+    await asyncio.gather(*tasks)
 
 
 async def test_only_a_quarter_of_the_prefetch_waits_for_dead_letters_that_are_full(

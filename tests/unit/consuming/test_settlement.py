@@ -20,6 +20,7 @@ class Settled:
     """A live delivery that records how it is settled."""
 
     live = True
+    consumers = 0
     queue = runs.QUEUE
 
     def __init__(self, *refusals: Exception) -> None:

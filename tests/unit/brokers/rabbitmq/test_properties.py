@@ -53,6 +53,7 @@ envelopes = st.builds(
     due_ms=stamps,
     expires_at_ms=stamps,
     unknown_since_ms=stamps,
+    bury_since_ms=stamps,
     errors=texts,
 )
 

@@ -5,6 +5,7 @@ import pytest
 from leveret import Priority, Queue
 from leveret.brokers.rabbitmq import topology
 from leveret.brokers.rabbitmq.session import difference
+from leveret.brokers.rabbitmq.topology import Ladder
 
 _ADVICE = ". Nothing was changed: correct the Queue in code, or let workers empty the queue on the broker and delete it"
 
@@ -47,6 +48,6 @@ def test_a_queue_that_differs_is_named_by_its_type(queue: Queue, text: str, diff
 def test_what_belongs_to_no_queue_is_not_named_after_one() -> None:
     """The delay ladder has no type that a user sets."""
     text = "inequivalent arg 'x-overflow' for queue 'lv.delay.1s' in vhost '/': received none but current is 'reject-publish'"
-    assert difference("the delay queues", topology.of_ladder(Priority.NORMAL), text).startswith(
+    assert difference("the delay queues", topology.of_ladder(Ladder(Priority.NORMAL, 3)), text).startswith(
         "its topology on RabbitMQ differs"
     )

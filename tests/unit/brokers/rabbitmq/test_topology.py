@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from leveret.brokers.rabbitmq import topology
 from leveret.brokers.rabbitmq.properties import priority_property
-from leveret.brokers.rabbitmq.topology import Binding, Declaration, Exchange, PhysicalQueue
+from leveret.brokers.rabbitmq.topology import Binding, Declaration, Exchange, Ladder, PhysicalQueue
 from leveret.job import LEVELS, MAX_NAME_BYTES, Priority, Queue
 from leveret.outcome import MAX_DELAY_S
 
@@ -24,6 +24,11 @@ names = st.from_regex(r"[A-Za-z0-9_.-]{1,150}", fullmatch=True).filter(
         not name.startswith("lv.") and not name.endswith((".low", ".normal", ".high", ".urgent", ".dead", ".suspects"))
     )
 )
+
+
+def whole(level: Priority) -> Ladder:
+    """The ladder named by `level`, with every place."""
+    return Ladder(level, topology.PLACES)
 
 
 def queues(records: tuple[Declaration, ...]) -> dict[str, dict[str, object]]:
@@ -133,8 +138,8 @@ def test_every_quorum_queue_that_is_declared_has_the_delivery_limit() -> None:
         topology.SHARED
         + topology.of_queue(QUORUM)
         + topology.of_queue(CLASSIC)
-        + topology.of_ladder(Priority.NORMAL)
-        + topology.of_ladder(Priority.LOW)
+        + topology.of_ladder(whole(Priority.NORMAL))
+        + topology.of_ladder(whole(Priority.LOW))
     )
     found = [
         record.arguments
@@ -173,7 +178,7 @@ def test_whatever_a_declaration_names_was_declared_before_it() -> None:
     """A binding to what isn't there is a 404, which closes the channel and ends the declaring half-way."""
     for queue in KINDS:
         there: set[str] = set()
-        for record in topology.SHARED + topology.of_queue(queue) + topology.of_ladder(Priority.HIGH):
+        for record in topology.SHARED + topology.of_queue(queue) + topology.of_ladder(whole(Priority.HIGH)):
             if isinstance(record, Binding):
                 assert {record.source, record.destination} <= there
             else:
@@ -248,9 +253,9 @@ def test_a_delay_that_the_ladder_does_not_have_is_refused(delay_s: float) -> Non
 def test_a_delayed_job_waits_its_time_and_ends_in_its_own_queue(queue: Queue, delay_s: float, level: Priority) -> None:
     """One binding the wrong way round, and jobs stay in the ladder for good, or come to all queues at once."""
     level = level if queue.priorities else Priority.NORMAL
-    ladder = topology.of_ladder(topology.ladder_of(queue, level))
-    records = ladder + topology.of_queue(queue) + topology.of_queue(Queue("shop", type=queue.type))
-    exchange, key = topology.route(queue, level, delay_s)
+    exchange, key, ladder = topology.route(queue, level, delay_s)
+    assert ladder is not None
+    records = topology.of_ladder(ladder) + topology.of_queue(queue) + topology.of_queue(Queue("shop", type=queue.type))
 
     waits, ends = walk(exchange, key, records)
 
@@ -261,7 +266,7 @@ def test_a_delayed_job_waits_its_time_and_ends_in_its_own_queue(queue: Queue, de
 
 def test_without_a_delay_a_job_goes_straight_to_its_queue() -> None:
     """Through the ladder it would be at least a quarter of a second late."""
-    assert topology.route(QUORUM, Priority.HIGH, 0) == ("lv.jobs", "shop.emails.high")
+    assert topology.route(QUORUM, Priority.HIGH, 0) == ("lv.jobs", "shop.emails.high", None)
 
 
 def test_jobs_that_wait_in_one_queue_have_one_priority() -> None:
@@ -269,7 +274,7 @@ def test_jobs_that_wait_in_one_queue_have_one_priority() -> None:
     priorities: dict[str, set[int | None]] = {}
     for queue in KINDS:
         for level in queue.levels:
-            exchange, _ = topology.route(queue, level, 60)
+            exchange, _, _ = topology.route(queue, level, 60)
             seen = priority_property(queue, level)
             priorities.setdefault(exchange, set()).add(
                 None if seen == topology.PRIORITY_PROPERTY[Priority.NORMAL] else seen
@@ -281,21 +286,31 @@ def test_jobs_that_wait_in_one_queue_have_one_priority() -> None:
 def test_a_delay_queue_keeps_a_job_until_the_next_queue_has_it() -> None:
     """At-most-once dead-lettering lost 150 of 2 000 jobs in three kills of the broker; with drop-head it isn't at-least-once either."""
     for level in LEVELS:
-        for arguments in queues(topology.of_ladder(level)).values():
+        for arguments in queues(topology.of_ladder(whole(level))).values():
             assert arguments["x-queue-type"] == "quorum"
             assert (arguments["x-dead-letter-strategy"], arguments["x-overflow"]) == ("at-least-once", "reject-publish")
 
 
 def test_the_delay_queues_that_are_counted_are_those_that_there_are() -> None:
     """`leveret queues` would show none of the jobs that wait at a level, or that waited for a classic queue before an upgrade."""
-    declared = [set(queues(topology.of_ladder(level))) for level in LEVELS]
+    declared = [set(queues(topology.of_ladder(whole(level)))) for level in LEVELS]
     assert [set(names) for names in topology.delay_queues()[:-1]] == declared
     assert {"lv.delay.classic.250ms", "lv.delay.classic.3670016s"} <= set(topology.delay_queues()[-1])
 
 
+def test_a_ladder_grows_upwards() -> None:
+    """A count ends at the first queue that isn't there: it would leave out the jobs in the queues after a gap."""
+    declared = topology.of_ladder(whole(Priority.LOW))
+    for places in range(1, topology.PLACES + 1):
+        lower = topology.of_ladder(Ladder(Priority.LOW, places))
+        assert lower == declared[: len(lower)]
+        assert len(queues(lower)) == 7 * places
+    assert list(queues(declared)) == list(topology.delay_queues()[LEVELS.index(Priority.LOW)])
+
+
 def test_a_ladders_bindings_have_a_star_for_each_word_and_no_hash() -> None:
     """A `#` costs the broker a search for each message, and matches keys of any length."""
-    for record in topology.of_ladder(Priority.NORMAL) + topology.of_queue(QUORUM):
+    for record in topology.of_ladder(whole(Priority.NORMAL)) + topology.of_queue(QUORUM):
         if isinstance(record, Binding) and record.source.startswith("lv.delay."):
             assert record.key.count(".") in (
                 (topology.PLACES, 24) if record.source == topology.DUE else (topology.PLACES,)
@@ -320,7 +335,7 @@ def test_a_waiting_queue_says_how_long_it_holds_a_job() -> None:
     """Whoever looks at the management page at night reads the delay from the name."""
     names = {
         name: int(str(arguments["x-message-ttl"]))
-        for name, arguments in queues(topology.of_ladder(Priority.NORMAL)).items()
+        for name, arguments in queues(topology.of_ladder(whole(Priority.NORMAL))).items()
     }
     assert {name: names[name] for name in ("lv.delay.250ms", "lv.delay.1s", "lv.delay.16s", "lv.delay.3670016s")} == {
         "lv.delay.250ms": 250,
@@ -336,14 +351,16 @@ def test_a_waiting_queue_says_how_long_it_holds_a_job() -> None:
 def test_the_longest_name_fits_into_a_routing_key(name: str, level: Priority, delay_s: float) -> None:
     """AMQP's are 255 bytes: a queue whose name is too long could take no delayed job."""
     for queue in (Queue(name), Queue("x" * MAX_NAME_BYTES)):
-        _, key = topology.route(queue, level, delay_s)
+        _, key, _ = topology.route(queue, level, delay_s)
         assert len(key.encode()) <= 255
         assert key.count(".") == topology.PLACES
 
 
 def test_no_name_of_leverets_own_can_be_a_users_queue() -> None:
     """A user's queue of that name would be drained by nobody, or by everybody."""
-    for name in queues(topology.SHARED + topology.of_ladder(Priority.NORMAL) + topology.of_ladder(Priority.URGENT)):
+    for name in queues(
+        topology.SHARED + topology.of_ladder(whole(Priority.NORMAL)) + topology.of_ladder(whole(Priority.URGENT))
+    ):
         assert fnmatchcase(name, "lv.*")
         with pytest.raises(ValueError, match="reserved"):
             Queue(name)
