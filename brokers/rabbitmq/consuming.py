@@ -122,6 +122,8 @@ class RabbitConsumption:
                 await main.start(await self._wanted(), first=not self._was_ready)
             except BaseException as error:
                 main.end()
+                if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
+                    connection.abort()  # a silent peer wouldn't answer a close either
                 await main.close()
                 if isinstance(error, Sick):
                     self._set_aside(error)
