@@ -33,7 +33,6 @@ class Aside:
         wanted: Wanted,
         sick: Sick,
         connection: Callable[[], Connection | None],
-        failed: Callable[[], None],
     ) -> None:
         self.wanted = wanted
         self.why = str(sick)
@@ -43,7 +42,6 @@ class Aside:
         self.consumers: Consumers | None = None
         self._home = home
         self._connection = connection
-        self._failed = failed
         self._told = time.monotonic()
         self._task = asyncio.create_task(self._run())
 
@@ -67,7 +65,7 @@ class Aside:
             except Sick as sick:
                 self.sick = True
                 self._tell(str(sick))
-                self._failed()
+                self._home.failed(1)
             except (ConnectionLost, ConfigurationError) as error:
                 self._tell(str(error))
             else:

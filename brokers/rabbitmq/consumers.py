@@ -57,6 +57,8 @@ class Home(msgspec.Struct, frozen=True):
     """Called when the state of a queue has changed."""
     known: set[str]
     """The queues that were consumed before, and so existed."""
+    failed: Callable[[int], None]
+    """Called after a try that the broker answered, and that failed, with the number of physical queues that it left without a consumer."""
 
 
 class Consumers:
@@ -256,6 +258,7 @@ class Consumers:
                 taker = await self._register(each, SICK_AFTER_S)
             except ConfigurationError as error:
                 reason = str(error)
+                self.home.failed(len(each.names))
             except ConnectionLost as error:
                 self._own_fault(error)
                 reason = str(error)

@@ -50,7 +50,7 @@ class RabbitConsumption:
         self._runtime = runtime
         self._subscriptions = tuple(subscriptions)
         self._sink = sink
-        self._home = Home(nodes, runtime, sink, settling, self._changed, set())
+        self._home = Home(nodes, runtime, sink, settling, self._changed, set(), self._tried_in_vain)
         self._main: Consumers | None = None
         """The connection that consumes every queue, except those aside."""
         self._asides: dict[str, Aside] = {}
@@ -122,6 +122,8 @@ class RabbitConsumption:
                 await main.start(await self._wanted(), first=not self._was_ready)
             except BaseException as error:
                 main.end()
+                if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
+                    connection.abort()  # a silent peer wouldn't answer a close either
                 await main.close()
                 self._sink.lost()  # what was delivered, and comes back, killed nobody
                 if isinstance(error, Sick):
@@ -153,15 +155,18 @@ class RabbitConsumption:
             levels = topology.consumed(subscription.queue).get(sick.name)
             if levels is not None and sick.name not in self._asides:
                 wanted = Wanted(subscription, {sick.name: levels})
-                aside = self._asides[sick.name] = Aside(self._home, wanted, sick, self._connection, self._tried_in_vain)
+                aside = self._asides[sick.name] = Aside(self._home, wanted, sick, self._connection)
                 aside.ended.add_done_callback(self._check_ended)
 
     def _connection(self) -> Connection | None:
         return self._main.connection if self._main is not None else None
 
-    def _tried_in_vain(self) -> None:
-        """Count a try to consume that the broker answered, and that failed; give up if none of the queues can be consumed."""
-        self._fruitless += 1
+    def _tried_in_vain(self, queues: int) -> None:
+        """Count a try to consume `queues` that the broker answered, and that failed; give up if none of all queues can be consumed.
+
+        A refused declare is an answer. A refused login isn't: whoever checks logins for the broker may be down.
+        """
+        self._fruitless += queues
         names = [name for subscription in self._subscriptions for name in topology.consumed(subscription.queue)]
         consumed = any(state.name == "consumed" for state in self.queues)
         if not consumed and self._fruitless >= FRUITLESS_TRIES * len(names):

@@ -11,6 +11,7 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import Any, ClassVar
 
 import msgspec
@@ -73,6 +74,10 @@ _POSTPONED_S = (10.0, 300.0)
 MOST_GRACES = 10
 """After so many graces a job with an unknown name is buried though it hasn't met every consumer of its queue. It has met at most
 about 400 workers by then, whose ids take 4 KB of its headers."""
+MOST_LOST = 3
+"""At most this many failed runs whose deliveries one loss took are logged as warnings; the others at debug level."""
+_TELL_EVERY_S = 60.0
+"""How often a queue's log says that its retries can't be published."""
 _REFUSED = (InvalidJob, MessageTooLarge)
 """Errors that another try wouldn't change."""
 
@@ -143,6 +148,10 @@ class Settlement:
         self._burials = defaultdict[str, Burials](partial(Burials, 2))
         self._burials.update((each.queue.name, Burials(each.prefetch)) for each in subscriptions)
         self._unknown: set[tuple[str, int, str | None]] = set()
+        self._lost_failures = 0
+        """Failed runs since the last loss whose deliveries it took."""
+        self._told: dict[str, float] = {}
+        """By queue: when the log last said that its retries can't be published, seconds of the clock's `monotonic`."""
         self._stopping = asyncio.Event()
         self.on_refusals_changed: Callable[[], None] | None = None
         """Called when `refusals` has changed."""
@@ -158,6 +167,7 @@ class Settlement:
 
     def lost(self) -> None:
         """Forget what the dead letters refused: the deliveries that waited for them may be gone."""
+        self._lost_failures = 0
         for burials in self._burials.values():
             burials.why = ""
 
@@ -296,7 +306,11 @@ class Settlement:
         if run.attempt is not None and isinstance(ending, (Retry, Bury)):
             ended = f"ended as {ending.kind.value} after {duration(run.took_s)}"
             gone = f"{ended}, but the channel or lease is gone, so the broker delivers the job again"
-            _log(run, logging.WARNING, "lost", gone, run.error)
+            self._lost_failures += 1
+            if self._lost_failures == MOST_LOST:
+                gone += " (the next such runs are logged at debug level)"
+            level = logging.WARNING if self._lost_failures <= MOST_LOST else logging.DEBUG
+            _log(run, level, "lost", gone, run.error)
             return
         logger.debug(  # the worker's state has one line for all of them, with their number
             "%s: the channel or lease is gone, so the broker delivers the job again; the run ended as %s",
@@ -500,7 +514,7 @@ class Settlement:
         be buried; a burial is repeated in spite of them. A burial, with its `burials`, ends without success at a stop, or if no
         burial may wait here.
         """
-        tries, told, queue = 0, float("-inf"), delivery.queue.name
+        tries, told, queue = 0, False, delivery.queue.name
         try:
             while delivery.live and not self.cut:
                 try:
@@ -516,12 +530,13 @@ class Settlement:
                         if not burials.parks or self._stopping.is_set():
                             return False
                         self._refuse(queue, said)
-                    elif self._clock.monotonic() - told >= 60.0 and delivery.live:
-                        told = self._clock.monotonic()
+                    elif delivery.live and self._clock.monotonic() - self._told.get(queue, -inf) >= _TELL_EVERY_S:
+                        told, self._told[queue] = True, self._clock.monotonic()
                         logger.error(  # noqa: TRY400 - one line; the traceback at debug level
-                            "%s: the %s can't be published, so the job stays unacknowledged and the worker tries again: %s",
+                            "%s: the %s can't be published, so the job stays unacknowledged and the worker tries again (jobs in this state: %d): %s",
                             what(envelope),
                             envelope.cause,
+                            self.unsettled,
                             said,
                             exc_info=at_debug(error),
                         )
@@ -535,7 +550,7 @@ class Settlement:
                 else:
                     if burials is not None:
                         self._refuse(queue, "")
-                    elif tries:
+                    elif told:
                         logger.info("%s: the %s is published after %d tries", what(envelope), envelope.cause, tries + 1)
                     return True
         finally:

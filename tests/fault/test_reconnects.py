@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from leveret import App, Attempt, Job, Queue
+from leveret import App, Attempt, Job, Queue, Retry
 from leveret.broker import Subscription
 from leveret.brokers.rabbitmq import open_broker
 from leveret.consuming.limits import Concurrency
+from leveret.consuming.settlement import MOST_LOST
 from leveret.consuming.worker import working
 from leveret.outcome import Kind
 from leveret.runtime import Runtime
@@ -123,22 +124,24 @@ async def test_a_publishing_connection_that_never_lasts_is_opened_ever_more_rare
         await publisher.publish(Order(), timeout_s=10)
 
 
+@pytest.mark.parametrize("fail", [False, True], ids=["jobs that succeed", "jobs that fail"])
 async def test_a_hundred_running_jobs_and_no_broker_are_a_few_lines(
-    rabbit_node: StartNode, caplog: pytest.LogCaptureFixture
+    rabbit_node: StartNode, caplog: pytest.LogCaptureFixture, fail: bool
 ) -> None:
     """A line per job, or per try, fills the disk in the night in which the broker is away."""
     caplog.set_level(logging.INFO, "leveret")
     node = await rabbit_node()
     app, queue = App("shop", broker=node.url), Queue(f"many-{uuid.uuid4().hex[:12]}", priorities=False)
-    started, ended = Counter[str](), Counter[str]()
+    started, ended, gone = Counter[str](), Counter[str](), asyncio.Event()
 
     class Order(Job, name="order", queue=queue):
         """A job to run."""
 
-    async def run(job: Any, attempt: Attempt[Any]) -> None:
+    async def run(job: Any, attempt: Attempt[Any]) -> Retry | None:
         started[attempt.job_id] += 1
-        await asyncio.sleep(2)
+        await gone.wait()
         ended[attempt.job_id] += 1
+        return Retry(0.25) if fail and attempt.number == 1 else None
 
     app.handler(job=Order)(run)
     async with working(app, concurrency=[Concurrency(process=100)]) as work, app.publisher() as publisher:
@@ -146,14 +149,16 @@ async def test_a_hundred_running_jobs_and_no_broker_are_a_few_lines(
         await eventually(lambda: len(started) == 100)
         await node.flush()
         await node.kill9()
+        await eventually(lambda: work.worker.state().name == "connecting")
+        gone.set()
         await eventually(lambda: len(ended) == 100)
-        assert work.worker.state().name == "connecting"
         await asyncio.sleep(5)
         await node.start()
         await eventually(lambda: work.worker.state().name == "ready", timeout_s=10)
         await eventually(lambda: work.consumer.counts[Kind.REMEMBERED] == 100)
+        await eventually(lambda: sum(ended.values()) == (200 if fail else 100))
 
-    assert sum(ended.values()) == 100
+    assert sum(started.values()) == (200 if fail else 100)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("leveret")]
-    assert len(lines) < 10, lines
+    assert len(lines) < 10 + MOST_LOST * fail, lines
     assert any("can't be acknowledged any more: 100, " in line for line in lines), lines

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import pytest
 
-from leveret import App, Attempt, Job, Priority, Queue, Worker
+from leveret import App, Attempt, Job, Priority, Queue, Settings, Worker
 from leveret.brokers.rabbitmq import aside, consumers, consuming
 from leveret.consuming.worker import working
 from leveret.errors import ConfigurationError, LeveretError
@@ -217,6 +218,32 @@ async def test_a_worker_that_can_consume_nothing_although_the_broker_answers_fai
             await rabbit.start_queue(queue.name)
         await eventually(lambda: work.worker.state().name == "ready")
     assert len(about(caplog, "failed: ")) == 1
+
+
+async def test_a_worker_whose_declares_are_refused_fails_and_goes_on_trying(
+    rabbit: Rabbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody takes the permission away from a running fleet: it takes no job, and every process looks alive."""
+    monkeypatch.setattr(consuming, "FRUITLESS_TRIES", 3)
+    queue, user = Queue(f"alone-{uuid.uuid4().hex[:12]}", priorities=False), urlsplit(rabbit.url).username or "guest"
+    app = App("shop", broker=rabbit.url, settings=Settings(reconnect_base_s=0.1, reconnect_cap_s=0.2))
+
+    class Email(Job, name="email", queue=queue):
+        """A job to run."""
+
+    async def run(job: Any) -> None: ...
+
+    app.handler(job=Email)(run)
+    async with working(app) as work:
+        await rabbit.ctl("set_permissions", user, "^$", ".*", ".*")
+        try:
+            await rabbit.ctl("delete_queue", queue.name)
+            with pytest.raises(LeveretError, match="answers, but none of the queues could be consumed") as failed:
+                await asyncio.wait_for(work.consumption.failed(), 30)
+            assert not isinstance(failed.value, ConfigurationError)
+        finally:
+            await rabbit.ctl("set_permissions", user, ".*", ".*", ".*")
+        await eventually(lambda: work.worker.state().name == "ready")
 
 
 async def test_a_process_that_can_consume_nothing_although_the_broker_answers_ends_for_its_supervisor(

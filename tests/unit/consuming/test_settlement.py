@@ -138,6 +138,42 @@ async def test_a_failure_whose_delivery_is_lost_is_logged_as_that(caplog: pytest
     assert record.exc_info
 
 
+async def test_a_hundred_failures_in_an_outage_are_a_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """They say nothing that the line of the lost connection doesn't, and hide what else happens meanwhile."""
+    caplog.set_level(logging.INFO)
+    settlement = Settlement([], runs.runtime())
+    for _ in range(2):
+        settlement.lost()
+        caplog.clear()
+        for _ in range(100):
+            delivery = Settled()
+            delivery.live = False
+            assert settlement.end(cast("Delivery", cast("Any", delivery)), runs.attempt(), Bury("no"), None) is None
+        assert len(caplog.records) == 3
+        assert caplog.records[-1].getMessage().endswith("(the next such runs are logged at debug level)")
+
+
+async def test_a_hundred_retries_that_cannot_be_published_are_a_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    """The broker blocks publishers for an hour: a line per job and minute hides what else happens."""
+    caplog.set_level(logging.INFO, "leveret.consumer")
+    clock = ManualClock()
+    settlement = Settlement([], runs.runtime(clock))
+    deliveries = [Settled(*[BrokerUnavailable("blocked")] * 20) for _ in range(100)]
+    rests = [settlement.end(cast("Delivery", cast("Any", one)), runs.attempt(), Retry(0), None) for one in deliveries]
+    settling = [asyncio.ensure_future(rest) for rest in rests if rest is not None]
+    while not all(task.done() for task in settling):
+        clock.advance(1)
+        await asyncio.sleep(0)
+
+    lines = [record.getMessage() for record in caplog.records if record.name == "leveret.consumer"]
+    waits = [line for line in lines if "can't be published" in line]
+    assert 2 <= len(waits) <= clock.monotonic() / 60 + 1
+    assert "(jobs in this state: 1): blocked" in waits[0]
+    assert "(jobs in this state: 100): blocked" in waits[1]
+    assert len(lines) <= 2 * len(waits), "what the log named is also said to be published"
+    assert any("is published after" in line for line in lines)
+
+
 @pytest.mark.parametrize("ending", [CutOff(), because(Retry(0)), because(Bury("no")), Expired()])
 async def test_a_run_that_is_cut_off_is_one_record(ending: Ending, caplog: pytest.LogCaptureFixture) -> None:
     """An operator asks which jobs will run twice; and nothing is true of a retry that a stop kept from being published."""

@@ -17,14 +17,14 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from leveret import App, Job, PublishTimeout, Queue
+from leveret import App, Job, PublishTimeout, Queue, Settings
 from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.brokers.rabbitmq import connection as amqp
 from leveret.brokers.rabbitmq.address import Address, addresses
 from leveret.brokers.rabbitmq.channel import Channel
 from leveret.brokers.rabbitmq.confirms import WINDOW, Late, Nacked, Returned, Unconfirmed
 from leveret.brokers.rabbitmq.connection import BROKERS_HEADERS_BYTES, Connection
-from leveret.brokers.rabbitmq.wire import WRITE_HIGH_BYTES, Closed
+from leveret.brokers.rabbitmq.wire import CLOSE_TIMEOUT_S, WRITE_HIGH_BYTES, Closed
 
 _T = TypeVar("_T")
 START = commands.Connection.Start(server_properties={"product": "a test"}, mechanisms="PLAIN AMQPLAIN", locales="en_US")
@@ -844,3 +844,24 @@ async def test_asking_a_closed_channel_again_and_again_keeps_nothing() -> None:
                     await call
         assert closed is not None
         assert len(list(traceback.walk_tb(closed.__traceback__))) < 5
+
+
+async def test_a_worker_gives_up_a_broker_that_is_silent_after_the_handshake_at_its_time_limit() -> None:
+    """It would wait as long again for the answer to its close, before it tries another node."""
+
+    class Note(Job, name="note", queue=Queue("notes")):
+        """A job to consume."""
+
+    async def run(job: Note) -> None: ...
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await Peer(reader, writer).greet()
+
+    async with listening(serve) as address:
+        url = f"amqp://u:p@127.0.0.1:{address.port}/"
+        app = App("silent", broker=url, settings=Settings(connect_timeout_s=0.1))
+        app.handler(job=Note)(run)
+        began = time.monotonic()
+        async with app.worker() as worker:
+            assert time.monotonic() - began < CLOSE_TIMEOUT_S
+            assert worker.state().name == "connecting"

@@ -57,7 +57,8 @@ async def declared(
     monkeypatch.setattr(module, "counts", counts)
     monkeypatch.setattr(module, "declare", declare)
     known_names = {QUEUE.name} if known else set[str]()
-    home = Home(nodes, Runtime(app="test"), cast("Any", None), cast("Any", None), lambda: None, known_names)
+    nobody = cast("Any", None)
+    home = Home(nodes, Runtime(app="test"), nobody, nobody, lambda: None, known_names, failed=nobody)
     consumers = Consumers(home, cast("Connection", main))
     with contextlib.suppress(ConnectionLost):
         await consumers._declare(Wanted(Subscription(QUEUE, 1), topology.physicals(QUEUE)))
