@@ -354,9 +354,16 @@ def _member(queue: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return free ports of 127.0.0.1, below the range that the kernel gives to outgoing connections."""
+    """Return free ports of 127.0.0.1, below the range that the kernel gives to outgoing connections.
+
+    The processes of `pytest -n` look in separate parts of it: two that look at once would find the same.
+    """
     found: list[int] = []
-    for port in random.sample(range(26000, 31990), 500):
+    part, parts = (
+        int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]),
+        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
+    )
+    for port in random.sample(range(26000 + part, 31990, parts), 500):
         with socket.socket() as one, contextlib.suppress(OSError):
             one.bind(("127.0.0.1", port))
             found.append(port)
