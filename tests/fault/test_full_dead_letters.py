@@ -134,13 +134,13 @@ async def test_good_jobs_go_on_beside_burials_that_nobody_confirms(rabbit: Rabbi
     async with working(shop.app) as work:
         healthy = await shop.rate(1000)
         process = f"whereis('%2F_{shop.dead}')"
-        await rabbit.ctl("eval", f"ok = sys:suspend({process}).")
+        await rabbit.eval(f"ok = sys:suspend({process}).")
         try:
             bad = await shop.publish(*(shop.Bad(n) for n in range(100)))
             silent = await shop.rate(1000)
             assert work.worker.state().name == "degraded"
         finally:
-            await rabbit.ctl("eval", f"ok = sys:resume({process}).")
+            await rabbit.eval(f"ok = sys:resume({process}).")
         await shop.buried(raw, 100, 60)
         await eventually(lambda: work.worker.state().name == "ready")
     letters = Counter(str(found.properties.message_id) for found in await raw.look(shop.dead))

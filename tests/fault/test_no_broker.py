@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -67,22 +67,20 @@ async def test_a_publisher_without_a_broker_has_one_documented_error_in_time(ben
     assert not any(isinstance(result, PublishTimeout) and result.maybe_published for result in many.value.results)
 
 
-@pytest.mark.parametrize(
-    "limit", [("set_vhost_limits", "-p", "/"), ("set_user_limits", "guest")], ids=["vhost", "user"]
-)
+@pytest.mark.parametrize("of", ["vhost", "user"])
 async def test_a_limit_of_connections_is_waited_for(
-    bench: Callable[..., Bench], rabbit_node: StartNode, limit: tuple[str, ...]
+    bench: Callable[..., Bench], rabbit_node: StartNode, of: Literal["user", "vhost"]
 ) -> None:
     """In a rolling deploy the old workers still have their connections: new ones that end at once, and aren't restarted, leave nobody."""
     node = await rabbit_node()
     one = bench(node.url, reconnect_cap_s=1.0)
     async with connect(node.url):
-        await node.ctl(*limit, '{"max-connections": 1}')
+        await node.limit_connections(1, of=of)
         worker = one.start("-p", "2")
         await worker.says(r"waiting to consume: .*connection limit \(1\) is reached")
         async with one.app.publisher() as publisher:
             error = await refused(publisher.publish(one.recorder.Note(), timeout_s=2), 2)
-        await node.ctl(*limit, '{"max-connections": 4}')
+        await node.limit_connections(4, of=of)
         ids = await one.publish(one.recorder.Note())
         await one.until_ended(ids)
         await worker.drained()
@@ -299,12 +297,12 @@ async def test_a_broker_short_of_memory_blocks_publishers_by_name_and_no_consume
     before = await one.publish(*(one.recorder.Note(0.2) for _ in range(200)))
     async with one.app.publisher() as publisher:
         await publisher.publish(one.recorder.Note(), job_id="first", timeout_s=20)
-        await node.ctl("set_vm_memory_high_watermark", "0.0000001")
+        await node.alarm(on=True)
         error = await refused(publisher.publish(one.recorder.Note(), job_id="blocked", timeout_s=2), 2)
         again = await refused(publisher.publish(one.recorder.Note(), job_id="blocked-too", timeout_s=1), 1)
         worker = await one.working("--concurrency", "20")
         await one.until_ended([*before, "first"])
-        await node.ctl("set_vm_memory_high_watermark", "0.6")
+        await node.alarm(on=False)
         await publisher.publish(one.recorder.Note(), job_id="after", timeout_s=20)
     await one.until_ended(["blocked", "after"])  # it was on its way: `maybe_published`
     await worker.drained()
@@ -338,11 +336,11 @@ async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often
             await delivery.bury(timed(delivery.envelope, deadline))
 
     await settled(deliveries[0], 20)  # declares what it needs
-    await node.ctl("set_vm_memory_high_watermark", "0.0000001")
+    await node.alarm(on=True)
     for _ in range(3):
         errors = await asyncio.gather(*(settled(delivery, 0.5) for delivery in deliveries[1:]), return_exceptions=True)
         assert {type(error) for error in errors} == {PublishTimeout}
-    await node.ctl("set_vm_memory_high_watermark", "0.6")
+    await node.alarm(on=False)
     await asyncio.gather(*(settled(delivery, 20) for delivery in deliveries[1:]))
     if ending == "again":
         came = [delivery.envelope.body for delivery in await sink.take(20)]
@@ -404,7 +402,7 @@ async def test_a_slot_of_a_schedule_that_a_broker_blocks_is_written_twice_at_mos
     broker = open_broker(node.url, runtime)
     async with app.publisher() as publisher:
         await publisher.publish(Slot("before"), timeout_s=20)
-        await node.ctl("set_vm_memory_high_watermark", "0.0000001")
+        await node.alarm(on=True)
         app.cron(f"{datetime.now(timezone.utc) + timedelta(seconds=2):%S %M %H} * * *", Slot(), name="nightly")
         publishing = Scheduler(app.name, app.schedules, app.sender(broker, runtime), runtime)
         running = asyncio.create_task(publishing.run())
@@ -413,7 +411,7 @@ async def test_a_slot_of_a_schedule_that_a_broker_blocks_is_written_twice_at_mos
             await refused(
                 publisher.publish(Slot("blocked"), timeout_s=1), 1
             )  # so long that another copy would have been written
-        await node.ctl("set_vm_memory_high_watermark", "0.6")
+        await node.alarm(on=False)
         await eventually(lambda: "schedule nightly published" in caplog.text)
         await publisher.publish(Slot("after"), timeout_s=20)  # behind any copy
     _, sink = await consume(broker, slots)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -42,17 +43,17 @@ class Shop:
     async def suspended(self, rabbit: Rabbit) -> AsyncGenerator[None]:
         """Let the sick queue confirm nothing: to its publishers it is as one whose other members are gone."""
         process = f"whereis('%2F_{self.sick.name}')"
-        await rabbit.ctl("eval", f"ok = sys:suspend({process}).")
+        await rabbit.eval(f"ok = sys:suspend({process}).")
         try:
             yield
         finally:
-            await rabbit.ctl("eval", f"ok = sys:resume({process}).")
+            await rabbit.eval(f"ok = sys:resume({process}).")
 
 
 async def connections(rabbit: Rabbit) -> list[str]:
     """Return the names that the app's connections have in RabbitMQ."""
-    listed = await rabbit.ctl("list_connections", "client_properties", "--silent")
-    return [line for line in listed.splitlines() if "leveret shop" in line]
+    listed = await rabbit.eval("rabbit_networking:connection_info_all([client_properties]).")
+    return re.findall(r'<<"(leveret shop[^"]*)">>', listed)
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["", "from its first publish on"])

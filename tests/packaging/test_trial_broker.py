@@ -47,6 +47,8 @@ def test_a_broker_in_a_package_of_its_own_passes_the_conformance_suite(installed
             "pytest",
             "tests/contract",
             "-q",
+            "-n",
+            "2",  # it mostly waits for delays
             "-p",
             "no:cacheprovider",
             "-m",

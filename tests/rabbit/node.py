@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import pytest
 
@@ -35,6 +35,33 @@ SUITES = {"3.10": "bookworm", "4.0": "trixie", "4.3": "forky"}
 _ENTER = """set -e; root=$1 folder=$2; shift 2
 mount --rbind /proc "$root/proc"; mount --rbind /dev "$root/dev"; mount --bind "$folder" "$root/mnt"
 exec chroot "$root" "$@"
+"""
+
+# Erlang that a node runs at its start. It listens on 127.0.0.1, evaluates what each connection sends, and answers "ok" or "error" and a term.
+_CONSOLE = """
+Answer = fun(Text) ->
+    try
+        {{ok, Tokens, _}} = erl_scan:string(unicode:characters_to_list(Text)),
+        {{ok, Expressions}} = erl_parse:parse_exprs(Tokens),
+        {{value, Value, _}} = erl_eval:exprs(Expressions, []),
+        io_lib:format("ok ~0tp", [Value])
+    catch _:Reason -> io_lib:format("error ~0tp", [Reason])
+    end
+end,
+spawn(fun() ->
+    Options = [binary, {{packet, 4}}, {{active, false}}, {{reuseaddr, true}}, {{ip, {{127, 0, 0, 1}}}}],
+    {{ok, Listening}} = gen_tcp:listen({port}, Options),
+    Serve = fun Serve() ->
+        {{ok, Socket}} = gen_tcp:accept(Listening),
+        spawn(Serve),
+        case gen_tcp:recv(Socket, 0) of
+            {{ok, Text}} -> gen_tcp:send(Socket, unicode:characters_to_binary(Answer(Text)));
+            _ -> closed
+        end
+    end,
+    spawn(Serve),
+    receive after infinity -> ok end
+end).
 """
 
 
@@ -84,12 +111,12 @@ class Rabbit:
         """End all processes that were started for the broker."""
 
     async def eval(self, erlang: str) -> str:
-        """Evaluate Erlang in the node and return what it printed, without its last newline."""
-        return (await self.ctl("eval", erlang)).rstrip("\n")
+        """Evaluate Erlang in the node, within milliseconds, and return its value; RuntimeError if it raises."""
+        self._no_lever()
 
     async def close_connections(self, why: str = "a test closes all connections") -> None:
-        """Close all connections of the default vhost, as an administrator may (320, CONNECTION_FORCED)."""
-        await self.ctl("close_all_connections", "--vhost", "/", why)
+        """Close all connections, as an administrator may (320, CONNECTION_FORCED)."""
+        await self.eval(f'rabbit_networking:close_connections(rabbit_networking:connections(), "{why}").')
 
     async def stop_queue(self, queue: str) -> None:
         """Stop this node's member of a quorum queue: on a single node, or on two of three, the queue then has no leader."""
@@ -114,15 +141,31 @@ class Rabbit:
 
     async def alarm(self, *, on: bool) -> None:
         """Raise or clear the memory alarm: while it lasts, connections that publish are blocked, and nothing tells those that don't ask."""
-        await self.ctl("set_vm_memory_high_watermark", "absolute", "1MB" if on else "1GB")
+        limit = "1MB" if on else "1GB"
+        await self.eval(f'vm_memory_monitor:set_vm_memory_high_watermark({{absolute, "{limit}"}}).')
+        async with asyncio.timeout(20):
+            while ("memory" in await self.eval("rabbit_alarm:get_alarms().")) is not on:
+                await asyncio.sleep(0.02)  # the node measures its memory from time to time
+
+    async def limit_connections(self, count: int, *, of: Literal["user", "vhost"]) -> None:
+        """Let the user guest, or the default vhost, have so many connections: the next one is refused."""
+        limits = f'<<"{{\\"max-connections\\": {count}}}">>'
+        await self.eval(
+            f'ok = rabbit_auth_backend_internal:set_user_limits(<<"guest">>, {limits}, <<"test">>).'
+            if of == "user"
+            else f'ok = rabbit_vhost_limit:parse_set(<<"/">>, {limits}, <<"test">>).'
+        )
 
     async def set_policy(self, name: str, pattern: str, definition: Mapping[str, int | str]) -> None:
         """Set an operator's policy for the queues whose name matches `pattern`."""
-        await self.ctl("set_policy", name, pattern, json.dumps(definition), "--apply-to", "queues")
+        given = json.dumps(json.dumps(definition))  # as a string of Erlang's
+        await self.eval(
+            f'ok = rabbit_policy:parse_set(<<"/">>, <<"{name}">>, <<"{pattern}">>, <<{given}>>, 0, <<"queues">>, <<"test">>).'
+        )
 
     async def clear_policy(self, name: str) -> None:
         """End `set_policy`."""
-        await self.ctl("clear_policy", name)
+        await self.eval(f'ok = rabbit_policy:delete(<<"/">>, <<"{name}">>, <<"test">>).')
 
 
 @dataclass(frozen=True)
@@ -178,7 +221,7 @@ class Node(Rabbit):
         place: Place | None = None,
     ) -> None:
         place = place or Place()
-        self.port, self._dist_port, self._epmd_port, self._ctl_port = free_ports(4)
+        self.port, self._dist_port, self._epmd_port, self._ctl_port, self._console_port = free_ports(5)
         self._epmd_port = place.epmd_port or self._epmd_port
         super().__init__(f"amqp://guest:guest@{place.address}:{self.port}/")
         self.name = place.node
@@ -205,6 +248,7 @@ class Node(Rabbit):
         terms = ", ".join(f"{{{key}, {value}}}" for key, value in (advanced or {}).items())
         (self.folder / "advanced.config").write_text(f"[{{rabbit, [{terms}]}}].\n")
         (self.folder / "plugins").write_text(f"[{','.join(plugins)}].\n")
+        (self.folder / "console").write_text(_CONSOLE.format(port=self._console_port))
 
     @property
     def pid(self) -> int | None:
@@ -221,6 +265,8 @@ class Node(Rabbit):
             await self._until_answers(self._epmd, self._epmd_port, b"")
         self._process = self._spawn(f"{self._installation.tools}/rabbitmq-server")
         await self._until_answers(self._process, self.port, _AMQP_HEADER)
+        if not self._place.enter:
+            await self._until_answers(self._process, self._console_port, b"")
 
     async def stop(self) -> None:
         """Stop the node as an administrator would; kill it after 60 s."""
@@ -239,7 +285,7 @@ class Node(Rabbit):
     async def flush(self) -> None:
         """Write the list of quorum queues to disk. Call before `kill9`, or RabbitMQ forgets queues declared in the last second."""
         # Seen on 3.10, 4.0 and 4.3: 300 of 300 confirmed messages lost where the kill came within a second of the declare.
-        await self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
+        await self.eval("[dets:sync(Table) || Table <- dets:all()].")
 
     def pause(self) -> None:
         """Hang the node: connections stay up, and nothing answers."""
@@ -272,6 +318,23 @@ class Node(Rabbit):
             msg = f"rabbitmqctl {' '.join(arguments)} ended with {process.returncode}: {err.decode(errors='replace').strip()[-600:]}"
             raise RuntimeError(msg)
         return out.decode()
+
+    async def eval(self, erlang: str) -> str:
+        """Evaluate Erlang in the node, within milliseconds, and return its value; RuntimeError if it raises."""
+        if self._place.enter:  # its 127.0.0.1 isn't ours
+            return (await self.ctl("eval", erlang)).rstrip("\n")
+        async with asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._console_port)
+            try:
+                writer.write(len(erlang.encode()).to_bytes(4, "big") + erlang.encode())
+                size = int.from_bytes(await reader.readexactly(4), "big")
+                verdict, _, value = (await reader.readexactly(size)).decode().partition(" ")
+            finally:
+                writer.transport.abort()
+        if verdict != "ok":
+            msg = f"{erlang} ended with {value}"
+            raise RuntimeError(msg)
+        return value
 
     async def close(self) -> None:
         """End the node and its epmd at once, and remove its folder."""
@@ -322,6 +385,7 @@ class Node(Rabbit):
     def _environ(self) -> dict[str, str]:
         inside = self._installation.inside(self.folder)
         interface = f"-kernel inet_dist_use_interface {{{self._place.address.replace('.', ',')}}}"
+        console = f'-eval file:script("{inside}/console")'  # an argument: the start script splits at blanks
         return {
             "PATH": os.environ["PATH"] if self._installation.root is None else "/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": inside,
@@ -341,7 +405,7 @@ class Node(Rabbit):
             "RABBITMQ_PID_FILE": f"{inside}/pid",
             "RABBITMQ_GENERATED_CONFIG_DIR": f"{inside}/gen",
             "RABBITMQ_SCHEMA_DIR": f"{inside}/schema",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{interface} net_ticktime {self._place.ticktime_s} +S 2:2",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{interface} net_ticktime {self._place.ticktime_s} +S 2:2 {console}",
             "RABBITMQ_CTL_ERL_ARGS": f"{interface} +S 1:1",
             "RABBITMQ_CTL_DIST_PORT_MIN": str(self._ctl_port),
             "RABBITMQ_CTL_DIST_PORT_MAX": str(self._ctl_port + 10),
@@ -354,9 +418,16 @@ def _member(queue: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return free ports of 127.0.0.1, below the range that the kernel gives to outgoing connections."""
+    """Return free ports of 127.0.0.1, below the range that the kernel gives to outgoing connections.
+
+    The processes of `pytest -n` look in separate parts of it: two that look at once would find the same.
+    """
     found: list[int] = []
-    for port in random.sample(range(26000, 31990), 500):
+    part, parts = (
+        int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]),
+        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
+    )
+    for port in random.sample(range(26000 + part, 31990, parts), 500):
         with socket.socket() as one, contextlib.suppress(OSError):
             one.bind(("127.0.0.1", port))
             found.append(port)

@@ -206,7 +206,7 @@ async def test_an_administrators_close_ends_all_that_waits_with_its_reason(rabbi
         channel = await confirming(connection)
         await declare(channel, "q")
         await channel.consume("q", "c1", ignore, 10)
-        await node.ctl("close_all_connections", "tests say so")
+        await node.close_connections("tests say so")
         closed = await until_closed(connection)
         assert (closed.scope, closed.code) == ("connection", 320)
         assert "tests say so" in closed.text
@@ -262,12 +262,12 @@ async def test_an_alarm_blocks_and_its_end_unblocks(rabbit_node: StartNode) -> N
     async with connected(node.url) as connection:
         channel = await confirming(connection)
         await declare(channel, "q")
-        await node.ctl("set_vm_memory_high_watermark", "0.0000001")
+        await node.alarm(on=True)
         waiting = publish(channel, "q", timeout_s=60)  # RabbitMQ tells those who publish
         await until(lambda: connection.blocked is not None)
         assert connection.blocked == "low on memory"
         assert not waiting.ended
-        await node.ctl("set_vm_memory_high_watermark", "0.4")
+        await node.alarm(on=False)
         await waiting
         await until(lambda: connection.blocked is None)
 
