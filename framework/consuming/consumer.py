@@ -42,10 +42,12 @@ from ..publishing.publisher import Publisher
 from ..runtime import Runtime
 from ..texts import named
 from ..waits import first_of
+from .following import uncounted
 from .handler import Handler, innermost, take_back_cancels
 from .limits import Limits
 from .remembered import Past, key_of, slot_of
-from .settlement import Ended, Lost, Settlement, uncounted, what
+from .said import what
+from .settlement import Ended, Lost, Settlement
 from .slots import Gate, Held, QueueHeld, Returned, Route, Slots, in_arrival_order
 
 logger = logging.getLogger("leveret.consumer")
@@ -113,7 +115,7 @@ class Consumer:
             own = [handler for handler in handlers if handler.queue == queue]
             self._open(queue, own, around_sync, broker.features(queue))
         self._settlement = Settlement(publish_layers, runtime, observe, self._subscriptions)
-        self._settlement.on_refusals_changed = self.queues_changed
+        self._settlement.replacing.on_refusals_changed = self.queues_changed
         self._remembered = self._settlement.remembered
         self._end = self._settlement.end
 
@@ -183,12 +185,12 @@ class Consumer:
     @property
     def unsettled(self) -> int:
         """The number of retries and burials that can't be published now; their deliveries stay unacknowledged."""
-        return self._settlement.unsettled
+        return self._settlement.replacing.unsettled
 
     @property
     def refusals(self) -> Mapping[str, str]:
-        """As `Settlement.refusals`."""
-        return self._settlement.refusals
+        """As `Replacing.refusals`."""
+        return self._settlement.replacing.refusals
 
     @property
     def counts(self) -> Counter[Kind]:
@@ -615,7 +617,7 @@ class Consumer:
 
     def _stop_starting(self) -> None:
         self._stopping = True
-        self._settlement.stop()
+        self._settlement.replacing.stop()
         if self._teller is not None:
             self._teller.cancel()
             self._say_recalled()
@@ -630,14 +632,14 @@ class Consumer:
         if self._unfinished() and not self._settlement.cut:
             names = ", ".join(sorted(self._slots.busy_queues)) or "settling"
             logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
-            self._settlement.cut = True
+            self._settlement.cut_off()
             self._settlement.counts[CutOff] += len(self._tasks)
             suspects = [held.delivery for held in self._tasks.values() if held is not None and self._counts(held)]
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
             if suspects:
-                returning = (self._settlement.uncount(each, uncounted(each, began=True)) for each in suspects)
+                returning = (self._settlement.replacing.uncount(each, uncounted(each, began=True)) for each in suspects)
                 await asyncio.wait(list(map(self._create_task, returning)))
         if self._returner is not None:
             await asyncio.wait([self._returner])

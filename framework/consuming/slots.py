@@ -19,7 +19,7 @@ from ..layer import Consume, Readiness
 from ..texts import named
 from .handler import Handler
 from .limits import Limits
-from .settlement import at_debug
+from .said import at_debug
 
 logger = logging.getLogger("leveret.consumer")
 

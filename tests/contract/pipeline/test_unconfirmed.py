@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from leveret import Attempt, Bury, Outcome, Retry
-from leveret.consuming import settlement
+from leveret.consuming import following
 from leveret.consuming.worker import working
 from tests.contract.harness import PATIENCE_S, Harness, ready
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, letters_of, make_app, publish, until
@@ -32,7 +32,7 @@ async def test_a_settlement_that_cannot_be_confirmed_is_tried_again_until_it_is(
     harness: Harness, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropped or acked in the meantime, the job would be lost with a broker that was only away for a moment."""
-    monkeypatch.setattr(settlement, "SETTLE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(following, "SETTLE_TIMEOUT_S", 1.0)
     published = asyncio.Event()
 
     async def fail(job: Any, attempt: Attempt[Any]) -> Outcome | None:

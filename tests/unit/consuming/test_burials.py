@@ -69,7 +69,7 @@ async def test_the_first_refusal_frees_those_that_wait_for_a_place() -> None:
         await asyncio.sleep(0)
 
     assert [delivery.postponed is not None for delivery in deliveries] == [False, False, True, True, True]
-    made.stop()
+    made.replacing.stop()
     await asyncio.gather(*tasks)
 
 
@@ -86,14 +86,14 @@ async def test_only_a_quarter_of_the_prefetch_waits_for_dead_letters_that_are_fu
     await asyncio.gather(*(ending(made, delivery) for delivery in deliveries[2:]))
 
     assert [delivery.postponed is not None for delivery in deliveries] == [False, False, True, True, True]
-    assert made.refusals == {"emails": "basic.nack"}
+    assert made.replacing.refusals == {"emails": "basic.nack"}
     for delivery in deliveries:
         delivery.full = False
     while not all(task.done() for task in tasks):
         clock.advance(1)
         await asyncio.sleep(0)
     assert [delivery.buried for delivery in deliveries] == [True, True, False, False, False]
-    assert not made.refusals
+    assert not made.replacing.refusals
     said = [record.getMessage() for record in caplog.records if "queue emails: burials" in record.getMessage()]
     assert said == [
         "queue emails: burials can't be published: a few wait in this worker, the others in the broker: basic.nack"
@@ -108,7 +108,7 @@ async def test_a_stop_lets_no_burial_wait_in_its_worker() -> None:
     while not clock.sleepers:
         await asyncio.sleep(0)
 
-    made.stop()
+    made.replacing.stop()
     await task
 
     assert delivery.postponed is not None

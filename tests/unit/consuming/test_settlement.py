@@ -84,7 +84,8 @@ async def ended(
 ) -> logging.LogRecord:
     """End a run like this, and return the only record of its ending."""
     settlement = Settlement([], runs.runtime())
-    settlement.cut = cut
+    if cut:
+        settlement.cut_off()
     rest = settlement.end(cast("Delivery", cast("Any", delivery)), runs.attempt(), ending, None)
     if rest is not None:
         await rest

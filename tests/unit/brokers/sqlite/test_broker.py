@@ -187,7 +187,7 @@ async def test_a_retry_committed_after_its_deadline_is_done_and_not_lost(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that hangs for six seconds: "delivered again" in the log and a job counted as lost send somebody to look for what is all right."""
-    monkeypatch.setattr("leveret.consuming.settlement.SETTLE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("leveret.consuming.following.SETTLE_TIMEOUT_S", 0.2)
     broker, clock, disk = opened(), ManualClock(), threading.Event()
     await publish(broker, b"1")
     consumption, sink = await consume(broker, QUEUE)
