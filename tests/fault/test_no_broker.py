@@ -172,10 +172,10 @@ async def test_a_worker_waits_for_its_broker_says_so_and_works_once_it_is_there(
     """Containers start in any order; one that dies because another is late is started again and again, and pages somebody."""
     node = await rabbit_node()
     await node.kill9()
-    one = bench(node.url)
+    one = bench(node.url, reconnect_base_s=0.1, reconnect_cap_s=0.2)
     worker = one.start()
     await worker.says(rf"waiting to consume: RabbitMQ at 127.0.0.1:{node.port}: Connection refused; trying again")
-    await asyncio.sleep(3)
+    await asyncio.sleep(1)  # several tries
     assert worker.log.count("waiting to consume") == 1, "said once, not at each try"
     ids, _ = await asyncio.gather(one.publish(*(one.recorder.Note() for _ in range(100)), timeout_s=40), node.start())
     await one.until_ended(ids)

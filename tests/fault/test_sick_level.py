@@ -72,10 +72,12 @@ def about(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
 
 
 async def test_a_level_that_cannot_be_consumed_costs_no_other_job_a_second_run(
-    rabbit: Rabbit, caplog: pytest.LogCaptureFixture
+    rabbit: Rabbit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """200 jobs of another level were started 4 257 times in 75 s, all as attempt 1: one level without a leader ended every new connection."""
     caplog.set_level(logging.INFO, "leveret")
+    monkeypatch.setattr(aside, "BASE_S", 0.2)
+    monkeypatch.setattr(aside, "CAP_S", 0.5)
     shop = Shop(rabbit.url)
     async with shop.working() as worker:
         running = await shop.publish(*(shop.Report(seconds=2) for _ in range(4)))
@@ -89,7 +91,7 @@ async def test_a_level_that_cannot_be_consumed_costs_no_other_job_a_second_run(
             )
             await eventually(lambda: all(shop.ends[job] for job in (*others, *running)), timeout_s=20)
             await eventually(lambda: worker.state().name == "degraded")
-            await asyncio.sleep(8)  # several tries to consume the level
+            await asyncio.sleep(3)  # several tries to consume the level
 
             assert {job: shop.starts[job] for job in others if shop.starts[job] != 1} == {}
             assert max(shop.starts[job] for job in running) <= 2, "once more: their connection was closed as they ran"
