@@ -282,10 +282,10 @@ def goals(figures: Figures) -> list[Goal]:
     itself("SQLite, consume /s", "SQLite", "per_s", 3000, "sqlite", at_least=True)
     found.append(
         Goal(
-            "MB that 200 000 jobs with failures leave",
+            "MB that 100 000 jobs with failures leave",
             None,
             "tests/fault/test_memory.py asserts it",
-            10,
+            5,
             at_least=False,
         )
     )
