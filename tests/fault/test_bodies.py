@@ -1,6 +1,5 @@
 """Bodies of every size on one queue, among small jobs."""
 
-import asyncio
 import os
 import uuid
 
@@ -42,27 +41,3 @@ async def test_bodies_of_every_size_arrive_whole_and_in_order_among_small_ones(r
         await broker.close()
 
     assert [delivery.envelope.body for delivery in came] == bodies
-
-
-async def test_small_jobs_of_another_queue_pass_a_large_one(rabbit: Rabbit) -> None:
-    """R36: a report of 15 MiB on the way, and each e-mail behind it waits until the last octet is through."""
-    runtime = Runtime(app="bodies")
-    broker, name = open_broker(rabbit.url, runtime), uuid.uuid4().hex[:12]
-    large, small = Queue(f"large-{name}", priorities=False), Queue(f"small-{name}", priorities=False)
-    sink = Recorder()
-    try:
-        await broker.consume([Subscription(large, 10), Subscription(small, 500)], sink)
-        for queue in (large, small):
-            await broker.publish(queue, timed(make_envelope(queue), soon()))
-            (await sink.next()).done()
-        publishing = asyncio.create_task(
-            broker.publish(large, timed(make_envelope(large, os.urandom(15 << 20)), soon()))
-        )
-        await asyncio.sleep(0)
-        await broker.publish(small, timed(make_envelope(small), soon()))
-        first = await sink.next()
-        await publishing
-    finally:
-        await broker.close()
-
-    assert first.queue is small

@@ -1,6 +1,7 @@
 """What the linter can't ask of tests alone."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,22 @@ def test_every_test_says_what_is_lost_if_it_breaks(file: Path) -> None:
     silent = [one.name for one in functions if one.name.startswith("test_") and not ast.get_docstring(one)]
 
     assert not silent
+
+
+def test_each_test_that_the_page_of_faults_names_exists() -> None:
+    """A promise whose test was renamed or deleted looks proved, and nobody notices when it breaks."""
+    page = (_TESTS.parent / "docs" / "faults.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    numbers = set(re.findall(r"\b[RP]\d+\b", page))
+
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if not (path := _TESTS.parent / file).exists() or (name and f"def {name}(" not in path.read_text())
+    ]
+
+    assert not missing
+    assert numbers == {f"R{number:02}" for number in range(1, 47)} | {f"P{number}" for number in range(1, 29)}
 
 
 def test_a_download_is_announced_before_the_first_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
