@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from leveret import App, Attempt, Job, Outgoing, Publisher, Queue, Settings, Worker
 from leveret.ids import new_job_id
-from tests.fault.bench import eventually
+from tests.fault.bench import PATIENCE_S, eventually
 from tests.rabbit.node import Rabbit
 
 _CENSUS = (
@@ -25,17 +26,10 @@ _CENSUS = (
 class Shop:
     """An app with `queues` queues; it counts the runs of each job, and keeps the texts of the jobs as they came."""
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        queues: int = 1,
-        type: Literal["quorum", "classic"] = "quorum",
-        settings: Settings | None = None,
-    ) -> None:
+    def __init__(self, url: str, *, queues: int = 1, settings: Settings | None = None) -> None:
         name = uuid.uuid4().hex[:12]
         self.app = App("shop", broker=url, settings=settings)
-        self.queues = [Queue(f"shop-{number}-{name}", type=type, priorities=False) for number in range(queues)]
+        self.queues = [Queue(f"shop-{number}-{name}", priorities=False) for number in range(queues)]
         self.runs: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         self.texts: dict[str, str] = {}
@@ -64,8 +58,7 @@ class Shop:
 
     def job(self, number: int = 0, *, seconds: float = 0.0, text: str = "", resend: bool = False) -> Outgoing:
         """Make a job with an id; `number` says for which queue."""
-        work = self._jobs[number % len(self._jobs)]
-        return Outgoing(work(seconds=seconds, text=text), job_id=new_job_id(), resend=resend)
+        return Outgoing(self._jobs[number](seconds=seconds, text=text), job_id=new_job_id(), resend=resend)
 
 
 def id_of(job: Outgoing) -> str:
@@ -91,6 +84,13 @@ class Census:
 
 
 async def census(rabbit: Rabbit) -> Census:
-    """Count what is open; nothing may be on its way."""
+    """Count what is open."""
     at_the_broker = (await rabbit.eval(_CENSUS)).removesuffix("ok")
     return Census(at_the_broker, len(asyncio.all_tasks()), open_files())
+
+
+async def until_census(rabbit: Rabbit, expected: Census) -> None:
+    """Wait until no more and no less is open than `expected`: what was closed ends a moment later."""
+    ends = time.monotonic() + PATIENCE_S
+    while (found := await census(rabbit)) != expected:
+        assert time.monotonic() < ends, f"{found}, not {expected}"

@@ -6,11 +6,11 @@ import logging
 import random
 import uuid
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
 import pytest
 
-from leveret import LeveretError, Outgoing, PublishError, Settings
+from leveret import LeveretError, PublishError, Settings
 from leveret.broker import Subscription
 from leveret.brokers.rabbitmq import RabbitSettings, open_broker
 from leveret.job import Queue
@@ -32,26 +32,25 @@ async def test_a_publish_that_is_cut_in_mid_frame_is_confirmed_or_an_error(
     rabbit: Rabbit, raw: Raw, resend: bool
 ) -> None:
     """R15: a job that is said to be sent, and is in no queue, is found by a customer."""
+    sent: list[str] = []
     async with link_to(rabbit) as link:
         shop = Shop(link.url)
-        jobs = [shop.job(text=KILOBYTE, resend=resend) for _ in range(200)]
         async with shop.app.publisher() as publisher:
             await publisher.publish(shop.job().job, job_id="first", timeout_s=20)
             link.cut_after("up", 50_000)
 
-            async def publish(job: Outgoing) -> str | None:
-                try:
-                    await publisher.publish(job.job, **job.options, timeout_s=20)
-                except PublishError:
-                    return None
-                return id_of(job)
+            async def publish_one_after_the_other() -> None:
+                for job in [shop.job(text=KILOBYTE, resend=resend) for _ in range(20)]:
+                    with suppress(PublishError):
+                        await publisher.publish(job.job, **job.options, timeout_s=20)
+                        sent.append(id_of(job))
 
-            sent = set(await asyncio.gather(*map(publish, jobs))) - {None}
+            await asyncio.gather(*(publish_one_after_the_other() for _ in range(10)))
     found = [message.properties.message_id for message in await raw.take_all(shop.queues[0].name)]
 
-    assert sent <= set(found)
-    assert len(sent) == 200 if resend else len(sent) < 200
-    assert len(found) - len(set(found)) <= (60 if resend else 0), "only what was on its way is sent again"
+    assert set(sent) <= set(found)
+    assert len(sent) == 200 if resend else 190 <= len(sent) < 200, "ten were on their way"
+    assert len(found) - len(set(found)) <= (10 if resend else 0)
 
 
 async def test_a_delivery_that_is_cut_in_mid_frame_reaches_no_handler(rabbit: Rabbit, raw: Raw) -> None:
@@ -82,7 +81,7 @@ async def test_a_link_that_dribbles_is_slow_and_not_lost(rabbit: Rabbit) -> None
             await publisher.publish_many([shop.job()], timeout_s=20)
             accepted = link.accepted
             link.piece, link.gap_s = 7, 0.002
-            jobs = [shop.job(text="y" * 10_000), *(shop.job(text=str(number)) for number in range(10))]
+            jobs = [shop.job(text="y" * 8_000), *(shop.job(text=str(number)) for number in range(10))]
             await publisher.publish_many(jobs, timeout_s=40)
             await eventually(lambda: len(shop.ends) == 12)
             assert (worker.state().name, publisher.state().name) == ("ready", "ready")
@@ -95,17 +94,19 @@ async def test_a_link_that_dribbles_is_slow_and_not_lost(rabbit: Rabbit) -> None
 
 async def test_an_idle_worker_notices_a_half_open_link_and_takes_jobs_after_it(rabbit: Rabbit) -> None:
     """R13, pain 2: a firewall forgets a quiet connection, and the worker waits on it until somebody restarts it."""
+    heartbeat_s = 2
     async with link_to(rabbit) as link:
-        settings = Settings(brokers=[RabbitSettings(heartbeat_s=1)], connect_timeout_s=1.0, reconnect_cap_s=1.0)
+        brokers = [RabbitSettings(heartbeat_s=heartbeat_s)]
+        settings = Settings(brokers=brokers, connect_timeout_s=1.0, reconnect_cap_s=0.5)
         shop = Shop(link.url, settings=settings)
         async with shop.working() as (worker, publisher):
             link.freeze()
-            await eventually(lambda: worker.state().name == "connecting", timeout_s=4)
+            await eventually(lambda: worker.state().name == "connecting", timeout_s=4 * heartbeat_s)
             accepted = link.accepted
             await eventually(lambda: link.accepted > accepted + 1)  # and none of these is answered
             link.thaw()
-            await eventually(lambda: worker.state().name == "ready", timeout_s=5)
-            await publisher.publish(shop.job().job, timeout_s=10)
+            await eventually(lambda: worker.state().name == "ready", timeout_s=10)
+            await publisher.publish(shop.job().job, timeout_s=20)
             await eventually(lambda: len(shop.ends) == 1)
 
 
@@ -140,7 +141,7 @@ async def test_a_peer_that_accepts_and_gets_nowhere_is_given_up_and_tried_again(
             link.thaw()
             link.reset()
             await eventually(lambda: worker.state().name == "ready", timeout_s=10)
-            await publisher.publish(shop.job().job, timeout_s=10)
+            await publisher.publish(shop.job().job, timeout_s=20)
             await eventually(lambda: len(shop.ends) == 1)
 
 
@@ -171,13 +172,8 @@ async def test_a_session_that_is_reset_anywhere_goes_on_and_leaves_nothing(
 ) -> None:
     """R31: some place in the protocol at which a cut raises what nobody expects, or leaves a socket or a task."""
     strange: list[str] = []
-
-    def keep(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if "StreamReaderProtocol" not in context["message"]:  # the link's own: leveret has no streams
-            strange.append(str(context))
-
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: strange.append(str(context)))
     gc.collect()  # what earlier tests left isn't counted
-    asyncio.get_running_loop().set_exception_handler(keep)
     tasks, files = len(asyncio.all_tasks()), open_files()
     places: list[tuple[Way, int]] = [(way, count) for way in ("up", "down") for count in range(0, 2_000, 20)]
     for begin in range(0, len(places), 25):
@@ -187,4 +183,4 @@ async def test_a_session_that_is_reset_anywhere_goes_on_and_leaves_nothing(
     await eventually(lambda: open_files() <= files)
 
     assert not strange
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR and "leveret" in record.name]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

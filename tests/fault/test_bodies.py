@@ -21,10 +21,8 @@ SIZES = (0, 1, FRAME - 1, FRAME, FRAME + 1, 1 << 20, 15 << 20)
 @pytest.mark.versions
 async def test_bodies_of_every_size_arrive_whole_and_in_order_among_small_ones(rabbit: Rabbit) -> None:
     """R36: an octet too few at the end of a frame, and each job behind it is read out of the body before."""
-    broker, queue = (
-        open_broker(rabbit.url, Runtime(app="bodies")),
-        Queue(f"body-{uuid.uuid4().hex[:12]}", priorities=False),
-    )
+    broker = open_broker(rabbit.url, Runtime(app="bodies"))
+    queue = Queue(f"body-{uuid.uuid4().hex[:12]}", priorities=False)
     bodies: list[bytes] = []
     for size in SIZES:
         bodies += [b"small %d" % number for number in range(len(bodies), len(bodies) + 30)]
