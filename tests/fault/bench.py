@@ -75,6 +75,12 @@ class Worker:
         """What it has in memory now."""
         return self._status("VmRSS")
 
+    @property
+    def cpu_s(self) -> float:
+        """Processor time that it took so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def _status(self, field: str) -> int:
         return int(Path(f"/proc/{self.process.pid}/status").read_text().partition(f"{field}:")[2].split()[0])
 

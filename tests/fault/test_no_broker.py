@@ -172,10 +172,12 @@ async def test_a_worker_waits_for_its_broker_says_so_and_works_once_it_is_there(
     """Containers start in any order; one that dies because another is late is started again and again, and pages somebody."""
     node = await rabbit_node()
     await node.kill9()
-    one = bench(node.url, reconnect_base_s=0.1, reconnect_cap_s=0.2)
+    one = bench(node.url)
     worker = one.start()
     await worker.says(rf"waiting to consume: RabbitMQ at 127.0.0.1:{node.port}: Connection refused; trying again")
-    await asyncio.sleep(1)  # several tries
+    before_s = worker.cpu_s
+    await asyncio.sleep(3)
+    assert worker.cpu_s - before_s < 0.05 * 3, "it waits between its tries"
     assert worker.log.count("waiting to consume") == 1, "said once, not at each try"
     ids, _ = await asyncio.gather(one.publish(*(one.recorder.Note() for _ in range(100)), timeout_s=40), node.start())
     await one.until_ended(ids)
@@ -436,6 +438,7 @@ async def test_a_hung_broker_is_noticed_and_worked_with_again(
     node: Node = await rabbit_node()
     one = bench(f"{node.url}?heartbeat=2", connect_timeout_s=2.0, reconnect_cap_s=1.0)
     worker = await one.working()
+    consumers = (await one.depth()).consumers
     ids = await one.publish(*(one.recorder.Note(0.5) for _ in range(300)))
     await eventually(lambda: len(one.recorder.ids("start")) > 50, lambda: one.logs)
     node.pause()
@@ -448,6 +451,7 @@ async def test_a_hung_broker_is_noticed_and_worked_with_again(
     ids += await one.publish(*(one.recorder.Note() for _ in range(100)))
     await one.until_ended(ids)
     await one.until_empty()
+    assert (await one.depth()).consumers == consumers, "none of the connection that hung is left"
     await worker.drained()
 
 

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 
 import pytest
 
-from leveret import App, Job, MessageTooLarge, Publisher, PublishManyError, PublishTimeout, Queue, Receipt, Unroutable
+from leveret import (
+    App,
+    Job,
+    MessageTooLarge,
+    Outgoing,
+    Publisher,
+    PublishManyError,
+    PublishTimeout,
+    Queue,
+    Receipt,
+    Unroutable,
+)
 from leveret.brokers.rabbitmq import publishing
 from leveret.brokers.rabbitmq.address import addresses
 from leveret.brokers.rabbitmq.nodes import Nodes
@@ -198,6 +209,33 @@ async def test_delayed_jobs_come_on_time_after_an_exchange_on_their_way_was_dele
         await raw.until_count(shop.queue.name, 31)
         assert time.monotonic() - began < delay_s + 2.75
     assert caplog.text.count(f"exchange {exchange} was deleted; declaring it again") == 1
+
+
+@pytest.mark.versions
+async def test_jobs_that_fall_due_without_an_exchange_are_kept_and_come_with_the_command_of_operations_md(
+    rabbit: Rabbit, raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pain 26: dead-lettered at most once they would be gone without a word; as it is, RabbitMQ looks again after three minutes."""
+    monkeypatch.setattr(publishing, "SEEN_S", 60)  # so that the publisher doesn't find out
+    shop = Shop(rabbit.url)
+    async with shop.app.publisher() as publisher:
+        first = await publisher.publish(shop.Note(), delay_s=0.25, timeout_s=20)  # declares all that a delay needs
+        await raw.until_count(shop.queue.name, 1)
+        await raw.delete_exchange("lv.delay.due")
+        delayed = [Outgoing(shop.Note(), delay_s=0.25) for _ in range(100)]
+        due = await publisher.publish_many(delayed, timeout_s=20)
+        await raw.until_count("lv.delay.250ms", 0)
+    async with shop.app.publisher() as another:  # which declares the exchange again
+        last = await another.publish(shop.Note(), timeout_s=20)
+    policy = "look-again", r"^lv\.delay\.", '{"queue-leader-locator":"client-local"}'
+    await rabbit.ctl("set_policy", "--apply-to", "queues", *policy)
+    try:
+        await raw.until_count(shop.queue.name, 102)
+    finally:
+        await rabbit.clear_policy("look-again")
+
+    ids = {receipt.job_id for receipt in (first, *due, last)}
+    assert {found.properties.message_id for found in await raw.take_all(shop.queue.name)} == ids
 
 
 async def test_a_retry_that_waits_for_a_deleted_queue_declares_it_again(

@@ -44,7 +44,7 @@ class FaultProxy:
         self.thaw()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accepted, "127.0.0.1", 0)
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -95,11 +95,13 @@ class FaultProxy:
         self._left[way] = count
         self._freezing.add(way)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # were this a coroutine, asyncio would make the task, and Python 3.11 reports the cancel of such a task as an error
+        task = asyncio.create_task(self._carry_on(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _carry_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuse:
             _reset(writer)
             return

@@ -215,6 +215,31 @@ async def test_a_handler_that_cancels_its_own_task_has_failed() -> None:
     assert last.outcome == Bury(f"{said} (attempt 2 of 2)")
 
 
+async def test_a_handler_that_ends_the_threads_of_its_loop_costs_no_neighbour() -> None:
+    """Each `def` handler of the process would fail from then on, for the clean-up of one job."""
+    app, ran = App("threads", broker="memory://"), list[str]()
+
+    class Other(Job, name="other.do", queue=things):
+        """Another job of the queue."""
+
+    @app.handler
+    async def ends_threads(job: Thing) -> None:
+        await asyncio.get_running_loop().shutdown_default_executor()
+        ran.append("thing")
+
+    @app.handler
+    def in_a_thread(job: Other) -> None:
+        ran.append("other")
+
+    async with running(app) as lab:
+        await lab.publish(Thing())
+        await lab.drain()
+        await lab.publish(Other())
+        await lab.drain()
+
+    assert ran == ["thing", "other"]
+
+
 async def test_middleware_may_end_a_run_with_a_cancellation_that_it_takes_back() -> None:
     """`asyncio.timeout` in a user's middleware would end runs with an error that its rules don't know."""
 
