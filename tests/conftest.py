@@ -8,9 +8,10 @@ from typing import NoReturn, Protocol
 import pytest
 import pytest_asyncio
 
+from tests.nodes import Unavailable
 from tests.rabbit.cluster import Cluster
 from tests.rabbit.network import NoNetwork
-from tests.rabbit.node import Installation, Node, Rabbit, Unavailable, choose, find_rabbit
+from tests.rabbit.node import Installation, Node, Rabbit, choose, find_rabbit
 from tests.rabbit.raw import Raw, connect
 
 
