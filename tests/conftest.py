@@ -3,12 +3,12 @@
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import pytest
 import pytest_asyncio
 
-from tests.nodes import Unavailable
+from tests.nodes import Unavailable, absent
 from tests.rabbit.cluster import Cluster
 from tests.rabbit.network import NoNetwork
 from tests.rabbit.node import Installation, Node, Rabbit, choose, find_rabbit
@@ -45,19 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("cluster")
 
 
-def _absent(reason: str) -> NoReturn:
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def rabbit_found() -> Rabbit | Installation:
     """What there is to run on, looked up once; none fails with CI=true, and otherwise skips and says what would help."""
     try:
         return find_rabbit()
     except Unavailable as error:
-        _absent(str(error))
+        absent(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +98,7 @@ def shared_cluster(rabbit_found: Rabbit | Installation) -> Generator[Cluster]:
     except NoNetwork as error:
         if os.geteuid() != 0:
             pytest.skip(str(error))
-        _absent(str(error))
+        absent(str(error))
     finally:
         asyncio.run(shared.close())
 

@@ -13,7 +13,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import pytest
 
 T = TypeVar("T")
 
@@ -28,6 +31,13 @@ exec chroot "$root" "$@"
 
 class Unavailable(Exception):
     """This machine has no such server; the message says what would help."""
+
+
+def absent(reason: str) -> NoReturn:
+    """End a test that can't run here: skip it by the reason, or fail it where CI=true."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,13 @@ def free_ports(count: int) -> list[int]:
                 return found
     msg = "127.0.0.1 has no free port between 26000 and 31990"
     raise RuntimeError(msg)
+
+
+def url_at(url: str, port: int) -> str:
+    """Return the URL with this port of 127.0.0.1 in the place of its host and port."""
+    parts = urlsplit(url)
+    login, at, _ = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{login}{at}127.0.0.1:{port}").geturl()
 
 
 def spawn(argv: Sequence[str], *, env: Mapping[str, str], output: Path) -> subprocess.Popen[bytes]:

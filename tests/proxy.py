@@ -20,7 +20,8 @@ import socket
 import struct
 from types import TracebackType
 from typing import Literal, Self
-from urllib.parse import urlsplit
+
+from tests.nodes import url_at
 
 Way = Literal["up", "down"]
 
@@ -67,9 +68,7 @@ class FaultProxy:
 
     def url_of(self, url: str) -> str:
         """Return a server's URL with this proxy in the place of its host and port."""
-        parts = urlsplit(url)
-        login, at, _ = parts.netloc.rpartition("@")
-        return parts._replace(netloc=f"{login}{at}127.0.0.1:{self.port}").geturl()
+        return url_at(url, self.port)
 
     def freeze(self, *ways: Way) -> None:
         """Stop passing bytes, on both ways or on `ways`; connections stay up, and new ones are accepted."""
