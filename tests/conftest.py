@@ -1,17 +1,19 @@
-"""Fixtures of all tests: a real RabbitMQ, shared or private."""
+"""Fixtures of all tests: a real RabbitMQ and a real PostgreSQL, shared or private."""
 
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, settings
 
+from tests.nodes import Unavailable, absent
+from tests.postgres import node as postgresql
 from tests.rabbit.cluster import Cluster
 from tests.rabbit.network import NoNetwork
-from tests.rabbit.node import Installation, Node, Rabbit, Unavailable, choose, find_rabbit
+from tests.rabbit.node import Installation, Node, Rabbit, choose, find_rabbit
 from tests.rabbit.raw import Raw, connect
 
 # a clock says more of the machine's load than of an example: two processes of tests share it, and whatever else runs
@@ -31,14 +33,25 @@ class StartNode(Protocol):
     ) -> Awaitable[Node]: ...
 
 
+class StartPostgres(Protocol):
+    """Starts a private server; `conf` are settings of postgresql.conf, `clock` is what `step_clock` needs."""
+
+    def __call__(
+        self, *, conf: Mapping[str, str | int] | None = None, clock: bool = False
+    ) -> Awaitable[postgresql.Node]: ...
+
+
 def pytest_report_header() -> list[str]:
-    """Name the RabbitMQ of the tests before the first test that downloads or starts it."""
-    return f"RabbitMQ: {choose().what}".splitlines()
+    """Name the servers of the tests before the first test that downloads or starts one."""
+    return [
+        *f"RabbitMQ: {choose().what}".splitlines(),
+        *f"PostgreSQL: {postgresql.choose().what}".splitlines(),
+    ]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a RabbitMQ as `rabbit`, and what uses three nodes as `cluster`."""
+    """Mark what uses a RabbitMQ as `rabbit`, what uses three nodes as `cluster`, and what uses a PostgreSQL as `postgres`."""
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
@@ -47,6 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("rabbit")
         if "cluster" in item.fixturenames:
             item.add_marker("cluster")
+        if "postgres_found" in item.fixturenames:
+            item.add_marker("postgres")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,19 +72,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-def _absent(reason: str) -> NoReturn:
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def rabbit_found() -> Rabbit | Installation:
     """What there is to run on, looked up once; none fails with CI=true, and otherwise skips and says what would help."""
     try:
         return find_rabbit()
     except Unavailable as error:
-        _absent(str(error))
+        absent(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +125,7 @@ def shared_cluster(rabbit_found: Rabbit | Installation) -> Generator[Cluster]:
     except NoNetwork as error:
         if os.geteuid() != 0:
             pytest.skip(str(error))
-        _absent(str(error))
+        absent(str(error))
     finally:
         asyncio.run(shared.close())
 
@@ -134,3 +143,47 @@ async def raw(rabbit: Rabbit) -> AsyncGenerator[Raw]:
     """A plain AMQP connection to the session's broker."""
     async with connect(rabbit.url) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def postgres_found() -> postgresql.Found:
+    """What there is to run on, looked up once; none fails with CI=true, and otherwise skips and says what would help."""
+    try:
+        return postgresql.find_postgres()
+    except Unavailable as error:
+        absent(str(error))
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_found: postgresql.Found) -> Generator[postgresql.Postgres]:
+    """The session's server: shared, so use a `database` of your own, and leave it running. It syncs nothing to the disk."""
+    if isinstance(postgres_found, postgresql.Postgres):
+        shared = postgres_found
+    else:
+        shared = postgresql.Node(postgres_found, conf={"fsync": "off", "full_page_writes": "off"})
+    try:
+        if isinstance(shared, postgresql.Node):
+            asyncio.run(shared.start())
+        yield shared
+    finally:
+        asyncio.run(shared.close())
+
+
+@pytest_asyncio.fixture
+async def postgres_node(
+    postgres_found: postgresql.Found,
+) -> AsyncGenerator[StartPostgres]:
+    """Start servers of the test's own, to kill, pause and copy; skips where the server isn't ours to run."""
+    started: list[postgresql.Node] = []
+
+    async def start(*, conf: Mapping[str, str | int] | None = None, clock: bool = False) -> postgresql.Node:
+        if isinstance(postgres_found, postgresql.Postgres):
+            pytest.skip(postgres_found.why_no_levers)
+        node = postgresql.Node(postgres_found, conf=conf, clock=clock)
+        started.append(node)
+        await node.start()
+        return node
+
+    yield start
+    for node in started:
+        await node.close()

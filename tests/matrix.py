@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.rabbit.node import SUITES, Unavailable, installation_of
+from tests.nodes import Unavailable
+from tests.rabbit.node import SUITES, installation_of
 
 _ROOT = Path(__file__).parents[1]
 _BUILD = _ROOT / "build"

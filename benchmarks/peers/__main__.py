@@ -28,7 +28,8 @@ from benchmarks.peers.harness import Broker, Refused
 from benchmarks.peers.measures import MEASURES, UNITS, Context, Unit, entrants
 from benchmarks.peers.report import Figures, draw, show, show_goals
 from leveret.settings import redact
-from tests.rabbit.node import Node, Rabbit, Unavailable, find_rabbit
+from tests.nodes import Unavailable
+from tests.rabbit.node import Node, Rabbit, find_rabbit
 
 RESULTS = ROOT / "benchmarks" / "results"
 CONTESTANTS = (*RABBIT, HUEY)

@@ -18,8 +18,9 @@ from leveret.runtime import Runtime
 from tests.contract.harness import Recorder, make_envelope, soon, timed
 from tests.fault.bench import eventually, link_to
 from tests.fault.shop import Shop, id_of, open_files
+from tests.proxy import Way
 from tests.rabbit.node import Rabbit
-from tests.rabbit.proxy import FaultProxy, Way
+from tests.rabbit.proxy import FaultProxy
 from tests.rabbit.raw import Raw
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]

@@ -22,7 +22,8 @@ from leveret.runtime import Runtime
 from tests.conftest import StartNode
 from tests.contract.harness import consume, make_envelope, soon, timed
 from tests.fault.bench import Bench, eventually, link_to
-from tests.rabbit.node import Node, Rabbit, free_ports
+from tests.nodes import free_ports
+from tests.rabbit.node import Node, Rabbit
 from tests.rabbit.proxy import FaultProxy
 from tests.rabbit.raw import connect
 

@@ -51,23 +51,32 @@ def test_the_page_of_faults_has_each_number() -> None:
 
 
 def test_a_download_is_announced_before_the_first_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody wants 239 MB without a word, in a folder that they don't know of."""
+    """Nobody wants hundreds of MB without a word, in a folder that they don't know of."""
     monkeypatch.delenv("LEVERET_TEST_AMQP", raising=False)
     monkeypatch.setenv("LEVERET_TEST_RABBIT", "4.0")
-    monkeypatch.setenv("LEVERET_RABBIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("LEVERET_RABBIT_CACHE", f"{tmp_path}/rabbit")
+    monkeypatch.delenv("LEVERET_TEST_POSTGRES", raising=False)
+    monkeypatch.setenv("LEVERET_POSTGRES_SUITE", "trixie")
+    monkeypatch.setenv("LEVERET_POSTGRES_CACHE", f"{tmp_path}/postgres")
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
     monkeypatch.setattr("pathlib.Path.exists", lambda path: str(path) == "/etc/debian_version")
 
     assert pytest_report_header() == [
         "RabbitMQ: 4.0: Debian's package, downloaded by the first test that needs it, in",
-        f"{tmp_path}/trixie (239 MB; to remove it: rm -r that folder)",
+        f"{tmp_path}/rabbit/trixie (239 MB; to remove it: rm -r that folder)",
+        "PostgreSQL: Debian's packages, downloaded by the first test that needs them, of trixie in",
+        f"{tmp_path}/postgres/trixie (450 MB; to remove it: rm -r that folder)",
     ]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_broker_that_is_named_is_announced_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who forgot that the variable is set would run the tests on a broker of others."""
+def test_the_servers_that_are_named_are_announced_without_their_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who forgot that a variable is set would run the tests on a server of others."""
     monkeypatch.setenv("LEVERET_TEST_AMQP", "amqp://shop:hunter2@rabbit/")
+    monkeypatch.setenv("LEVERET_TEST_POSTGRES", "postgresql://shop:hunter2@db/shop")
 
-    assert pytest_report_header() == ["RabbitMQ: amqp://shop:***@rabbit/ (LEVERET_TEST_AMQP)"]
+    assert pytest_report_header() == [
+        "RabbitMQ: amqp://shop:***@rabbit/ (LEVERET_TEST_AMQP)",
+        "PostgreSQL: postgresql://shop:***@db/shop (LEVERET_TEST_POSTGRES)",
+    ]

@@ -5,8 +5,9 @@ import json
 import time
 from collections.abc import Mapping
 
+from tests.nodes import free_ports
 from tests.rabbit.network import HOME, Network
-from tests.rabbit.node import Installation, Node, Place, free_ports
+from tests.rabbit.node import Installation, Node, Place
 
 _HOSTS = ("n1", "n2", "n3")
 _WHOLE_S, _ALONE_S = 60.0, 10.0

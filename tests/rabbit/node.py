@@ -2,17 +2,13 @@
 
 import asyncio
 import base64
-import contextlib
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +17,20 @@ from typing import Literal, NoReturn
 import pytest
 
 from leveret.settings import redact
+from tests import nodes
+from tests.nodes import (
+    Choice,
+    Unavailable,
+    free_ports,
+    has_docker,
+    kill_group,
+    spawn,
+    tail,
+    unpack,
+    unpacks,
+    why_not_up,
+)
 
-_HERE = Path(__file__).parent
 _AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 _BOOT_S = 90.0
 _IMAGE = "rabbitmq:4"
@@ -30,12 +38,6 @@ _HELP = "set LEVERET_TEST_AMQP to a URL, install rabbitmq-server, start Docker, 
 
 SUITES = {"3.10": "bookworm", "4.0": "trixie", "4.3": "forky"}
 """The versions that the tests run on, and the Debian suite that has each."""
-
-# A mount namespace for the node alone: /proc and /dev for Erlang, and the node's folder as /mnt.
-_ENTER = """set -e; root=$1 folder=$2; shift 2
-mount --rbind /proc "$root/proc"; mount --rbind /dev "$root/dev"; mount --bind "$folder" "$root/mnt"
-exec chroot "$root" "$@"
-"""
 
 # Erlang that a node runs at its start. It listens on 127.0.0.1, evaluates what each connection sends, and answers "ok" or "error" and a term.
 _CONSOLE = """
@@ -63,10 +65,6 @@ spawn(fun() ->
     receive after infinity -> ok end
 end).
 """
-
-
-class Unavailable(Exception):
-    """This machine has no RabbitMQ; the message says what would help."""
 
 
 class Rabbit:
@@ -169,28 +167,14 @@ class Rabbit:
 
 
 @dataclass(frozen=True)
-class Installation:
-    """A RabbitMQ installation that can be run as a child process."""
-
-    tools: str  # the folder of rabbitmq-server and rabbitmqctl
-    root: Path | None = None  # a folder to run it in by chroot
+class Installation(nodes.Installation):
+    """RabbitMQ's programs: `tools` is the folder of rabbitmq-server and rabbitmqctl."""
 
     @property
     def version(self) -> str:
         """RabbitMQ's version, such as 4.0.5, by the name of the folder of its code; empty where that isn't Debian's."""
         code = Path(f"{self.root or ''}{self.tools}").parent / "lib"
         return next((found.name.partition("-")[2] for found in code.glob("rabbitmq_server-*")), "")
-
-    def argv(self, folder: Path, *command: str) -> list[str]:
-        """Return the arguments that run `command` from here, with the node's folder mounted at `inside`."""
-        if self.root is None:
-            return list(command)
-        enter = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", _ENTER, "enter"]
-        return [*enter, str(self.root), str(folder), *command]
-
-    def inside(self, folder: Path) -> str:
-        """Return the path of the node's folder as the node sees it."""
-        return str(folder) if self.root is None else "/mnt"
 
 
 @dataclass(frozen=True)
@@ -280,7 +264,7 @@ class Node(Rabbit):
     async def kill9(self) -> None:
         """Stop the node as a power cut would: none of its code runs. Its data stays for the next `start`; see `flush`."""
         if self._process is not None:
-            _kill_group(self._process)
+            kill_group(self._process)
 
     async def flush(self) -> None:
         """Write the list of quorum queues to disk. Call before `kill9`, or RabbitMQ forgets queues declared in the last second."""
@@ -340,7 +324,7 @@ class Node(Rabbit):
         """End the node and its epmd at once, and remove its folder."""
         for process in (self._process, self._epmd):
             if process is not None:
-                _kill_group(process)
+                kill_group(process)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -349,38 +333,13 @@ class Node(Rabbit):
 
     def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
         argv = [*self._place.enter, *self._installation.argv(self.folder, *command)]
-        if shutil.which("setpriv"):
-            argv = ["setpriv", "--pdeathsig", "KILL", *argv]
-        with (self.folder / "stdout").open("ab") as output:
-            # a new session: a ^C at the terminal goes to the tests only, which then end the node
-            return subprocess.Popen(
-                argv,
-                env=self._environ(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+        return spawn(argv, env=self._environ(), output=self.folder / "stdout")
 
     async def _until_answers(self, process: subprocess.Popen[bytes], port: int, header: bytes) -> None:
-        end = time.monotonic() + _BOOT_S
-        while not await _answers(self._place.address, port, header):
-            if process.poll() is not None or time.monotonic() > end:
-                what = (
-                    f"didn't answer in {_BOOT_S:.0f} s"
-                    if process.returncode is None
-                    else f"exited with {process.returncode}"
-                )
-                msg = f"RabbitMQ on port {port} {what}: {self._tail()}"
-                await self.close()
-                raise RuntimeError(msg)
-            await asyncio.sleep(0.05)  # a process's start has no event to wait on
-
-    def _tail(self) -> str:
-        files = [self.folder / "stdout", *sorted((self.folder / "log").glob("*.log"))]
-        return "\n".join(
-            "\n".join(file.read_text(errors="replace").splitlines()[-15:]) for file in files if file.exists()
-        )
+        if failed := await why_not_up(process, partial(_answers, self._place.address, port, header), _BOOT_S):
+            log = tail(self.folder / "stdout", *sorted((self.folder / "log").glob("*.log")))
+            await self.close()
+            raise RuntimeError(f"RabbitMQ on port {port} {failed}: {log}")
 
     def _environ(self) -> dict[str, str]:
         inside = self._installation.inside(self.folder)
@@ -417,26 +376,6 @@ def _member(queue: str) -> str:
     return f'{{list_to_atom("%2F_{queue}"), node()}}'
 
 
-def free_ports(count: int) -> list[int]:
-    """Return free ports of 127.0.0.1, below the range that the kernel gives to outgoing connections.
-
-    The processes of `pytest -n` look in separate parts of it: two that look at once would find the same.
-    """
-    found: list[int] = []
-    part, parts = (
-        int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]),
-        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
-    )
-    for port in random.sample(range(26000 + part, 31990, parts), 500):
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            found.append(port)
-            if len(found) == count:
-                return found
-    msg = "127.0.0.1 has no free port between 26000 and 31990"
-    raise RuntimeError(msg)
-
-
 async def _answers(host: str, port: int, header: bytes) -> bool:
     """Return whether the port accepts connections and, if `header` is AMQP's, answers with Connection.Start."""
     try:
@@ -451,12 +390,6 @@ async def _answers(host: str, port: int, header: bytes) -> bool:
         return False
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)  # the group holds only processes that this process started
-        process.wait(10)
-
-
 def local_installation() -> Installation | None:
     """Return this machine's rabbitmq-server; None if it has none."""
     # Debian's /usr/sbin/rabbitmq-server is a wrapper that only root or the user rabbitmq may run; everybody may run the script that it calls.
@@ -466,13 +399,8 @@ def local_installation() -> Installation | None:
     return Installation(str(Path(server).resolve().parent)) if server else None
 
 
-def _unpacks() -> bool:
-    """Return whether this machine can unpack a package of Debian."""
-    return os.geteuid() == 0 and Path("/etc/debian_version").exists() and shutil.which("apt-get") is not None
-
-
 def unpacked_root(version: str) -> Path:
-    """Return the folder that get-rabbit.sh makes."""
+    """Return the folder that Debian's package is unpacked into."""
     cache = os.environ.get("LEVERET_RABBIT_CACHE") or Path.home() / ".cache" / "leveret-rabbit"
     return Path(cache, SUITES[version])
 
@@ -488,35 +416,11 @@ def installation_of(version: str) -> Installation:
     if version not in SUITES:
         msg = f"no RabbitMQ {version}: the tests know {', '.join(SUITES)}"
         raise Unavailable(msg)
-    if not _unpacks():
+    if not unpacks():
         msg = f"no RabbitMQ {version}: {_HELP}"
         raise Unavailable(msg)
-    made = subprocess.run(
-        [_HERE / "get-rabbit.sh", SUITES[version]], capture_output=True, text=True, timeout=600, check=False
-    )
-    if made.returncode:
-        msg = f"no RabbitMQ {version}: unpacking Debian's rabbitmq-server of {SUITES[version]} failed: {made.stderr.strip().splitlines()[-1:]}"
-        raise Unavailable(msg)
-    unpacked = Installation("/usr/lib/rabbitmq/bin", Path(made.stdout.split()[-1]))
-    tried = subprocess.run(
-        unpacked.argv(Path(tempfile.gettempdir()), "/bin/true"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if tried.returncode:
-        msg = f"no RabbitMQ {version}: this container may not mount ({tried.stderr.strip()[-200:]}); install rabbitmq-server instead"
-        raise Unavailable(msg)
-    return unpacked
-
-
-def has_docker() -> bool:
-    """Return whether a Docker engine answers, or is said to be elsewhere."""
-    if "DOCKER_HOST" in os.environ:
-        return True
-    with socket.socket(socket.AF_UNIX) as engine:
-        return engine.connect_ex("/var/run/docker.sock") == 0
+    root = unpack(f"RabbitMQ {version}", unpacked_root(version), SUITES[version], "rabbitmq-server")
+    return Installation("/usr/lib/rabbitmq/bin", root)
 
 
 async def in_container() -> Rabbit:
@@ -533,17 +437,7 @@ async def in_container() -> Rabbit:
     return Rabbit(url, why_no_levers="RabbitMQ runs in a container, which these tests can't stop and start")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The RabbitMQ that the tests use."""
-
-    what: str
-    """What is used, as `make test` prints it before the first test."""
-    find: Callable[[], Rabbit | Installation]
-    """Start or unpack it, if that is needed. Raises Unavailable if that fails."""
-
-
-def choose() -> Choice:
+def choose() -> Choice[Rabbit | Installation]:
     """Return the RabbitMQ to use, without starting or downloading anything.
 
     In this order: the broker of LEVERET_TEST_AMQP; the version that LEVERET_TEST_RABBIT names (3.10, 4.0 or 4.3);
@@ -562,7 +456,7 @@ def choose() -> Choice:
 
 
 def _package(version: str) -> str:
-    if not _unpacks() or version not in SUITES:
+    if not unpacks() or version not in SUITES:
         return f"none of {version}, so the tests that need one are skipped, or fail with CI=true\n{_HELP}"
     root = unpacked_root(version)
     there = (root / ".ready").exists()

@@ -20,7 +20,8 @@ from leveret.brokers.rabbitmq import RabbitSettings
 from leveret.brokers.rabbitmq.address import addresses
 from leveret.brokers.rabbitmq.nodes import Nodes
 from leveret.errors import ConfigurationError
-from tests.rabbit.node import Installation, Node, Rabbit, free_ports
+from tests.nodes import free_ports
+from tests.rabbit.node import Installation, Node, Rabbit
 
 pytestmark = [pytest.mark.rabbit, pytest.mark.fault, pytest.mark.timeout(180)]
 

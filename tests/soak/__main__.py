@@ -23,9 +23,10 @@ from statistics import median
 
 from tests.fault.bench import Bench, Worker
 from tests.fault.load import Counts, Load
+from tests.nodes import Unavailable
 from tests.rabbit.cluster import Cluster
 from tests.rabbit.network import NoNetwork
-from tests.rabbit.node import SUITES, Unavailable, installation_of
+from tests.rabbit.node import SUITES, installation_of
 
 RATE = 100
 GROWTH_MIB = 5.0

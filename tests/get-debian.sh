@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# get-rabbit.sh SUITE: bookworm (RabbitMQ 3.10) | trixie (4.0) | forky (4.3)
-# Makes ${LEVERET_RABBIT_CACHE:-~/.cache/leveret-rabbit}/SUITE a root folder in which that Debian suite's rabbitmq-server
-# runs by chroot, and prints its path. Nothing is installed on this machine, no maintainer script runs and no service
-# starts: the packages are downloaded with apt state of their own (apt checks signatures as always) and only unpacked.
-# Needs root, Debian's archive keyring and 250 MB.
+# get-debian.sh ROOT SUITE PACKAGE...
+# Makes ROOT a folder in which packages of that Debian suite (bookworm, trixie, forky) run by chroot, and prints its path.
+# Nothing is installed on this machine, no maintainer script runs and no service starts: the packages are downloaded with
+# apt state of their own (apt checks signatures as always) and only unpacked. Needs root and Debian's archive keyring.
 set -euo pipefail
-suite=${1:?suite}
-base=${LEVERET_RABBIT_CACHE:-$HOME/.cache/leveret-rabbit}
-root=$base/$suite
+root=${1:?root}
+suite=${2:?suite}
+shift 2
+base=$(dirname "$root")
+name=$(basename "$root")
 mkdir -p "$base"
-exec 9>"$base/.lock-$suite"
+exec 9>"$base/.lock-$name"
 flock 9    # two test runs at once: the second waits, and finds it made
 [ -f "$root/.ready" ] && { echo "$root"; exit 0; }
 
@@ -20,7 +21,7 @@ mirror=${mirror:-http://deb.debian.org/debian}
 key=/usr/share/keyrings/debian-archive-keyring.gpg
 [ -e "$key" ] || key=/usr/share/keyrings/debian-archive-keyring.pgp
 
-apt=$base/.apt-$suite
+apt=$base/.apt-$name
 part=$root.part
 trap 'rm -rf "$apt" "$part"' EXIT
 rm -rf "$apt" "$part"
@@ -39,8 +40,8 @@ CONF
 export APT_CONFIG=$apt/apt.conf
 quiet() { "$@" >>"$apt/log" 2>&1 || { tail -5 "$apt/log" >&2; exit 1; }; }
 quiet apt-get -q update
-# rabbitmq-server with all it depends on, and the essentials that its shell scripts call
-quiet apt-get -qy --download-only install rabbitmq-server base-files dash bash coreutils sed grep mawk \
+# the packages with all they depend on, and the essentials that their shell scripts call
+quiet apt-get -qy --download-only install "$@" base-files dash bash coreutils sed grep mawk \
   findutils hostname procps util-linux ncurses-base
 
 cd "$part"

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import pytest
 
-from tests.rabbit.proxy import FaultProxy
+from tests.proxy import FaultProxy
 
 T = TypeVar("T")
 SILENCE_S = 0.05
@@ -83,3 +83,11 @@ async def test_a_link_is_reset_after_an_exact_count(link: FaultProxy, count: int
         await soon(reader.readexactly(6))
     assert link.passed["up"] == count
     writer.close()
+
+
+def test_a_url_leads_through_the_link(link: FaultProxy) -> None:
+    """A URL that still named the server, or lost a part, would test a sound link or another database."""
+    assert (
+        link.url_of("postgresql://u:p%40@127.0.0.1:5432/db?a=b") == f"postgresql://u:p%40@127.0.0.1:{link.port}/db?a=b"
+    )
+    assert link.url_of("redis://host") == f"redis://127.0.0.1:{link.port}"
