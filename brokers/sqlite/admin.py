@@ -18,8 +18,9 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
+from ..rows import Row, packed, unpack
 from .broker import CLOSE_S
-from .rows import INSERTS, READ, Row, packed, unpack
+from .statements import INSERTS, READ
 from .store import Store
 from .taker import Taker
 from .write import Call, Close, Look, Open, Run, Write

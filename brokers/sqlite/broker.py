@@ -28,10 +28,10 @@ from leveret.job import Queue
 from leveret.runtime import Runtime
 from leveret.settings import redact
 
+from ..rows import packed, when_ms
 from .delivery import SqliteDelivery, Window
-from .rows import packed
 from .schema import MIN_SQLITE
-from .settling import Settling, when_ms
+from .settling import Settling
 from .store import Store
 from .taker import Taker
 from .write import Close, Open, Publish

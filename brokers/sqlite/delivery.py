@@ -10,8 +10,8 @@ import msgspec
 from leveret.envelope import Envelope
 from leveret.job import Queue
 
+from ..rows import unpack
 from .lease import Lease
-from .rows import unpack
 
 
 class Settles(Protocol):

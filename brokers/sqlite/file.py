@@ -13,13 +13,14 @@ from typing import final
 
 from leveret.clock import Clock
 
+from ..rows import COLUMNS
 from . import lease as leases
 from .delivery import SqliteDelivery
 from .due import Due
 from .identity import known_dead, my_identity
 from .lease import Beats, Lease
-from .rows import INSERTS, READ, text_or_bytes
 from .schema import open_file
+from .statements import INSERTS, READ, text_or_bytes
 from .taker import Taker
 from .write import Turn, Write
 
@@ -40,9 +41,9 @@ _BEREAVE = (
     "UPDATE jobs SET claimed_by = NULL, begun = 0, crashes = crashes + (begun OR crashes = 0) WHERE claimed_by = ?"
 )
 _GIVE_BACK = "UPDATE jobs SET claimed_by = NULL, deliveries = deliveries - 1 WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
-_COLUMNS = "job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers"
+_FIELDS = ", ".join(COLUMNS[2:])
 _PROMOTED = (
-    f"INSERT INTO jobs (queue, level, {_COLUMNS}) SELECT queue, level, {_COLUMNS} FROM jobs"  # noqa: S608 - columns of ours
+    f"INSERT INTO jobs (queue, level, {_FIELDS}) SELECT queue, level, {_FIELDS} FROM jobs"  # noqa: S608 - columns of ours
     " WHERE seq IN (SELECT value FROM json_each(?)) ORDER BY due_ms, seq"
 )
 

@@ -11,8 +11,8 @@ from leveret.clock import Clock
 from leveret.envelope import Envelope
 from leveret.errors import LeveretError
 
+from ..rows import packed, when_ms
 from .delivery import SqliteDelivery
-from .rows import packed
 from .store import Store
 from .write import Again, Bury, Run
 
@@ -66,8 +66,3 @@ class Settling:
         """Free the row; the job keeps its place, and doesn't count as redelivered."""
         if delivery.unsettled:
             self._store.give_back(delivery)
-
-
-def when_ms(envelope: Envelope, clock: Clock) -> int | None:
-    """Return the time before which a job isn't claimed, Unix ms; None if the job may run at once."""
-    return envelope.due_ms if envelope.due_in_s(clock.now()) else None
