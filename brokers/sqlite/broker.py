@@ -8,7 +8,7 @@ a local disk, since SQLite's locks don't work on network file systems.
 - `give_back` keeps the job's place and doesn't count as a delivery, since the job wasn't started. Jobs that a consumption holds
   when it closes, or when its process dies, are delivered again as redelivered.
 - The jobs of a dead process are delivered again within about a second if this machine's process table shows the death, and
-  otherwise 15 to 20 seconds after the process's last beat (see `lease`).
+  otherwise 15 to 20 seconds after the process's last beat (see `leases`).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import msgspec
 from leveret.envelope import Envelope
 from leveret.job import Queue
 
+from ..leases import Lease
 from ..rows import unpack
-from .lease import Lease
 
 
 class Settles(Protocol):

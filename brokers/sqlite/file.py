@@ -13,12 +13,12 @@ from typing import final
 
 from leveret.clock import Clock
 
+from .. import leases
+from ..leases import Beats, Lease
 from ..rows import COLUMNS
-from . import lease as leases
 from .delivery import SqliteDelivery
 from .due import Due
 from .identity import known_dead, my_identity
-from .lease import Beats, Lease
 from .schema import open_file
 from .statements import INSERTS, READ, text_or_bytes
 from .taker import Taker
@@ -329,7 +329,7 @@ class File:
         turn.lost, self._lost = self._lost, []
         self._names |= turn.names
         if turn.beats is not None:
-            self.beats.keep(turn.beats)
+            self.beats.keep(turn.beats, time.monotonic())
         for delivery in turn.settled:
             delivery.settled = True
         for window, count in turn.freed.items():

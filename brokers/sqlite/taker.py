@@ -7,8 +7,8 @@ from typing import Protocol, final
 
 from leveret.errors import ConfigurationError
 
+from ..leases import Lease
 from .delivery import SqliteDelivery, Window
-from .lease import Lease
 
 
 class Listener(Protocol):

@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, TypeAlias, final
 
+from ..leases import Count, Lease
 from ..rows import BODY, JOB_ID, Row
 from .delivery import SqliteDelivery, Window
-from .lease import Count, Lease
 from .taker import Taker
 
 PENDING, TAKEN, OVER = range(3)
