@@ -36,6 +36,7 @@ _CLAIM = (
     f" RETURNING seq, deliveries, crashes, {READ}"
 )
 _SETTLE = "DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
+_BEGIN = "UPDATE jobs SET begun = 1 WHERE seq = ? AND claimed_by = ?"
 _RELEASE = "UPDATE jobs SET claimed_by = NULL, begun = 0 WHERE claimed_by = ?"
 _BEREAVE = (
     "UPDATE jobs SET claimed_by = NULL, begun = 0, crashes = crashes + (begun OR crashes = 0) WHERE claimed_by = ?"
@@ -201,6 +202,8 @@ class File:
             write.apply(turn)
         self._settle(connection, done, back, turn)
         self._add(connection, turn)
+        for begin in turn.begins:
+            begin.result = connection.execute(_BEGIN, (begin.delivery.seq, begin.delivery.lease.id)).rowcount == 1
         for run in turn.calls:
             run.result = run.call(connection)
         for taker in turn.closing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from typing import final
 
 import msgspec
@@ -14,7 +13,7 @@ from leveret.errors import LeveretError
 from ..rows import packed, when_ms
 from .delivery import SqliteDelivery
 from .store import Store
-from .write import Again, Bury, Run
+from .write import Again, Begin, Bury
 
 
 @final
@@ -32,14 +31,9 @@ class Settling:
 
     async def begin(self, delivery: SqliteDelivery) -> bool:
         """Note in the row that the job begins; False too if the disk fails."""
-
-        def note(connection: sqlite3.Connection) -> bool:
-            mine = (delivery.seq, delivery.lease.id)
-            return connection.execute("UPDATE jobs SET begun = 1 WHERE seq = ? AND claimed_by = ?", mine).rowcount == 1
-
         about = f"the beginning of job {delivery.envelope.job_id} of queue {delivery.queue.name!r}"
         try:
-            return bool(await self._store.run(Run(about, note)))
+            return bool(await self._store.run(Begin(about, delivery)))
         except LeveretError:
             return False
 

@@ -38,6 +38,7 @@ class Turn:
         """Deliveries that the writes settle; marked as settled after the commit."""
         self.closing: list[Taker] = []
         """Takers to release, after all other work."""
+        self.begins: list[Begin] = []
         self.calls: list[Run] = []
         self.names: set[str] = set()
         """Queues that this transaction adds."""
@@ -132,6 +133,21 @@ class Bury(Replacement):
         """As `Write.apply`."""
         if turn.settle(self.delivery):
             turn.letters.append(self.row)
+
+
+@final
+class Begin(Write):
+    """Notes that the job of a delivery begins; the future returns whether its row is still claimed under the delivery's lease."""
+
+    __slots__ = ("delivery",)
+
+    def __init__(self, about: str, delivery: SqliteDelivery) -> None:
+        super().__init__(about)
+        self.delivery = delivery
+
+    def apply(self, turn: Turn) -> None:
+        """As `Write.apply`."""
+        turn.begins.append(self)
 
 
 @final
