@@ -23,7 +23,7 @@ from leveret.runtime import Runtime
 from . import siblings
 from .delivery import SqliteDelivery
 from .file import File
-from .taker import Taker
+from .taker import Taker, Takers
 from .write import OVER, PENDING, TAKEN, Look, Open, Turn, Write
 
 log = logging.getLogger("leveret.sqlite")
@@ -76,7 +76,8 @@ class Store:
         self._writes: list[Write] = []
         self._done: list[SqliteDelivery] = []
         self._back: list[SqliteDelivery] = []
-        self._file = File(self.path, self._runtime.clock, create=self._create)
+        self._takers = Takers(self.path)
+        self._file = File(self.path, self._runtime.clock, self._takers, create=self._create)
         self._failures = 0
         self._not_before = 0.0
         self._failing_since: float | None = None
@@ -170,6 +171,7 @@ class Store:
     def forked(self) -> None:
         """In a forked child: drop the parent's work. The parent's connection is kept unused, since closing it could end the parent's locks."""
         siblings.leak(self._file.abandon())
+        self._takers.end()
         self._reset()
 
     async def close(self, timeout_s: float) -> None:
@@ -214,7 +216,7 @@ class Store:
     @property
     def takes(self) -> bool:
         """Whether a consumption takes jobs through this store."""
-        return self._file.takes
+        return self._takers.taking
 
     def _main(self) -> None:
         try:
@@ -235,8 +237,7 @@ class Store:
             log.warning(
                 "%d finished jobs couldn't be deleted from %s and will run again: %s", kept, self.path, self._why
             )
-        for taker in self._file.takers:
-            taker.lease.alive = taker.ready = False
+        self._takers.end()
         with self._wake:
             left = [*self._writes, *self._in]
         self._post(_refuse, [(write, self._unavailable(write, "the broker is closed")) for write in left])
@@ -273,13 +274,13 @@ class Store:
             return 0.0
         if self.takes:
             return POLL_S
-        return max(0.0, self._file.beats.next - now) if self._file.takers else None
+        return max(0.0, self._takers.next_beat - now) if self._takers.all else None
 
     def _turn(self) -> None:
         now = time.monotonic()
         # a write whose deadline passed is never taken, even if the busy loop hasn't expired it yet
         self._writes = [write for write in self._writes if write.state == PENDING and write.deadline > now]
-        takers = self._file.takers
+        takers = self._takers.all
         takers += [write.taker for write in self._writes if isinstance(write, Open) and write.taker not in takers]
         taken: list[Write] = []
         try:
@@ -291,7 +292,8 @@ class Store:
                 return
             connection.execute("BEGIN IMMEDIATE")
             taken = self._take()
-            turn = self._file.transact(connection, taken, self._done, self._back)
+            turn = Turn(taken, self._done, self._back)
+            self._file.transact(connection, turn)
             try:
                 connection.execute("COMMIT")
             except sqlite3.Error as error:
@@ -312,6 +314,7 @@ class Store:
 
     def _rollback(self) -> None:
         self._file.rollback()
+        self._takers.rolled_back()
         with self._wake:
             for write in self._writes:
                 if write.state == TAKEN:
@@ -346,7 +349,12 @@ class Store:
         self._writes = [write for write in self._writes if write.state == PENDING]
         self._done.clear()
         self._back.clear()
+        self._takers.committed(turn)
         self._file.committed(turn)
+        if turn.too_late:
+            log.warning(
+                "%d finished jobs of %s are delivered again, since their lease was lost", turn.too_late, self.path
+            )
         self._failures = 0
         self._not_before = 0.0
         if self._why:
@@ -366,7 +374,7 @@ class Store:
             if taker.listener is not None:
                 taker.listener.lost()
         _changed(turn.ready)
-        for taker, deliveries in turn.claimed:
+        for taker, deliveries in turn.claimed.items():
             assert taker.listener is not None
             taker.listener.arrived(deliveries)
 
@@ -426,14 +434,14 @@ class Store:
             self._fail(failed, lambda write: self._unavailable(write, self._why))
             self._file.disconnect()
         if (
-            (self._file.takers or self._done)
+            (self._takers.all or self._done)
             and not self._said
             and (code not in _BUSY or now - self._failing_since > _SAY_AFTER_S)
         ):
             self._said = True
-            for taker in self._file.takers:
+            for taker in self._takers.all:
                 taker.ready = False
-            self._post(_changed, list(self._file.takers))
+            self._post(_changed, list(self._takers.all))
             log.warning("%s can't be written: %s; trying again", self.path, self._why)
 
     def _refused(self, error: Exception, taken: list[Write]) -> None:
@@ -450,7 +458,7 @@ class Store:
 
     def _give_up(self, error: ConfigurationError) -> None:
         """Fail everything with `error`: the file can't be used, and waiting won't help."""
-        takers, self._file.takers = self._file.takers, []
+        takers = self._takers.end()
         self._can_write(str(error))
         self._fail(self._writes, lambda write: error if write.job_id is None else _unusable(write, error))
         if self._done:
@@ -458,7 +466,6 @@ class Store:
         self._done.clear()
         self._back.clear()
         for taker in takers:
-            taker.lease.alive = taker.ready = False
             if taker.listener is not None:
                 self._post(taker.listener.cannot, error)
 

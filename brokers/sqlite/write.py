@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeAlias, final
 
 from ..leases import Count, Lease
@@ -24,16 +24,22 @@ Call: TypeAlias = Callable[[sqlite3.Connection], Any]
 
 @final
 class Turn:
-    """One transaction: its work, collected by kind over all writes, and then its results."""
+    """One transaction: its work, sorted by kind over all writes, and then its results."""
 
-    def __init__(self, writes: list[Write]) -> None:
+    def __init__(self, writes: list[Write], done: list[SqliteDelivery], back: list[SqliteDelivery]) -> None:
         self.writes = writes
+        self.done = done
+        """Deliveries that were acknowledged."""
+        self.back = back
+        """Deliveries that were given back."""
         self.jobs: list[Row] = []
         """Rows to add to `jobs`."""
         self.letters: list[Row] = []
         """Rows to add to `dead`."""
-        self.gone: defaultdict[Lease, list[int]] = defaultdict(list)
-        """The rows of `jobs` to delete, by lease."""
+        self.gone: defaultdict[Lease, list[SqliteDelivery]] = defaultdict(list)
+        """The deliveries whose rows are deleted from `jobs`, by lease."""
+        self.given_back: defaultdict[Lease, list[SqliteDelivery]] = defaultdict(list)
+        """The deliveries whose rows are freed, by lease."""
         self.settled: list[SqliteDelivery] = []
         """Deliveries that the writes settle; marked as settled after the commit."""
         self.closing: list[Taker] = []
@@ -44,7 +50,10 @@ class Turn:
         """Queues that this transaction adds."""
         self.freed: Counter[Window] = Counter()
         """The number of places that this transaction frees, by window."""
-        self.claimed: list[tuple[Taker, list[SqliteDelivery]]] = []
+        self.claimed: defaultdict[Taker, list[SqliteDelivery]] = defaultdict(list)
+        """New deliveries, by taker; told after the commit."""
+        self.too_late = 0
+        """The number of finished jobs whose lease was lost."""
         self.lost: list[Taker] = []
         """Takers whose leases were lost."""
         self.ready: list[Taker] = []
@@ -57,10 +66,41 @@ class Turn:
         """Delete the row of `delivery`; return False if its lease is lost, or an earlier attempt, committed late, settled it."""
         if not delivery.unsettled:
             return False
-        self.gone[delivery.lease].append(delivery.seq)
+        self.gone[delivery.lease].append(delivery)
         self.freed[delivery.window] += 1
         self.settled.append(delivery)
         return True
+
+    def gather(self) -> None:
+        """Sort the work by kind; called once the leases of all takers are checked."""
+        for write in self.writes:
+            write.apply(self)
+        for delivery in self.done:
+            if delivery.lease.alive:
+                self.gone[delivery.lease].append(delivery)
+                self.freed[delivery.window] += 1
+            else:
+                self.too_late += 1
+        for delivery in self.back:
+            if delivery.lease.alive:
+                self.given_back[delivery.lease].append(delivery)
+                self.freed[delivery.window] += 1
+        if self.jobs or self.given_back:
+            self.added = True
+
+    def wanted(self, taker: Taker) -> Iterator[tuple[Window, int]]:
+        """Yield the windows of `taker` that may find jobs, and how many jobs each can `claim`."""
+        if taker.taking and taker not in self.closing:
+            for window in taker.windows:
+                free = window.prefetch - window.held + self.freed[window]
+                if window.maybe and free > 0:
+                    yield window, free
+
+    def claim(self, taker: Taker, window: Window, free: int, rows: Collection[Sequence[Any]]) -> None:
+        """Deliver the claimed `rows` after the commit; fewer than `free` mean that no more jobs wait."""
+        window.maybe = len(rows) == free
+        if rows:
+            self.claimed[taker] += [SqliteDelivery(window, taker.lease, row) for row in rows]
 
 
 class Write:
