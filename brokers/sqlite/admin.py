@@ -156,7 +156,7 @@ class SqliteAdmin:
     def __init__(self, path: str, runtime: Runtime) -> None:
         self._path = Path(path)
         self._runtime = runtime
-        self._store = Store(path, runtime, create=False)
+        self._turns = Store(path, runtime, create=False).turns
 
     async def run(self, about: str, call: Call) -> Any:
         """Run `call` in a transaction that writes."""
@@ -164,7 +164,7 @@ class SqliteAdmin:
 
     async def _run(self, write: Write) -> Any:
         try:
-            return await self._store.run(write)
+            return await self._turns.run(write)
         except PublishTimeout as error:
             raise BrokerUnavailable(str(error)) from error
 
@@ -242,7 +242,7 @@ class SqliteAdmin:
 
     async def close(self) -> None:
         """As `Admin.close`."""
-        await self._store.close(CLOSE_S)
+        await self._turns.close(CLOSE_S)
 
 
 def _text(level: str | bytes) -> str:

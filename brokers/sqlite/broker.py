@@ -34,6 +34,7 @@ from .schema import MIN_SQLITE
 from .settling import Settling
 from .store import Store
 from .taker import Taker
+from .turns import Turns
 from .write import Close, Open, Publish
 
 WINDOW = 1000
@@ -85,8 +86,8 @@ def path_of(url: str) -> str:
 class _Consumption:
     """A consumption: the part of a `Taker` that runs on the loop."""
 
-    def __init__(self, store: Store, settling: Settling, subscriptions: Sequence[Subscription], sink: Sink) -> None:
-        self._store = store
+    def __init__(self, turns: Turns, settling: Settling, subscriptions: Sequence[Subscription], sink: Sink) -> None:
+        self._turns = turns
         self._sink = sink
         self._error: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # the exception is read here, since perhaps nobody waits for `failed`
@@ -103,11 +104,11 @@ class _Consumption:
         write = Open("the registration of a consumer", self.taker)
         write.future = asyncio.get_running_loop().create_future()
         write.future.add_done_callback(lambda opened: opened.cancelled() or opened.exception())
-        self._store.post(write)
+        self._turns.post(write)
         try:
             await asyncio.wait({write.future}, timeout=_FIRST_TRY_S)
         except asyncio.CancelledError:
-            self._store.post(Close("closing a consumer", self.taker))
+            self._turns.post(Close("closing a consumer", self.taker))
             raise
         if write.future.done():
             write.future.result()
@@ -119,7 +120,7 @@ class _Consumption:
             return tuple(QueueState(name, "stopped") for name in self._names)
         if self.taker.ready:
             return tuple(QueueState(name, "consumed") for name in self._names)
-        why = f"{self._store.path} can't be written: {self._store.why}" if self._store.why else ""
+        why = f"{self._turns.where} can't be written: {self._turns.why}" if self._turns.why else ""
         return tuple(QueueState(name, "connecting", why) for name in self._names)
 
     async def failed(self) -> None:
@@ -136,12 +137,12 @@ class _Consumption:
             return
         self._closed = True
         self.taker.taking = False
-        if self._store.closed:
+        if self._turns.closed:
             return
         try:
-            await self._store.run(Close("closing a consumer", self.taker, time.monotonic() + CLOSE_S))
+            await self._turns.run(Close("closing a consumer", self.taker, time.monotonic() + CLOSE_S))
         except (PublishTimeout, BrokerUnavailable, ConfigurationError):
-            self._store.post(Close("closing a consumer", self.taker))  # once the file can be written
+            self._turns.post(Close("closing a consumer", self.taker))  # once the file can be written
 
     def arrived(self, deliveries: Sequence[SqliteDelivery], /) -> None:
         """Pass the claimed jobs to the sink, or give them back after `stop_taking`."""
@@ -174,8 +175,8 @@ class SqliteBroker:
 
     def __init__(self, path: str, runtime: Runtime) -> None:
         self._clock = runtime.clock
-        self._store = Store(path, runtime)
-        self._settling = Settling(self._store, runtime.clock)
+        self._turns = Store(path, runtime).turns
+        self._settling = Settling(self._turns, runtime.clock)
         self._window: asyncio.Semaphore | None = None
         self._consumptions: list[_Consumption] = []
 
@@ -186,7 +187,7 @@ class SqliteBroker:
     @property
     def publishing(self) -> PublisherState:
         """As `Broker.publishing`: blocked while the file is locked or can't be written, as far as a write has shown it."""
-        return self._store.publishing
+        return self._turns.publishing
 
     def post(self, queue: Queue, envelope: Envelope) -> None:
         """Return None: `publish` already writes concurrent publishes in one transaction."""
@@ -201,19 +202,19 @@ class SqliteBroker:
             async with asyncio.timeout_at(deadline):
                 await self._window.acquire()
         except TimeoutError:
-            msg = f"{about} wasn't published in time: {WINDOW} earlier publishes still wait to be written to {self._store.path}"
+            msg = f"{about} wasn't published in time: {WINDOW} earlier publishes still wait to be written to {self._turns.where}"
             raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False) from None
         try:
-            await self._store.run(Publish(about, row, deadline))
+            await self._turns.run(Publish(about, row, deadline))
         finally:
             self._window.release()
 
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
         """As `Broker.consume`; if the file is locked, the call returns within a second, and the consumption goes on trying."""
-        if self._store.closed:
-            msg = f"the broker on {self._store.path} is closed; open a new one"
+        if self._turns.closed:
+            msg = f"the broker on {self._turns.where} is closed; open a new one"
             raise ConfigurationError(msg)
-        consumption = _Consumption(self._store, self._settling, subscriptions, sink)
+        consumption = _Consumption(self._turns, self._settling, subscriptions, sink)
         await consumption.open()
         self._consumptions.append(consumption)
         return consumption
@@ -224,4 +225,4 @@ class SqliteBroker:
         try:
             await asyncio.gather(*(consumption.close() for consumption in consumptions))
         finally:
-            await self._store.close(CLOSE_S)
+            await self._turns.close(CLOSE_S)

@@ -16,8 +16,6 @@ from .delivery import SqliteDelivery, Window
 if TYPE_CHECKING:
     from .write import Turn
 
-log = logging.getLogger("leveret.sqlite")
-
 
 class Listener(Protocol):
     """Notified, on the loop, of the events of a `Taker`."""
@@ -57,9 +55,10 @@ class Taker:
 class Takers:
     """The takers of one store: their leases, windows and beats."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, log: logging.Logger) -> None:
         self.all: list[Taker] = []
         self._where = where
+        self._log = log
         self._beats = Beats()
         self._opened: list[Lease] = []
         self._lost: list[Taker] = []
@@ -115,7 +114,7 @@ class Takers:
 
     def expired(self, taker: Taker) -> None:
         """As `lose`: another worker ended the lease."""
-        log.warning(
+        self._log.warning(
             "the lease on %s was lost: this process sent no beat for %g s; the jobs that it held are delivered again",
             self._where,
             leases.LEASE_S,
@@ -126,7 +125,7 @@ class Takers:
         """Return which of all workers, given with their `beats`, are silent and lose their jobs."""
         turn.beats = self._beats.counted(beats, self.ids)
         for _ in turn.beats.silent:
-            log.warning(
+            self._log.warning(
                 "a worker on %s sent no beat for %g s; the jobs that it held are delivered again",
                 self._where,
                 leases.LEASE_S,

@@ -199,8 +199,8 @@ async def test_a_retry_committed_after_its_deadline_is_done_and_not_lost(
     rest = settlement.end(delivery, None, Retry(0), None)
     assert rest is not None
     settling = asyncio.create_task(rest)
-    store = cast("Any", broker)._store  # what hangs is in the same transaction
-    hanging = asyncio.create_task(store.run(Run("a disk that hangs", lambda _: disk.wait(PATIENCE_S))))
+    turns = cast("Any", broker)._turns  # what hangs is in the same transaction
+    hanging = asyncio.create_task(turns.run(Run("a disk that hangs", lambda _: disk.wait(PATIENCE_S))))
     await until(lambda: clock.sleepers)
     disk.set()
     await hanging
