@@ -19,11 +19,10 @@ from leveret.job import Queue
 from leveret.runtime import Runtime
 
 from ..rows import Row, packed, unpack
+from ..turns import Call, Close, Look, Open, Run, Taker, Write
 from .broker import CLOSE_S
 from .statements import INSERTS, READ
 from .store import Store
-from .taker import Taker
-from .write import Call, Close, Look, Open, Run, Write
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -132,7 +131,7 @@ class _Open(AbstractAsyncContextManager[DeadLetters, None]):
     def __init__(self, admin: SqliteAdmin, queue: Queue) -> None:
         self._admin = admin
         self._queue = queue
-        self._taker = Taker((), None)
+        self._taker = Taker()
 
     async def __aenter__(self) -> DeadLetters:
         try:

@@ -29,13 +29,9 @@ from leveret.runtime import Runtime
 from leveret.settings import redact
 
 from ..rows import packed, when_ms
-from .delivery import SqliteDelivery, Window
+from ..turns import Claimed, Close, Open, Publish, Taker, Turns, Window
 from .schema import MIN_SQLITE
-from .settling import Settling
 from .store import Store
-from .taker import Taker
-from .turns import Turns
-from .write import Close, Open, Publish
 
 WINDOW = 1000
 """At most this many publishes of one broker are unconfirmed at once; further publishes wait, within their deadlines."""
@@ -83,10 +79,13 @@ def path_of(url: str) -> str:
 
 
 @final
-class _Consumption:
-    """A consumption: the part of a `Taker` that runs on the loop."""
+class _Consumption(Taker):
+    """A consumption, with one window per level of each queue."""
 
-    def __init__(self, turns: Turns, settling: Settling, subscriptions: Sequence[Subscription], sink: Sink) -> None:
+    def __init__(self, turns: Turns, subscriptions: Sequence[Subscription], sink: Sink) -> None:
+        super().__init__(
+            Window(s.queue, level.value, s.prefetch, turns) for s in subscriptions for level in s.queue.levels
+        )
         self._turns = turns
         self._sink = sink
         self._error: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -94,21 +93,17 @@ class _Consumption:
         self._error.add_done_callback(lambda error: error.cancelled() or error.exception())
         self._closed = False
         self._names = [subscription.queue.name for subscription in subscriptions]
-        windows = (
-            Window(s.queue, level.value, s.prefetch, settling) for s in subscriptions for level in s.queue.levels
-        )
-        self.taker = Taker(windows, self)
 
     async def open(self) -> None:
         """Register the consumer; return once registered, or after a second if the file is locked."""
-        write = Open("the registration of a consumer", self.taker)
+        write = Open("the registration of a consumer", self)
         write.future = asyncio.get_running_loop().create_future()
         write.future.add_done_callback(lambda opened: opened.cancelled() or opened.exception())
         self._turns.post(write)
         try:
             await asyncio.wait({write.future}, timeout=_FIRST_TRY_S)
         except asyncio.CancelledError:
-            self._turns.post(Close("closing a consumer", self.taker))
+            self._turns.post(Close("closing a consumer", self))
             raise
         if write.future.done():
             write.future.result()
@@ -116,9 +111,9 @@ class _Consumption:
     @property
     def queues(self) -> tuple[QueueState, ...]:
         """As `Consumption.queues`; a consumer is registered by a write to the file, which also shows whether it can be written."""
-        if not self.taker.taking:
+        if not self.taking:
             return tuple(QueueState(name, "stopped") for name in self._names)
-        if self.taker.ready:
+        if self.ready:
             return tuple(QueueState(name, "consumed") for name in self._names)
         why = f"{self._turns.where} can't be written: {self._turns.why}" if self._turns.why else ""
         return tuple(QueueState(name, "connecting", why) for name in self._names)
@@ -129,25 +124,25 @@ class _Consumption:
 
     async def stop_taking(self) -> None:
         """As `Consumption.stop_taking`; jobs that are claimed meanwhile are given back."""
-        self.taker.taking = False
+        self.taking = False
 
     async def close(self) -> None:
         """As `Consumption.close`; if the file stays locked, held jobs come back when the lease ends, and finished jobs may run again."""
         if self._closed:
             return
         self._closed = True
-        self.taker.taking = False
+        self.taking = False
         if self._turns.closed:
             return
         try:
-            await self._turns.run(Close("closing a consumer", self.taker, time.monotonic() + CLOSE_S))
+            await self._turns.run(Close("closing a consumer", self, time.monotonic() + CLOSE_S))
         except (PublishTimeout, BrokerUnavailable, ConfigurationError):
-            self._turns.post(Close("closing a consumer", self.taker))  # once the file can be written
+            self._turns.post(Close("closing a consumer", self))  # once the file can be written
 
-    def arrived(self, deliveries: Sequence[SqliteDelivery], /) -> None:
+    def arrived(self, deliveries: Sequence[Claimed], /) -> None:
         """Pass the claimed jobs to the sink, or give them back after `stop_taking`."""
         for delivery in deliveries:
-            if self.taker.taking:
+            if self.taking:
                 self._sink.deliver(delivery)
             else:
                 delivery.give_back()
@@ -176,7 +171,6 @@ class SqliteBroker:
     def __init__(self, path: str, runtime: Runtime) -> None:
         self._clock = runtime.clock
         self._turns = Store(path, runtime).turns
-        self._settling = Settling(self._turns, runtime.clock)
         self._window: asyncio.Semaphore | None = None
         self._consumptions: list[_Consumption] = []
 
@@ -214,7 +208,7 @@ class SqliteBroker:
         if self._turns.closed:
             msg = f"the broker on {self._turns.where} is closed; open a new one"
             raise ConfigurationError(msg)
-        consumption = _Consumption(self._turns, self._settling, subscriptions, sink)
+        consumption = _Consumption(self._turns, subscriptions, sink)
         await consumption.open()
         self._consumptions.append(consumption)
         return consumption

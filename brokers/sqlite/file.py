@@ -14,13 +14,11 @@ from leveret.clock import Clock
 
 from ..leases import LOOK_S
 from ..rows import COLUMNS
-from .delivery import SqliteDelivery
+from ..turns import Claimed, Taker, Takers, Turn
 from .due import Due
 from .identity import known_dead, my_identity
 from .schema import open_file
 from .statements import INSERTS, READ, text_or_bytes
-from .taker import Taker, Takers
-from .write import Turn
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -269,5 +267,5 @@ class File:
                 self._connection.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
 
 
-def _seqs(deliveries: list[SqliteDelivery]) -> str:
+def _seqs(deliveries: list[Claimed]) -> str:
     return json.dumps([delivery.seq for delivery in deliveries])

@@ -15,10 +15,9 @@ from typing import final
 from leveret.errors import ConfigurationError
 from leveret.runtime import Runtime
 
+from ..turns import Turn, Turns
 from . import siblings
 from .file import File
-from .turns import Turns
-from .write import Turn
 
 log = logging.getLogger("leveret.sqlite")
 

@@ -15,7 +15,8 @@ _FILES = sorted(file for folder in _PACKAGES for file in (_ROOT / folder).rglob(
 # Each may import what stands in its own line and in those that its line names: cli → process → app → consuming, cron → publishing → the
 # shared nouns. `testing` stands beside `process`.
 _NOUNS = "the shared nouns"
-_OF_BROKERS = {"leveret.brokers.leases", "leveret.brokers.rows"}  # what the brokers that keep rows in a store share
+# What the brokers that keep rows in a store share.
+_OF_BROKERS = {"leveret.brokers.leases", "leveret.brokers.rows", "leveret.brokers.turns"}
 _BELOW = {
     "cli": {"process", "app", "consuming", "cron", "publishing", _NOUNS},
     "process": {"app", "consuming", "cron", "publishing", _NOUNS},

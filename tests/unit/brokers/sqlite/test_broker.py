@@ -20,7 +20,7 @@ from leveret.broker import Broker, Subscription
 from leveret.brokers import leases
 from leveret.brokers.sqlite import open_admin, open_broker
 from leveret.brokers.sqlite.identity import known_dead, my_identity
-from leveret.brokers.sqlite.write import Run
+from leveret.brokers.turns import Run
 from leveret.clock import Clock, ManualClock
 from leveret.consuming.settlement import Lost, Settlement
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, PublishTimeout
