@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -19,7 +20,7 @@ from typing import Any, Protocol, TypeAlias, final
 import msgspec
 
 from leveret.backoff import full_jitter
-from leveret.broker import PublisherState
+from leveret.broker import PublisherState, QueueState, Sink, Subscription
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
 from leveret.job import Queue
@@ -31,6 +32,11 @@ from .rows import BODY, JOB_ID, Row, packed, unpack, when_ms
 
 BATCH_BYTES = 32 << 20
 """At most this many bytes of bodies in one transaction; a single larger job is written alone."""
+WINDOW = 1000
+"""At most this many publishes are unconfirmed at once; further publishes wait, within their deadlines."""
+CLOSE_S = 5.0
+"""How long `close` waits if the store can't be written."""
+_FIRST_TRY_S = 1.0
 
 PENDING, TAKEN, OVER = range(3)
 """The states of a `Write`: it can still be cancelled; it is in a transaction; its future has ended."""
@@ -107,7 +113,7 @@ class Claimed:
         """As `Delivery.begin`, committed before the job begins; False too if the store fails."""
         about = f"the beginning of job {self.envelope.job_id} of queue {self.queue.name!r}"
         try:
-            return bool(await self.window.turns.run(Begin(about, self)))
+            return bool(await self.window.turns.run(Begin(about=about, delivery=self)))
         except LeveretError:
             return False
 
@@ -122,7 +128,7 @@ class Claimed:
             turns, name = self.window.turns, self.queue.name
             row = packed(name, envelope, when_ms(envelope, turns.clock))
             about = f"the retry of job {envelope.job_id} in queue {name!r}"
-            await turns.run(Again(about, self, row, envelope.deadline))
+            await turns.run(Again(about=about, row=row, delivery=self, deadline=envelope.deadline))
         return self.settled
 
     async def bury(self, envelope: Envelope, /) -> bool:
@@ -132,7 +138,7 @@ class Claimed:
             buried = msgspec.structs.replace(envelope, origin=envelope.origin or name)
             row = packed(name, buried, int(turns.clock.now() * 1000))
             about = f"the burial of job {envelope.job_id} from queue {name!r}"
-            await turns.run(Bury(about, self, row, envelope.deadline))
+            await turns.run(Bury(about=about, row=row, delivery=self, deadline=envelope.deadline))
         return self.settled
 
     def give_back(self) -> None:
@@ -162,6 +168,183 @@ class Taker:
 
     def cannot(self, error: ConfigurationError, /) -> None:
         """Hear that the store can't be used, and that waiting won't help."""
+
+
+@final
+class Consumption(Taker):
+    """A consumption, with one window per level of each queue."""
+
+    def __init__(self, turns: Turns, subscriptions: Sequence[Subscription], sink: Sink) -> None:
+        super().__init__(
+            Window(s.queue, level.value, s.prefetch, turns) for s in subscriptions for level in s.queue.levels
+        )
+        self._turns = turns
+        self._sink = sink
+        self._error: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # the exception is read here, since perhaps nobody waits for `failed`
+        self._error.add_done_callback(lambda error: error.cancelled() or error.exception())
+        self._closed = False
+        self._names = [subscription.queue.name for subscription in subscriptions]
+
+    async def open(self) -> None:
+        """Register the consumer; return once registered, or after a second if the store can't be written."""
+        write = Open(about="the registration of a consumer", taker=self)
+        write.future = asyncio.get_running_loop().create_future()
+        write.future.add_done_callback(lambda opened: opened.cancelled() or opened.exception())
+        self._turns.post(write)
+        try:
+            await asyncio.wait({write.future}, timeout=_FIRST_TRY_S)
+        except asyncio.CancelledError:
+            self._turns.post(self._closing())
+            raise
+        if write.future.done():
+            write.future.result()
+
+    @property
+    def queues(self) -> tuple[QueueState, ...]:
+        """As `Consumption.queues`; a consumer is registered by a write, which also shows whether the store can be written."""
+        if not self.taking:
+            return tuple(QueueState(name, "stopped") for name in self._names)
+        if self.ready:
+            return tuple(QueueState(name, "consumed") for name in self._names)
+        why = f"{self._turns.where} can't be written: {self._turns.why}" if self._turns.why else ""
+        return tuple(QueueState(name, "connecting", why) for name in self._names)
+
+    async def failed(self) -> None:
+        """As `Consumption.failed`."""
+        await asyncio.shield(self._error)
+
+    async def stop_taking(self) -> None:
+        """As `Consumption.stop_taking`; jobs that are claimed meanwhile are given back."""
+        self.taking = False
+
+    async def close(self) -> None:
+        """As `Consumption.close`; if the store stays unwritable, held jobs come back when the lease ends, and finished jobs may run again."""
+        if self._closed:
+            return
+        self._closed = True
+        self.taking = False
+        if self._turns.closed:
+            return
+        try:
+            await self._turns.run(self._closing(time.monotonic() + CLOSE_S))
+        except (PublishTimeout, BrokerUnavailable, ConfigurationError):
+            self._turns.post(self._closing())  # once the store can be written
+
+    def _closing(self, deadline: float = math.inf) -> Close:
+        return Close(about="closing a consumer", taker=self, deadline=deadline)
+
+    def arrived(self, deliveries: Sequence[Claimed], /) -> None:
+        """Pass the claimed jobs to the sink, or give them back after `stop_taking`."""
+        for delivery in deliveries:
+            if self.taking:
+                self._sink.deliver(delivery)
+            else:
+                delivery.give_back()
+
+    def lost(self) -> None:
+        """Call `lost` of the sink, and let the worker say what was lost."""
+        self._sink.lost()
+        self._sink.queues_changed()
+
+    def changed(self) -> None:
+        """Call `queues_changed` of the sink."""
+        self._sink.queues_changed()
+
+    def cannot(self, error: ConfigurationError, /) -> None:
+        """Fail the consumption with `error`."""
+        if not self._error.done():
+            self._error.set_exception(error)
+        self._sink.lost()
+        self._sink.queues_changed()
+
+
+class Write(msgspec.Struct, eq=False, kw_only=True):
+    """One thing to do, all or nothing, and the future for its result."""
+
+    about: str
+    """What is written, for messages: "job … for queue 'emails'"."""
+    deadline: float = math.inf
+    future: asyncio.Future[Any] | None = None
+    result: Any = None
+    """The result of the future, after the commit."""
+    state: int = PENDING
+
+    @property
+    def job_id(self) -> str | None:
+        """The id of the job, if the write adds a row."""
+        return None
+
+    @property
+    def size(self) -> int:
+        """The size of the body, in bytes."""
+        return 0
+
+
+class _Addition(Write):
+    row: Row
+
+    @property
+    def job_id(self) -> str:
+        return self.row[JOB_ID]
+
+    @property
+    def size(self) -> int:
+        return len(self.row[BODY])
+
+
+@final
+class Publish(_Addition):
+    """Adds a job."""
+
+
+@final
+class Again(_Addition):
+    """Settles a delivery and adds the job of its next attempt."""
+
+    delivery: Claimed
+
+
+@final
+class Bury(_Addition):
+    """Settles a delivery and adds a dead letter."""
+
+    delivery: Claimed
+
+
+@final
+class Begin(Write):
+    """Notes that the job of a delivery begins; the result is whether its row is still claimed under the delivery's lease."""
+
+    delivery: Claimed
+
+
+@final
+class Open(Write):
+    """Gets a lease for a taker."""
+
+    taker: Taker
+
+
+@final
+class Close(Write):
+    """Frees the rows that a taker holds, and deletes its lease."""
+
+    taker: Taker
+
+
+@final
+class Run(Write):
+    """Runs any statements in a turn; the result is what `call` returns."""
+
+    call: Call
+
+
+@final
+class Look(Write):
+    """Reads in a separate transaction, which no lock of a writer stops; it isn't part of a turn."""
+
+    call: Call
 
 
 @final
@@ -204,7 +387,7 @@ class Turn:
         self.added = False
         """Whether other workers may find jobs to claim."""
 
-    def settle(self, delivery: Claimed) -> bool:
+    def _settle(self, delivery: Claimed) -> bool:
         """Delete the row of `delivery`; return False if its lease is lost, or an earlier attempt, committed late, settled it."""
         if not delivery.unsettled:
             return False
@@ -216,7 +399,20 @@ class Turn:
     def gather(self) -> None:
         """Sort the work by kind; called once the leases of all takers are checked."""
         for write in self.writes:
-            write.apply(self)
+            if isinstance(write, Publish):
+                self.jobs.append(write.row)
+            elif isinstance(write, Again):
+                if self._settle(write.delivery):
+                    self.jobs.append(write.row)
+            elif isinstance(write, Bury):
+                if self._settle(write.delivery):
+                    self.letters.append(write.row)
+            elif isinstance(write, Begin):
+                self.begins.append(write)
+            elif isinstance(write, Close):
+                self.closing.append(write.taker)
+            elif isinstance(write, Run):
+                self.calls.append(write)
         for delivery in self.done:
             if delivery.lease.alive:
                 self.gone[delivery.lease].append(delivery)
@@ -227,8 +423,7 @@ class Turn:
             if delivery.lease.alive:
                 self.given_back[delivery.lease].append(delivery)
                 self.freed[delivery.window] += 1
-        if self.jobs or self.given_back:
-            self.added = True
+        self.added = bool(self.jobs or self.given_back or self.closing)
 
     def wanted(self, taker: Taker) -> Iterator[tuple[Window, int]]:
         """Yield the windows of `taker` that may find jobs, and how many jobs each can `claim`."""
@@ -243,149 +438,6 @@ class Turn:
         window.maybe = len(rows) == free
         if rows:
             self.claimed[taker] += [Claimed(window, taker.lease, row) for row in rows]
-
-
-class Write:
-    """One thing to do, all or nothing, and the future for its result."""
-
-    __slots__ = ("about", "deadline", "future", "job_id", "result", "size", "state")
-
-    def __init__(self, about: str, *, deadline: float = float("inf"), job_id: str | None = None, size: int = 0) -> None:
-        self.about = about
-        """What is written, for messages: "job … for queue 'emails'"."""
-        self.deadline = deadline
-        self.job_id = job_id
-        self.size = size
-        """The size of the body, in bytes."""
-        self.future: asyncio.Future[Any] | None = None
-        self.result: Any = None
-        """The result of the future, after the commit."""
-        self.state = PENDING
-
-    def apply(self, turn: Turn) -> None:
-        """Add the work to `turn`."""
-        raise NotImplementedError
-
-
-@final
-class Publish(Write):
-    """Adds a job."""
-
-    __slots__ = ("row",)
-
-    def __init__(self, about: str, row: Row, deadline: float) -> None:
-        super().__init__(about, deadline=deadline, job_id=row[JOB_ID], size=len(row[BODY]))
-        self.row = row
-
-    def apply(self, turn: Turn) -> None:
-        """As `Write.apply`."""
-        turn.jobs.append(self.row)
-
-
-class Replacement(Write):
-    """Settles a delivery and adds a row in its place."""
-
-    __slots__ = ("delivery", "row")
-
-    def __init__(self, about: str, delivery: Claimed, row: Row, deadline: float) -> None:
-        super().__init__(about, deadline=deadline, job_id=row[JOB_ID], size=len(row[BODY]))
-        self.delivery = delivery
-        self.row = row
-
-
-@final
-class Again(Replacement):
-    """Settles a delivery and adds the job of its next attempt."""
-
-    __slots__ = ()
-
-    def apply(self, turn: Turn) -> None:
-        """As `Write.apply`."""
-        if turn.settle(self.delivery):
-            turn.jobs.append(self.row)
-
-
-@final
-class Bury(Replacement):
-    """Settles a delivery and adds a dead letter."""
-
-    __slots__ = ()
-
-    def apply(self, turn: Turn) -> None:
-        """As `Write.apply`."""
-        if turn.settle(self.delivery):
-            turn.letters.append(self.row)
-
-
-@final
-class Begin(Write):
-    """Notes that the job of a delivery begins; the future returns whether its row is still claimed under the delivery's lease."""
-
-    __slots__ = ("delivery",)
-
-    def __init__(self, about: str, delivery: Claimed) -> None:
-        super().__init__(about)
-        self.delivery = delivery
-
-    def apply(self, turn: Turn) -> None:
-        """As `Write.apply`."""
-        turn.begins.append(self)
-
-
-@final
-class Open(Write):
-    """Gets a lease for a taker."""
-
-    __slots__ = ("taker",)
-
-    def __init__(self, about: str, taker: Taker, deadline: float = float("inf")) -> None:
-        super().__init__(about, deadline=deadline)
-        self.taker = taker
-
-    def apply(self, turn: Turn) -> None:
-        """Do nothing: every transaction first gets a lease for each taker that has none."""
-
-
-@final
-class Close(Write):
-    """Frees the jobs that a taker holds, and deletes its lease."""
-
-    __slots__ = ("taker",)
-
-    def __init__(self, about: str, taker: Taker, deadline: float = float("inf")) -> None:
-        super().__init__(about, deadline=deadline)
-        self.taker = taker
-
-    def apply(self, turn: Turn) -> None:
-        """As `Write.apply`."""
-        turn.closing.append(self.taker)
-        turn.added = True
-
-
-@final
-class Run(Write):
-    """Runs any statements; the future returns the result of `call`."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, about: str, call: Call, deadline: float = float("inf")) -> None:
-        super().__init__(about, deadline=deadline)
-        self.call = call
-
-    def apply(self, turn: Turn) -> None:
-        """As `Write.apply`."""
-        turn.calls.append(self)
-
-
-@final
-class Look(Write):
-    """Reads in a separate transaction, which no lock of a writer stops; it isn't part of a turn."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, about: str, call: Call, deadline: float = float("inf")) -> None:
-        super().__init__(about, deadline=deadline)
-        self.call = call
 
 
 @final
@@ -414,16 +466,6 @@ class Takers:
     def next_beat(self) -> float:
         """When the next beat is due, `time.monotonic()` seconds."""
         return self._beats.next
-
-    @property
-    def hungry(self) -> Iterator[Window]:
-        """The windows that have room and may find jobs."""
-        return (
-            window
-            for taker in self.all
-            for window in (taker.windows if taker.taking else ())
-            if window.maybe and window.held < window.prefetch
-        )
 
     def due(self, now: float) -> bool:
         """Whether a transaction is due for a beat, or for a taker without a lease."""
@@ -527,7 +569,11 @@ class _Work:
 
 @final
 class Turns:
-    """What one loop asks of the store at `where`; `driver` takes it, one turn at a time."""
+    """What one loop asks of the store at `where`.
+
+    The loop calls the methods up to `close`. The `driver` calls those after it, one turn at a time: it waits for `patience`,
+    collects, prepares, and takes a turn. It ends the turn by `committed`, or by `rolled_back` and then the method that says why.
+    """
 
     def __init__(self, where: str, runtime: Runtime, log: logging.Logger, driver: Driver) -> None:
         self.where = where
@@ -549,6 +595,7 @@ class Turns:
         # used by the loop: collected in this turn of it
         self._out = _Work()
         self._flushing = False
+        self._window = asyncio.Semaphore(WINDOW)
         # under the lock: handed over to the driver
         self._in = _Work()
         self._running = False
@@ -567,7 +614,22 @@ class Turns:
         self.takers.end()
         self._reset()
 
-    # The loop's side.
+    async def publish(self, queue: Queue, envelope: Envelope) -> None:
+        """As `Broker.publish`."""
+        about = f"job {envelope.job_id} for queue {queue.name!r}"
+        row, deadline = packed(queue.name, envelope, when_ms(envelope, self.clock)), envelope.deadline
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._window.acquire()
+        except TimeoutError:
+            msg = (
+                f"{about} wasn't published in time: {WINDOW} earlier publishes still wait to be written to {self.where}"
+            )
+            raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False) from None
+        try:
+            await self.run(Publish(about=about, row=row, deadline=deadline))
+        finally:
+            self._window.release()
 
     async def run(self, write: Write) -> Any:
         """Do `write` and return its result; raise at its deadline, after which a write that isn't in a transaction is never done."""
@@ -577,7 +639,7 @@ class Turns:
         if write.deadline <= time.monotonic():
             raise self._late(write, maybe=False)
         write.future = loop.create_future()
-        timer = loop.call_at(write.deadline, self._expire, write) if write.deadline != float("inf") else None
+        timer = loop.call_at(write.deadline, self._expire, write) if write.deadline != math.inf else None
         self._out.writes.append(write)
         self._flush_soon(loop)
         try:
@@ -611,8 +673,8 @@ class Turns:
         self._out.back.append(delivery)
         self._flush_soon(loop)
 
-    async def close(self, timeout_s: float) -> None:
-        """End the driver, which has `timeout_s` to do the remaining work. Idempotent."""
+    async def close(self) -> None:
+        """End the driver, which has `CLOSE_S` to do the remaining work. Idempotent."""
         loop = self._attach()
         if not self._running:
             self._stop_by = 0.0
@@ -620,13 +682,13 @@ class Turns:
         self._flush()
         stopped = loop.create_future()
         with self.lock:
-            self._stop_by = time.monotonic() + timeout_s
+            self._stop_by = time.monotonic() + CLOSE_S
             self.publishing = self.publishing.then(self.clock.now(), "closed")
             self._stopped = stopped
             self._driver.wake()
         with suppress(TimeoutError):
             # the driver ends by itself unless the store hangs; then it is left running
-            await asyncio.wait_for(stopped, timeout_s + 1.0)
+            await asyncio.wait_for(stopped, CLOSE_S + 1.0)
 
     @property
     def closed(self) -> bool:
@@ -673,8 +735,6 @@ class Turns:
 
     def _unavailable(self, write: Write, why: str) -> BrokerUnavailable:
         return BrokerUnavailable(f"{write.about} wasn't written to {self.where}: {why}", job_id=write.job_id)
-
-    # The driver's side: it waits for `patience`, collects, prepares a turn, takes it, does it, and tells how it ended.
 
     def patience(self, poll_s: float) -> float | None:
         """Return how long the driver may wait for work, seconds; None means for ever. While a consumption takes jobs, at most `poll_s`."""

@@ -20,7 +20,6 @@ from leveret.runtime import Runtime
 
 from ..rows import Row, packed, unpack
 from ..turns import Call, Close, Look, Open, Run, Taker, Write
-from .broker import CLOSE_S
 from .statements import INSERTS, READ
 from .store import Store
 
@@ -159,7 +158,7 @@ class SqliteAdmin:
 
     async def run(self, about: str, call: Call) -> Any:
         """Run `call` in a transaction that writes."""
-        return await self._run(Run(about, call, self._deadline()))
+        return await self._run(Run(about=about, call=call, deadline=self._deadline()))
 
     async def _run(self, write: Write) -> Any:
         try:
@@ -179,7 +178,7 @@ class SqliteAdmin:
         def read(file: sqlite3.Connection) -> list[Depth]:
             return [self._read(file, queue, now_ms) for queue in queues]
 
-        rows: list[Depth] = await self._run(Look("the read of the queues", read, self._deadline()))
+        rows: list[Depth] = await self._run(Look(about="the read of the queues", call=read, deadline=self._deadline()))
         return rows
 
     def _read(self, file: sqlite3.Connection, queue: Queue, now_ms: float) -> Depth:
@@ -225,14 +224,14 @@ class SqliteAdmin:
     async def hold(self, taker: Taker) -> None:
         """Get a lease, if the file exists."""
         if self._path.exists():
-            await self._run(Open("opening the dead letters", taker, self._deadline()))
+            await self._run(Open(about="opening the dead letters", taker=taker, deadline=self._deadline()))
 
     async def release(self, taker: Taker, queue: Queue) -> None:
         """Free the letters that are held under the lease."""
         if not self._path.exists():
             return
         try:
-            await self._run(Close("closing the dead letters", taker, self._deadline()))
+            await self._run(Close(about="closing the dead letters", taker=taker, deadline=self._deadline()))
         except (BrokerUnavailable, ConfigurationError) as error:
             # they are free again when this process has ended, as those of a killed process are
             log.warning(
@@ -241,7 +240,7 @@ class SqliteAdmin:
 
     async def close(self) -> None:
         """As `Admin.close`."""
-        await self._turns.close(CLOSE_S)
+        await self._turns.close()
 
 
 def _text(level: str | bytes) -> str:

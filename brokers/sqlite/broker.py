@@ -16,28 +16,21 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import time
 from collections.abc import Sequence
 from typing import final
 from urllib.parse import unquote, urlsplit
 
-from leveret.broker import Consumption, Features, PublisherState, QueueState, Sink, Subscription
+from leveret.broker import Features, PublisherState, Sink, Subscription
 from leveret.envelope import Envelope
-from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.errors import ConfigurationError
 from leveret.job import Queue
 from leveret.runtime import Runtime
 from leveret.settings import redact
 
-from ..rows import packed, when_ms
-from ..turns import Claimed, Close, Open, Publish, Taker, Turns, Window
+from ..turns import Consumption
 from .schema import MIN_SQLITE
 from .store import Store
 
-WINDOW = 1000
-"""At most this many publishes of one broker are unconfirmed at once; further publishes wait, within their deadlines."""
-CLOSE_S = 5.0
-"""How long `close` waits if the file can't be written."""
-_FIRST_TRY_S = 1.0
 _FEATURES = Features(
     durable=True,
     shared=True,
@@ -79,100 +72,14 @@ def path_of(url: str) -> str:
 
 
 @final
-class _Consumption(Taker):
-    """A consumption, with one window per level of each queue."""
-
-    def __init__(self, turns: Turns, subscriptions: Sequence[Subscription], sink: Sink) -> None:
-        super().__init__(
-            Window(s.queue, level.value, s.prefetch, turns) for s in subscriptions for level in s.queue.levels
-        )
-        self._turns = turns
-        self._sink = sink
-        self._error: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # the exception is read here, since perhaps nobody waits for `failed`
-        self._error.add_done_callback(lambda error: error.cancelled() or error.exception())
-        self._closed = False
-        self._names = [subscription.queue.name for subscription in subscriptions]
-
-    async def open(self) -> None:
-        """Register the consumer; return once registered, or after a second if the file is locked."""
-        write = Open("the registration of a consumer", self)
-        write.future = asyncio.get_running_loop().create_future()
-        write.future.add_done_callback(lambda opened: opened.cancelled() or opened.exception())
-        self._turns.post(write)
-        try:
-            await asyncio.wait({write.future}, timeout=_FIRST_TRY_S)
-        except asyncio.CancelledError:
-            self._turns.post(Close("closing a consumer", self))
-            raise
-        if write.future.done():
-            write.future.result()
-
-    @property
-    def queues(self) -> tuple[QueueState, ...]:
-        """As `Consumption.queues`; a consumer is registered by a write to the file, which also shows whether it can be written."""
-        if not self.taking:
-            return tuple(QueueState(name, "stopped") for name in self._names)
-        if self.ready:
-            return tuple(QueueState(name, "consumed") for name in self._names)
-        why = f"{self._turns.where} can't be written: {self._turns.why}" if self._turns.why else ""
-        return tuple(QueueState(name, "connecting", why) for name in self._names)
-
-    async def failed(self) -> None:
-        """As `Consumption.failed`."""
-        await asyncio.shield(self._error)
-
-    async def stop_taking(self) -> None:
-        """As `Consumption.stop_taking`; jobs that are claimed meanwhile are given back."""
-        self.taking = False
-
-    async def close(self) -> None:
-        """As `Consumption.close`; if the file stays locked, held jobs come back when the lease ends, and finished jobs may run again."""
-        if self._closed:
-            return
-        self._closed = True
-        self.taking = False
-        if self._turns.closed:
-            return
-        try:
-            await self._turns.run(Close("closing a consumer", self, time.monotonic() + CLOSE_S))
-        except (PublishTimeout, BrokerUnavailable, ConfigurationError):
-            self._turns.post(Close("closing a consumer", self))  # once the file can be written
-
-    def arrived(self, deliveries: Sequence[Claimed], /) -> None:
-        """Pass the claimed jobs to the sink, or give them back after `stop_taking`."""
-        for delivery in deliveries:
-            if self.taking:
-                self._sink.deliver(delivery)
-            else:
-                delivery.give_back()
-
-    def lost(self) -> None:
-        """Call `lost` of the sink, and let the worker say what was lost."""
-        self._sink.lost()
-        self._sink.queues_changed()
-
-    def changed(self) -> None:
-        """Call `queues_changed` of the sink."""
-        self._sink.queues_changed()
-
-    def cannot(self, error: ConfigurationError, /) -> None:
-        """Fail the consumption with `error`."""
-        if not self._error.done():
-            self._error.set_exception(error)
-        self._sink.lost()
-        self._sink.queues_changed()
-
-
-@final
 class SqliteBroker:
     """A `Broker` on the SQLite file at `path`."""
 
     def __init__(self, path: str, runtime: Runtime) -> None:
-        self._clock = runtime.clock
         self._turns = Store(path, runtime).turns
-        self._window: asyncio.Semaphore | None = None
-        self._consumptions: list[_Consumption] = []
+        self._consumptions: list[Consumption] = []
+        self.publish = self._turns.publish
+        """As `Broker.publish`; every queue exists, so no job is unroutable."""
 
     def features(self, _: Queue | None = None, /) -> Features:
         """As `Broker.features`."""
@@ -186,29 +93,12 @@ class SqliteBroker:
     def post(self, queue: Queue, envelope: Envelope) -> None:
         """Return None: `publish` already writes concurrent publishes in one transaction."""
 
-    async def publish(self, queue: Queue, envelope: Envelope) -> None:
-        """As `Broker.publish`; every queue exists, so no job is unroutable."""
-        about = f"job {envelope.job_id} for queue {queue.name!r}"
-        row, deadline = packed(queue.name, envelope, when_ms(envelope, self._clock)), envelope.deadline
-        if self._window is None:
-            self._window = asyncio.Semaphore(WINDOW)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._window.acquire()
-        except TimeoutError:
-            msg = f"{about} wasn't published in time: {WINDOW} earlier publishes still wait to be written to {self._turns.where}"
-            raise PublishTimeout(msg, job_id=envelope.job_id, maybe_published=False) from None
-        try:
-            await self._turns.run(Publish(about, row, deadline))
-        finally:
-            self._window.release()
-
     async def consume(self, subscriptions: Sequence[Subscription], sink: Sink) -> Consumption:
         """As `Broker.consume`; if the file is locked, the call returns within a second, and the consumption goes on trying."""
         if self._turns.closed:
             msg = f"the broker on {self._turns.where} is closed; open a new one"
             raise ConfigurationError(msg)
-        consumption = _Consumption(self._turns, subscriptions, sink)
+        consumption = Consumption(self._turns, subscriptions, sink)
         await consumption.open()
         self._consumptions.append(consumption)
         return consumption
@@ -219,4 +109,4 @@ class SqliteBroker:
         try:
             await asyncio.gather(*(consumption.close() for consumption in consumptions))
         finally:
-            await self._turns.close(CLOSE_S)
+            await self._turns.close()

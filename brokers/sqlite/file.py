@@ -153,11 +153,12 @@ class File:
 
     def _may_claim(self, connection: sqlite3.Connection) -> bool:
         """Whether there is a job to claim; checked before the lock is taken, so that idle workers don't compete for it."""
-        for window in self._takers.hungry:
-            there = connection.execute(_ANY, (window.queue.name, window.level)).fetchone()
-            if there:
-                return True
-            window.maybe = False
+        for taker in self._takers.all:
+            for window in taker.windows if taker.taking else ():
+                if window.maybe and window.held < window.prefetch:
+                    if connection.execute(_ANY, (window.queue.name, window.level)).fetchone():
+                        return True
+                    window.maybe = False
         return False
 
     def transact(self, connection: sqlite3.Connection, turn: Turn) -> None:

@@ -200,7 +200,7 @@ async def test_a_retry_committed_after_its_deadline_is_done_and_not_lost(
     assert rest is not None
     settling = asyncio.create_task(rest)
     turns = cast("Any", broker)._turns  # what hangs is in the same transaction
-    hanging = asyncio.create_task(turns.run(Run("a disk that hangs", lambda _: disk.wait(PATIENCE_S))))
+    hanging = asyncio.create_task(turns.run(Run(about="a disk that hangs", call=lambda _: disk.wait(PATIENCE_S))))
     await until(lambda: clock.sleepers)
     disk.set()
     await hanging
@@ -237,7 +237,7 @@ async def test_closing_under_a_lock_ends(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker must stop when it is told to, whatever the file does; what was done and can't be written runs again."""
-    monkeypatch.setattr("leveret.brokers.sqlite.broker.CLOSE_S", 0.3)
+    monkeypatch.setattr("leveret.brokers.turns.CLOSE_S", 0.3)
     broker = opened()
     await publish(broker, b"1")
     _, sink = await consume(broker, QUEUE)
