@@ -46,7 +46,7 @@ Call: TypeAlias = Callable[[Any], Any]
 
 
 class Driver(Protocol):
-    """Does one turn after another, with the statements of its store: a thread, or a task of the loop."""
+    """Takes the turns of a store, one after another, and does them by its own statements: a thread, or a task of the loop."""
 
     def start(self) -> None:
         """Begin to take turns. Called on the loop at the first work, and again if the driver ended before `Turns.close`."""
@@ -148,7 +148,7 @@ class Claimed:
 
 
 class Taker:
-    """One that holds rows under a lease. A reader of dead letters has no windows, and hears of nothing."""
+    """Holds rows under a lease: a consumption, or a reader of dead letters, which has no windows and hears of nothing."""
 
     def __init__(self, windows: Iterable[Window] = ()) -> None:
         self.lease = Lease()
@@ -158,7 +158,7 @@ class Taker:
         """Whether the store has registered the taker, and can be written."""
 
     def arrived(self, deliveries: Sequence[Claimed], /) -> None:
-        """Take newly claimed deliveries. The driver has this and the following called on the loop."""
+        """Take newly claimed deliveries. This method and the following are called on the loop."""
 
     def lost(self) -> None:
         """Hear that the lease was lost."""
@@ -358,11 +358,11 @@ class Turn:
         self.back = back
         """Deliveries that were given back."""
         self.jobs: list[Row] = []
-        """Rows to add to `jobs`."""
+        """Rows of jobs to add."""
         self.letters: list[Row] = []
-        """Rows to add to `dead`."""
+        """Rows of dead letters to add."""
         self.gone: defaultdict[Lease, list[Claimed]] = defaultdict(list)
-        """The deliveries whose rows are deleted from `jobs`, by lease."""
+        """The deliveries whose rows are deleted, by lease."""
         self.given_back: defaultdict[Lease, list[Claimed]] = defaultdict(list)
         """The deliveries whose rows are freed, by lease."""
         self.settled: list[Claimed] = []
@@ -372,7 +372,7 @@ class Turn:
         self.begins: list[Begin] = []
         self.calls: list[Run] = []
         self.names: set[str] = set()
-        """Queues that this transaction adds."""
+        """Queues that this transaction adds; the driver finds them."""
         self.freed: Counter[Window] = Counter()
         """The number of places that this transaction frees, by window."""
         self.claimed: defaultdict[Taker, list[Claimed]] = defaultdict(list)
@@ -442,7 +442,7 @@ class Turn:
 
 @final
 class Takers:
-    """The takers of one store: their leases, windows and beats."""
+    """The takers of one store: their leases, windows and beats. Only the driver calls the methods."""
 
     def __init__(self, where: str, log: logging.Logger) -> None:
         self.all: list[Taker] = []
@@ -737,7 +737,10 @@ class Turns:
         return BrokerUnavailable(f"{write.about} wasn't written to {self.where}: {why}", job_id=write.job_id)
 
     def patience(self, poll_s: float) -> float | None:
-        """Return how long the driver may wait for work, seconds; None means for ever. While a consumption takes jobs, at most `poll_s`."""
+        """Return how long the driver may wait to be woken, seconds; None means for ever. While a consumption takes jobs, at most `poll_s`.
+
+        A thread holds `lock` from here until it waits.
+        """
         now = time.monotonic()
         if self._in:
             return 0.0
