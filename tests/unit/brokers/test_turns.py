@@ -276,12 +276,12 @@ async def test_a_store_that_is_held_up_refuses_nothing(shelf: Shelf, caplog: pyt
     with caplog.at_level(logging.INFO, "leveret.shelf"):
         waiting = publish(shelf, b"2")
         delivery.done()
-        await until(lambda: not ready(consumption))
+        await sink.until(lambda: not ready(consumption))
         state = shelf.turns.publishing
         [queue] = consumption.queues
         shelf.fault = lambda _: None
         await waiting
-        await until(lambda: ready(consumption))
+        await sink.until(lambda: ready(consumption))
 
     assert (state.name, state.why, shelf.turns.publishing.name) == ("blocked", "somebody copies it", "ready")
     assert queue.why == "the shelf can't be written: somebody copies it"
