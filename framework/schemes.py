@@ -33,12 +33,13 @@ _SCHEMES = {
     "memory": "leveret.brokers.memory",
 }
 
-
+_EXTRAS = {"asyncpg": "postgresql", "redis": "redis"}
+"""By library: the extra of leveret that brings it."""
 ENTRY_POINTS = "leveret.brokers"
 
 
 def broker_module(url: str | None) -> BrokerModule:
-    """Return the module that serves the scheme of `url`; ConfigurationError, with the known schemes, if no module does."""
+    """Return the module that serves the scheme of `url`; ConfigurationError if no module does, or if a library of an extra is missing."""
     if not url:
         raise ConfigurationError(NO_BROKER)
     try:
@@ -53,9 +54,18 @@ def broker_module(url: str | None) -> BrokerModule:
         for point in entry_points(group=ENTRY_POINTS, name=scheme):
             name = point.module
     if name is None:
-        msg = f"the broker's URL {redact(url)!r} has no known scheme; a URL begins with one of {', '.join(f'{known}://' for known in _SCHEMES)}"
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        none = f": neither leveret nor an installed package has a broker for {scheme}://" if "://" in url else ""
+        msg = f"the broker's URL {redact(url)!r} has no known scheme{none}; a URL begins with one of {known}"
         raise ConfigurationError(msg)
-    return cast("BrokerModule", importlib.import_module(name))
+    try:
+        return cast("BrokerModule", importlib.import_module(name))
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in _EXTRAS:
+            raise
+        msg = f"a broker's URL with {scheme}:// needs {library}; install the extra leveret[{_EXTRAS[library]}], which brings it"
+        raise ConfigurationError(msg) from error
 
 
 NO_BROKER = (

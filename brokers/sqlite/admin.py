@@ -18,11 +18,10 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from .broker import CLOSE_S
-from .rows import INSERTS, READ, Row, packed, unpack
+from ..rows import Row, packed, unpack
+from ..turns import Call, Close, Look, Open, Run, Taker, Write
+from .statements import INSERTS, READ
 from .store import Store
-from .taker import Taker
-from .write import Call, Close, Look, Open, Run, Write
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -131,7 +130,7 @@ class _Open(AbstractAsyncContextManager[DeadLetters, None]):
     def __init__(self, admin: SqliteAdmin, queue: Queue) -> None:
         self._admin = admin
         self._queue = queue
-        self._taker = Taker((), None)
+        self._taker = Taker()
 
     async def __aenter__(self) -> DeadLetters:
         try:
@@ -155,15 +154,15 @@ class SqliteAdmin:
     def __init__(self, path: str, runtime: Runtime) -> None:
         self._path = Path(path)
         self._runtime = runtime
-        self._store = Store(path, runtime, create=False)
+        self._turns = Store(path, runtime, create=False).turns
 
     async def run(self, about: str, call: Call) -> Any:
         """Run `call` in a transaction that writes."""
-        return await self._run(Run(about, call, self._deadline()))
+        return await self._run(Run(about=about, call=call, deadline=self._deadline()))
 
     async def _run(self, write: Write) -> Any:
         try:
-            return await self._store.run(write)
+            return await self._turns.run(write)
         except PublishTimeout as error:
             raise BrokerUnavailable(str(error)) from error
 
@@ -179,7 +178,7 @@ class SqliteAdmin:
         def read(file: sqlite3.Connection) -> list[Depth]:
             return [self._read(file, queue, now_ms) for queue in queues]
 
-        rows: list[Depth] = await self._run(Look("the read of the queues", read, self._deadline()))
+        rows: list[Depth] = await self._run(Look(about="the read of the queues", call=read, deadline=self._deadline()))
         return rows
 
     def _read(self, file: sqlite3.Connection, queue: Queue, now_ms: float) -> Depth:
@@ -225,14 +224,14 @@ class SqliteAdmin:
     async def hold(self, taker: Taker) -> None:
         """Get a lease, if the file exists."""
         if self._path.exists():
-            await self._run(Open("opening the dead letters", taker, self._deadline()))
+            await self._run(Open(about="opening the dead letters", taker=taker, deadline=self._deadline()))
 
     async def release(self, taker: Taker, queue: Queue) -> None:
         """Free the letters that are held under the lease."""
         if not self._path.exists():
             return
         try:
-            await self._run(Close("closing the dead letters", taker, self._deadline()))
+            await self._run(Close(about="closing the dead letters", taker=taker, deadline=self._deadline()))
         except (BrokerUnavailable, ConfigurationError) as error:
             # they are free again when this process has ended, as those of a killed process are
             log.warning(
@@ -241,7 +240,7 @@ class SqliteAdmin:
 
     async def close(self) -> None:
         """As `Admin.close`."""
-        await self._store.close(CLOSE_S)
+        await self._turns.close()
 
 
 def _text(level: str | bytes) -> str:

@@ -7,21 +7,18 @@ import logging
 import os
 import sqlite3
 import time
-from collections import defaultdict
 from contextlib import suppress
 from typing import final
 
 from leveret.clock import Clock
 
-from . import lease as leases
-from .delivery import SqliteDelivery
+from ..leases import LOOK_S
+from ..rows import COLUMNS
+from ..turns import Claimed, Taker, Takers, Turn
 from .due import Due
 from .identity import known_dead, my_identity
-from .lease import Beats, Lease
-from .rows import INSERTS, READ, text_or_bytes
 from .schema import open_file
-from .taker import Taker
-from .write import Turn, Write
+from .statements import INSERTS, READ, text_or_bytes
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -35,14 +32,16 @@ _CLAIM = (
     f" RETURNING seq, deliveries, crashes, {READ}"
 )
 _SETTLE = "DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
+_ANY = "SELECT 1 FROM jobs WHERE queue = ? AND level = ? AND claimed_by IS NULL AND due_ms IS NULL LIMIT 1"
+_BEGIN = "UPDATE jobs SET begun = 1 WHERE seq = ? AND claimed_by = ?"
 _RELEASE = "UPDATE jobs SET claimed_by = NULL, begun = 0 WHERE claimed_by = ?"
 _BEREAVE = (
     "UPDATE jobs SET claimed_by = NULL, begun = 0, crashes = crashes + (begun OR crashes = 0) WHERE claimed_by = ?"
 )
 _GIVE_BACK = "UPDATE jobs SET claimed_by = NULL, deliveries = deliveries - 1 WHERE seq IN (SELECT value FROM json_each(?)) AND +claimed_by = ?"
-_COLUMNS = "job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers"
+_FIELDS = ", ".join(COLUMNS[2:])
 _PROMOTED = (
-    f"INSERT INTO jobs (queue, level, {_COLUMNS}) SELECT queue, level, {_COLUMNS} FROM jobs"  # noqa: S608 - columns of ours
+    f"INSERT INTO jobs (queue, level, {_FIELDS}) SELECT queue, level, {_FIELDS} FROM jobs"  # noqa: S608 - columns of ours
     " WHERE seq IN (SELECT value FROM json_each(?)) ORDER BY due_ms, seq"
 )
 
@@ -51,10 +50,9 @@ _PROMOTED = (
 class File:
     """The file at `path`, through one connection; only the store's thread uses it."""
 
-    def __init__(self, path: str, clock: Clock, *, create: bool) -> None:
+    def __init__(self, path: str, clock: Clock, takers: Takers, *, create: bool) -> None:
         self.path = path
-        self.takers: list[Taker] = []
-        self.beats = Beats()
+        self._takers = takers
         self._clock = clock
         self._create = create
         self._connection: sqlite3.Connection | None = None
@@ -64,8 +62,6 @@ class File:
         self._due = Due(clock)
         self._next_look = 0.0
         self._dead: list[int] = []
-        self._opened: list[Lease] = []
-        self._lost: list[Taker] = []
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection to the file that is at `path` now; ConfigurationError if it can't be used."""
@@ -77,9 +73,9 @@ class File:
             log.warning("%s was deleted or replaced while in use; opening the file that is there now", self.path)
             self.disconnect()
             self._due = Due(self._clock)
-            for taker in self.takers:
+            for taker in self._takers.all:
                 if taker.lease.id is not None:
-                    self._lose(taker)  # in the new file the lease's id may be another worker's
+                    self._takers.lose(taker)  # in the new file the lease's id may be another worker's
         self._connection = open_file(self.path, create=self._create)
         found = os.stat(self.path)  # noqa: PTH116
         self._inode = (found.st_dev, found.st_ino)
@@ -109,19 +105,13 @@ class File:
             self._connection = None
 
     def abandon(self) -> sqlite3.Connection | None:
-        """In a forked child: forget the parent's connection without closing it, and end the parent's leases here."""
+        """In a forked child: forget the parent's connection without closing it."""
         connection, self._connection = self._connection, None
-        for taker in self.takers:
-            taker.lease.alive = taker.ready = False
         return connection
 
     def rollback(self) -> None:
         """Undo a transaction that failed."""
-        self._any_may_wait()
         self._due.changed()
-        for lease in self._opened:
-            lease.id = None
-        self._opened.clear()
         if self._connection is not None and self._connection.in_transaction:
             try:
                 self._connection.execute("ROLLBACK")
@@ -132,28 +122,24 @@ class File:
         """Free all held jobs if the file can be written now; otherwise other workers free them when the leases end."""
         if self._connection is not None:
             with suppress(sqlite3.Error):
-                for taker in self.takers:
+                for taker in self._takers.all:
                     if taker.lease.id is not None:
                         self._reap(self._connection, taker.lease.id)
 
-    @property
-    def takes(self) -> bool:
-        """Whether a consumption takes jobs through this file."""
-        return any(taker.taking for taker in self.takers)
-
     def has_news(self, connection: sqlite3.Connection, now: float) -> bool:
         """Whether a transaction is due although nothing is to be written: for a beat, a dead worker, or a job to claim."""
-        if not self.takers:
+        takers = self._takers
+        if not takers.all:
             return False
-        if now >= self.beats.next or any(taker.lease.id is None for taker in self.takers):
+        if takers.due(now):
             return True
         if now >= self._next_look:
-            self._next_look = now + leases.LOOK_S
-            mine = {taker.lease.id for taker in self.takers}
+            self._next_look = now + LOOK_S
+            mine = set(takers.ids)
             rows = connection.execute("SELECT id, identity FROM workers").fetchall()
             self._dead = [worker for worker, identity in rows if worker not in mine and known_dead(identity)]
         self._look(connection)
-        return bool(self._dead) or (self.takes and self._due.any(connection)) or self._may_claim(connection)
+        return bool(self._dead) or (takers.taking and self._due.any(connection)) or self._may_claim(connection)
 
     def _look(self, connection: sqlite3.Connection) -> None:
         """Check whether another connection wrote to the file; then every window may have jobs to claim."""
@@ -161,93 +147,61 @@ class File:
         if version != self._version:
             self._version = version
             self._due.changed()
-            self._any_may_wait()
-        if self.takes:
+            self._takers.may_find_jobs()
+        if self._takers.taking:
             self._due.look(connection)
 
     def _may_claim(self, connection: sqlite3.Connection) -> bool:
         """Whether there is a job to claim; checked before the lock is taken, so that idle workers don't compete for it."""
-        for taker in self.takers:
+        for taker in self._takers.all:
             for window in taker.windows if taker.taking else ():
                 if window.maybe and window.held < window.prefetch:
-                    there = connection.execute(
-                        "SELECT 1 FROM jobs WHERE queue = ? AND level = ? AND claimed_by IS NULL AND due_ms IS NULL LIMIT 1",
-                        (window.queue.name, window.level),
-                    ).fetchone()
-                    if there:
+                    if connection.execute(_ANY, (window.queue.name, window.level)).fetchone():
                         return True
                     window.maybe = False
         return False
 
-    def _any_may_wait(self) -> None:
-        for taker in self.takers:
-            for window in taker.windows:
-                window.maybe = True
-
-    def transact(
-        self, connection: sqlite3.Connection, writes: list[Write], done: list[SqliteDelivery], back: list[SqliteDelivery]
-    ) -> Turn:  # fmt: skip
+    def transact(self, connection: sqlite3.Connection, turn: Turn) -> None:
         """Do all the work of a turn, in the transaction that the caller began."""
-        turn = Turn(writes)
+        takers = self._takers
         self._look(connection)
-        for taker in self.takers:
+        for taker in takers.all:
             turn.names |= self._hold(connection, taker)
-        if self.takers and time.monotonic() >= self.beats.next:
+        if takers.all and time.monotonic() >= takers.next_beat:
             self._beat(connection, turn)
         for worker in self._dead:
             self._reap(connection, worker, _BEREAVE)
-        for write in writes:
-            write.apply(turn)
-        self._settle(connection, done, back, turn)
+        turn.gather()
+        self._settle(connection, turn)
         self._add(connection, turn)
+        for begin in turn.begins:
+            begin.result = connection.execute(_BEGIN, (begin.delivery.seq, begin.delivery.lease.id)).rowcount == 1
         for run in turn.calls:
             run.result = run.call(connection)
         for taker in turn.closing:
             if taker.lease.id is not None:
                 self._reap(connection, taker.lease.id)
-        if self.takes and self._due.any(connection):
+        if takers.taking and self._due.any(connection):
             self._promote(connection)
-        for taker in self.takers:
-            if taker.taking and taker not in turn.closing:
-                self._claim(connection, taker, turn)
-        return turn
+        for taker in takers.all:
+            self._claim(connection, taker, turn)
 
     def _hold(self, connection: sqlite3.Connection, taker: Taker) -> set[str]:
         """Check that the lease is still valid, or get a new lease; return the new queues that this adds."""
         if taker.lease.id is not None:
             if connection.execute("SELECT 1 FROM workers WHERE id = ?", (taker.lease.id,)).fetchone():
                 return set()
-            log.warning(
-                "the lease on %s was lost: this process sent no beat for %g s; the jobs that it held are delivered again",
-                self.path,
-                leases.LEASE_S,
-            )
-            self._lose(taker)
-        taker.lease.id = connection.execute("INSERT INTO workers (identity) VALUES (?)", (my_identity(),)).lastrowid
-        self._opened.append(taker.lease)
+            self._takers.expired(taker)
+        opened = connection.execute("INSERT INTO workers (identity) VALUES (?)", (my_identity(),))
+        assert opened.lastrowid is not None
+        self._takers.lease(taker, opened.lastrowid)
         return {window.queue.name for window in taker.windows} - self._names
-
-    def _lose(self, taker: Taker) -> None:
-        taker.lease.alive = False
-        taker.lease = Lease()
-        for window in taker.windows:
-            window.held = 0
-            window.maybe = True
-        self._lost.append(taker)
 
     def _beat(self, connection: sqlite3.Connection, turn: Turn) -> None:
         """Raise the beats of this process, and free the jobs of workers whose beats stopped."""
-        mine = [taker.lease.id for taker in self.takers]
-        connection.execute(
-            "UPDATE workers SET beat = beat + 1 WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(mine),)
-        )
-        turn.beats = self.beats.counted(connection.execute("SELECT id, beat FROM workers").fetchall(), mine)
-        for worker in turn.beats.silent:
-            log.warning(
-                "a worker on %s sent no beat for %g s; the jobs that it held are delivered again",
-                self.path,
-                leases.LEASE_S,
-            )
+        mine = json.dumps(self._takers.ids)
+        connection.execute("UPDATE workers SET beat = beat + 1 WHERE id IN (SELECT value FROM json_each(?))", (mine,))
+        for worker in self._takers.silent(turn, connection.execute("SELECT id, beat FROM workers").fetchall()):
             self._reap(connection, worker, _BEREAVE)
 
     def _reap(self, connection: sqlite3.Connection, worker: int, jobs: str = _RELEASE) -> None:
@@ -255,33 +209,15 @@ class File:
         connection.execute(jobs, (worker,))
         connection.execute("UPDATE dead SET claimed_by = NULL WHERE claimed_by = ?", (worker,))
         connection.execute("DELETE FROM workers WHERE id = ?", (worker,))
-        self._any_may_wait()
+        self._takers.may_find_jobs()
 
-    def _settle(
-        self, connection: sqlite3.Connection, done: list[SqliteDelivery], given_back: list[SqliteDelivery], turn: Turn
-    ) -> None:
+    def _settle(self, connection: sqlite3.Connection, turn: Turn) -> None:
         """Delete the rows of finished jobs and free the rows that were given back."""
-        gone = turn.gone
-        back: defaultdict[Lease, list[int]] = defaultdict(list)
-        lost = 0
-        for delivery in done:
-            if delivery.lease.alive:
-                gone[delivery.lease].append(delivery.seq)
-                turn.freed[delivery.window] += 1
-            else:
-                lost += 1
-        for delivery in given_back:
-            if delivery.lease.alive:
-                back[delivery.lease].append(delivery.seq)
-                turn.freed[delivery.window] += 1
-        for lease, rows in gone.items():
-            connection.execute(_SETTLE, (json.dumps(rows), lease.id))
-        for lease, rows in back.items():
-            connection.execute(_GIVE_BACK, (json.dumps(rows), lease.id))
-            turn.added = True
-            self._any_may_wait()
-        if lost:
-            log.warning("%d finished jobs of %s are delivered again, since their lease was lost", lost, self.path)
+        for lease, deliveries in turn.gone.items():
+            connection.execute(_SETTLE, (_seqs(deliveries), lease.id))
+        for lease, deliveries in turn.given_back.items():
+            connection.execute(_GIVE_BACK, (_seqs(deliveries), lease.id))
+            self._takers.may_find_jobs()
 
     def _add(self, connection: sqlite3.Connection, turn: Turn) -> None:
         """Add the rows of jobs and dead letters, many per statement."""
@@ -296,9 +232,8 @@ class File:
                     connection.execute(statement, [value for row in rows[start : start + count] for value in row])
                     start += count
         if turn.jobs:
-            turn.added = True
             self._due.changed()
-            self._any_may_wait()
+            self._takers.may_find_jobs()
 
     def _promote(self, connection: sqlite3.Connection) -> None:
         """Move the delayed jobs that are due to the ends of their levels, by new rows."""
@@ -306,43 +241,18 @@ class File:
         connection.execute(_PROMOTED, (rows,))
         connection.execute("DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?))", (rows,))
         self._due.changed()
-        self._any_may_wait()
+        self._takers.may_find_jobs()
 
     def _claim(self, connection: sqlite3.Connection, taker: Taker, turn: Turn) -> None:
-        claimed: list[SqliteDelivery] = []
-        for window in taker.windows:
-            free = window.prefetch - window.held + turn.freed[window]
-            if not window.maybe or free <= 0:
-                continue
+        for window, free in turn.wanted(taker):
             rows = connection.execute(_CLAIM, (taker.lease.id, window.queue.name, window.level, free)).fetchall()
-            window.maybe = len(rows) == free
             rows.sort()  # by seq: RETURNING has no order
-            claimed += [SqliteDelivery(window, taker.lease, row) for row in rows]
-        if claimed:
-            turn.claimed.append((taker, claimed))
+            turn.claim(taker, window, free, rows)
 
     def committed(self, turn: Turn) -> None:
         """Take over the results of `turn`, which was committed."""
         self._dead.clear()
-        self._opened.clear()
-        turn.lost, self._lost = self._lost, []
         self._names |= turn.names
-        if turn.beats is not None:
-            self.beats.keep(turn.beats)
-        for delivery in turn.settled:
-            delivery.settled = True
-        for window, count in turn.freed.items():
-            window.held -= count
-        for _, deliveries in turn.claimed:
-            for delivery in deliveries:
-                delivery.window.held += 1
-        for taker in turn.closing:
-            taker.lease.alive = taker.ready = False
-            if taker in self.takers:
-                self.takers.remove(taker)
-        turn.ready = [taker for taker in self.takers if not taker.ready]
-        for taker in turn.ready:
-            taker.ready = True
         if turn.beats is not None:
             self._shrink()
 
@@ -356,3 +266,7 @@ class File:
             if free > max(_FREE_PAGES, pages // 4):
                 # a script, since `execute` would stop after the first page
                 self._connection.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
+
+
+def _seqs(deliveries: list[Claimed]) -> str:
+    return json.dumps([delivery.seq for delivery in deliveries])

@@ -1,4 +1,8 @@
-"""The identity of a process: its boot, its process namespace, its number and its start time."""
+"""The identity of a process: its boot, its process namespace, its number and its start time.
+
+A worker's row holds it, so that other workers know of its death: boot and process namespace are the same, and no process, or a
+different one, has its number.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from leveret import App, Attempt, Job, Queue
-from leveret.brokers.sqlite import lease
+from leveret.brokers import leases
 from leveret.consuming.worker import working
 from leveret.middleware import Retries
 from leveret.outcome import Kind
@@ -80,8 +80,8 @@ async def test_a_hundred_jobs_whose_lease_is_lost_run_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     """A laptop that slept for longer than its lease finishes what it ran."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    monkeypatch.setattr(leases, "LEASE_S", 0.3)
 
     async def lose() -> None:
         # what another worker does to one that it takes for dead

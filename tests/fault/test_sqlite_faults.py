@@ -37,7 +37,8 @@ _COMMON = """
 import asyncio, os, sys, time
 import msgspec
 from leveret.broker import Subscription
-from leveret.brokers.sqlite import lease, open_broker
+from leveret.brokers import leases
+from leveret.brokers.sqlite import open_broker
 from leveret.envelope import Envelope
 from leveret.errors import PublishError
 from leveret.ids import new_job_id
@@ -81,7 +82,7 @@ _WORKER = (
     + """
 lease_s = float(argument)
 if lease_s:
-    lease.LEASE_S, lease.BEAT_S = lease_s, lease_s / 3
+    leases.LEASE_S, leases.BEAT_S = lease_s, lease_s / 3
 
 class Sink:
     def deliver(self, delivery):

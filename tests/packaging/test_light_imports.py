@@ -10,11 +10,13 @@ import pytest
 _HEAVY = {
     "aio_pika",
     "aiormq",
+    "asyncpg",
     "click",
     "croniter",
     "importlib.metadata",
     "opentelemetry.sdk",
     "pytest",
+    "redis",
     "rich",
     "tenacity",
     "watchfiles",
@@ -54,3 +56,11 @@ def test_leveret_imports_no_broker_and_no_layer() -> None:
     }
 
     assert not imported
+
+
+@pytest.mark.parametrize("broker", ["leveret.brokers.memory", "leveret.brokers.rabbitmq"])
+def test_a_broker_without_rows_imports_nothing_of_stores(broker: str) -> None:
+    """A worker on RabbitMQ would pay for what gathers the transactions of a database."""
+    stores = {"leveret.brokers.leases", "leveret.brokers.rows", "leveret.brokers.turns", "leveret.brokers.sqlite"}
+
+    assert not _imported_by(broker) & stores

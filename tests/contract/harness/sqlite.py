@@ -31,7 +31,7 @@ class SqliteHarness(Harness):
         self._blocker: sqlite3.Connection | None = None
 
     async def put(self, queue: Queue, body: bytes, **fields: Unpack[Foreign]) -> None:
-        from leveret.brokers.sqlite.rows import headers_text
+        from leveret.brokers.rows import headers_text
 
         with closing(sqlite3.connect(self.path, timeout=PATIENCE_S)) as connection, connection:
             connection.execute(

@@ -17,9 +17,10 @@ import msgspec
 import pytest
 
 from leveret.broker import Broker, Subscription
-from leveret.brokers.sqlite import lease, open_admin, open_broker
+from leveret.brokers import leases
+from leveret.brokers.sqlite import open_admin, open_broker
 from leveret.brokers.sqlite.identity import known_dead, my_identity
-from leveret.brokers.sqlite.write import Run
+from leveret.brokers.turns import Run
 from leveret.clock import Clock, ManualClock
 from leveret.consuming.settlement import Lost, Settlement
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishError, PublishTimeout
@@ -198,8 +199,8 @@ async def test_a_retry_committed_after_its_deadline_is_done_and_not_lost(
     rest = settlement.end(delivery, None, Retry(0), None)
     assert rest is not None
     settling = asyncio.create_task(rest)
-    store = cast("Any", broker)._store  # what hangs is in the same transaction
-    hanging = asyncio.create_task(store.run(Run("a disk that hangs", lambda _: disk.wait(PATIENCE_S))))
+    turns = cast("Any", broker)._turns  # what hangs is in the same transaction
+    hanging = asyncio.create_task(turns.run(Run(about="a disk that hangs", call=lambda _: disk.wait(PATIENCE_S))))
     await until(lambda: clock.sleepers)
     disk.set()
     await hanging
@@ -236,7 +237,7 @@ async def test_closing_under_a_lock_ends(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker must stop when it is told to, whatever the file does; what was done and can't be written runs again."""
-    monkeypatch.setattr("leveret.brokers.sqlite.broker.CLOSE_S", 0.3)
+    monkeypatch.setattr("leveret.brokers.turns.CLOSE_S", 0.3)
     broker = opened()
     await publish(broker, b"1")
     _, sink = await consume(broker, QUEUE)
@@ -498,8 +499,8 @@ async def test_a_worker_that_shows_no_life_loses_what_it_holds_and_hears_of_it(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Suspended for longer than its lease it must not settle what another one runs by then."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    monkeypatch.setattr(leases, "LEASE_S", 0.3)
     broker = opened()
     await publish(broker, b"1")
     _, sink = await consume(broker, QUEUE)
@@ -521,8 +522,8 @@ async def test_a_dead_workers_row_is_taken_over_after_the_lease(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a worker in another container only its silence tells that it is dead."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    monkeypatch.setattr(leases, "LEASE_S", 0.3)
     broker = opened()
     await publish(broker, b"1")
     with closing(sqlite3.connect(path)) as file, file:
@@ -541,8 +542,8 @@ async def test_a_death_counts_as_a_crash_of_what_had_begun_and_of_what_has_none_
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What only waited beside a job that kills its workers would be buried with it; nobody knows of a first death what had begun."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    monkeypatch.setattr(leases, "LEASE_S", 0.3)
     broker = opened()
     await publish(broker, b"first death", b"had begun", b"had waited")
     with closing(sqlite3.connect(path)) as file, file:
@@ -561,8 +562,8 @@ async def test_a_living_worker_keeps_what_it_holds_for_longer_than_a_lease(
     opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job of an hour must not be given to another worker after 15 seconds."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.05)
-    monkeypatch.setattr(lease, "LEASE_S", 0.15)
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    monkeypatch.setattr(leases, "LEASE_S", 0.15)
     broker, other = opened(), opened()
     await publish(broker, b"long")
     _, sink = await consume(broker, QUEUE)
@@ -579,8 +580,8 @@ async def test_a_lock_longer_than_the_lease_costs_nobody_his_lease(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While nobody can show life, silence proves nothing; else one long backup makes every running job run twice."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "LEASE_S", 0.3)
+    monkeypatch.setattr(leases, "BEAT_S", 0.1)
+    monkeypatch.setattr(leases, "LEASE_S", 0.3)
     workers = [opened() for _ in range(3)]
     await publish(workers[0], b"1", b"2", b"3")
     sinks = [(await consume(worker, QUEUE, prefetch=1))[1] for worker in workers]
@@ -679,7 +680,7 @@ async def test_a_file_that_cannot_be_used_any_more_ends_the_consumption(
 
 async def test_space_is_given_back(path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue that was long once must not fill the disk for ever."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
     broker = opened()
     bodies = [os.urandom(64 << 10)] * 200
     await asyncio.gather(*(broker.publish(QUEUE, timed(make_envelope(QUEUE, body), soon())) for body in bodies))

@@ -1,17 +1,15 @@
-"""A lease: a worker's row in the file, and the jobs that are claimed under it.
+"""A lease: a worker's entry in a store, and the jobs that are claimed under it.
 
-Each worker has a row in `workers`, and the jobs that it holds have the id of that row. A lease lasts `LEASE_S`, without any shared
-clock: each worker raises the `beat` of its row every `BEAT_S`, and reads the other rows in the same transaction. A worker whose
+Each worker has an entry, and the jobs that it holds have the id of that entry. A lease lasts `LEASE_S`, without any shared
+clock: each worker raises the beat of its entry every `BEAT_S`, and reads the other entries in the same transaction. A worker whose
 beat stood still over `LEASE_S / BEAT_S` beats of the observer counts as dead, and its jobs are free again. So a living worker
 keeps its jobs through a jump of the wall clock, a suspended laptop, or a lock that stops everybody.
 
-If the process of a row is known to be dead, its jobs are free within `LOOK_S`. It is known to be dead if boot and process namespace are
-the same, and no process, or a different one, has its number.
+If the store can tell that a worker is dead, its jobs are free within `LOOK_S`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable
 from typing import final
 
@@ -20,12 +18,12 @@ LEASE_S = 15.0
 BEAT_S = 5.0
 """How often a worker sends a beat, seconds; LEASE_S is a multiple of BEAT_S."""
 LOOK_S = 1.0
-"""How often a worker looks for dead processes of this machine, seconds."""
+"""How often a worker looks for workers that are known to be dead, seconds."""
 
 
 @final
 class Lease:
-    """One row of `workers`: its jobs belong to this process while the lease is `alive`."""
+    """One entry of a worker: its jobs belong to this process while the lease is `alive`."""
 
     __slots__ = ("alive", "id")
 
@@ -36,7 +34,7 @@ class Lease:
 
 @final
 class Beats:
-    """The beats of one observer, and its counts of the other workers' beats; independent of the database and of a shared clock."""
+    """The beats of one observer, and its counts of the other workers' beats."""
 
     def __init__(self) -> None:
         self.next = 0.0
@@ -58,10 +56,10 @@ class Beats:
                 count.others[worker] = (beat, missed)
         return count
 
-    def keep(self, count: Count) -> None:
-        """Take over `count`, after its transaction was committed."""
+    def keep(self, count: Count, now: float) -> None:
+        """Take over `count`, after its transaction was committed at `now`, `time.monotonic()` seconds."""
         self._others = count.others
-        self.next = time.monotonic() + BEAT_S
+        self.next = now + BEAT_S
 
 
 @final

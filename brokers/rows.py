@@ -1,4 +1,4 @@
-"""A row: its columns, and the conversion between envelopes and rows."""
+"""A row: its columns, and the conversion between envelopes and rows. Every store keeps the same columns, each by its own statements."""
 
 from __future__ import annotations
 
@@ -9,39 +9,22 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final, TypeAlias
 
+from leveret.clock import Clock
 from leveret.envelope import Envelope
 from leveret.errors import InvalidJob
 from leveret.headers import pack_headers, unpack_headers
 from leveret.job import Priority
 
-_COLUMNS = "queue, level, {}, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers"
 Row: TypeAlias = tuple[
     str, str, int | None, str, str, str, str | None, bytes, int, str | None, str | None, str | None, str | None
 ]  # fmt: skip
 JOB_ID: Final = 3
 BODY: Final = 7
 """The places of the id and the body in a `Row`."""
-READ: Final = "queue, level, job_id, job, content_type, content_encoding, CAST(body AS BLOB), created_s, app, correlation_id, reply_to, headers"
-"""The columns that `unpack` takes; a body that a foreign producer wrote as text is read as bytes."""
-
-
-def text_or_bytes(value: bytes) -> str | bytes:
-    """Return a text column's value, or its bytes if it isn't UTF-8: Python would raise, and one such row would stop the whole file."""
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
-def _inserts(table: str, when: str) -> tuple[tuple[int, str], ...]:
-    # One statement for many rows: between two statements the thread would wait for the interpreter's lock.
-    row = f"({', '.join('?' * (_COLUMNS.count(',') + 1))})"
-    start = f"INSERT INTO {table} ({_COLUMNS.format(when)}) VALUES "  # noqa: S608 - columns of ours
-    return tuple((count, start + ", ".join([row] * count)) for count in (64, 8, 1))
-
-
-INSERTS: Final = {"jobs": _inserts("jobs", "due_ms"), "dead": _inserts("dead", "buried_ms")}
-"""By table: the number of rows and the statement that inserts them, the largest number first."""
+COLUMNS: Final = (
+    "queue", "level", "job_id", "job", "content_type", "content_encoding", "body", "created_s", "app", "correlation_id", "reply_to", "headers",
+)  # fmt: skip
+"""The columns that `unpack` takes, in their order. A `Row` has one more, after the level: when the job is due, or when it was buried."""
 
 
 # Types that a foreign producer's headers may hold and JSON doesn't have.
@@ -97,8 +80,13 @@ def packed(queue: str, envelope: Envelope, when_ms: int | None) -> Row:
         raise InvalidJob(msg, job_id=envelope.job_id) from error
 
 
+def when_ms(envelope: Envelope, clock: Clock) -> int | None:
+    """Return the time before which a job isn't claimed, Unix ms; None if the job may run at once."""
+    return envelope.due_ms if envelope.due_in_s(clock.now()) else None
+
+
 def unpack(row: Sequence[Any]) -> tuple[Envelope, str | None]:
-    """Return the envelope in a row of `READ`, and its problem, if any."""
+    """Return the envelope in a row of `COLUMNS`, and its problem, if any. A store passes a text that isn't UTF-8 as bytes."""
     fields: dict[str, Any] = {}
     problem = None
     (
@@ -137,8 +125,8 @@ def _readable(row: Sequence[Any]) -> tuple[list[Any], str | None]:
     """Return a foreign producer's row with invalid UTF-8 replaced and the body unchanged, and the problem, if any."""
     problem = None
     texts = list(row)
-    for place, (name, value) in enumerate(zip(READ.split(", "), row, strict=True)):
-        if isinstance(value, bytes) and "body" not in name:
+    for place, (name, value) in enumerate(zip(COLUMNS, row, strict=True)):
+        if isinstance(value, bytes) and name != "body":
             problem = problem or f"its column {name} isn't UTF-8 text: {value!r:.80}"
             texts[place] = value.decode(errors="replace")
     return texts, problem

@@ -1,0 +1,66 @@
+"""Which broker serves a URL, and what a user reads where none can."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from leveret import schemes
+from leveret.errors import ConfigurationError
+from leveret.schemes import broker_module
+
+
+@pytest.fixture
+def trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of a broker at trial://; it needs a library of its own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(schemes._SCHEMES, "trial", "trial_store")
+    monkeypatch.delitem(sys.modules, "trial_store", raising=False)
+    return tmp_path / "trial_store.py"
+
+
+def test_a_scheme_that_nobody_serves_is_named_with_those_that_are() -> None:
+    """Somebody who read of a broker in a newer release must see that this one doesn't have it, and not look for a typo."""
+    with pytest.raises(ConfigurationError) as refused:
+        broker_module("postgresql://shop:hunter2@db/shop")
+
+    assert str(refused.value) == (
+        "the broker's URL 'postgresql://shop:***@db/shop' has no known scheme: neither leveret nor an installed package "
+        "has a broker for postgresql://; a URL begins with one of amqp://, amqps://, sqlite://, memory://"
+    )
+
+
+@pytest.mark.parametrize(("library", "extra"), schemes._EXTRAS.items())
+def test_a_missing_library_is_one_line_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, trial: Path, library: str, extra: str
+) -> None:
+    """A traceback of imports doesn't tell a user what to install."""
+    monkeypatch.setitem(sys.modules, library, None)  # as if it weren't installed
+    trial.write_text(f"import {library}.exceptions")
+
+    with pytest.raises(ConfigurationError) as refused:
+        broker_module("trial://")
+
+    assert str(refused.value) == (
+        f"a broker's URL with trial:// needs {library}; install the extra leveret[{extra}], which brings it"
+    )
+
+
+def test_a_missing_module_of_no_extra_is_not_explained_away(trial: Path) -> None:
+    """A broker with a bug would be reported as an installation that lacks something."""
+    trial.write_text("import not_there_at_all")
+
+    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
+        broker_module("trial://")
+
+
+def test_each_extra_that_an_error_names_brings_its_library() -> None:
+    """A user who installs what the error says must not see the same error again."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    assert all(
+        any(requirement.startswith(library) for requirement in extras[extra])
+        for library, extra in schemes._EXTRAS.items()
+    )
