@@ -109,7 +109,9 @@ async def test_good_jobs_go_on_beside_burials_that_are_refused(
     assert letters == Counter(bad), "lost or there twice"
     assert shop.bad_runs == Counter(bad), "a job that is to be buried ran again"
     lines = [record for record in caplog.records if "burials" in record.getMessage()]
-    assert [record.levelno for record in lines] == [logging.ERROR, logging.INFO]
+    levels = [record.levelno for record in lines]
+    once = [logging.ERROR, logging.INFO]
+    assert levels in (once, once * 2), "a slow machine may say before the refusal that confirms are late"
 
 
 async def test_a_stop_is_not_held_by_burials_that_are_refused(rabbit: Rabbit, raw: Raw) -> None:
@@ -133,13 +135,13 @@ async def test_good_jobs_go_on_beside_burials_that_nobody_confirms(rabbit: Rabbi
     async with working(shop.app) as work:
         healthy = await shop.rate(1000)
         process = f"whereis('%2F_{shop.dead}')"
-        await rabbit.ctl("eval", f"ok = sys:suspend({process}).")
+        await rabbit.eval(f"ok = sys:suspend({process}).")
         try:
             bad = await shop.publish(*(shop.Bad(n) for n in range(100)))
             silent = await shop.rate(1000)
             assert work.worker.state().name == "degraded"
         finally:
-            await rabbit.ctl("eval", f"ok = sys:resume({process}).")
+            await rabbit.eval(f"ok = sys:resume({process}).")
         await shop.buried(raw, 100, 60)
         await eventually(lambda: work.worker.state().name == "ready")
     letters = Counter(str(found.properties.message_id) for found in await raw.look(shop.dead))
