@@ -109,10 +109,9 @@ async def test_good_jobs_go_on_beside_burials_that_are_refused(
     assert letters == Counter(bad), "lost or there twice"
     assert shop.bad_runs == Counter(bad), "a job that is to be buried ran again"
     lines = [record for record in caplog.records if "burials" in record.getMessage()]
-    assert sum("refused" in record.getMessage() for record in lines) == 1, (
-        "a slow machine may say before that confirms are late"
-    )
-    assert lines[-1].levelno == logging.INFO
+    levels = [record.levelno for record in lines]
+    once = [logging.ERROR, logging.INFO]
+    assert levels in (once, once * 2), "a slow machine may say before the refusal that confirms are late"
 
 
 async def test_a_stop_is_not_held_by_burials_that_are_refused(rabbit: Rabbit, raw: Raw) -> None:
