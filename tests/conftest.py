@@ -7,7 +7,7 @@ from typing import NoReturn, Protocol
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from tests.rabbit.cluster import Cluster
 from tests.rabbit.network import NoNetwork
@@ -15,7 +15,7 @@ from tests.rabbit.node import Installation, Node, Rabbit, Unavailable, choose, f
 from tests.rabbit.raw import Raw, connect
 
 # a clock says more of the machine's load than of an example: whatever else runs shares it
-settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 

@@ -42,11 +42,11 @@ class Shop:
     async def suspended(self, rabbit: Rabbit) -> AsyncGenerator[None]:
         """Let the sick queue confirm nothing: to its publishers it is as one whose other members are gone."""
         process = f"whereis('%2F_{self.sick.name}')"
-        await rabbit.ctl("eval", f"ok = sys:suspend({process}).")
+        await rabbit.eval(f"ok = sys:suspend({process}).")
         try:
             yield
         finally:
-            await rabbit.ctl("eval", f"ok = sys:resume({process}).")
+            await rabbit.eval(f"ok = sys:resume({process}).")
 
 
 async def connections(rabbit: Rabbit) -> list[str]:

@@ -109,7 +109,7 @@ INSTANTS = st.integers(1_704_000_000, 1_893_000_000).map(lambda seconds: datetim
 
 
 @given(expression=EXPRESSIONS, after=INSTANTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_in_utc_it_is_croniter(expression: str, after: datetime) -> None:
     """Where no clock changes there is nothing to decide: what everybody's cron says is right."""
     expected = croniter(expression, after).get_next(datetime)
@@ -122,7 +122,7 @@ def test_in_utc_it_is_croniter(expression: str, after: datetime) -> None:
     zone=st.sampled_from([PARIS, NEW_YORK, LORD_HOWE, "Asia/Kathmandu", "America/St_Johns"]),
     after=INSTANTS,
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_slots_only_ever_rise(expression: str, zone: str, after: datetime) -> None:
     """An instant that comes twice is a job with the same id twice; one that goes back is a loop."""
     found = slots(expression, zone, after, 5)
@@ -146,7 +146,7 @@ DAY = 24 * 60
 
 
 @given(change=CHANGES, minute=MINUTES, step=st.integers(1, 4), shift=st.integers(-300, 300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_interval_fires_whenever_the_wall_clock_shows_it(
     change: tuple[str, datetime], minute: list[int], step: int, shift: int
 ) -> None:
@@ -166,7 +166,7 @@ def test_an_interval_fires_whenever_the_wall_clock_shows_it(
     hour=st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True),
     shift=st.integers(-300, 300),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_times_of_day_come_once_each(
     change: tuple[str, datetime], minute: list[int], hour: list[int], shift: int
 ) -> None:
@@ -187,7 +187,7 @@ PARTS = """* 0 1 5 7 L W ? 1-5 1-5/2 fri#2 fri#6 fri#0 sun-sat sat-sun fri-mon L
 
 
 @given(places=st.lists(st.tuples(st.integers(0, 4), st.sampled_from(PARTS)), min_size=1, max_size=2))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_it_takes_what_croniter_takes_and_nothing_else(places: list[tuple[int, str]]) -> None:
     """A schedule that passes when the app is made and fails in `leveret cron` is found too late; one refused for nothing is a day lost."""
     fields = ["0", "0", "*", "*", "*"]
