@@ -7,7 +7,7 @@ from typing import Protocol
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from tests.nodes import Unavailable, absent
 from tests.postgres import node as postgresql
@@ -17,7 +17,7 @@ from tests.rabbit.node import Installation, Node, Rabbit, choose, find_rabbit
 from tests.rabbit.raw import Raw, connect
 
 # a clock says more of the machine's load than of an example: two processes of tests share it, and whatever else runs
-settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 

@@ -61,6 +61,10 @@ SHARED_S = 30.0
 """Redeliveries that come so soon after the first one that follows a lost connection are put down to that loss, not to a crash."""
 ALONE_AFTER_S = 60.0
 """How long a job that must run alone waits for the running ones, seconds; nothing else starts meanwhile."""
+BURST_S = 1.0
+"""For how long suspects run one after another before the other jobs have their turn, seconds; a longer run is a turn by itself."""
+_NEXT_S = 0.05
+"""How long the next suspect is waited for before the others go on, seconds."""
 _TELL_S = 1.0
 """How long redeliveries that don't run are collected for one log line, seconds."""
 
@@ -104,6 +108,8 @@ class Consumer:
         self._suspects: deque[Held] = deque()
         """The jobs that crashed workers at least twice; each runs alone."""
         self._suspecting = False
+        self._others_until = float("-inf")
+        """No suspect starts before this time of the monotonic clock."""
         self._returning: deque[tuple[Delivery, Envelope]] = deque()
         """The jobs that are published again instead of given back."""
         self._returner: asyncio.Task[None] | None = None
@@ -327,6 +333,8 @@ class Consumer:
         if crashes < 2:
             return False
         self._suspects.append(Held(delivery, route, self._clock.now()))
+        if self._watchers:
+            self._tell()
         if not self._suspecting:
             self._suspecting = True
             task = self._create_task(self._run_suspects())
@@ -343,33 +351,46 @@ class Consumer:
         return now < self._shared_until
 
     async def _run_suspects(self) -> None:
-        """Run the suspects one after another, each alone in this process."""
-        self._slots.pause()
+        """Run the suspects one after another, each alone in this process; between bursts, the other jobs run for as long."""
         try:
             while self._suspects:
-                held = self._suspects.popleft()
-                await self._alone()
-                if not held.delivery.live:
-                    continue
-                if self._stopping:
-                    self._give_back(held.delivery)
-                    continue
-                logger.warning(
-                    "%s runs alone, since workers may have died of it: %d",
-                    what(held.delivery.envelope),
-                    held.delivery.envelope.crashes,
-                )
-                self._slots.give_slot(held, self._queues[held.delivery.queue.name])
-                if held.task is not None:
-                    await asyncio.wait([held.task])
+                await self._unless_stopping(self._others_until)
+                self._slots.pause()
+                began = self._clock.monotonic()
+                while self._suspects:
+                    await self._run_alone(self._suspects.popleft())
+                    now = self._clock.monotonic()
+                    if self._stopping or now - began >= BURST_S:
+                        break
+                    if not self._suspects:  # the broker delivers the next one now
+                        await self._unless_stopping(now + _NEXT_S, lambda: not self._suspects)
+                now = self._clock.monotonic()
+                self._others_until = now + min(now - began, self._hold_s)  # the next suspect may be here, and waits
+                self._slots.resume()
         finally:
             self._suspecting = False
             self._slots.resume()
 
-    async def _alone(self) -> None:
-        """Wait until nothing runs, for a stated time at most, or until the worker stops."""
-        ends = self._clock.monotonic() + ALONE_AFTER_S
-        while self._slots.running and not self._stopping and (left_s := ends - self._clock.monotonic()) > 0:
+    async def _run_alone(self, held: Held) -> None:
+        """Run a suspect once nothing else runs, or after a stated time; give it back if the worker stops."""
+        await self._unless_stopping(self._clock.monotonic() + ALONE_AFTER_S, lambda: self._slots.running > 0)
+        if not held.delivery.live:
+            return
+        if self._stopping:
+            self._give_back(held.delivery)
+            return
+        logger.warning(
+            "%s runs alone, since workers may have died of it: %d",
+            what(held.delivery.envelope),
+            held.delivery.envelope.crashes,
+        )
+        self._slots.give_slot(held, self._queues[held.delivery.queue.name])
+        if held.task is not None:
+            await asyncio.wait([held.task])
+
+    async def _unless_stopping(self, until: float, waits: Callable[[], bool] = lambda: True) -> None:
+        """Wait while `waits()` is true, until a time of the monotonic clock at most, or until the worker stops."""
+        while waits() and not self._stopping and (left_s := until - self._clock.monotonic()) > 0:
             await first_of(self.changed(), self._clock.sleep(left_s))
 
     def _tell_recalled(self) -> None:
@@ -469,8 +490,12 @@ class Consumer:
             self._tell()
 
     def _sweep_later(self) -> None:
-        soon_s = min(queue.hold_s for queue in self._queues.values()) / 4
-        self._sweeper = self._clock.call_later(soon_s, self._sweep)
+        self._sweeper = self._clock.call_later(self._hold_s / 4, self._sweep)
+
+    @property
+    def _hold_s(self) -> float:
+        """The seconds for which a delivery of any queue may wait."""
+        return min(queue.hold_s for queue in self._queues.values())
 
     def _sweep(self) -> None:
         """Give back deliveries that have waited too long: another worker may be idle, and some brokers close the channel of a slow consumer."""

@@ -109,9 +109,9 @@ async def test_good_jobs_go_on_beside_burials_that_are_refused(
     assert letters == Counter(bad), "lost or there twice"
     assert shop.bad_runs == Counter(bad), "a job that is to be buried ran again"
     lines = [record for record in caplog.records if "burials" in record.getMessage()]
-    levels = [record.levelno for record in lines]
     once = [logging.ERROR, logging.INFO]
-    assert levels in (once, once * 2), "a slow machine may say before the refusal that confirms are late"
+    # twice at most: RabbitMQ refuses a burial, takes the next, and refuses again
+    assert [record.levelno for record in lines] in (once, once * 2)
 
 
 async def test_a_stop_is_not_held_by_burials_that_are_refused(rabbit: Rabbit, raw: Raw) -> None:

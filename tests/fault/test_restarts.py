@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from leveret import Publisher
+from leveret import Publisher, Worker, WorkerState
 from tests.fault.bench import eventually
 from tests.fault.shop import Shop, census, id_of, until_census
 from tests.rabbit.node import Installation, Node, Rabbit
@@ -33,8 +33,12 @@ async def killed_and_started(node: Node) -> None:
 
 
 async def stopped_and_started(node: Node) -> None:
-    await node.ctl("stop_app")
-    await node.ctl("start_app")
+    await node.eval("rabbit:stop(), rabbit:start().")
+
+
+async def ready_again(worker: Worker, before: WorkerState) -> None:
+    """Wait until the worker is ready after it was something else."""
+    await eventually(lambda: worker.state().name == "ready" and worker.state().since > before.since, timeout_s=10)
 
 
 async def test_all_consumers_are_back_after_each_restart_and_nothing_of_the_old_ones_is_left(node: Node) -> None:
@@ -56,18 +60,18 @@ async def test_all_consumers_are_back_after_each_restart_and_nothing_of_the_old_
 
     async with shop.working() as (worker, publisher):
         await publisher.publish_many([shop.job(number) for number in range(3)], timeout_s=20)
-        await node.flush()
-        before = await census(node)
+        open_before = await census(node)
         publishing = asyncio.create_task(publish(publisher))
-        for restarted in (killed_and_started, stopped_and_started, killed_and_started):
+        for restarted in (stopped_and_started, killed_and_started, killed_and_started):
             await some_more()
-            await asyncio.gather(restarted(node), eventually(lambda: worker.state().name == "connecting"))
-            await eventually(lambda: worker.state().name == "ready", timeout_s=10)
+            before = worker.state()
+            await restarted(node)
+            await ready_again(worker, before)
         await some_more()
         enough.set()
         await publishing
         await eventually(lambda: set(published) <= set(shop.runs))
-        await until_census(node, before)
+        await until_census(node, open_before)
 
 
 async def test_a_clean_stop_of_the_broker_is_one_line_at_its_beginning_and_one_at_its_end(
@@ -80,9 +84,9 @@ async def test_a_clean_stop_of_the_broker_is_one_line_at_its_beginning_and_one_a
         await publisher.publish_many([shop.job(seconds=0.5) for _ in range(200)], timeout_s=20)
         await eventually(lambda: len(shop.runs) >= 100)
         caplog.clear()
-        await asyncio.gather(node.stop(), eventually(lambda: worker.state().name == "connecting"))
-        await node.start()
-        await eventually(lambda: worker.state().name == "ready", timeout_s=10)
+        before = worker.state()
+        await stopped_and_started(node)
+        await ready_again(worker, before)
         await eventually(lambda: len(shop.ends) == 200)
         said = [record.getMessage() for record in caplog.records if record.name.startswith("leveret")]
 

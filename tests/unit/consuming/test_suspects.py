@@ -28,6 +28,7 @@ class Shop:
         self.app = App("shop", broker=f"sqlite:///{path}")
         self.crashes = crashes
         self.gate = asyncio.Event()
+        self.takes_s = 0.0
         self.running: set[int] = set()
         self.together: list[set[int]] = []
 
@@ -37,6 +38,7 @@ class Shop:
             self.together.append(set(self.running))
             try:
                 await self.gate.wait()
+                await asyncio.sleep(self.takes_s)
             finally:
                 self.running.discard(job.n)
 
@@ -88,6 +90,25 @@ async def test_after_two_crashes_a_job_runs_alone(tmp_path: Path) -> None:
                 await asyncio.sleep(0.005)
 
     assert [together for together in shop.together if together & {0, 1}] == [{0}, {1}]
+
+
+async def test_many_suspects_leave_the_others_their_turns(tmp_path: Path) -> None:
+    """Five kills of a busy worker make hundreds of innocent jobs suspects: alone, one by one, they were an outage for all others."""
+    shop = Shop(tmp_path / "jobs.db", *[2] * 7, *[0] * 4)
+    shop.takes_s = 0.3
+    await shop.publish()
+
+    async with working(shop.app) as work:
+        shop.gate.set()
+        async with asyncio.timeout(20):
+            while work.consumer.counts[Kind.DONE] < 11:
+                await asyncio.sleep(0.005)
+
+    firsts = [min(together) for together in shop.together]
+    turns = [place for place, together in enumerate(shop.together) if max(together) >= 7]
+    assert set(firsts) >= set(range(7))
+    assert max(turns) < 10, "the others waited for every suspect"
+    assert all(len(together) == 1 for together in shop.together if together & set(range(7)))
 
 
 async def test_at_the_limit_a_job_is_buried_without_a_run(tmp_path: Path) -> None:
