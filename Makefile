@@ -6,7 +6,7 @@ V := .venv
 BIN := $(V)/bin
 # The editable install links file by file (pyproject.toml says why): a module added, renamed or deleted means linking anew,
 # so the stamp bears a checksum of the names. It costs 2 s then, and nothing otherwise.
-NAMES := $(shell find framework brokers middleware \( -name '*.py' -o -name py.typed \) | LC_ALL=C sort | cksum | tr -d ' ')
+NAMES := $(shell find framework brokers middleware \( -name '*.py' -o -name '*.sql' -o -name py.typed \) | LC_ALL=C sort | cksum | tr -d ' ')
 RUNTIME := $(V)/stamp-runtime-$(NAMES)
 DEV := $(V)/stamp-dev
 TESTS := $(V)/stamp-tests

@@ -1,0 +1,1 @@
+"""`postgresql://…`: a durable broker in a database that is already there."""

@@ -1,0 +1,203 @@
+"""The schema of a real database: made once, whole or not at all, whoever else is at work."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from leveret.brokers.postgresql.schema import Migration, check, migrate, pending, script
+from leveret.errors import ConfigurationError
+from tests.postgres.node import Postgres
+
+_JOBS = Migration("0001_jobs", "-- lowest reader: 1\nCREATE TABLE {schema}.jobs (seq int, queue text);\n", 1)
+_HINT = Migration("0002_hint", "-- lowest reader: 1\nALTER TABLE {schema}.jobs ADD hint text;\n", 1)
+_INDEX = Migration(
+    "0003_seq",
+    "-- lowest reader: 2\nCREATE UNIQUE INDEX CONCURRENTLY jobs_seq ON {schema}.jobs (seq);\n",
+    2,
+    "jobs_seq",
+)
+_ALL = (_JOBS, _HINT, _INDEX)
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncGenerator["asyncpg.Connection[asyncpg.Record]"]:
+    connection = await asyncpg.connect(url, timeout=30)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+@pytest_asyncio.fixture
+async def url(postgres: Postgres) -> AsyncGenerator[str]:
+    """An empty database."""
+    async with postgres.database() as made:
+        yield made
+
+
+async def test_the_first_run_makes_all_and_the_second_changes_nothing(url: str) -> None:
+    """A deploy runs it each time."""
+    said: list[str] = []
+    async with connected(url) as connection:
+        assert await pending(connection, "shop", _ALL) == list(_ALL)
+        await migrate(connection, "shop", _ALL, say=said.append)
+        assert await pending(connection, "shop", _ALL) == []
+        before = await connection.fetch('SELECT * FROM "shop".migrations ORDER BY number')
+
+        await migrate(connection, "shop", _ALL, say=said.append)
+
+        assert await connection.fetch('SELECT * FROM "shop".migrations ORDER BY number') == before
+        assert [(row["number"], row["name"], row["lowest_reader"]) for row in before] == [
+            (1, "0001_jobs", 1),
+            (2, "0002_hint", 1),
+            (3, "0003_seq", 2),
+        ]
+        assert said == ["applied 0001_jobs", "applied 0002_hint", "applied 0003_seq"]
+        assert await connection.fetchval("SELECT indisvalid FROM pg_index WHERE indexrelid = 'shop.jobs_seq'::regclass")
+        assert await connection.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+
+
+async def test_migrators_at_once_apply_each_migration_once(url: str) -> None:
+    """Each pod of a deployment may run it before it starts."""
+    said: list[str] = []
+
+    async def one() -> None:
+        async with connected(url) as connection:
+            await migrate(connection, "shop", _ALL, say=said.append)
+
+    await asyncio.gather(*(one() for _ in range(5)))
+
+    assert sorted(line for line in said if line.startswith("applied")) == [
+        "applied 0001_jobs",
+        "applied 0002_hint",
+        "applied 0003_seq",
+    ]
+
+
+async def test_two_schemas_of_one_database_know_nothing_of_each_other(url: str) -> None:
+    """Staging and production, or two services, may share a database."""
+    async with connected(url) as connection:
+        await migrate(connection, "one", [_JOBS])
+
+        assert await pending(connection, "other", [_JOBS]) == [_JOBS]
+        await migrate(connection, "other", _ALL)
+
+        assert await pending(connection, "one", _ALL) == [_HINT, _INDEX]
+
+
+async def test_an_older_schema_is_one_line_with_the_command(url: str) -> None:
+    """A program that went on would fail at a statement, in the middle of a job."""
+    async with connected(url) as connection:
+        with pytest.raises(ConfigurationError) as absent:
+            await check(connection, "shop", _ALL)
+        await migrate(connection, "shop", [_JOBS])
+
+        with pytest.raises(ConfigurationError) as older:
+            await check(connection, "shop", _ALL)
+
+    command = "run `leveret migrate` with the app, such as shop:app, or with --url"
+    assert str(absent.value) == f"the schema 'shop' of the database isn't there yet; {command}"
+    assert str(older.value) == f"the schema 'shop' of the database lacks 0002_hint, 0003_seq; {command}"
+
+
+async def test_a_newer_schema_is_used_by_those_whom_it_allows(url: str) -> None:
+    """In a rolling deploy both versions run; who can't read the new schema must not try."""
+    async with connected(url) as connection:
+        await migrate(connection, "shop", _ALL)
+
+        await check(connection, "shop", [_JOBS, _HINT])
+        with pytest.raises(ConfigurationError) as refused:
+            await check(connection, "shop", [_JOBS])
+
+    assert str(refused.value) == (
+        "the schema 'shop' of the database is too new: 0003_seq needs a leveret with migration 0002, and this one knows 1; upgrade leveret"
+    )
+
+
+async def test_another_text_under_the_same_number_is_refused(url: str) -> None:
+    """Two developers' branches would each take the other's tables for their own."""
+    other = Migration("0001_jobs", _JOBS.text + "-- more\n", 1)
+    async with connected(url) as connection:
+        await migrate(connection, "shop", [_JOBS])
+        for use in (check, pending, migrate):
+            with pytest.raises(ConfigurationError, match="made by another text of 0001_jobs"):
+                await use(connection, "shop", [other])
+
+
+async def test_a_migration_that_fails_leaves_nothing(url: str) -> None:
+    """Half of it would make the next try fail at what is there already."""
+    wrong = Migration("0002_hint", "-- lowest reader: 1\nCREATE TABLE {schema}.more ();\nSELECT 1/0;\n", 1)
+    async with connected(url) as connection:
+        await migrate(connection, "shop", [_JOBS])
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await migrate(connection, "shop", [_JOBS, wrong])
+
+        assert await connection.fetchval("SELECT to_regclass('shop.more')") is None
+        await migrate(connection, "shop", _ALL)
+
+
+async def test_an_index_that_was_built_halfway_is_built_again(url: str) -> None:
+    """An invalid index costs each write and serves no read."""
+    async with connected(url) as connection:
+        await migrate(connection, "shop", [_JOBS, _HINT])
+        await connection.execute("INSERT INTO shop.jobs VALUES (1), (1)")
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await migrate(connection, "shop", _ALL)
+        assert not await connection.fetchval(
+            "SELECT indisvalid FROM pg_index WHERE indexrelid = 'shop.jobs_seq'::regclass"
+        )
+        await connection.execute("TRUNCATE shop.jobs")
+
+        await migrate(connection, "shop", _ALL)
+
+        assert await connection.fetchval("SELECT indisvalid FROM pg_index WHERE indexrelid = 'shop.jobs_seq'::regclass")
+        assert await pending(connection, "shop", _ALL) == []
+
+
+async def test_an_index_that_was_built_but_not_recorded_is_kept(url: str) -> None:
+    """On a large table it took hours."""
+    async with connected(url) as connection:
+        await migrate(connection, "shop", [_JOBS, _HINT])
+        await connection.execute(_INDEX.statements("shop"))
+        built = await connection.fetchval("SELECT 'shop.jobs_seq'::regclass::oid")
+
+        await migrate(connection, "shop", _ALL)
+
+        assert await connection.fetchval("SELECT 'shop.jobs_seq'::regclass::oid") == built
+
+
+async def test_a_migration_lets_others_pass_while_it_waits_for_a_table(url: str) -> None:
+    """All who use the table queue behind a lock that is waited for: one long report would stop every publish."""
+    said: asyncio.Queue[str] = asyncio.Queue()
+    async with connected(url) as connection, connected(url) as report, connected(url) as publisher:
+        await migrate(connection, "shop", [_JOBS])
+        async with report.transaction():
+            await report.fetch("SELECT FROM shop.jobs")
+            migrating = asyncio.ensure_future(migrate(connection, "shop", [_JOBS, _HINT], say=said.put_nowait))
+            assert await asyncio.wait_for(said.get(), 30) == (
+                "waiting: 0002_hint needs a table that a long transaction uses"
+            )
+            await asyncio.wait_for(publisher.execute("INSERT INTO shop.jobs VALUES (1)"), 30)
+        await asyncio.wait_for(migrating, 30)
+
+        assert await pending(connection, "shop", [_JOBS, _HINT]) == []
+
+
+async def test_the_sql_for_others_does_the_same(url: str) -> None:
+    """Who must not run leveret's command on production runs this."""
+    async with connected(url) as connection:
+        for part in script(_ALL, "shop").split("\n-- 000")[1:]:
+            statements = part.partition("\n")[2]
+            if "CONCURRENTLY" in statements:
+                for statement in filter(str.strip, statements.split(";\n")):
+                    await connection.execute(statement)
+            else:
+                await connection.execute(statements)
+
+        await check(connection, "shop", _ALL)
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await connection.execute(script([_JOBS], "shop"))
