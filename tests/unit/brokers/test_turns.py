@@ -12,8 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from leveret.broker import Subscription
-from leveret.brokers import turns as module
+from leveret.broker import Posted, Subscription
 from leveret.brokers.rows import BODY, Row, pack
 from leveret.brokers.turns import Claimed, Consumption, Run, Taker, Turn, Turns, Window
 from leveret.clock import ManualClock
@@ -28,6 +27,10 @@ log = logging.getLogger("leveret.shelf")
 
 class Locked(Exception):
     """The store can't be written now; it will be."""
+
+
+class Away(Exception):
+    """The store can't be reached now."""
 
 
 class Broken(Exception):
@@ -97,6 +100,9 @@ class Shelf:
         except Locked as error:
             turns.rolled_back()
             turns.hold_up(str(error), pause_s=0.01, quiet_s=0.0)
+        except Away as error:
+            turns.rolled_back()
+            turns.hold_up(str(error), pause_s=None, quiet_s=0.0, state="connecting")
         except Broken as error:
             turns.rolled_back()
             turns.fail(str(error))
@@ -166,6 +172,13 @@ async def shelf() -> AsyncGenerator[Shelf]:
 def publish(shelf: Shelf, body: bytes, deadline: float | None = None) -> asyncio.Task[None]:
     envelope = timed(make_envelope(QUEUE, body, job_id=body[:9].decode()), deadline or soon())
     return asyncio.get_running_loop().create_task(shelf.turns.publish(QUEUE, envelope))
+
+
+def post(shelf: Shelf, body: bytes, deadline: float | None = None) -> Posted:
+    envelope = timed(make_envelope(QUEUE, body, job_id=body[:9].decode()), deadline or soon())
+    posted = shelf.turns.post_publish(QUEUE, envelope)
+    assert posted is not None
+    return posted
 
 
 async def consume(shelf: Shelf, prefetch: int = 10) -> tuple[Consumption, Recorder]:
@@ -289,6 +302,63 @@ async def test_a_store_that_is_held_up_refuses_nothing(shelf: Shelf, caplog: pyt
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
+async def test_a_store_that_cannot_be_reached_says_that_it_connects(shelf: Shelf) -> None:
+    """Blocked would send an operator to the store's disk, when the network or the server is away."""
+    faults = [Away("no route"), Away("no route")]
+    states = list[str]()
+
+    def fault(_: Turn) -> Exception | None:
+        states.append(shelf.turns.publishing.name)
+        return faults.pop() if faults else None
+
+    shelf.fault = fault
+
+    await publish(shelf, b"1")
+
+    assert states == ["ready", "connecting", "connecting"]
+    assert shelf.turns.publishing.name == "ready"
+
+
+async def test_posts_share_a_transaction_and_each_ends(shelf: Shelf) -> None:
+    """A task and a future for each of a hundred thousand jobs cost more than writing them."""
+    posts = [post(shelf, body) for body in (b"1", b"2", b"3")]
+
+    for each in posts:
+        await each.wait()
+
+    assert [(each.ended, each.error()) for each in posts] == [(True, None)] * 3
+    assert shelf.bodies == [b"1", b"2", b"3"]
+    assert shelf.commits == [3]
+
+
+async def test_a_post_ends_by_its_deadline_and_is_not_written_later(shelf: Shelf) -> None:
+    """A caller that was refused publishes again: a first copy that is written later would run beside the second."""
+    shelf.fault = lambda _: Locked("somebody copies it")
+
+    late, later = post(shelf, b"1", soon(0.05)), post(shelf, b"2")
+    await late.wait()
+    error = late.error()
+    shelf.fault = lambda _: None
+    await later.wait()
+
+    assert isinstance(error, PublishTimeout)
+    assert (error.maybe_published, error.job_id) == (False, "1")
+    assert shelf.bodies == [b"2"]
+
+
+async def test_a_full_window_takes_no_post(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a bound a million jobs would wait in memory for a store that stands still."""
+    monkeypatch.setattr("leveret.brokers.turns.turns.WINDOW", 2)
+    posts = [post(shelf, b"1"), post(shelf, b"2")]
+
+    refused = shelf.turns.post_publish(QUEUE, timed(make_envelope(QUEUE), soon()))
+    for each in posts:
+        await each.wait()
+
+    assert refused is None
+    assert post(shelf, b"3").ended is False
+
+
 async def test_a_store_that_fails_refuses_who_waits_and_keeps_what_is_finished(shelf: Shelf) -> None:
     """Who waits can use another way or say so; a finished job that is forgotten would run again."""
     await publish(shelf, b"1")
@@ -317,7 +387,7 @@ async def test_a_commit_in_doubt_says_that_the_job_may_be_published(shelf: Shelf
 
 async def test_large_bodies_are_committed_some_at_a_time(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand bodies of 15 MiB in one transaction would be 15 GiB of log; one that is larger than all must still go."""
-    monkeypatch.setattr(module, "BATCH_BYTES", 1000)
+    monkeypatch.setattr("leveret.brokers.turns.turns.BATCH_BYTES", 1000)
     sizes = [400, 400, 400, 3000, 100]
 
     await asyncio.gather(*(publish(shelf, b"x" * size) for size in sizes))

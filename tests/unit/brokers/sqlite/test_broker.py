@@ -237,7 +237,7 @@ async def test_closing_under_a_lock_ends(
     path: Path, opened: Callable[..., Broker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker must stop when it is told to, whatever the file does; what was done and can't be written runs again."""
-    monkeypatch.setattr("leveret.brokers.turns.CLOSE_S", 0.3)
+    monkeypatch.setattr("leveret.brokers.turns.turns.CLOSE_S", 0.3)
     broker = opened()
     await publish(broker, b"1")
     _, sink = await consume(broker, QUEUE)
