@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import pkgutil
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from pathlib import Path
 
 import pytest
 
+from leveret.runtime import Runtime
+from leveret.schemes import open_migrator
 from tests.contract import harness as package
 from tests.contract.harness import Harness
+from tests.postgres.node import PgBouncer, Postgres
 
 
 def _brokers() -> dict[str, type[Harness]]:
@@ -31,6 +35,29 @@ def _brokers() -> dict[str, type[Harness]]:
 
 
 BROKERS = _brokers()
+
+
+@pytest.fixture(scope="session")
+def postgres_database(postgres: Postgres) -> Generator[str]:
+    """The URL of the suite's database, which has leveret's schema: shared, so use queue names of your own."""
+    with asyncio.Runner() as runner:
+        made = postgres.database()
+        url = runner.run(made.__aenter__())
+        runner.run(_migrate(url))
+        yield url
+        runner.run(made.__aexit__(None, None, None))
+
+
+async def _migrate(url: str) -> None:
+    migrator = open_migrator(url, Runtime(app="contract"))
+    assert migrator is not None
+    await migrator.migrate(lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def postgres_pooled(postgres: Postgres) -> PgBouncer:
+    """A PgBouncer before the session's server, in transaction mode."""
+    return asyncio.run(postgres.pooler())
 
 
 @pytest.fixture(params=[pytest.param(name, marks=harness.marks) for name, harness in BROKERS.items()])
