@@ -74,12 +74,28 @@ async def harness(unopened: Harness) -> AsyncGenerator[Harness]:
     await unopened.close()
 
 
+_ALWAYS_POOLED = {
+    "test_a_body_arrives_byte_for_byte",
+    "test_two_consumers_share_a_queue_and_no_job_comes_twice",
+    "test_a_settlement_that_cannot_be_confirmed_leaves_the_delivery_unsettled",
+    "test_a_lost_connection_neither_cancels_a_handler_nor_repeats_it",
+    "test_many_letters_are_replayed_at_once_and_each_arrives_once",
+}
+"""The cases that `make test` runs through PgBouncer; the others are marked `pooler`."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the cases of features that a broker doesn't promise: `@pytest.mark.features(connected=True)`."""
     left_out = [item for item in items if not _takes_part(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            pooled = item.callspec.params.get("unopened") == "postgresql-pgbouncer"
+            if pooled and item.originalname not in _ALWAYS_POOLED:
+                item.add_marker("pooler")
 
 
 def _takes_part(item: pytest.Item) -> bool:
