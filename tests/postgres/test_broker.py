@@ -275,7 +275,11 @@ async def test_who_waits_is_told_and_who_has_enough_is_not(
     heard: asyncio.Queue[str] = asyncio.Queue()
     [[channel]] = await postgres.query("SELECT 'leveret_' || md5('\"leveret\"')")
     listener = await asyncpg.connect(postgres_url)
-    await listener.add_listener(channel, lambda *words: heard.put_nowait(str(words[-1])))
+
+    def hear(_connection: object, _pid: int, _channel: str, payload: object) -> None:
+        heard.put_nowait(str(payload))
+
+    await listener.add_listener(channel, hear)
 
     async def hears() -> list[str]:
         """Return what was heard before a notice of this test's own, which comes last."""
