@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from leveret.broker import Broker
+from leveret.brokers.postgresql import admin as admin_module
 from leveret.brokers.postgresql import open_admin, open_broker
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
@@ -331,3 +332,24 @@ async def test_a_store_finds_out_that_no_notice_comes_back(
 
     [said] = [record.getMessage() for record in caplog.records if "passes no notices" in record.message]
     assert "every 100 ms" in said
+
+
+async def test_the_admin_names_who_keeps_the_vacuum_from_its_work(
+    postgres: Postgres, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report that somebody left open at night makes the tables grow until they fill the disk, and nothing else shows why."""
+    monkeypatch.setattr(
+        "leveret.brokers.postgresql.admin.HORIZON", admin_module.HORIZON.replace("1 minute", "0 seconds")
+    )
+    admin = open_admin(postgres_url, RUNTIME)
+    reader = await asyncpg.connect(postgres_url, server_settings={"application_name": "report"})
+    quiet = await admin.notes()
+    await reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM leveret.jobs")
+
+    [note] = await admin.notes()
+
+    assert quiet == []
+    assert f"process {reader.get_server_pid()} (report of user postgres, idle in transaction)" in note
+    assert ", since 20" in note
+    await reader.close()
+    await admin.close()
