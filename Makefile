@@ -63,7 +63,7 @@ test-python: $(TESTS)
 fault: $(DEV)  ## the tests that kill workers, links and brokers
 	$(BIN)/pytest -m "fault and not cluster" $(PYTEST_ARGS)
 
-test-matrix: $(DEV)  ## contract, faults and a cluster on RabbitMQ 3.10, 4.0 and 4.3: a table, also in build/matrix.md; over an hour
+test-matrix: $(DEV)  ## contract and faults on RabbitMQ 3.10, 4.0 and 4.3 (and a cluster), PostgreSQL 15 and 17: a table, also in build/matrix.md; over an hour
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
 
 soak: $(V)/stamp-plot  ## 20 minutes of load on three nodes while all that can break does: counts in build/soak.json, a chart in build/soak.svg
