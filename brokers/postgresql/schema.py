@@ -288,9 +288,9 @@ CREATE TABLE IF NOT EXISTS {schema}.migrations (
     lowest_reader int NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT now()
 );
+-- every role that may use the schema looks here first
 GRANT SELECT ON {schema}.migrations TO PUBLIC;
 """
-# every role that may use the schema checks it first
 
 
 def _record(migration: Migration, schema: str) -> str:

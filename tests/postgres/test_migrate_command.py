@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -212,6 +213,23 @@ async def test_a_migration_whose_migrator_is_killed_is_not_there(shop: Shop, url
 
         assert "applied 0002_hint" in next_one.log
         assert await connection.fetchval("SELECT count(*) FROM leveret.migrations") == 2
+
+
+@pytest.mark.fault
+async def test_ctrl_c_ends_a_migration_that_waits(shop: Shop, url: str) -> None:
+    """An operator who sees that it waits for a report stops it, and finds everything as it was."""
+    await shop.migrate(url)
+    shop.ship("0002_hint", _SECOND)
+    async with connected(url) as report:
+        async with report.transaction():
+            await report.fetch("SELECT FROM leveret.jobs")
+            with shop.start("migrate", LEVERET_BROKER=url) as migrating:
+                await asyncio.to_thread(migrating.wait_for, "waiting: 0002_hint needs a table")
+                migrating.send(signal.SIGINT)
+                assert await asyncio.to_thread(migrating.end) == 130, migrating.log
+
+        assert migrating.log.split("\n", 1)[1].strip() == "leveret: interrupted"
+        assert await report.fetchval("SELECT count(*) FROM leveret.migrations") == 1
 
 
 @pytest.mark.fault
