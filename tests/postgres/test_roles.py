@@ -21,7 +21,8 @@ _ROLES = ("shop_publisher", "shop_web", "shop_worker", "shop_monitor")
 def granted(role: str) -> str:
     """Return the statements that the documentation has for this role."""
     section = _DOCS.read_text().partition("### Roles\n")[2].partition("\n## ")[0]
-    [statements] = [block for block in re.findall(r"```sql\n(.*?)```", section, re.DOTALL) if role in block]
+    blocks: list[str] = re.findall(r"```sql\n(.*?)```", section, re.DOTALL)
+    [statements] = [block for block in blocks if role in block]
     return statements
 
 
