@@ -155,7 +155,7 @@ async def test_what_stands_in_the_way_is_one_line_without_the_password(
             (urlsplit(role)._replace(path="/nothing").geturl(), 2, 'database "nothing" does not exist'),
             (url_at(role, port), 1, "Connect call failed"),
             (f"{role}?sslmode=require", 2, "rejected SSL upgrade"),
-            (f"{role}?sslmode=verify-full&sslrootcert=/nowhere.crt", 2, "no such file: sslrootcert"),
+            (f"{role}?sslmode=verify-full&sslrootcert=/nowhere.crt", 2, "no such file: sslrootcert=/nowhere.crt"),
             (f"{role}?sslmode=maybe", 2, "sslmode"),
             (f"{role}?schema=a.b", 2, "the schema 'a.b': its name needs"),
             (f"{role}?schema=new", 2, "(schema new): the role lacks a right: permission denied for database"),
