@@ -29,20 +29,15 @@ async def url(postgres: Postgres) -> AsyncGenerator[str]:
         yield made
 
 
-@pytest.mark.parametrize(
-    "command", [("work",), ("publish", "shop:Note", "{}"), ("queues", "plain")], ids=lambda words: words[0]
-)
-async def test_what_waiting_will_not_mend_ends_a_program_with_one_line(
-    project: Project, url: str, command: tuple[str, ...]
-) -> None:
+async def test_what_waiting_will_not_mend_ends_a_program_with_one_line(project: Project, url: str) -> None:
     """A worker that tried for ever would look healthy, and a publisher would time out without a reason."""
     password = str(urlsplit(url).password)
-    cases = {
-        url: "the schema 'leveret' of the database isn't there yet; run `leveret migrate` with the app, such as shop:app, or with --url",
-        url.replace(password, password[::-1]): "password authentication failed",
-        urlsplit(url)._replace(path="/nothing").geturl(): 'database "nothing" does not exist',
-    }
-    for case, why in cases.items():
+    migrate = "run `leveret migrate` with the app, such as shop:app, or with --url"
+    for command, case, why in (
+        (["work"], url, f"the schema 'leveret' of the database isn't there yet; {migrate}"),
+        (["publish", "shop:Note", "{}"], url.replace(password, password[::-1]), "password authentication failed"),
+        (["queues", "plain"], urlsplit(url)._replace(path="/nothing").geturl(), 'database "nothing" does not exist'),
+    ):
         ran = await asyncio.to_thread(project.run, *command, LEVERET_BROKER=case)
 
         assert ran.code == 2, ran
