@@ -230,44 +230,6 @@ async def test_a_worker_without_rights_fails_with_one_line(postgres: Postgres, p
     assert str(urlsplit(role).password) not in said
 
 
-@pytest.mark.parametrize("roles", ["publisher", "worker"])
-async def test_roles_have_the_rights_that_the_documentation_grants(
-    opened: Opened, postgres: Postgres, postgres_url: str, roles: str
-) -> None:
-    """A web service whose password leaks must not be able to read or delete the jobs of all."""
-    async with postgres.role(postgres_url) as url:
-        role = urlsplit(url).username
-        grants = {
-            "publisher": "GRANT USAGE ON SCHEMA leveret TO {role}; GRANT SELECT ON leveret.migrations TO {role};"
-            " GRANT EXECUTE ON FUNCTION leveret.add_jobs TO {role}",
-            "worker": "GRANT USAGE ON SCHEMA leveret TO {role};"
-            " GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA leveret TO {role};"
-            " GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA leveret TO {role}",
-        }
-        connection = await asyncpg.connect(postgres_url)
-        await connection.execute(grants[roles].format(role=role))
-        await connection.close()
-        broker = opened(url)
-
-        await publish(broker, b"1")
-
-        if roles == "worker":
-            consumption, sink = await consume(broker, QUEUE)
-            delivery = await sink.next()
-            await delivery.again(timed(delivery.envelope, soon(), delay_s=0.1))
-            (await sink.next()).done()
-            await consumption.close()
-        else:
-            for forbidden in (
-                "SELECT FROM leveret.jobs",
-                "DELETE FROM leveret.jobs",
-                "SELECT leveret.release(1, true)",
-            ):
-                with pytest.raises(asyncpg.InsufficientPrivilegeError):
-                    await postgres.query(forbidden, url=url)
-        await broker.close()
-
-
 async def test_who_waits_is_told_and_who_has_enough_is_not(
     postgres: Postgres, postgres_url: str, opened: Opened
 ) -> None:
