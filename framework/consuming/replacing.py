@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -29,8 +28,6 @@ from .said import Run, at_debug, say_postponed, what
 
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 
-PUT_BACK_S = 3.0
-"""Seconds to publish a job again that was held or cut off at a stop."""
 _BURIED_WITHIN_S = 4.0
 """The longest wait between two tries of a burial that stays in the worker."""
 _POSTPONED_S = (10.0, 300.0)
@@ -262,11 +259,3 @@ class Replacing:
             if tries:
                 self.unsettled -= 1
         return False
-
-    async def uncount(self, delivery: Delivery, envelope: Envelope) -> bool:
-        """Publish a job again whose redelivery would be counted as a crash, if that is quick; return whether it is published."""
-        try:
-            return await delivery.again(msgspec.structs.replace(envelope, deadline=time.monotonic() + PUT_BACK_S))
-        except PublishError as error:
-            logger.debug("%s goes back as redelivered, since it can't be published: %s", what(envelope), said_by(error))
-            return False

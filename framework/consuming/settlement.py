@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ClassVar
 
@@ -315,32 +315,11 @@ class Settlement:
             one_line(reason),
         )
 
-    async def put_back(self, held: deque[tuple[Delivery, Envelope]]) -> None:
-        """Publish each delivery's envelope until `held` is empty: given back, the jobs would look like those that killed their worker.
-
-        The first is confirmed before the others are written. A broker that confirms nothing may keep what was written, and the
-        jobs that go back all the same would run twice.
-        """
-        confirms = await self._put_back(*held.popleft())
-        while held:
-            batch = list(held)
-            held.clear()
-            if confirms:
-                confirms = all(await asyncio.gather(*(self._put_back(*each) for each in batch)))
-            else:
-                for delivery, _ in batch:
-                    self.end(delivery, None, NotStarted(), None)
-
-    async def _put_back(self, delivery: Delivery, envelope: Envelope) -> bool:
-        """Publish a job again, and ack its delivery; where that fails give it back, and return False."""
-        if not await self.replacing.uncount(delivery, envelope):
-            failed = delivery.live
-            self.end(delivery, None, NotStarted(), None)
-            return not failed
+    def returned(self, delivery: Delivery) -> None:
+        """Count a job that was published again instead of given back."""
         self.counts[NotStarted] += 1
         if self._observe is not None:
             self._show(self._observe, delivery, None, NotStarted(), None)
-        return True
 
     def _failed(self, run: Run, reason: str = "") -> Envelope:
         """Return the envelope of `run` with its failure; that of a remembered run, if there is one."""
