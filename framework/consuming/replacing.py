@@ -226,6 +226,8 @@ class Replacing:
                         raise
                     if tries == 0:
                         self.unsettled += 1
+                        if burials is not None:
+                            burials.refused += 1
                     tries += 1
                     said = said_by(error) if isinstance(error, PublishError) else named(error)
                     if burials is not None:
@@ -251,11 +253,14 @@ class Replacing:
                             await first_of(self._clock.sleep(wait_s), self._stopping.wait())
                 else:
                     if burials is not None:
-                        self._refuse(queue, "")
+                        if burials.refused == (tries > 0):  # RabbitMQ takes some while it refuses others
+                            self._refuse(queue, "")
                     elif told:
                         logger.info("%s: the %s is published after %d tries", what(envelope), envelope.cause, tries + 1)
                     return True
         finally:
             if tries:
                 self.unsettled -= 1
+                if burials is not None:
+                    burials.refused -= 1
         return False

@@ -62,7 +62,7 @@ async def test_a_publisher_without_a_broker_has_one_documented_error_in_time(ben
 
     assert {type(error) for error in errors} == {BrokerUnavailable}
     assert all(f"127.0.0.1:{port}" in str(error) and "Connection refused" in str(error) for error in errors), errors[0]
-    assert took_s < 1 + 2 * SLACK_S
+    assert took_s < 1 + 4 * SLACK_S  # 3000 errors are made, beside another process of tests
     assert all(isinstance(result, (BrokerUnavailable, PublishTimeout)) for result in many.value.results)
     assert not any(isinstance(result, PublishTimeout) and result.maybe_published for result in many.value.results)
 
