@@ -10,7 +10,7 @@ from .admin import Admin
 from .broker import Broker
 from .errors import ConfigurationError
 from .runtime import Runtime
-from .settings import redact
+from .settings import redact_url
 
 
 class BrokerModule(Protocol):
@@ -44,7 +44,7 @@ def broker_module(url: str | None) -> BrokerModule:
     try:
         scheme = urlsplit(url).scheme
     except ValueError:  # its message would show the password
-        msg = f"the broker's URL {redact(url)!r} can't be parsed; percent-encode the special characters in it"
+        msg = f"the broker's URL {redact_url(url)!r} can't be parsed; percent-encode the special characters in it"
         raise ConfigurationError(msg) from None
     name = _SCHEMES.get(scheme)
     if name is None:
@@ -53,7 +53,7 @@ def broker_module(url: str | None) -> BrokerModule:
         for point in entry_points(group=ENTRY_POINTS, name=scheme):
             name = point.module
     if name is None:
-        msg = f"the broker's URL {redact(url)!r} has no known scheme; a URL begins with one of {', '.join(f'{known}://' for known in _SCHEMES)}"
+        msg = f"the broker's URL {redact_url(url)!r} has no known scheme; a URL begins with one of {', '.join(f'{known}://' for known in _SCHEMES)}"
         raise ConfigurationError(msg)
     return cast("BrokerModule", importlib.import_module(name))
 
