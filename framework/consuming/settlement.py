@@ -292,7 +292,9 @@ class Settlement:
                     why = Bury(f"{reason}, after a wait of {waited_s:.0f} s")
                     return self.replacing.bury(run, why, self._failed(run, reason))
                 self._say_unknown(envelope, reason)
-                unknown = following(envelope, cause="snooze", unknown_since_ms=since_ms, strangers=strangers)
+                unknown = following(
+                    envelope, cause="snooze", crashes=envelope.crashes, unknown_since_ms=since_ms, strangers=strangers
+                )
                 return self.replacing.again(run, ending, unknown, unknown_wait_s(waited_s, grace_s))
             case NotStarted():
                 delivery.give_back()
