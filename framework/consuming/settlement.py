@@ -267,7 +267,10 @@ class Settlement:
                     return self.replacing.bury(run, ending, self._failed(run, why_expired(run, ending)))
                 delivery.done()
             case Snooze(delay_s):
-                return self.replacing.again(run, ending, following(envelope, cause="snooze"), delay_s)
+                # only a handler that has begun shows that the job kills no worker: a rate limit may have snoozed it before
+                crashes = 0 if run.attempt is None or run.attempt.begun else envelope.crashes
+                snoozed = following(envelope, cause="snooze", crashes=crashes)
+                return self.replacing.again(run, ending, snoozed, delay_s)
             case Retry(delay_s):
                 failed = self._failed(run)
                 retried = following(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST))
