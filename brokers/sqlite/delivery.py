@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 import msgspec
 
 from leveret.envelope import Envelope
+from leveret.headers import MOST
 from leveret.job import Queue
 
 from .lease import Lease
@@ -63,8 +64,8 @@ class SqliteDelivery:
         self.seq: int = row[0]
         self.redelivered: bool = row[1] > 1
         self.envelope, self.problem = unpack(row[3:])
-        if row[2]:
-            self.envelope = msgspec.structs.replace(self.envelope, crashes=row[2])
+        if row[2]:  # besides those of an earlier row, which are in the headers
+            self.envelope = msgspec.structs.replace(self.envelope, crashes=min(self.envelope.crashes + row[2], MOST))
         self.queue = window.queue
         self.window = window
         self.lease = lease

@@ -31,6 +31,7 @@ from ..outcome import (
     Retry,
     Snooze,
     Undecodable,
+    Unknown,
 )
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
@@ -219,14 +220,14 @@ class Consumer:
                 self._end_without_run(delivery, NotStarted())
                 return
             ending: Ending | None = unroutable(delivery, queue.routes)
-            if ending is None and delivery.redelivered:
-                ending = self._suspects.judge(delivery)
+            if delivery.redelivered and (ending is None or isinstance(ending, Unknown)):
+                ending = self._suspects.judge(delivery) or ending
             if ending is not None:
                 self._end_without_run(delivery, ending)
                 return
             route = route or queue.only
             assert route is not None
-            if delivery.redelivered and envelope.crashes >= ALONE_FROM:
+            if envelope.crashes >= ALONE_FROM:
                 self._suspects.add(Held(delivery, route, self._clock.now()))
                 return
         if not self._take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:

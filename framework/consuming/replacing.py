@@ -25,6 +25,7 @@ from ..waits import first_of
 from .burials import PATIENCE_S, Burials
 from .following import entered, failure_of, following, waited, with_deadline
 from .said import Run, at_debug, say_postponed, what
+from .suspects import ALONE_FROM
 
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 
@@ -59,6 +60,8 @@ class Replacing:
         """Whether the grace of a stop is over; nothing is then tried again."""
         self._burials = defaultdict[str, Burials](partial(Burials, 2))
         self._burials.update((each.queue.name, Burials(each.prefetch)) for each in subscriptions)
+        self._suspects = defaultdict[str, Burials](partial(Burials, 1))
+        """Those of jobs that were set aside: a worker holds one such job of a queue, so that none may stay."""
         self._told: dict[str, float] = {}
         """By queue: when the log last said that its retries can't be published, seconds of the clock's `monotonic`."""
         self._stopping = asyncio.Event()
@@ -175,7 +178,7 @@ class Replacing:
             if not reached:
                 await last(buried)
 
-        burials = self._burials[delivery.queue.name]
+        burials = (self._suspects if delivery.envelope.crashes >= ALONE_FROM else self._burials)[delivery.queue.name]
         if await burials.enter():
             try:
                 if await self._insist(delivery, publish, buried, burials):

@@ -267,7 +267,10 @@ class Settlement:
                     return self.replacing.bury(run, ending, self._failed(run, why_expired(run, ending)))
                 delivery.done()
             case Snooze(delay_s):
-                return self.replacing.again(run, ending, following(envelope, cause="snooze"), delay_s)
+                # only a handler that has begun shows that the job kills no worker: a rate limit may have snoozed it before
+                crashes = 0 if run.attempt is None or run.attempt.begun else envelope.crashes
+                snoozed = following(envelope, cause="snooze", crashes=crashes)
+                return self.replacing.again(run, ending, snoozed, delay_s)
             case Retry(delay_s):
                 failed = self._failed(run)
                 retried = following(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST))
@@ -292,7 +295,9 @@ class Settlement:
                     why = Bury(f"{reason}, after a wait of {waited_s:.0f} s")
                     return self.replacing.bury(run, why, self._failed(run, reason))
                 self._say_unknown(envelope, reason)
-                unknown = following(envelope, cause="snooze", unknown_since_ms=since_ms, strangers=strangers)
+                unknown = following(
+                    envelope, cause="snooze", crashes=envelope.crashes, unknown_since_ms=since_ms, strangers=strangers
+                )
                 return self.replacing.again(run, ending, unknown, unknown_wait_s(waited_s, grace_s))
             case NotStarted():
                 delivery.give_back()
