@@ -228,7 +228,10 @@ class Consumer:
             route = route or queue.only
             assert route is not None
             if envelope.crashes >= ALONE_FROM:
-                self._suspects.add(Held(delivery, route, self._clock.now()))
+                if delivery.redelivered or queue.counts_crashes:
+                    self._suspects.add(Held(delivery, route, self._clock.now()))
+                else:  # it was snoozed, and goes back to the suspects, of which a worker holds one at a time
+                    self._returning.give_back(delivery)
                 return
         if not self._take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
             self._sweep_later()
