@@ -29,7 +29,7 @@ from .publishing.publisher import Publisher, PublisherBlock
 from .publishing.sender import Sender
 from .runtime import Runtime, Shared
 from .schemes import broker_module
-from .settings import Settings, environment, redact
+from .settings import Settings, environment, redact_url
 
 if TYPE_CHECKING:
     from .consuming.state import Worker
@@ -230,7 +230,7 @@ class App(Generic[_R]):
             return self._broker
         set_to = environment(os.environ).broker
         if set_to is not None and not set_to.strip():
-            msg = f"LEVERET_BROKER is empty; set it to a URL, or unset it to use {redact(self._default_broker or 'App(broker=…)')}"
+            msg = f"LEVERET_BROKER is empty; set it to a URL, or unset it to use {redact_url(self._default_broker or 'App(broker=…)')}"
             raise ConfigurationError(msg)
         return set_to or self._default_broker
 

@@ -68,6 +68,7 @@ class Attempt(Generic[_R_co]):
         "_publisher",
         "_redelivered",
         "_resources",
+        "begun",
         "unfinished",
     )
 
@@ -81,6 +82,8 @@ class Attempt(Generic[_R_co]):
     _publisher: Publishes
     _redelivered: bool
     _resources: _R_co
+    begun: bool
+    """For the worker: whether the handler has begun; False while the middleware decides."""
     unfinished: dict[Begun, None] | None
     """For the worker: the publishes that the running handler began and that haven't finished; None if it began none."""
 
@@ -111,6 +114,7 @@ class Attempt(Generic[_R_co]):
         attempt._began = clock.monotonic()
         attempt._deadline = float("inf")
         attempt._log = None
+        attempt.begun = False
         attempt.unfinished = None
         return attempt
 

@@ -107,7 +107,7 @@ class Delivery(Protocol):
         """Publish `envelope` to the delivery's queue, due at its `due_ms` and confirmed by its `deadline`, then acknowledge.
 
         A `due_ms` that has passed means now. A broker without `Features.counts_crashes` sets an envelope with two crashes or
-        more aside: the queue's workers take such jobs one at a time, by deliveries that are `counted`.
+        more aside, unless it waits: the queue's workers take such jobs one at a time, by deliveries that are `counted`.
 
         Returns whether the job is published; False if the delivery was lost before.
 

@@ -72,6 +72,7 @@ _FIELDS: tuple[tuple[str, str, type], ...] = (
 _MOMENTS = ("lv-first-seen", "lv-due", "lv-expires-at", "lv-unknown-since", "lv-bury-since")
 _RANGES = {
     "attempt": range(1, _INT64),
+    "crashes": range(_INT64),
     "first_seen_ms": range(
         -62_135_596_800_000, 253_402_300_800_000
     ),  # the years 1 to 9999: `Attempt.first_seen` is a datetime

@@ -12,7 +12,7 @@ from .broker import Broker
 from .errors import ConfigurationError
 from .migrator import Migrator
 from .runtime import Runtime
-from .settings import redact
+from .settings import redact_url
 
 
 class BrokerModule(Protocol):
@@ -51,7 +51,7 @@ def broker_module(url: str | None) -> BrokerModule:
     try:
         scheme = urlsplit(url).scheme
     except ValueError:  # its message would show the password
-        msg = f"the broker's URL {redact(url)!r} can't be parsed; percent-encode the special characters in it"
+        msg = f"the broker's URL {redact_url(url)!r} can't be parsed; percent-encode the special characters in it"
         raise ConfigurationError(msg) from None
     name = _SCHEMES.get(scheme)
     if name is None:
@@ -62,7 +62,7 @@ def broker_module(url: str | None) -> BrokerModule:
     if name is None:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         none = f": neither leveret nor an installed package has a broker for {scheme}://" if "://" in url else ""
-        msg = f"the broker's URL {redact(url)!r} has no known scheme{none}; a URL begins with one of {known}"
+        msg = f"the broker's URL {redact_url(url)!r} has no known scheme{none}; a URL begins with one of {known}"
         raise ConfigurationError(msg)
     try:
         return cast("BrokerModule", importlib.import_module(name))

@@ -106,7 +106,9 @@ def environment(mapping: Mapping[str, str]) -> Environment:
     )
 
 
-_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S*)@")  # up to the last @: a password may contain an unescaped @
+# Up to the last @, since a password may contain an unescaped one. Without a limit, a long line with many URLs would take minutes.
+_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S{0,500})@")
+_OF_URL = re.compile(r"\A(\s*(?:[a-z]+:/+|(?![a-z]+:/))[^@:]*):.*@", re.DOTALL)
 _IN_QUERY = re.compile(r"([?&][^=&\s'\"]*(?:pass|secret|token)[^=&\s'\"]*=)[^&\s'\"]*", re.IGNORECASE)
 
 # libpq's form, password=… or password='…'; unquoted, the value ends at the next space, whatever else is in it
@@ -119,3 +121,8 @@ def redact(text: str) -> str:
     All text that may contain a URL passes here.
     """
     return _KEYWORD.sub(r"\1***", _IN_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text)))
+
+
+def redact_url(url: str) -> str:
+    """Return `url`, one or several, as `redact` does. Here a mistyped URL, and a password with blanks, are hidden too."""
+    return ",".join(redact(_OF_URL.sub(r"\1:***@", one)) for one in re.split(r",(?=\s*[a-z]+://)", url))

@@ -21,7 +21,7 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.headers import pack_headers, unpack_headers
 from leveret.ids import new_job_id
 from leveret.job import LEVELS, Priority
-from leveret.settings import redact
+from leveret.settings import redact_url
 
 
 class Stored(msgspec.Struct, eq=False):
@@ -298,7 +298,7 @@ _stores_lock = threading.Lock()
 def memory_store(url: str) -> MemoryStore:
     """Return this process's store for `url`, `memory://` or `memory://name`; ConfigurationError for any other URL."""
     if not _URL.match(url):
-        msg = f"the broker's URL {redact(url)!r} can't be read: write memory:// or memory://name, with only A-Z a-z 0-9 _ . - in the name"
+        msg = f"the broker's URL {redact_url(url)!r} can't be read: write memory:// or memory://name, with only A-Z a-z 0-9 _ . - in the name"
         raise ConfigurationError(msg)
     with _stores_lock:
         return _stores.setdefault(url.rstrip("/"), MemoryStore())

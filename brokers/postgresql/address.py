@@ -11,7 +11,7 @@ import asyncpg
 import msgspec
 
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError
-from leveret.settings import redact
+from leveret.settings import redact, redact_url
 
 from .schema import check_name
 
@@ -62,7 +62,7 @@ class Address(msgspec.Struct, frozen=True):
         return [f"{name}={value}" for name, value in files if name in _FILES and not Path(value).exists()]
 
     def __str__(self) -> str:
-        return redact(self.dsn.partition("?")[0])
+        return redact_url(self.dsn.partition("?")[0])
 
     def __repr__(self) -> str:
         return f"Address({self}, schema={self.schema})"
@@ -74,7 +74,7 @@ def address_of(url: str) -> Address:
     The form is postgresql://user:password@host1:5432,host2/db?schema=leveret&prepared=on, with libpq's parameters. What is left
     out comes from libpq's environment variables, such as PGPASSWORD.
     """
-    shown = redact(url)
+    shown = redact_url(url)
 
     def refused(why: str) -> ConfigurationError:
         return ConfigurationError(f"the URL {shown!r} {why}")

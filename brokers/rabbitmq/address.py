@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from leveret.errors import ConfigurationError
-from leveret.settings import redact
+from leveret.settings import redact_url
 
 from .settings import RabbitSettings
 
@@ -78,7 +78,7 @@ def addresses(text: str, settings: RabbitSettings = _DEFAULTS) -> tuple[Address,
 
 
 def _address(text: str, settings: RabbitSettings) -> Address:
-    shown = redact(text)
+    shown = redact_url(text)
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port

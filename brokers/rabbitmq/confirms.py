@@ -75,6 +75,11 @@ class Unconfirmed(msgspec.Struct, eq=False):
     """Once ended: `Returned`, `Nacked`, `Late`, `Refused`, `Unread` or `Closed`; None if confirmed."""
     _waiter: asyncio.Future[None] | None = None
 
+    @property
+    def given_up(self) -> bool:
+        """Whether the task that waited for it has stopped waiting."""
+        return self._waiter is not None and self._waiter.cancelled()
+
     def end(self, failure: Exception | None = None) -> None:
         """End the publish; only the first call counts."""
         if not self.ended:

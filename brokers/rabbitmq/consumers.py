@@ -211,11 +211,15 @@ class Consumers:
         self.spawn(self._drop_cancelled(each, taker))
 
     async def _drop_cancelled(self, each: Wanted, taker: Taker) -> None:
-        """Give up a queue with a cancelled consumer. If a quorum queue is still there, a delivery was held too long (RabbitMQ 4.3)."""
+        """Give up a queue with a cancelled consumer.
+
+        RabbitMQ 4.3 cancels a quorum queue's consumer that held a delivery too long, and counts it all the same. If it counts none,
+        the queue was deleted: others still see such a queue for 50 ms.
+        """
         reason = _CANCELLED
         with suppress(*FAULTS):
             found = await counts(self.connection, each.names, SICK_AFTER_S)
-            if None in found.values():
+            if any(not counted or not (counted[1] or name in taker.mute) for name, counted in found.items()):
                 reason = _DELETED
             elif each.subscription.queue.type == "quorum":
                 reason = _HELD_TOO_LONG

@@ -325,7 +325,7 @@ class Links:
             if link.usable:
                 link.channel.leave()
             return
-        waited_for = next(link.window.waited_for, None) is not None
+        waited_for = not all(publish.given_up for publish in link.window.waited_for)
         close = link.connection.close(CLOSE_TIMEOUT_S if waited_for else _IDLE_CLOSE_S)
         task = asyncio.get_running_loop().create_task(close)
         self._ending.add(task)

@@ -40,8 +40,6 @@ class Routing:
 
     async def ready(self, queue: Queue, envelope: Envelope, publishing: Publishing) -> Route:
         """Return the route of `envelope`, a suspect's included; for a delay, prepare the ladder on `publishing` first, and use the delay that is left then."""
-        if envelope.crashes > 1:
-            return self.suspects(queue, envelope.priority)
         route = self._route(queue, envelope)
         if route.ladder is not None and not publishing.ready(route):
             # an envelope that AMQP can't carry is refused at once, with or without a connection
@@ -53,7 +51,7 @@ class Routing:
     def _route(self, queue: Queue, envelope: Envelope) -> Route:
         delay_s = 0.0 if envelope.due_ms is None else envelope.due_in_s(self._clock.now())
         if not delay_s:
-            return self.level(queue, envelope.priority)
+            return (self.suspects if envelope.crashes > 1 else self.level)(queue, envelope.priority)
         try:
             exchange, key, ladder = topology.route(queue, envelope.priority, delay_s)
         except ValueError as error:

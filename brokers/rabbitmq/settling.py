@@ -10,6 +10,7 @@ import msgspec
 from leveret.envelope import Envelope
 from leveret.job import Queue
 
+from . import topology
 from .publishing import Posting, Publishing
 from .route import Route
 from .routing import Routing
@@ -50,7 +51,7 @@ class Settling:
         A burial on its way isn't waited for any more: its letter may be there twice in the end, but no copy runs.
         """
         if delivery.live:
-            if delivery.instead is None or delivery.instead.route.ends_at is not None:
+            if delivery.instead is None or delivery.instead.route.exchange == topology.DEAD:
                 route = await self._routes.ready(delivery.queue, envelope, self._retrying)
                 await _write(delivery, self._retrying, route, envelope)
             return await self._confirmed(delivery, envelope.deadline)

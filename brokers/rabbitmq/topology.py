@@ -158,9 +158,9 @@ def waiting(ladder: Priority, ttl_ms: int) -> str:
 def delay_units(delay_s: float) -> int:
     """Return `delay_s` in units of 0.25 s, rounded up to seven significant bits: at most three hops, at most 1.6 % late.
 
-    ValueError above 48 days.
+    ValueError from a second above 48 days on: a delay of 48 days may be longer here, by a rounded millisecond or a clock that was set back.
     """
-    if not 0 < delay_s <= MAX_DELAY_S:
+    if not 0 < delay_s < MAX_DELAY_S + 1:
         msg = f"a delay must be above 0 s and at most 48 days ({MAX_DELAY_S:.0f} s), not {delay_s} s"
         raise ValueError(msg)
     units = max(1, math.ceil(delay_s * 1000 / UNIT_MS))

@@ -25,7 +25,7 @@ from leveret.envelope import Envelope
 from leveret.errors import ConfigurationError
 from leveret.job import Queue
 from leveret.runtime import Runtime
-from leveret.settings import redact
+from leveret.settings import redact_url
 
 from ..turns import Consumption
 from .schema import MIN_SQLITE
@@ -59,7 +59,7 @@ def path_of(url: str) -> str:
     elif path == ":memory:":
         problem = "names no file; for a broker in memory use memory://"
     if problem:
-        msg = f"the broker's URL {redact(url)!r} {problem}; for example sqlite:///jobs.db or sqlite:////var/lib/shop/jobs.db"
+        msg = f"the broker's URL {redact_url(url)!r} {problem}; for example sqlite:///jobs.db or sqlite:////var/lib/shop/jobs.db"
         raise ConfigurationError(msg)
     if sqlite3.sqlite_version_info < MIN_SQLITE:
         msg = f"this Python has SQLite {sqlite3.sqlite_version}; the SQLite broker needs {'.'.join(map(str, MIN_SQLITE))} or later"
@@ -67,7 +67,7 @@ def path_of(url: str) -> str:
     try:
         return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links
     except FileNotFoundError:
-        msg = f"the broker's URL {redact(url)!r} is relative to the working directory, which was deleted; change to another one and start again"
+        msg = f"the broker's URL {redact_url(url)!r} is relative to the working directory, which was deleted; change to another one and start again"
         raise ConfigurationError(msg) from None
 
 

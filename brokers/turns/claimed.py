@@ -9,6 +9,7 @@ import msgspec
 
 from leveret.envelope import Envelope
 from leveret.errors import LeveretError
+from leveret.headers import MOST
 
 from ..leases import Lease
 from ..rows import packed, unpack, when_ms
@@ -29,8 +30,8 @@ class Claimed:
         self.seq: int = row[0]
         self.redelivered: bool = row[1] > 1
         self.envelope, self.problem = unpack(row[3:])
-        if row[2]:
-            self.envelope = msgspec.structs.replace(self.envelope, crashes=row[2])
+        if row[2]:  # besides those of an earlier row, which are in the headers
+            self.envelope = msgspec.structs.replace(self.envelope, crashes=min(self.envelope.crashes + row[2], MOST))
         self.queue = window.queue
         self.window = window
         self.lease = lease

@@ -17,7 +17,7 @@ from ..envelope import Envelope
 from ..errors import BrokerUnavailable, ConfigurationError, LeveretError
 from ..failure import Failure, failures_of
 from ..headers import MOST
-from ..settings import redact
+from ..settings import redact, redact_url
 from .letter import LetterRecord, Summary, show_letter, summary_of
 from .output import ask, at_least_1, counted, json_option, moment, print_json, print_table, print_text, progress
 from .short_ids import is_too_short, may_be_short, short_forms, whole_id
@@ -309,7 +309,10 @@ def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, a
         picked = run(_each(target, queue, wanted, None, "counting"))
         if not picked.done:
             return _tell(msgspec.structs.replace(picked, dry_run=False), "dropped", as_json=as_json)
-        ask(f"Delete {counted(picked.done, 'dead letter')} of queue {queue} on {redact(target.url)} for good?", yes=yes)
+        ask(
+            f"Delete {counted(picked.done, 'dead letter')} of queue {queue} on {redact_url(target.url)} for good?",
+            yes=yes,
+        )
         # only the letters that were counted, not letters buried while the question was open
         wanted = msgspec.structs.replace(wanted, limit=picked.done)
     result = run(_each(target, queue, wanted, None if dry_run else act, "dropping"))

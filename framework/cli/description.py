@@ -21,7 +21,7 @@ from ..cron.schedule import Schedule
 from ..errors import ConfigurationError
 from ..job import Queue
 from ..layer import AnyLayer, RetryWaits, facts_of, is_consume_layer, is_publish_layer, name_of, starts_per_s_of
-from ..settings import redact
+from ..settings import redact_url
 
 MOST_WAITS = 32
 """At most this many waits are listed per entry; by then any cap is reached."""
@@ -155,7 +155,7 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
         await broker.close()
     return AppRecord(
         app=app.name,
-        broker=redact(app.broker_url() or ""),
+        broker=redact_url(app.broker_url() or ""),
         features=BrokerRecord(features.durable, features.shared, features.counts_redelivery),
         handlers=[_handler(handler, limits) for handler in handlers],
         queues=[_queue(queue, own) for queue, own in queues.values()],

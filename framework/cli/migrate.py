@@ -10,7 +10,7 @@ from ..errors import BrokerUnavailable, ConfigurationError
 from ..process.loading import load_app
 from ..runtime import Runtime
 from ..schemes import NO_BROKER, open_migrator
-from ..settings import environment, redact
+from ..settings import environment, redact_url
 from .output import print_text
 from .target import app_options, run
 
@@ -41,7 +41,7 @@ def migrate(app: str | None, url: str | None, check: bool, sql: bool) -> None:
     for what, database in databases.items():
         migrator = open_migrator(database, runtime)
         if migrator is None:
-            print_text(f"the {what} {redact(database)} needs no migrations: leveret makes what it needs", err=sql)
+            print_text(f"the {what} {redact_url(database)} needs no migrations: leveret makes what it needs", err=sql)
         elif sql:
             try:
                 click.echo(migrator.sql(run(migrator.pending())), nl=False)

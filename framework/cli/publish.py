@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, InvalidJob, PublishError, PublishTimeou
 from ..job import Job, Priority, spec_of
 from ..outcome import MAX_DELAY_S
 from ..process.loading import load
-from ..settings import redact
+from ..settings import redact_url
 from .output import duration
 from .target import app_options, find_target, near, run
 
@@ -117,7 +117,7 @@ def publish(
         again = ""
         if isinstance(error, PublishTimeout) and error.maybe_published:
             again = f"; the job may have been published: publish it again with --id {error.job_id}"
-        error.args = (f"{error} (broker {redact(target.url)}){again}",)
+        error.args = (f"{error} (broker {redact_url(target.url)}){again}",)
         raise
 
 

@@ -8,7 +8,7 @@ import click
 
 from ..admin import Depth
 from ..errors import ConfigurationError
-from ..settings import redact
+from ..settings import redact_url
 from .output import ask, counted, json_option, print_json, print_table, print_text
 from .target import Target, run, target_options
 
@@ -129,9 +129,9 @@ def purge(name: str, target: Target, yes: bool, as_json: bool) -> None:
 
     depth = run(count())
     if not depth.exists:
-        msg = f"queue {name!r} isn't declared on {redact(target.url)}, so no job waits there"
+        msg = f"queue {name!r} isn't declared on {redact_url(target.url)}, so no job waits there"
         raise ConfigurationError(msg)
-    ask(f"Delete {counted(depth.ready, 'waiting job')} of queue {name} on {redact(target.url)} for good?", yes=yes)
+    ask(f"Delete {counted(depth.ready, 'waiting job')} of queue {name} on {redact_url(target.url)} for good?", yes=yes)
     purged = run(delete())
     if as_json:
         answer: dict[str, Any] = {"queue": name, "purged": purged}

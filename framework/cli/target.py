@@ -21,7 +21,7 @@ from ..job import Queue
 from ..process.loading import load_app
 from ..runtime import Runtime
 from ..schemes import NO_BROKER, broker_module
-from ..settings import environment, redact
+from ..settings import environment, redact_url
 
 _T = TypeVar("_T")
 _CLOSE_S = 5.0
@@ -68,7 +68,7 @@ class Target(msgspec.Struct, frozen=True):
         [depth] = await admin.depths([self.queue(name)])
         if depth.exists or depth.dead or name in self.queues:
             return depth
-        msg = f"no queue {name!r} on {redact(self.url)}{near(name, self.queues)}"
+        msg = f"no queue {name!r} on {redact_url(self.url)}{near(name, self.queues)}"
         raise ConfigurationError(msg)
 
 
@@ -173,7 +173,7 @@ async def _check_shared(target: Target) -> None:
     broker = broker_module(target.url).open_broker(target.url, target.runtime)
     try:
         if not broker.features().shared:
-            msg = f"{redact(target.url)} exists only inside the process that opens it, so a command can't reach its queues; use a sqlite:// or amqp:// broker"
+            msg = f"{redact_url(target.url)} exists only inside the process that opens it, so no command can reach its queues; use sqlite:// or amqp://"
             raise ConfigurationError(msg)
     finally:
         await broker.close()

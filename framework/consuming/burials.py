@@ -20,6 +20,8 @@ class Burials:
         """Whether a refused burial may stay: with a prefetch of 1 it would be all that the worker holds."""
         self.why = ""
         """Why the dead letters take nothing; empty if they do."""
+        self.refused = 0
+        """The number of burials that were refused and are tried again."""
         self._places = asyncio.Semaphore(max(1, prefetch // 4))
         self._waiting: set[asyncio.Timeout] = set()
         """The patience of each burial that waits for a place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -17,9 +17,6 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
-from ..envelope import Envelope
-from ..failure import failures_of
-from ..headers import MOST
 from ..ids import is_slot_job_id
 from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
@@ -33,22 +30,20 @@ from ..outcome import (
     Repeated,
     Retry,
     Snooze,
-    Suspect,
     Undecodable,
     Unknown,
-    WorkerLost,
 )
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
 from ..texts import named
-from ..waits import first_of
-from .following import uncounted
 from .handler import Handler, innermost, take_back_cancels
 from .limits import Limits
 from .remembered import Past, key_of, slot_of
-from .said import what
+from .returning import Returning
+from .routes import Route, contracts, unroutable
 from .settlement import Ended, Lost, Settlement
-from .slots import Gate, Held, QueueHeld, Returned, Route, Slots, in_arrival_order
+from .slots import Gate, Held, QueueHeld, Returned, Slots, in_arrival_order
+from .suspects import ALONE_FROM, Suspects
 
 logger = logging.getLogger("leveret.consumer")
 
@@ -57,14 +52,6 @@ START_WITHIN_S = 60.0
 _LEAST_LIMIT_S = 1.0
 """A shorter limit of the broker isn't believed: it would be a queue that was deleted and declared again at once."""
 _UNWIND_S = 1.0
-SHARED_S = 30.0
-"""Redeliveries that come so soon after the first one that follows a lost connection are put down to that loss, not to a crash."""
-ALONE_AFTER_S = 60.0
-"""How long a job that must run alone waits for the running ones, seconds; nothing else starts meanwhile."""
-BURST_S = 1.0
-"""For how long suspects run one after another before the other jobs have their turn, seconds; a longer run is a turn by itself."""
-_NEXT_S = 0.05
-"""How long the next suspect is waited for before the others go on, seconds."""
 _TELL_S = 1.0
 """How long redeliveries that don't run are collected for one log line, seconds."""
 
@@ -103,16 +90,6 @@ class Consumer:
         self._lost_running = 0
         self._told_recalled = 0
         self._teller: Timer | None = None
-        self._was_lost = False
-        self._shared_until = float("-inf")
-        self._suspects: deque[Held] = deque()
-        """The jobs that crashed workers at least twice; each runs alone."""
-        self._suspecting = False
-        self._others_until = float("-inf")
-        """No suspect starts before this time of the monotonic clock."""
-        self._returning: deque[tuple[Delivery, Envelope]] = deque()
-        """The jobs that are published again instead of given back."""
-        self._returner: asyncio.Task[None] | None = None
         self._stopping = False
         self._watchers: list[asyncio.Future[None]] = []
         self._create_task = asyncio.get_running_loop().create_task
@@ -124,6 +101,15 @@ class Consumer:
         self._settlement.replacing.on_refusals_changed = self.queues_changed
         self._remembered = self._settlement.remembered
         self._end = self._settlement.end
+        self._returning = Returning(self._settlement, self._queues)
+        self._suspects = Suspects(
+            self._slots,
+            runtime,
+            self._remembered,
+            start=self._spawn,
+            changed=self.changed,
+            give_back=self._returning.give_back,
+        )
 
     def _open(
         self,
@@ -230,13 +216,22 @@ class Consumer:
         ):
             if (delivery.redelivered or envelope.crashes) and self._is_known(delivery, route or queue.only):
                 return
-            ending = self._unroutable(delivery, queue)
+            if self._stopping:
+                self._end_without_run(delivery, NotStarted())
+                return
+            ending: Ending | None = unroutable(delivery, queue.routes)
+            if delivery.redelivered and (ending is None or isinstance(ending, Unknown)):
+                ending = self._suspects.judge(delivery) or ending
             if ending is not None:
                 self._end_without_run(delivery, ending)
                 return
             route = route or queue.only
             assert route is not None
-            if delivery.redelivered and self._is_suspect(delivery, route):
+            if envelope.crashes >= ALONE_FROM:
+                if delivery.redelivered or queue.counts_crashes:
+                    self._suspects.add(Held(delivery, route, self._clock.now()))
+                else:  # it was snoozed, and goes back to the suspects, of which a worker holds one at a time
+                    self._returning.give_back(delivery)
                 return
         if not self._take(Held(delivery, route, self._clock.now()), queue) and self._sweeper is None:
             self._sweep_later()
@@ -249,7 +244,7 @@ class Consumer:
         running = [held for held in self._tasks.values() if held is not None and not held.delivery.live]
         self._lost_running = len(running)
         self._remembered.lose(running)
-        self._was_lost = True
+        self._suspects.lost()
         self._settlement.lost()
         self._tell()
 
@@ -319,80 +314,6 @@ class Consumer:
         self._tell_recalled()
         return True
 
-    def _is_suspect(self, delivery: Delivery, route: Route) -> bool:
-        """Deal with a redelivery that may have crashed its worker; False if the job just runs."""
-        crashes, limit = delivery.envelope.crashes, self._runtime.settings.crash_limit
-        if not (delivery.counted or self._remembered.gave_back(delivery.envelope) or self._is_shared_loss()):
-            crashes = min(crashes + 1, MOST)
-            if crashes < limit:
-                self._end_without_run(delivery, Suspect())
-                return True
-        if crashes >= limit:
-            self._end_without_run(delivery, WorkerLost(crashes))
-            return True
-        if crashes < 2:
-            return False
-        self._suspects.append(Held(delivery, route, self._clock.now()))
-        if self._watchers:
-            self._tell()
-        if not self._suspecting:
-            self._suspecting = True
-            task = self._create_task(self._run_suspects())
-            self._tasks[task] = None
-            task.add_done_callback(self._forget)
-        return True
-
-    def _is_shared_loss(self) -> bool:
-        """Whether a redelivery is put down to the last loss of a connection here: then the broker, or the network, returned the job."""
-        now = self._clock.monotonic()
-        if self._was_lost:
-            self._was_lost = False
-            self._shared_until = now + SHARED_S
-        return now < self._shared_until
-
-    async def _run_suspects(self) -> None:
-        """Run the suspects one after another, each alone in this process; between bursts, the other jobs run for as long."""
-        try:
-            while self._suspects:
-                await self._unless_stopping(self._others_until)
-                self._slots.pause()
-                began = self._clock.monotonic()
-                while self._suspects:
-                    await self._run_alone(self._suspects.popleft())
-                    now = self._clock.monotonic()
-                    if self._stopping or now - began >= BURST_S:
-                        break
-                    if not self._suspects:  # the broker delivers the next one now
-                        await self._unless_stopping(now + _NEXT_S, lambda: not self._suspects)
-                now = self._clock.monotonic()
-                self._others_until = now + min(now - began, self._hold_s)  # the next suspect may be here, and waits
-                self._slots.resume()
-        finally:
-            self._suspecting = False
-            self._slots.resume()
-
-    async def _run_alone(self, held: Held) -> None:
-        """Run a suspect once nothing else runs, or after a stated time; give it back if the worker stops."""
-        await self._unless_stopping(self._clock.monotonic() + ALONE_AFTER_S, lambda: self._slots.running > 0)
-        if not held.delivery.live:
-            return
-        if self._stopping:
-            self._give_back(held.delivery)
-            return
-        logger.warning(
-            "%s runs alone, since workers may have died of it: %d",
-            what(held.delivery.envelope),
-            held.delivery.envelope.crashes,
-        )
-        self._slots.give_slot(held, self._queues[held.delivery.queue.name])
-        if held.task is not None:
-            await asyncio.wait([held.task])
-
-    async def _unless_stopping(self, until: float, waits: Callable[[], bool] = lambda: True) -> None:
-        """Wait while `waits()` is true, until a time of the monotonic clock at most, or until the worker stops."""
-        while waits() and not self._stopping and (left_s := until - self._clock.monotonic()) > 0:
-            await first_of(self.changed(), self._clock.sleep(left_s))
-
     def _tell_recalled(self) -> None:
         if self._teller is None:
             self._teller = self._clock.call_later(_TELL_S, self._say_recalled)
@@ -423,40 +344,6 @@ class Consumer:
             if other is not None
         )
 
-    def _unroutable(self, delivery: Delivery, queue: QueueHeld) -> Undecodable | Unknown | NotStarted | Bury | None:
-        """Return why a delivery can't start; None if it can, also without a name if the queue has only one kind of job."""
-        envelope = delivery.envelope
-        if self._stopping:
-            return NotStarted()
-        if envelope.bury_since_ms is not None:
-            failures = failures_of(envelope)
-            return Bury(failures[-1].reason or failures[-1].message if failures else "for a reason that didn't fit")
-        if delivery.problem is not None:
-            return Undecodable(delivery.problem)
-        if not envelope.job:
-            if queue.only is not None:
-                return None
-            return Undecodable("the message has no job name (AMQP's type), and the queue has several kinds of jobs")
-        route = queue.routes.get(envelope.job)
-        if route is None:
-            advice = "if it should run it, list the handler's module in App(modules=[…])"
-            return Unknown(f"this worker has no handler for the job {envelope.job!r:.200} ({advice})")
-        if envelope.version <= route.version:
-            return None
-        return Unknown(
-            f"{envelope.job} has version {envelope.version}, this worker's handler knows version {route.version}"
-        )
-
-    def _contracts(self, envelope: Envelope, route: Route) -> str:
-        """Name the sender's contract and this worker's for a body that doesn't fit, unless one program has both."""
-        if envelope.app is None or (envelope.app == self._runtime.app and envelope.version == route.version):
-            return ""
-        job_class = route.decoder.job_class
-        return (
-            f"; it was published by the app {envelope.app!r:.80} as version {envelope.version}, and this worker's app "
-            f"{self._runtime.app!r} has version {route.version}, {job_class.__module__}.{job_class.__qualname__}"
-        )
-
     def _start(self, held: Held, queue: QueueHeld) -> None:
         held.task = task = self._create_task(self._work(held, queue))
         if not task.done():  # an eager task factory may have run it to its end
@@ -466,8 +353,8 @@ class Consumer:
 
     def _end_without_run(self, delivery: Delivery, ending: Ending | Past) -> None:
         """Settle a delivery that doesn't run, in a later turn of the loop, because the broker may still be delivering it."""
-        if isinstance(ending, NotStarted) and self._puts_back(delivery):
-            self._put_back(delivery)
+        if isinstance(ending, NotStarted) and self._returning.publishes(delivery):
+            self._returning.give_back(delivery)
             return
 
         async def settle() -> None:
@@ -478,7 +365,11 @@ class Consumer:
             if rest is not None:
                 await rest
 
-        task = self._create_task(settle())
+        self._spawn(settle())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task that isn't the run of a job; a stop waits for it, too."""
+        task = self._create_task(work)
         self._tasks[task] = None
         task.add_done_callback(self._forget)
         if self._watchers:
@@ -490,17 +381,12 @@ class Consumer:
             self._tell()
 
     def _sweep_later(self) -> None:
-        self._sweeper = self._clock.call_later(self._hold_s / 4, self._sweep)
-
-    @property
-    def _hold_s(self) -> float:
-        """The seconds for which a delivery of any queue may wait."""
-        return min(queue.hold_s for queue in self._queues.values())
+        self._sweeper = self._clock.call_later(self._slots.hold_s / 4, self._sweep)
 
     def _sweep(self) -> None:
         """Give back deliveries that have waited too long: another worker may be idle, and some brokers close the channel of a slow consumer."""
         for held in self._slots.overdue(self._clock.monotonic()):
-            if self._puts_back(held.delivery) and not held.delivery.envelope.crashes:
+            if self._returning.publishes(held.delivery) and not held.delivery.envelope.crashes:
                 # published again it would go behind every job of its level; this worker knows it when it comes back
                 self._remembered.give_back(held.delivery.envelope)
                 self._settlement.end(held.delivery, None, NotStarted(), None)
@@ -519,10 +405,7 @@ class Consumer:
         """Give back the delivery of a running job, which waits for the next delivery: overdue, it would cost the queue its channel."""
         delivery = held.delivery
         if delivery.live:
-            if self._puts_back(delivery):
-                self._put_back(delivery, began=True)
-            else:
-                delivery.give_back()
+            self._returning.give_back_began(delivery)
             held.delivery = Returned(delivery.queue, delivery.envelope, delivery.redelivered)
             self._remembered.add(key_of(delivery.envelope), held)
 
@@ -554,7 +437,7 @@ class Consumer:
         except (Retry, Snooze, Bury) as said:  # raised by middleware; `innermost` returns those of a handler
             ending = said
         except UndecodableError as undecodable:
-            ending = Undecodable(f"{undecodable}{self._contracts(envelope, route)}")
+            ending = Undecodable(f"{undecodable}{contracts(envelope, route, self._runtime.app)}")
         except asyncio.CancelledError as cancelled:
             if not self._settlement.cut:
                 # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
@@ -596,9 +479,9 @@ class Consumer:
         hurried = asyncio.ensure_future(hurry.wait()) if hurry is not None else None
         try:
             await consumption.stop_taking()
-            for held in (*in_arrival_order(self._slots.remove(lambda _: True)), *self._suspects):
-                self._give_back(held.delivery)
-            self._suspects.clear()
+            for held in in_arrival_order(self._slots.remove(lambda _: True)):
+                self._returning.give_back(held.delivery)
+            self._suspects.stop()
             while self._unfinished() and (left_s := ends - time.monotonic()) > 0 and not (hurried and hurried.done()):
                 wanted = {*self._tasks, hurried} if hurried else set(self._tasks)
                 await asyncio.wait(wanted, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
@@ -620,25 +503,8 @@ class Consumer:
             if held is not None:
                 held.task = None
                 self._free(held.route, self._queues[held.delivery.queue.name])
-                self._give_back(held.delivery)
+                self._returning.give_back(held.delivery)
         return bool(self._tasks)
-
-    def _give_back(self, delivery: Delivery) -> None:
-        """Give back a delivery, without any grace too."""
-        if self._puts_back(delivery):
-            self._put_back(delivery)
-        else:
-            self._settlement.end(delivery, None, NotStarted(), None)
-
-    def _puts_back(self, delivery: Delivery) -> bool:
-        """Whether a job is published again instead of given back: it would be marked as what killed its worker is."""
-        return not self._queues[delivery.queue.name].counts_crashes and delivery.problem is None
-
-    def _put_back(self, delivery: Delivery, *, began: bool = False) -> None:
-        """Publish the job again, in a task that no grace cuts off."""
-        self._returning.append((delivery, uncounted(delivery, began=began)))
-        if self._returner is None or self._returner.done():
-            self._returner = self._create_task(self._settlement.put_back(self._returning))
 
     def _stop_starting(self) -> None:
         self._stopping = True
@@ -659,20 +525,13 @@ class Consumer:
             logger.error("%s: jobs cut off, which the broker delivers again: %d (%s)", why, len(self._tasks), names)
             self._settlement.cut_off()
             self._settlement.counts[CutOff] += len(self._tasks)
-            suspects = [held.delivery for held in self._tasks.values() if held is not None and self._counts(held)]
+            running = [held.delivery for held in self._tasks.values() if held is not None]
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=_UNWIND_S)
-            if suspects:
-                returning = (self._settlement.replacing.uncount(each, uncounted(each, began=True)) for each in suspects)
-                await asyncio.wait(list(map(self._create_task, returning)))
-        if self._returner is not None:
-            await asyncio.wait([self._returner])
+            await self._returning.uncount(running)
+        await self._returning.finished()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _counts(self, held: Held) -> bool:
-        """Whether another worker would count the end of this process as one more crash of `held`."""
-        return held.delivery.envelope.crashes > 0 and not self._queues[held.delivery.queue.name].counts_crashes
 
 
 def _refused(error: BaseException) -> Bury:

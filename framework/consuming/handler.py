@@ -185,6 +185,7 @@ def innermost(
             late = attempt.first_seen.timestamp() * 1000 >= expires_at_ms
             return expired_on_arrival if late else expired
         begun = monotonic() if watched else 0.0
+        attempt.begun = True
         attempt.unfinished = None  # those of middleware, or of a try in place before
         try:
             said = await call(attempt)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -26,11 +25,10 @@ from ..waits import first_of
 from .burials import PATIENCE_S, Burials
 from .following import entered, failure_of, following, waited, with_deadline
 from .said import Run, at_debug, say_postponed, what
+from .suspects import ALONE_FROM
 
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 
-PUT_BACK_S = 3.0
-"""Seconds to publish a job again that was held or cut off at a stop."""
 _BURIED_WITHIN_S = 4.0
 """The longest wait between two tries of a burial that stays in the worker."""
 _POSTPONED_S = (10.0, 300.0)
@@ -62,6 +60,8 @@ class Replacing:
         """Whether the grace of a stop is over; nothing is then tried again."""
         self._burials = defaultdict[str, Burials](partial(Burials, 2))
         self._burials.update((each.queue.name, Burials(each.prefetch)) for each in subscriptions)
+        self._suspects = defaultdict[str, Burials](partial(Burials, 1))
+        """Those of jobs that were set aside: a worker holds one such job of a queue, so that none may stay."""
         self._told: dict[str, float] = {}
         """By queue: when the log last said that its retries can't be published, seconds of the clock's `monotonic`."""
         self._stopping = asyncio.Event()
@@ -178,7 +178,7 @@ class Replacing:
             if not reached:
                 await last(buried)
 
-        burials = self._burials[delivery.queue.name]
+        burials = (self._suspects if delivery.envelope.crashes >= ALONE_FROM else self._burials)[delivery.queue.name]
         if await burials.enter():
             try:
                 if await self._insist(delivery, publish, buried, burials):
@@ -229,6 +229,8 @@ class Replacing:
                         raise
                     if tries == 0:
                         self.unsettled += 1
+                        if burials is not None:
+                            burials.refused += 1
                     tries += 1
                     said = said_by(error) if isinstance(error, PublishError) else named(error)
                     if burials is not None:
@@ -254,19 +256,14 @@ class Replacing:
                             await first_of(self._clock.sleep(wait_s), self._stopping.wait())
                 else:
                     if burials is not None:
-                        self._refuse(queue, "")
+                        if burials.refused == (tries > 0):  # RabbitMQ takes some while it refuses others
+                            self._refuse(queue, "")
                     elif told:
                         logger.info("%s: the %s is published after %d tries", what(envelope), envelope.cause, tries + 1)
                     return True
         finally:
             if tries:
                 self.unsettled -= 1
+                if burials is not None:
+                    burials.refused -= 1
         return False
-
-    async def uncount(self, delivery: Delivery, envelope: Envelope) -> bool:
-        """Publish a job again whose redelivery would be counted as a crash, if that is quick; return whether it is published."""
-        try:
-            return await delivery.again(msgspec.structs.replace(envelope, deadline=time.monotonic() + PUT_BACK_S))
-        except PublishError as error:
-            logger.debug("%s goes back as redelivered, since it can't be published: %s", what(envelope), said_by(error))
-            return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ClassVar
 
@@ -267,7 +267,10 @@ class Settlement:
                     return self.replacing.bury(run, ending, self._failed(run, why_expired(run, ending)))
                 delivery.done()
             case Snooze(delay_s):
-                return self.replacing.again(run, ending, following(envelope, cause="snooze"), delay_s)
+                # only a handler that has begun shows that the job kills no worker: a rate limit may have snoozed it before
+                crashes = 0 if run.attempt is None or run.attempt.begun else envelope.crashes
+                snoozed = following(envelope, cause="snooze", crashes=crashes)
+                return self.replacing.again(run, ending, snoozed, delay_s)
             case Retry(delay_s):
                 failed = self._failed(run)
                 retried = following(failed, cause="retry", attempt=min(envelope.attempt + 1, MOST))
@@ -292,7 +295,9 @@ class Settlement:
                     why = Bury(f"{reason}, after a wait of {waited_s:.0f} s")
                     return self.replacing.bury(run, why, self._failed(run, reason))
                 self._say_unknown(envelope, reason)
-                unknown = following(envelope, cause="snooze", unknown_since_ms=since_ms, strangers=strangers)
+                unknown = following(
+                    envelope, cause="snooze", crashes=envelope.crashes, unknown_since_ms=since_ms, strangers=strangers
+                )
                 return self.replacing.again(run, ending, unknown, unknown_wait_s(waited_s, grace_s))
             case NotStarted():
                 delivery.give_back()
@@ -315,32 +320,11 @@ class Settlement:
             one_line(reason),
         )
 
-    async def put_back(self, held: deque[tuple[Delivery, Envelope]]) -> None:
-        """Publish each delivery's envelope until `held` is empty: given back, the jobs would look like those that killed their worker.
-
-        The first is confirmed before the others are written. A broker that confirms nothing may keep what was written, and the
-        jobs that go back all the same would run twice.
-        """
-        confirms = await self._put_back(*held.popleft())
-        while held:
-            batch = list(held)
-            held.clear()
-            if confirms:
-                confirms = all(await asyncio.gather(*(self._put_back(*each) for each in batch)))
-            else:
-                for delivery, _ in batch:
-                    self.end(delivery, None, NotStarted(), None)
-
-    async def _put_back(self, delivery: Delivery, envelope: Envelope) -> bool:
-        """Publish a job again, and ack its delivery; where that fails give it back, and return False."""
-        if not await self.replacing.uncount(delivery, envelope):
-            failed = delivery.live
-            self.end(delivery, None, NotStarted(), None)
-            return not failed
+    def returned(self, delivery: Delivery) -> None:
+        """Count a job that was published again instead of given back."""
         self.counts[NotStarted] += 1
         if self._observe is not None:
             self._show(self._observe, delivery, None, NotStarted(), None)
-        return True
 
     def _failed(self, run: Run, reason: str = "") -> Envelope:
         """Return the envelope of `run` with its failure; that of a remembered run, if there is one."""

@@ -12,13 +12,12 @@ import msgspec
 
 from ..broker import Delivery
 from ..clock import Clock, Timer
-from ..codec import Decoder
 from ..envelope import Envelope
 from ..job import Priority, Queue
-from ..layer import Consume, Readiness
+from ..layer import Readiness
 from ..texts import named
-from .handler import Handler
 from .limits import Limits
+from .routes import Route
 from .said import at_debug
 
 logger = logging.getLogger("leveret.consumer")
@@ -32,18 +31,6 @@ AGEING_S = 10.0
 """Each such wait, in seconds, counts as one priority level, so that jobs of the lowest level don't starve."""
 
 _RANK_S = {Priority.URGENT: 0.0, Priority.HIGH: AGEING_S, Priority.NORMAL: 2 * AGEING_S, Priority.LOW: 3 * AGEING_S}
-
-
-class Route(msgspec.Struct, frozen=True, eq=False):
-    """The handler for a job name and its folded chain; made at the start, looked up once per delivery."""
-
-    handler: Handler
-    version: int
-    """The highest version that the handler's job class knows."""
-    decoder: Decoder
-    step: Consume
-    """The handler with its middleware folded around it."""
-    in_thread: bool
 
 
 class Held(msgspec.Struct, eq=False, gc=False):
@@ -242,7 +229,8 @@ class Slots:
         self._concurrency, self._threads = limits.concurrency, limits.threads
         self._clock = clock
         self._start = start
-        self._stopping = False
+        self.stopping = False
+        """Whether nothing starts any more."""
 
     def add_queue(self, queue: QueueHeld) -> None:
         """Add a queue."""
@@ -252,6 +240,11 @@ class Slots:
     def held(self) -> int:
         """Deliveries that wait for a slot."""
         return sum(queue.count for queue in self.queues.values())
+
+    @property
+    def hold_s(self) -> float:
+        """Seconds for which a delivery of any queue may wait."""
+        return min(queue.hold_s for queue in self.queues.values())
 
     @property
     def busy_queues(self) -> set[str]:
@@ -301,7 +294,7 @@ class Slots:
 
     def _pump(self) -> None:
         """Start every job that may start, over all queues, in the order of rank."""
-        while self.running < self._concurrency and not self._stopping:
+        while self.running < self._concurrency and not self.stopping:
             best: tuple[float, QueueHeld, deque[Held]] | None = None
             threads_full = self._in_threads >= self._threads
             for queue in self.queues.values():
@@ -359,7 +352,7 @@ class Slots:
 
     def stop(self) -> None:
         """Start nothing more."""
-        self._stopping = True
+        self.stopping = True
         for queue in self.queues.values():
             if queue.gate is not None and queue.gate.timer is not None:
                 queue.gate.timer.cancel()

@@ -17,7 +17,7 @@ from ..layer import AnyLayer
 from ..publishing.publisher import Publisher
 from ..publishing.sender import Sender
 from ..runtime import Runtime
-from ..settings import redact
+from ..settings import redact_url
 from .consumer import Consumer
 from .handler import Handler, check_limits
 from .limits import Concurrency, limits_of
@@ -130,7 +130,7 @@ async def working(
     runtime = runtime or app.runtime()
     broker = app.open_broker(runtime)
     if runtime.processes > 1 and not broker.features().shared:
-        msg = f"the broker {redact(app.broker_url() or '')} lives inside one process and can't serve --processes {runtime.processes}"
+        msg = f"the broker {redact_url(app.broker_url() or '')} lives inside one process and can't serve --processes {runtime.processes}"
         raise ConfigurationError(msg)
     for handler in handlers:
         check_limits(handler, broker.features(handler.queue))

@@ -27,7 +27,7 @@ from ..consuming.worker import working
 from ..errors import ConfigurationError, LeveretError
 from ..outcome import Kind
 from ..runtime import Shared
-from ..settings import redact
+from ..settings import redact, redact_url
 from ..waits import first_of
 from .loading import load_app
 from .logs import report_error, set_up_logs
@@ -81,7 +81,7 @@ async def run(options: WorkOptions) -> int:
                 app.name,
                 takes,
                 names,
-                redact(app.broker_url() or ""),
+                redact_url(app.broker_url() or ""),
             )
             await first_of(stop.asked.wait(), work.consumption.failed())
             ends = time.monotonic() + options.grace_s

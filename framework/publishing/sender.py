@@ -262,7 +262,7 @@ class Sender:
                 raise InvalidJob(msg)
             delay_s = max(0.0, at.timestamp() - now)
         if delay_s and delay_s > (limit_s := self._broker.features(queue).max_delay_s):
-            msg = f"the delay of {delay_s / 86_400:g} days is above the limit of {limit_s / 86_400:g} days"
+            msg = f"the delay of {delay_s:.0f} s is above the limit of {limit_s / 86_400:g} days ({limit_s:.0f} s)"
             raise InvalidJob(msg)
         return delay_s
 

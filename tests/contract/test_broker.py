@@ -712,6 +712,7 @@ async def test_content_type_and_encoding_arrive_as_they_were_sent(harness: Harne
         ("lv-attempt", 0),
         ("lv-attempt", -3),
         ("lv-pass", 1.5),
+        ("lv-crashes", -1),
         ("lv-errors", 7),
         ("lv-due", "soon"),
         ("lv-expires-at", True),

@@ -17,6 +17,7 @@ from leveret.middleware import Retries
 from leveret.outcome import Kind
 from tests.fault.bench import Bench, eventually
 from tests.rabbit.node import Rabbit
+from tests.rabbit.raw import Raw
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 
@@ -99,3 +100,34 @@ async def test_a_job_longer_than_the_consumer_timeout_starts_once_per_process(
 
     assert set(one.recorder.ids("start")) == {long}
     assert set(starts.values()) == {1}, starts
+
+
+@pytest.mark.versions
+async def test_a_deleted_queue_is_not_taken_for_the_consumer_timeout(
+    rabbit: Rabbit, raw: Raw, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On 4.3 each worker took the age of its oldest job for the limit: it gave back longer jobs from then on, which ran up to three times."""
+    caplog.set_level(logging.INFO, "leveret")
+    queue = Queue(uuid.uuid4().hex[:12])
+    app = App("shop", broker=rabbit.url)
+
+    class Report(Job, name="report", queue=queue): ...
+
+    started, end = asyncio.Event(), asyncio.Event()
+
+    @app.handler(job=Report)
+    async def run(_: Any) -> None:
+        started.set()
+        await end.wait()
+
+    async with app.publisher() as publisher, app.worker() as worker:
+        await publisher.publish(Report(), priority=Priority.URGENT)
+        await started.wait()
+        await asyncio.sleep(1.1)  # no limit is believed to be below 1 s
+        await raw.delete(f"{queue.name}.urgent")
+        await eventually(lambda: "degraded: " in caplog.text)
+        await eventually(lambda: worker.state().name == "ready")
+        end.set()
+
+    assert "because the queue is gone" in caplog.text
+    assert "consumer_timeout" not in caplog.text

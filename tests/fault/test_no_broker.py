@@ -8,6 +8,7 @@ from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any, Literal
 
+import msgspec
 import pytest
 
 from leveret import App, BrokerUnavailable, Job, Outgoing, PublishError, PublishManyError, PublishTimeout, Receipt
@@ -63,7 +64,7 @@ async def test_a_publisher_without_a_broker_has_one_documented_error_in_time(ben
 
     assert {type(error) for error in errors} == {BrokerUnavailable}
     assert all(f"127.0.0.1:{port}" in str(error) and "Connection refused" in str(error) for error in errors), errors[0]
-    assert took_s < 1 + 2 * SLACK_S
+    assert took_s < 1 + 4 * SLACK_S  # 3000 errors are made, beside another process of tests
     assert all(isinstance(result, (BrokerUnavailable, PublishTimeout)) for result in many.value.results)
     assert not any(isinstance(result, PublishTimeout) and result.maybe_published for result in many.value.results)
 
@@ -319,13 +320,14 @@ async def test_a_broker_short_of_memory_blocks_publishers_by_name_and_no_consume
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("ending", ["again", "bury"])
+@pytest.mark.parametrize("ending", ["again", "set aside", "bury"])
 async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often_it_is_tried(
     ending: str, rabbit_node: StartNode
 ) -> None:
     """An alarm of five minutes would make twenty copies of each job that fails meanwhile, and each would run."""
     node = await rabbit_node()
     broker, queue = open_broker(node.url, Runtime(app="blocked")), Queue("blocked")
+    admin = open_admin(node.url, Runtime(app="blocked"))
     _, sink = await consume(broker, queue)
     for number in range(20):
         await broker.publish(queue, timed(make_envelope(queue, b"%d" % number), soon()))
@@ -335,6 +337,8 @@ async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often
         deadline = time.monotonic() + timeout_s
         if ending == "again":
             await delivery.again(timed(delivery.envelope, deadline, delay_s=0.25))
+        elif ending == "set aside":
+            await delivery.again(timed(msgspec.structs.replace(delivery.envelope, crashes=2), deadline))
         else:
             await delivery.bury(timed(delivery.envelope, deadline))
 
@@ -350,12 +354,42 @@ async def test_a_settlement_that_a_broker_blocks_is_published_once_however_often
         # behind any second copy: it waits as long, and was published later
         await broker.publish(queue, timed(make_envelope(queue, b"last"), soon(), delay_s=0.25))
         assert (await sink.next()).envelope.body == b"last"
+    elif ending == "set aside":
+        came = list[bytes]()
+        for _ in range(20):
+            suspect = await sink.next()
+            came.append(suspect.envelope.body)
+            suspect.done()
+        assert (await admin.depths([queue]))[0].levels.get("suspects", 0) == 0
     else:
-        async with open_admin(node.url, Runtime(app="blocked")).dead(queue) as letters:
+        async with admin.dead(queue) as letters:
             came = [letter.envelope.body async for letter in letters]
     await broker.close()
 
     assert sorted(came) == sorted(b"%d" % number for number in range(20))
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(60)
+async def test_a_broker_that_is_left_under_an_alarm_waits_for_no_publish_that_was_given_up(
+    rabbit_node: StartNode,
+) -> None:
+    """A stop under an alarm took three seconds more than it had to: it waited for the confirm of a job that it had given back."""
+    node = await rabbit_node()
+    broker, queue = open_broker(node.url, Runtime(app="leaving")), Queue("left")
+    consumption, sink = await consume(broker, queue)
+    for number in range(2):
+        await broker.publish(queue, timed(make_envelope(queue, b"%d" % number), soon()))
+    first, second = await sink.take(2)
+    await first.again(timed(first.envelope, soon()))
+    await node.alarm(on=True)
+    with pytest.raises(PublishTimeout):
+        await second.again(timed(second.envelope, time.monotonic() + 0.5))
+    await consumption.close()
+    began = time.monotonic()
+    await broker.close()
+
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.fault

@@ -17,6 +17,14 @@ from tests.cli.command import LEVERET, PATIENCE_S, Project, Running, alive, chil
 pytestmark = pytest.mark.fault
 
 
+@pytest.fixture(autouse=True)
+def hangups() -> Generator[None]:
+    """Let workers hear of a lost terminal although the tests run under nohup: processes inherit that a signal is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A folder with shop.py and nothing else."""

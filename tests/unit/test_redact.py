@@ -1,10 +1,12 @@
 """No secret of a URL gets into an error, a log line or a table."""
 
+import time
+
 import pytest
 
 from leveret import App, ConfigurationError
 from leveret.schemes import broker_module
-from leveret.settings import redact
+from leveret.settings import redact, redact_url
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,20 @@ from leveret.settings import redact
 def test_a_password_is_hidden_wherever_a_url_has_it(url: str) -> None:
     """It would stand in the logs of every worker, for all who may read them."""
     assert "hunter2" not in redact(f"connecting to {url} now")
+
+
+def test_a_password_with_blanks_is_hidden_in_each_url() -> None:
+    """RabbitMQ takes such a password, and each worker logged it at its start."""
+    assert redact_url("amqp://shop:hun ter@a:1/v,amqp://shop:hun, ter@b") == "amqp://shop:***@a:1/v,amqp://shop:***@b"
+    assert redact_url("amqp://shop@a:5672/v") == "amqp://shop@a:5672/v"
+
+
+def test_a_long_line_of_urls_takes_no_time() -> None:
+    """A handler that logged 100 kB of JSON stopped its worker for seconds, and 1 MB for minutes."""
+    line = '["http://aaaaaaaaaaaaaaaaaaaa",' * 4_000
+    began = time.process_time()
+    assert redact(line) == line
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(
@@ -60,6 +76,11 @@ def test_words_about_passwords_are_left() -> None:
         "amqp://shop:hunter2/x@rabbit/",
         "amqp://rabbit/?password=hunter2",
         "amqp://shop:hunter2@[x/",
+        "amqp:/shop:hunter2@rabbit/",
+        "amqp//shop:hunter2@rabbit/",
+        "amqp:///shop:hunter2@rabbit/",
+        "shop:hunter2@rabbit",
+        "amqp://shop:hun hunter2@rabbit:0/",
     ],
 )
 def test_a_url_that_cannot_be_used_does_not_show_its_password(url: str) -> None:

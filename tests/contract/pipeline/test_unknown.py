@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from leveret import Job, Settings
 from leveret.consuming.worker import working
 from leveret.failure import failures_of
 from leveret.outcome import Kind
-from tests.contract.harness import Harness, make_envelope, soon, timed
+from tests.contract.harness import Harness, consume, make_envelope, soon, timed
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, letters_of, make_app, publish, until
 
 
@@ -57,4 +58,30 @@ async def test_an_unknown_job_runs_once_a_worker_that_knows_it_is_there(harness:
 
     assert (attempt.job_id, attempt.number, attempt.envelope.passes) == (job_id, 1, 1)
     assert old_runs.count == 0
+    await assert_empty(harness, queue)
+
+
+async def test_a_worker_that_does_not_know_a_job_keeps_the_count_of_its_crashes(harness: Harness) -> None:
+    """Beside a worker of another app, a job that kills its workers was never set aside or buried: each stranger set its count to 0."""
+    queue, old_runs, new_runs = harness.queue(), Runs(), Runs()
+    old = make_app(harness, job_class(queue), old_runs)
+
+    class Novelty(Job, name="contract.new", queue=queue):
+        n: int
+
+    new = make_app(harness, Novelty, new_runs)
+    broker = harness.open()
+    [job_id] = await publish(new, Novelty(n=1))
+    consumption, sink = await consume(broker, queue)
+    delivery = await sink.next()
+    await consumption.stop_taking()
+    assert await delivery.again(timed(msgspec.structs.replace(delivery.envelope, crashes=2, passes=1), soon()))
+    await consumption.close()
+
+    async with working(old, queues=[queue.name]) as worker:
+        await until(lambda: worker.consumer.counts[Kind.UNKNOWN] == 1)
+    async with new.worker(queues=[queue.name]):
+        attempt = await new_runs.next()
+
+    assert (attempt.job_id, attempt.envelope.crashes, attempt.envelope.passes) == (job_id, 2, 2)
     await assert_empty(harness, queue)

@@ -116,6 +116,18 @@ async def test_a_stop_lets_no_burial_wait_in_its_worker() -> None:
     assert [failure.reason for failure in failures_of(delivery.postponed)] == ["no such order"]
 
 
+async def test_a_job_that_was_set_aside_does_not_wait_in_its_worker_to_be_buried() -> None:
+    """A worker holds one such job at a time: every suspect behind it would stand still until the dead letters have room."""
+    clock, delivery = ManualClock(), Refused(1)
+    delivery.envelope = msgspec.structs.replace(delivery.envelope, crashes=5)
+    made = settlement(clock, 8)
+
+    await asyncio.wait_for(ending(made, delivery), 10)
+
+    assert delivery.postponed is not None
+    assert delivery.postponed.bury_since_ms == int(clock.now() * 1000)
+
+
 @pytest.mark.parametrize(("waited_s", "waits_s"), [(0, 10), (60, 60), (4000, 300)])
 async def test_the_waits_of_a_job_that_is_to_be_buried_grow(waited_s: int, waits_s: int) -> None:
     """A hundred thousand of them that come back every few seconds take all of the worker's time."""

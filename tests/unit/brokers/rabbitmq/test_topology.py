@@ -241,6 +241,13 @@ def test_there_are_at_most_three_hops(delay_s: float) -> None:
     assert sum(digit != "0" for digit in format(topology.delay_units(delay_s), "o")) <= 3
 
 
+def test_the_longest_delay_has_a_way_though_its_end_is_a_rounded_millisecond() -> None:
+    """A job that asked for its retry in 48 days, as the README allows, was buried."""
+    _, key, _ = topology.route(Queue("emails"), Priority.NORMAL, MAX_DELAY_S + 0.001)
+
+    assert key.startswith("7.7.")
+
+
 @pytest.mark.parametrize("delay_s", [0, -1, MAX_DELAY_S + 1, float("inf"), float("nan")])
 def test_a_delay_that_the_ladder_does_not_have_is_refused(delay_s: float) -> None:
     """It would run at once, or never."""
