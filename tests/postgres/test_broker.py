@@ -47,6 +47,13 @@ async def publish(broker: Broker, *bodies: bytes, queue: Queue = QUEUE, **fields
         await broker.publish(queue, timed(make_envelope(queue, body, **fields), soon()))
 
 
+async def until_state(broker: Broker, name: str) -> None:
+    """Wait until publishing is in this state."""
+    async with asyncio.timeout(PATIENCE_S):
+        while broker.publishing.name != name:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_foreign_producer_publishes_with_one_function(
     opened: Opened, postgres: Postgres, postgres_url: str
 ) -> None:
@@ -162,6 +169,22 @@ async def test_a_killed_backend_costs_no_delivery(opened: Opened, postgres: Post
     await broker.close()
     row = await depth(open_admin(postgres_url, RUNTIME), QUEUE)
     assert (row.ready, row.unsettled) == (0, 0)
+
+
+async def test_a_lost_connection_of_a_publisher_is_told_and_opened_again(opened: Opened, postgres_url: str) -> None:
+    """A service that isn't ready gets no traffic: if only a publish could bring it back, it would never be ready again."""
+    async with FaultProxy(urlsplit(postgres_url).port or 0) as link:
+        broker = opened(link.url_of(postgres_url))
+        await publish(broker, b"1")
+        link.refuse = True
+        link.reset()
+        await until_state(broker, "connecting")
+        assert broker.publishing.why
+
+        link.refuse = False
+
+        await until_state(broker, "ready")
+        await broker.close()
 
 
 async def test_a_lost_answer_of_a_commit_says_that_the_job_may_be_published(
