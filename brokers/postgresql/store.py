@@ -69,7 +69,9 @@ class Store:
         self._told = False
         """Whether a notice came since the last turn began."""
         self._idle = False
-        """Whether publishers know that this worker waits."""
+        """Whether the last look found nothing."""
+        self._marks: dict[Taker, list[str]] = {}
+        """The queues for which the connection is marked as waiting, so that publishers tell."""
         self._poll_s = 0.0
         self._losses = 0
         self._next_due = 0.0
@@ -136,7 +138,8 @@ class Store:
         """Wait for work; return False when the driver must end."""
         while (pause_s := self.turns.pause_s) > 0:  # new work isn't tried before the back-off is over
             await self._wait(pause_s)
-        await self._wait(0.0 if self._told else self.turns.patience(self._wait_s()))
+        told = self._told and not self.turns.closed
+        await self._wait(0.0 if told else self.turns.patience(self._wait_s()))
         return self.turns.collect()
 
     async def _wait(self, limit_s: float | None) -> None:
@@ -160,8 +163,9 @@ class Store:
         try:
             async with asyncio.timeout(TURN_S) as limit:
                 connection = await self._link.connection(listen=turns.takers.taking)
+                step = "within"
                 await self._look(connection)
-                if not (turns.waiting or turns.takers.all):
+                if not (turns.waiting or turns.takers.all or turns.publishing.name == "connecting"):
                     turns.rest()
                     return
                 if not turns.waiting and self._only_claims(time.monotonic()):
@@ -169,7 +173,6 @@ class Store:
                     turn = turns.take()
                     await self._claim_all(connection, turn)
                 else:
-                    step = "within"
                     await connection.execute(BEGIN)
                     turn = turns.take()
                     size = sum(write.size for write in turn.writes)
@@ -234,6 +237,9 @@ class Store:
         else:
             # the first try comes at once: a server that ends connections, as a fail-over does, takes new ones
             self._losses += 1
+            self._told = (
+                True  # tries again, even if nobody waits for it: a publisher's state is looked at without a publish
+            )
             pause_s = 0.0 if self._losses == 1 and step != "before" else None
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
 
@@ -254,6 +260,7 @@ class Store:
         self._cursors.start_over()
         self._next_due = 0.0
         self._idle = False
+        self._marks.clear()
         self._missing.clear()
 
     async def _look(self, connection: Connection) -> None:
@@ -288,6 +295,9 @@ class Store:
         for taker in turn.closing:
             if taker.lease.id is not None:
                 await self._release(connection, taker.lease.id)
+        if turn.closing and self._marks:
+            self._marks.clear()
+            await connection.execute("SELECT pg_advisory_unlock_all()")
         if takers.taking:
             await self._move_due(connection)
             await self._claim_all(connection, turn)
@@ -376,7 +386,12 @@ class Store:
             counts += [free - strange, 1][: 1 + strange]
         places = list(zip(queues, levels, strict=True))
         behind = [self._cursors.behind(place) for place in places]
-        rows: list[Any] = await connection.fetch(self._sql.claim, taker.lease.id, queues, levels, behind, counts)
+        marked = self._marks.get(taker, []) if self._link.listens else None
+        rows: list[Any] = await connection.fetch(
+            self._sql.claim, taker.lease.id, queues, levels, behind, counts, marked
+        )
+        if marked is not None:
+            self._marks[taker] = [] if rows else sorted(set(queues))
         claimed = {place: list(found) for place, found in groupby(rows, lambda row: (row[3], row[4]))}
         for (queue, level), found in claimed.items():
             window, free = wanted.get((queue, level)) or wanted[queue, "normal"]

@@ -47,6 +47,13 @@ async def publish(broker: Broker, *bodies: bytes, queue: Queue = QUEUE, **fields
         await broker.publish(queue, timed(make_envelope(queue, body, **fields), soon()))
 
 
+async def until_state(broker: Broker, name: str) -> None:
+    """Wait until publishing is in this state."""
+    async with asyncio.timeout(PATIENCE_S):
+        while broker.publishing.name != name:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_foreign_producer_publishes_with_one_function(
     opened: Opened, postgres: Postgres, postgres_url: str
 ) -> None:
@@ -164,6 +171,22 @@ async def test_a_killed_backend_costs_no_delivery(opened: Opened, postgres: Post
     assert (row.ready, row.unsettled) == (0, 0)
 
 
+async def test_a_lost_connection_of_a_publisher_is_told_and_opened_again(opened: Opened, postgres_url: str) -> None:
+    """A service that isn't ready gets no traffic: if only a publish could bring it back, it would never be ready again."""
+    async with FaultProxy(urlsplit(postgres_url).port or 0) as link:
+        broker = opened(link.url_of(postgres_url))
+        await publish(broker, b"1")
+        link.refuse = True
+        link.reset()
+        await until_state(broker, "connecting")
+        assert broker.publishing.why
+
+        link.refuse = False
+
+        await until_state(broker, "ready")
+        await broker.close()
+
+
 async def test_a_lost_answer_of_a_commit_says_that_the_job_may_be_published(
     opened: Opened, postgres: Postgres, postgres_url: str
 ) -> None:
@@ -253,14 +276,15 @@ async def test_who_waits_is_told_and_who_has_enough_is_not(
         return [notice for notice in said if notice in {"new", "later", "freed"}]
 
     async def idle() -> bool:
-        return bool(await postgres.query("SELECT FROM leveret.workers WHERE idle IS NOT NULL", url=postgres_url))
+        held = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        return bool(await postgres.query(held, url=postgres_url))
 
-    broker = opened()
-    await publish(broker, b"1", b"2", queue=queue)
+    broker, publisher = opened(), opened()
+    await publish(publisher, b"1", b"2", queue=queue)
     nobody_there = await hears()
     _, sink = await consume(broker, queue, prefetch=2)
     first, second = await sink.take(2)
-    await publish(broker, b"3", queue=queue)
+    await publish(publisher, b"3", queue=queue)
     full = await hears()
     first.done()
     second.done()
@@ -268,7 +292,7 @@ async def test_who_waits_is_told_and_who_has_enough_is_not(
     async with asyncio.timeout(PATIENCE_S):
         while not await idle():
             await asyncio.sleep(0.01)
-    await publish(broker, b"4", queue=queue)
+    await publish(publisher, b"4", queue=queue)
     await sink.next()
 
     assert (nobody_there, full, await hears()) == ([], [], ["new"])
