@@ -416,7 +416,7 @@ def test_a_broker_that_is_away_is_one_line_and_exit_1_in_time(project: Project) 
             ]
 
     for port, ran, took_s in (one.result() for one in running):
-        assert took_s < 15
+        assert took_s < 20
         assert (ran.code, ran.out) == (1, ""), ran
         assert f"127.0.0.1:{port}" in ran.line
         assert "hunter2" not in ran.err
