@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 from .admin import Admin
 from .broker import Broker
 from .errors import ConfigurationError
+from .migrator import Migrator
 from .runtime import Runtime
 from .settings import redact
 
 
 class BrokerModule(Protocol):
-    """The functions of a module that serves a URL scheme."""
+    """The functions of a module that serves a URL scheme.
+
+    A broker on a database that it doesn't change by itself also has `open_migrator(url, runtime)`.
+    """
 
     def open_broker(self, url: str, runtime: Runtime) -> Broker:
         """Return a broker, without connecting; ConfigurationError for a wrong URL."""
@@ -29,6 +34,7 @@ class BrokerModule(Protocol):
 _SCHEMES = {
     "amqp": "leveret.brokers.rabbitmq",
     "amqps": "leveret.brokers.rabbitmq",
+    "postgresql": "leveret.brokers.postgresql",
     "sqlite": "leveret.brokers.sqlite",
     "memory": "leveret.brokers.memory",
 }
@@ -66,6 +72,13 @@ def broker_module(url: str | None) -> BrokerModule:
             raise
         msg = f"a broker's URL with {scheme}:// needs {library}; install the extra leveret[{_EXTRAS[library]}], which brings it"
         raise ConfigurationError(msg) from error
+
+
+def open_migrator(url: str | None, runtime: Runtime) -> Migrator | None:
+    """Return the migrator of the broker at `url`, without connecting; None for a broker that needs none."""
+    module = broker_module(url)
+    make: Callable[[str | None, Runtime], Migrator] | None = getattr(module, "open_migrator", None)
+    return None if make is None else make(url, runtime)
 
 
 NO_BROKER = (

@@ -109,7 +109,13 @@ def environment(mapping: Mapping[str, str]) -> Environment:
 _PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S*)@")  # up to the last @: a password may contain an unescaped @
 _IN_QUERY = re.compile(r"([?&][^=&\s'\"]*(?:pass|secret|token)[^=&\s'\"]*=)[^&\s'\"]*", re.IGNORECASE)
 
+# libpq's form, password=… or password='…'; unquoted, the value ends at the next space, whatever else is in it
+_KEYWORD = re.compile(r"((?<![\w?&])(?:pg|ssl)?password[ \t]*=[ \t]*)(?:'(?:[^'\\]|\\.)*'?|\S+)", re.IGNORECASE)
+
 
 def redact(text: str) -> str:
-    """Return `text` with `***` for the password of every URL, in queries too. All text that may contain a URL passes here."""
-    return _IN_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
+    """Return `text` with `***` for each password: of every URL, in queries too, and after libpq's `password=`.
+
+    All text that may contain a URL passes here.
+    """
+    return _KEYWORD.sub(r"\1***", _IN_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text)))

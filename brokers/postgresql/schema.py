@@ -169,8 +169,10 @@ async def migrate(
             await asyncio.sleep(_ASK_S)
 
 
-def script(missing: Iterable[Migration], schema: str) -> str:
+def script(missing: Sequence[Migration], schema: str) -> str:
     """Return SQL that does what `migrate` would do. Run twice, it fails before it changes anything."""
+    if not missing:
+        return ""
     parts = [f'-- leveret\'s schema "{schema}". An index that is built CONCURRENTLY must not stand in a transaction.\n']
     for migration in missing:
         if migration.index is None:

@@ -61,6 +61,7 @@ class Turns:
 
     The loop calls the methods up to `close`. The `driver` calls those after it, one turn at a time: it waits for `patience`,
     collects, prepares, and takes a turn. It ends the turn by `committed`, or by `rolled_back` and then the method that says why.
+    `not_yet` says that a store over the network wasn't reached yet; a local store is ready from the start.
     """
 
     def __init__(
@@ -70,14 +71,14 @@ class Turns:
         log: logging.Logger,
         driver: Driver,
         *,
-        at_first: PublisherStateName = "ready",
+        not_yet: str = "",
     ) -> None:
         self.where = where
         self.clock = runtime.clock
         self._runtime = runtime
         self._log = log
         self._driver = driver
-        self._at_first: PublisherStateName = at_first
+        self._not_yet = not_yet
         self._reset()
 
     def _reset(self) -> None:
@@ -85,7 +86,9 @@ class Turns:
         """Held while work passes from the loop to the driver; a driver on the loop is alone with it."""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.takers = Takers(self.where, self._log)
-        self.publishing = PublisherState.at(self.clock.now(), self._at_first)
+        self.publishing = PublisherState.at(
+            self.clock.now(), "connecting" if self._not_yet else "ready", self._not_yet
+        )
         """Whether the store can be written, as `Broker.publishing`."""
         self.why = ""
         """Why the store can't be written now; empty if it can."""

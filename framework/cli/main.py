@@ -1,4 +1,4 @@
-"""The command line: `leveret work`, `cron`, `publish`, `describe`, `queues`, `dead`; a file per command.
+"""The command line: `leveret work`, `cron`, `publish`, `describe`, `queues`, `dead`, `migrate`; a file per command.
 
 Only the command line imports click and rich. `work` hands over to `python -m leveret.process.main`, which imports neither.
 """
@@ -22,6 +22,7 @@ from ..settings import environment, redact
 from .cron import cron
 from .dead import dead
 from .describe import describe
+from .migrate import migrate
 from .publish import publish
 from .queues import queues
 from .work import work
@@ -59,7 +60,7 @@ def cli() -> None:
     """  # noqa: D301 - \b keeps click from rewrapping a paragraph
 
 
-for command in (work, cron, publish, describe, queues, dead):
+for command in (work, cron, publish, describe, queues, dead, migrate):
     cli.add_command(command)
 
 

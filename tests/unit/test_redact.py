@@ -23,6 +23,37 @@ def test_a_password_is_hidden_wherever_a_url_has_it(url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://shop:hunter2@one:5432,two/shop?schema=x",
+        "postgresql:///shop?host=db&user=shop&password=hunter2",
+        "postgresql://db/shop?sslpassword=hunter2&sslmode=require",
+        "host=db user=shop password=hunter2 dbname=shop",
+        "host=db password = 'hun ter hunter2' dbname=shop",
+        r"host=db password='it\'s hunter2' dbname=shop",
+        "host=db password='hunter2",
+        'host=db password=a"hunter2 sslpassword=hunter2',
+        "PGPASSWORD=hunter2 psql -h db",
+    ],
+)
+def test_a_password_is_hidden_in_each_form_that_postgresql_has(text: str) -> None:
+    """Drivers print what they were given, and libpq's form has no //."""
+    shown = redact(f"connecting by {text} now")
+
+    assert "hunter2" not in shown
+    assert "db" in shown or "shop:***@one" in shown
+    assert shown.endswith(" now") or text.endswith("'hunter2")
+    assert redact(shown) == shown
+
+
+def test_words_about_passwords_are_left() -> None:
+    """Without them an error doesn't say what to do."""
+    said = 'password authentication failed for user "shop"; set PGPASSWORD or passfile=/run/pg'
+
+    assert redact(said) == said
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "amqp://shop:hunter2@a\u2100b/",

@@ -23,11 +23,11 @@ def trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_scheme_that_nobody_serves_is_named_with_those_that_are() -> None:
     """Somebody who read of a broker in a newer release must see that this one doesn't have it, and not look for a typo."""
     with pytest.raises(ConfigurationError) as refused:
-        broker_module("postgresql://shop:hunter2@db/shop")
+        broker_module("kafka://shop:hunter2@db/shop")
 
     assert str(refused.value) == (
-        "the broker's URL 'postgresql://shop:***@db/shop' has no known scheme: neither leveret nor an installed package "
-        "has a broker for postgresql://; a URL begins with one of amqp://, amqps://, sqlite://, memory://"
+        "the broker's URL 'kafka://shop:***@db/shop' has no known scheme: neither leveret nor an installed package "
+        "has a broker for kafka://; a URL begins with one of amqp://, amqps://, postgresql://, sqlite://, memory://"
     )
 
 

@@ -1,0 +1,270 @@
+"""Inspect and repair the queues of a PostgreSQL schema, for the command line."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
+
+import asyncpg
+
+from leveret.admin import DeadLetter, DeadLetters, Depth
+from leveret.envelope import Envelope
+from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.job import Queue
+from leveret.runtime import Runtime
+
+from ..rows import Row, packed, unpack
+from ..turns import Close, Look, Open, Run, Taker, Write
+from .address import Address
+from .schema import in_schema
+from .statements import LEVEL, LEVEL_NAMES, READ, Statements, columns
+from .store import Store
+
+if TYPE_CHECKING:
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+
+T = TypeVar("T")
+log = logging.getLogger("leveret.postgresql")
+
+_PAGE = 100
+_PURGED_AT_ONCE = 5000
+_LEVELS = f"ARRAY[{', '.join(map(str, LEVEL_NAMES))}]::smallint[]"
+
+_READY = f"SELECT {LEVEL}, count(*) FROM {{schema}}.jobs WHERE queue = $1 GROUP BY 1"  # noqa: S608 - columns of ours
+_HELD = (
+    f"SELECT {LEVEL}, count(*) FROM {{schema}}.jobs j JOIN {{schema}}.claims c USING (seq)"  # noqa: S608
+    f" WHERE c.worker IS NOT NULL AND j.queue = $1 AND j.level = ANY({_LEVELS}) GROUP BY 1"
+)
+_DELAYED = (
+    f"SELECT {LEVEL}, due_ms <= extract(epoch FROM clock_timestamp()) * 1000, count(*)"  # noqa: S608
+    " FROM {schema}.delayed WHERE queue = $1 GROUP BY 1, 2"
+)
+_DEAD = "SELECT count(*) FROM {schema}.dead WHERE queue = $1"
+_KNOWN = "SELECT EXISTS (SELECT FROM {schema}.queues WHERE name = $1)"
+_PURGE = (
+    "WITH free AS (SELECT j.level, j.seq FROM {schema}.jobs j WHERE j.queue = $1"
+    " AND (SELECT c.worker FROM {schema}.claims c WHERE c.seq = j.seq) IS NULL LIMIT $2 FOR UPDATE SKIP LOCKED),"
+    " gone AS (DELETE FROM {schema}.claims c USING free WHERE c.seq = free.seq),"
+    " deleted AS (DELETE FROM {schema}.jobs j USING free WHERE j.queue = $1 AND j.level = free.level AND j.seq = free.seq RETURNING 1)"
+    " SELECT count(*) FROM deleted"
+)
+_PAGE_OF_DEAD = (
+    "WITH page AS (SELECT seq FROM {schema}.dead WHERE queue = $2 AND reader IS NULL AND seq > $3 AND seq <= $4"
+    " ORDER BY seq LIMIT $5 FOR UPDATE SKIP LOCKED)"
+    " UPDATE {schema}.dead d SET reader = $1 FROM page WHERE d.queue = $2 AND d.seq = page.seq"
+    f" RETURNING d.seq, {READ.replace('queue', 'd.queue', 1)}"
+)
+_LAST_DEAD = "SELECT max(seq) FROM {schema}.dead WHERE queue = $1"
+_TAKE_DEAD = "DELETE FROM {schema}.dead WHERE queue = $1 AND seq = $2 AND reader = $3"
+
+
+@final
+class _Letter:
+    """A row of `dead` that a reader holds."""
+
+    __slots__ = ("envelope", "seq")
+
+    def __init__(self, seq: int, envelope: Envelope) -> None:
+        self.seq = seq
+        self.envelope = envelope
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self.envelope.job_id
+
+
+@final
+class _Letters:
+    """The dead letters of one queue, claimed page by page under a separate lease."""
+
+    def __init__(self, admin: PostgresAdmin, queue: Queue, taker: Taker) -> None:
+        self._admin = admin
+        self._queue = queue.name
+        self._taker = taker
+
+    def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        return self._pages()
+
+    async def _pages(self) -> AsyncIterator[DeadLetter]:
+        # jobs buried later aren't read: a replay that fails at once would be read again and again
+        last: int | None = await self._admin.run("the dead letters", self._last)
+        seen = 0
+        while last is not None:
+            page = await self._admin.run("the dead letters", self._claim(seen, last))
+            for row in page:
+                yield _Letter(row[0], unpack(row[1:])[0])
+            if len(page) < _PAGE:
+                return
+            seen = page[-1][0]
+
+    async def _last(self, connection: Connection) -> int | None:
+        found: int | None = await connection.fetchval(self._admin.sql(_LAST_DEAD), self._queue)
+        return found
+
+    def _claim(self, seen: int, last: int) -> Callable[[Connection], Awaitable[list[asyncpg.Record]]]:
+        async def claim(connection: Connection) -> list[asyncpg.Record]:
+            reader = self._taker.lease.id
+            rows = await connection.fetch(self._admin.sql(_PAGE_OF_DEAD), reader, self._queue, seen, last, _PAGE)
+            return sorted(rows, key=lambda row: int(row[0]))
+
+        return claim
+
+    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
+        """As `DeadLetters.replay`, in one transaction. BrokerUnavailable if the lease was lost meanwhile; then nothing is published."""
+        await self._take(letter, f"the replay of job {envelope.job_id}", packed(letter.envelope.queue, envelope, None))
+
+    async def drop(self, letter: DeadLetter) -> None:
+        """As `DeadLetters.drop`."""
+        await self._take(letter, f"the drop of job {letter.envelope.job_id}", None)
+
+    async def _take(self, letter: DeadLetter, about: str, row: Row | None) -> None:
+        if not isinstance(letter, _Letter):
+            msg = f"replay() and drop() take a dead letter of the PostgreSQL broker, not {letter!r}"
+            raise TypeError(msg)
+        seq, admin = letter.seq, self._admin
+
+        async def take(connection: Connection) -> bool:
+            taken = await connection.execute(admin.sql(_TAKE_DEAD), self._queue, seq, self._taker.lease.id)
+            if taken != "DELETE 1":
+                return False
+            if row is not None:
+                await connection.execute(admin.statements.add_jobs, *columns([row], 0.0))
+            return True
+
+        if not await admin.run(about, take):
+            msg = f"{about} wasn't done: this reader no longer holds the dead letter; read it again"
+            raise BrokerUnavailable(msg, job_id=letter.envelope.job_id)
+
+
+@final
+class _Open(AbstractAsyncContextManager[DeadLetters, None]):
+    """Holds the dead letters of a queue for the time of a `with` block."""
+
+    def __init__(self, admin: PostgresAdmin, queue: Queue) -> None:
+        self._admin = admin
+        self._queue = queue
+        self._taker = Taker()
+
+    async def __aenter__(self) -> DeadLetters:
+        try:
+            await self._admin.hold(self._taker)
+        except BaseException:
+            await self._admin.release(self._taker, self._queue)
+            raise
+        return _Letters(self._admin, self._queue, self._taker)
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._admin.release(self._taker, self._queue)
+
+
+@final
+class PostgresAdmin:
+    """An `Admin` on the schema at `address`.
+
+    Every call ends within the setting `connect_timeout_s`: BrokerUnavailable if no server answers, or the tables stay locked.
+    """
+
+    def __init__(self, address: Address, runtime: Runtime) -> None:
+        self._address = address
+        self._runtime = runtime
+        self._store = Store(address, runtime, name="leveret admin")
+        self.statements = Statements(address.schema)
+
+    def sql(self, text: str) -> str:
+        """Return a statement for the schema."""
+        return in_schema(self._address.schema, text)
+
+    async def run(self, about: str, call: Callable[[Connection], Awaitable[T]]) -> T:
+        """Run `call` in a transaction that writes."""
+        result: T = await self._run(Run(about=about, call=call, deadline=self._deadline()))
+        return result
+
+    async def _run(self, write: Write) -> Any:
+        try:
+            return await self._store.turns.run(write)
+        except PublishTimeout as error:
+            raise BrokerUnavailable(str(error)) from error
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._runtime.settings.connect_timeout_s
+
+    async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
+        """As `Admin.depths`; no lock of a row stops the read. The jobs of a dead worker count as unsettled until another worker runs."""
+
+        async def read(connection: Connection) -> list[Depth]:
+            return [await self._read(connection, queue) for queue in queues]
+
+        rows: list[Depth] = await self._run(Look(about="the read of the queues", call=read, deadline=self._deadline()))
+        return rows
+
+    async def _read(self, connection: Connection, queue: Queue) -> Depth:
+        async def count(statement: str) -> int:
+            found: int = await connection.fetchval(self.sql(statement), queue.name)
+            return found
+
+        levels = {level.value: 0 for level in queue.levels}
+        levels |= {row[0]: row[1] for row in await connection.fetch(self.sql(_READY), queue.name)}
+        held = {row[0]: row[1] for row in await connection.fetch(self.sql(_HELD), queue.name)}
+        for level, jobs in held.items():
+            levels[level] -= jobs
+        delayed = 0
+        for level, due, jobs in await connection.fetch(self.sql(_DELAYED), queue.name):
+            if due:
+                levels[level] = levels.get(level, 0) + jobs
+            else:
+                delayed += jobs
+        dead, known = await count(_DEAD), await count(_KNOWN)
+        return Depth(
+            queue=queue.name,
+            ready=sum(levels.values()),
+            levels=levels,
+            unsettled=sum(held.values()),
+            delayed=delayed,
+            dead=dead,
+            consumers=None,
+            exists=bool(known or delayed or dead or held or any(levels.values())),
+        )
+
+    async def delayed(self) -> None:
+        """As `Admin.delayed`; returns None, since `depths` counts the delayed jobs of each queue."""
+
+    async def purge(self, queue: Queue) -> int:
+        """As `Admin.purge`, some thousands of jobs per transaction, so that workers get their turns in between."""
+
+        async def delete(connection: Connection) -> int:
+            await connection.execute(self.statements.move_due, _PURGED_AT_ONCE)
+            count: int = await connection.fetchval(self.sql(_PURGE), queue.name, _PURGED_AT_ONCE)
+            return count
+
+        purged = 0
+        while True:
+            count = await self.run(f"the purge of queue {queue.name!r}", delete)
+            purged += count
+            if count < _PURGED_AT_ONCE:
+                return purged
+
+    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+        """As `Admin.dead`; if this process dies, its letters are free again as the jobs of a dead worker are."""
+        return _Open(self, queue)
+
+    async def hold(self, taker: Taker) -> None:
+        """Get a lease."""
+        await self._run(Open(about="opening the dead letters", taker=taker, deadline=self._deadline()))
+
+    async def release(self, taker: Taker, queue: Queue) -> None:
+        """Free the letters that are held under the lease."""
+        try:
+            await self._run(Close(about="closing the dead letters", taker=taker, deadline=self._deadline()))
+        except (BrokerUnavailable, ConfigurationError) as error:
+            # they are free again when this process has ended, as those of a killed process are
+            log.warning(
+                "the dead letters of queue %r can't be opened by others until this process ends: %s", queue.name, error
+            )
+
+    async def close(self) -> None:
+        """As `Admin.close`."""
+        await self._store.close()

@@ -1,0 +1,79 @@
+"""The statements of a store: calls of the schema's functions, and how rows are handed to them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from leveret.job import LEVELS
+
+from ..rows import COLUMNS, Row
+from .schema import in_schema
+
+LEVEL_NUMBERS: Final = {level.value: number for number, level in enumerate(LEVELS, 1)}
+"""The numbers of the levels in the column `level`, the most urgent first."""
+UNKNOWN_LEVEL: Final = 0
+"""The number of a level that leveret doesn't know, which only a foreign producer writes."""
+LEVEL_NAMES: Final = {UNKNOWN_LEVEL: str(UNKNOWN_LEVEL)} | {number: name for name, number in LEVEL_NUMBERS.items()}
+"""The names of the levels, as rows are read."""
+
+BEGIN: Final = (
+    "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s';"
+    " SET LOCAL statement_timeout = '60s'; SET LOCAL idle_in_transaction_session_timeout = '20s'"
+)
+"""Begins a transaction. Nothing of a session is relied on, and a server that lost its client lets the locks go."""
+
+_TYPES = "text text bigint text text text text bytea bigint text text text text".split()
+_ARRAYS = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(_TYPES, 1))
+_FIELDS = ", ".join(COLUMNS[2:])
+_LEVEL_NAMES = ", ".join(f"'{level}'" for level in LEVEL_NUMBERS)
+LEVEL: Final = f"coalesce((ARRAY[{_LEVEL_NAMES}])[level], level::text)"
+"""The name of a row's level."""
+READ: Final = f"queue, {LEVEL}, {_FIELDS}"
+"""The columns that `unpack` takes."""
+
+
+class Statements:
+    """The statements for one schema."""
+
+    def __init__(self, schema: str) -> None:
+        def sql(text: str) -> str:
+            return in_schema(schema, text)
+
+        self.channel = "leveret_" + hashlib.md5(sql("{schema}").encode(), usedforsecurity=False).hexdigest()
+        """The channel of `wake`."""
+        self.add_jobs = sql(f"SELECT {{schema}}.add_jobs({_ARRAYS})")
+        self.add_letters = sql(
+            f"INSERT INTO {{schema}}.dead (queue, level, buried_ms, {_FIELDS})"  # noqa: S608 - columns of ours
+            f" SELECT r.queue, array_position(ARRAY[{_LEVEL_NAMES}], r.level), r.buried_ms, r.{_FIELDS.replace(', ', ', r.')}"
+            f" FROM unnest({_ARRAYS}) AS r(queue, level, buried_ms, {_FIELDS})"
+        )
+        self.add_queues = sql("INSERT INTO {schema}.queues (name) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING")
+        self.register = sql("INSERT INTO {schema}.workers DEFAULT VALUES RETURNING id")
+        self.beat = sql("UPDATE {schema}.workers SET beat = beat + 1 WHERE id = ANY($1) RETURNING id")
+        self.beats = sql("SELECT id, beat FROM {schema}.workers")
+        self.identify = sql(
+            "UPDATE {schema}.workers w SET backend = a.pid, backend_start = a.backend_start, server_start = pg_postmaster_start_time()"
+            " FROM pg_stat_activity a WHERE a.pid = pg_backend_pid() AND w.id = ANY($1)"
+        )
+        # without pg_read_all_stats others' backend_start is null: a backend that is there then counts as the worker's
+        self.missing = sql(
+            "SELECT id FROM {schema}.workers w WHERE server_start = pg_postmaster_start_time() AND id <> ALL($1)"
+            " AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = w.backend AND coalesce(a.backend_start = w.backend_start, true))"
+        )
+        self.settle = sql("SELECT {schema}.settle($1, $2, $3, $4)")
+        self.give_back = sql("SELECT {schema}.give_back($1, $2)")
+        self.freed = sql("SELECT {schema}.wake($1, true)")
+        self.begin = sql("UPDATE {schema}.claims SET begun = true WHERE seq = $1 AND worker = $2")
+        self.release = sql("SELECT {schema}.release($1, $2)")
+        self.move_due = sql("SELECT {schema}.move_due($1)")
+        self.claim = sql("SELECT * FROM {schema}.claim($1, $2, $3, $4, $5, true)")
+
+
+def columns(rows: Sequence[Row], now_ms: float | None) -> Iterable[Sequence[Any]]:
+    """Return the columns of rows. With `now_ms`, the moment in each row becomes a delay: the server's clock may be another."""
+    queue, level, when, *rest = zip(*rows, strict=True)
+    if now_ms is not None:
+        when = [None if due_ms is None else max(0, round(due_ms - now_ms)) for due_ms in when]
+    return queue, level, when, *rest

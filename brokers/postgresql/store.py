@@ -1,0 +1,373 @@
+"""A process's access to one database, through one connection, which a task of the loop uses.
+
+The task drives the turns: it writes all that the loop collected during the last commit in one transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
+
+import asyncpg
+
+from leveret.errors import ConfigurationError
+from leveret.runtime import Runtime
+
+from ..turns import Claimed, Taker, Turn, Turns
+from .address import Address
+from .cursors import Cursors
+from .link import Link, meaning_of
+from .statements import BEGIN, LEVEL_NAMES, LEVEL_NUMBERS, UNKNOWN_LEVEL, Statements, columns
+
+if TYPE_CHECKING:
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+
+log = logging.getLogger("leveret.postgresql")
+
+FIRST_POLL_S = 0.01
+"""How soon a worker that has found nothing looks again, seconds; the wait doubles each time."""
+POLL_S = 1.0
+"""How often a worker that hears notices looks for jobs, seconds; also how often it looks from the start of a level."""
+POLL_WITHOUT_NOTICES_S = 0.1
+"""How often a worker looks that hears none."""
+LOOK_S = 0.5
+"""How often a worker looks for workers whose backends are gone, seconds; who is missing twice is dead."""
+TURN_S = 10.0
+"""How long a turn may take, seconds, and a second more for each MB of bodies; then the connection is given up."""
+_BYTES_A_SECOND = 1 << 20
+_MOVED_AT_ONCE = 1000
+_SAY_AFTER_S = 1.0
+_BUSY_PAUSE_S = 0.02
+
+
+@final
+class Store:
+    """The schema at `address`, which one loop of this process uses: the `Driver` of its `turns`."""
+
+    def __init__(self, address: Address, runtime: Runtime, *, name: str = "leveret") -> None:
+        self.turns = Turns(str(address), runtime, log, self, not_yet=f"{address} wasn't reached yet")
+        self._clock = runtime.clock
+        self._sql = Statements(address.schema)
+        self._link = Link(address, runtime, self._sql.channel, self._noticed, name=name)
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._names: set[str] = set()
+        """The queues that are known to be in the table."""
+        self._leftover: list[int] = []
+        """Leases of ours that ended in doubt, and are to be released."""
+        self._cursors = Cursors()
+        self._strange: set[int] = set()
+        """The numbers of held jobs whose level leveret doesn't know."""
+        self._missing: set[int] = set()
+        """The workers whose backends weren't there at the last look."""
+        self._told = False
+        """Whether a notice came since the last turn began."""
+        self._idle = False
+        """Whether publishers know that this worker waits."""
+        self._poll_s = 0.0
+        self._losses = 0
+        self._next_due = 0.0
+        self._next_look = 0.0
+
+    def start(self) -> None:
+        """As `Driver.start`."""
+        self._task = asyncio.get_running_loop().create_task(self._main())
+
+    def wake(self) -> None:
+        """As `Driver.wake`."""
+        self._news.set()
+
+    def tell(self, function: Callable[..., object], /, *args: object) -> None:
+        """As `Driver.tell`."""
+        function(*args)
+
+    async def close(self) -> None:
+        """Close the turns, and end the task if it hangs in the network."""
+        await self.turns.close()
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    def _noticed(self, notice: str) -> None:
+        self._told = True
+        if notice != "":
+            self._cursors.start_over()
+        self._news.set()
+
+    async def _main(self) -> None:
+        try:
+            while await self._collect():
+                await self._turn()
+        except Exception as error:
+            log.exception("the driver of %s ended; the jobs that it held are delivered again", self.turns.where)
+            self.turns.give_up(
+                ConfigurationError(f"the driver of {self.turns.where} ended because of a bug in leveret: {error!r}")
+            )
+        finally:
+            await self._leave()
+            self.turns.end()
+
+    async def _leave(self) -> None:
+        """Free all held jobs if the server answers; otherwise other workers free them when the leases end."""
+        leases = [taker.lease.id for taker in self.turns.takers.all if taker.lease.id is not None]
+        try:
+            async with asyncio.timeout(2.0):
+                if leases and (connection := self._link.opened):
+                    await connection.execute(BEGIN)
+                    for lease in leases:
+                        await connection.execute(self._sql.release, lease, False)  # noqa: FBT003 - SQL's argument
+                    await connection.execute("COMMIT")
+                await self._link.close()
+        except Exception as error:  # noqa: BLE001 - what can't be freed now comes back when the leases end
+            log.debug("%s: the leases weren't released: %s", self.turns.where, error)
+        finally:
+            self._link.abandon()
+
+    async def _collect(self) -> bool:
+        """Wait for work; return False when the driver must end."""
+        patience = self.turns.patience(self._wait_s())
+        if patience is None or (patience > 0 and not self._told):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._news.wait()
+        self._news.clear()
+        return self.turns.collect()
+
+    def _wait_s(self) -> float:
+        """Return how long a worker waits for a notice before it looks for jobs."""
+        soonest = min(self._next_due, self._next_look) if self._link.direct else self._next_due
+        return min(self._poll_s, max(0.0, soonest - time.monotonic()))
+
+    async def _turn(self) -> None:
+        turns = self.turns
+        turns.prepare(time.monotonic())
+        turn: Turn | None = None
+        step: Literal["before", "within", "commit"] = "before"
+        try:
+            async with asyncio.timeout(TURN_S) as limit:
+                connection = await self._link.connection(listen=turns.takers.taking)
+                await self._look(connection)
+                if not (turns.waiting or turns.takers.all):
+                    turns.rest()
+                    return
+                step = "within"
+                await connection.execute(BEGIN)
+                turn = turns.take()
+                size = sum(write.size for write in turn.writes)
+                limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
+                await self._transact(connection, turn)
+                step = "commit"
+                await connection.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - asyncpg's errors have several bases; `meaning_of` sorts them
+            await self._failed(error, turn, step)
+        else:
+            self._committed(turn)
+
+    def _committed(self, turn: Turn) -> None:
+        self._names |= turn.names
+        self._leftover.clear()
+        self._losses = 0
+        self._link.fresh = False
+        if turn.claimed:
+            self._idle, self._poll_s = False, FIRST_POLL_S
+        elif not self._idle:
+            # looks once more: a publisher that asked who waits, before this turn was committed, told nobody
+            self._idle, self._poll_s = True, 0.0
+        else:
+            self._poll_s = min(max(self._poll_s * 2, FIRST_POLL_S), self._longest_s)
+        self.turns.committed(turn)
+
+    @property
+    def _longest_s(self) -> float:
+        return POLL_S if self._link.listens else POLL_WITHOUT_NOTICES_S
+
+    async def _failed(
+        self, error: Exception, turn: Turn | None, step: Literal["before", "within", "commit"]
+    ) -> None:
+        """End a turn that failed, by what its error means."""
+        turns = self.turns
+        meaning = meaning_of(error)
+        if meaning is None:
+            raise error
+        said = " ".join(str(error).split()) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
+        if meaning == "lost":
+            self._link.abandon()
+        elif step != "before":
+            await self._link.rollback()
+        if step == "commit" and meaning == "lost" and turn is not None:
+            turns.doubt(turn, f"the connection was lost during the commit: {said}")
+            for taker in turns.takers.all:  # what was claimed isn't known here, and is freed with the old lease
+                self._leave_lease(taker)
+        turns.rolled_back()
+        self._start_over()
+        if meaning == "wrong":
+            turns.give_up(error if isinstance(error, ConfigurationError) else self._wrong(error, said))
+        elif meaning == "lease":
+            lost = str(getattr(error, "detail", ""))
+            for taker in turns.takers.all:
+                if str(taker.lease.id) == lost:
+                    turns.takers.expired(taker)
+            self._told = True
+        elif meaning == "busy":
+            turns.hold_up(f"its tables are locked: {said}", pause_s=_BUSY_PAUSE_S, quiet_s=_SAY_AFTER_S)
+        elif meaning == "refused" and turn is not None and turn.writes:
+            turns.refuse(turn, f"PostgreSQL refuses it: {said}")
+        elif meaning == "full":
+            turns.fail(said)
+        else:
+            # the first try comes at once: a server that ends connections, as a fail-over does, takes new ones
+            self._losses += 1
+            pause_s = 0.0 if self._losses == 1 and step != "before" else None
+            turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
+
+    def _wrong(self, error: Exception, said: str) -> ConfigurationError:
+        what = "the role lacks a right" if isinstance(error, asyncpg.InsufficientPrivilegeError) else "the schema is wrong"
+        wrong = ConfigurationError(f"{self.turns.where}: {what}: {said}")
+        wrong.__cause__ = error
+        return wrong
+
+    def _leave_lease(self, taker: Taker) -> None:
+        if taker.lease.id is not None:
+            self._leftover.append(taker.lease.id)
+        self.turns.takers.lose(taker)
+
+    def _start_over(self) -> None:
+        self._cursors.start_over()
+        self._next_due = 0.0
+        self._idle = False
+        self._missing.clear()
+
+    async def _look(self, connection: Connection) -> None:
+        looks = self.turns.looks()
+        if looks:
+            await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            for look in looks:
+                look.result = await look.call(connection)
+            await connection.execute("COMMIT")
+            self.turns.looked(looks)
+
+    async def _transact(self, connection: Connection, turn: Turn) -> None:
+        """Do all the work of a turn, in the transaction that the caller began."""
+        takers = self.turns.takers
+        told, self._told = self._told, False
+        await self._hold(connection, turn)
+        turn.gather()
+        await self._settle(connection, turn)
+        if turn.names:
+            await connection.execute(self._sql.add_queues, sorted(turn.names))
+        now_ms = self._clock.now() * 1000
+        if turn.jobs:
+            await connection.execute(self._sql.add_jobs, *columns(turn.jobs, now_ms))
+            if any(row[2] is not None for row in turn.jobs):
+                self._next_due = 0.0
+        if turn.letters:
+            await connection.execute(self._sql.add_letters, *columns(turn.letters, None))
+        for begin in turn.begins:
+            delivery = begin.delivery
+            begin.result = (
+                await connection.execute(self._sql.begin, delivery.seq, delivery.lease.id)
+            ) == "UPDATE 1"
+        for run in turn.calls:
+            run.result = await run.call(connection)
+        for taker in turn.closing:
+            if taker.lease.id is not None:
+                await self._release(connection, taker.lease.id)
+        if takers.taking:
+            await self._move_due(connection, told=told)
+            for taker in takers.all:
+                await self._claim(connection, taker, turn)
+
+    async def _hold(self, connection: Connection, turn: Turn) -> None:
+        """Get the leases that are missing, raise the beats, and free what dead workers hold."""
+        takers, now = self.turns.takers, time.monotonic()
+        for lease in self._leftover:
+            await self._release(connection, lease)
+        if takers.all and now >= takers.next_beat:
+            kept = {row[0] for row in await connection.fetch(self._sql.beat, takers.ids)}
+            for taker in takers.all:
+                if taker.lease.id is not None and taker.lease.id not in kept:
+                    takers.expired(taker)
+            beats = [(row[0], row[1]) for row in await connection.fetch(self._sql.beats)]
+            for worker in takers.silent(turn, beats):
+                await self._release(connection, worker, died=True)
+        named = False
+        for taker in takers.all:
+            if taker.lease.id is None:
+                takers.lease(taker, await connection.fetchval(self._sql.register))
+                turn.names |= {window.queue.name for window in taker.windows} - self._names
+                named = True
+        if self._link.direct and takers.all and (named or self._link.fresh):
+            await connection.execute(self._sql.identify, takers.ids)
+        if self._link.direct and takers.taking and now >= self._next_look:
+            self._next_look = now + LOOK_S
+            missing = {row[0] for row in await connection.fetch(self._sql.missing, takers.ids)}
+            for worker in missing & self._missing:
+                await self._release(connection, worker, died=True)
+            self._missing = missing - self._missing
+
+    async def _release(self, connection: Connection, lease: int, *, died: bool = False) -> None:
+        await connection.execute(self._sql.release, lease, died)
+        self._cursors.start_over()
+
+    async def _settle(self, connection: Connection, turn: Turn) -> None:
+        """Delete the rows of finished jobs, and free those that were given back."""
+        for lease, deliveries in turn.gone.items():
+            await connection.execute(
+                self._sql.settle,
+                lease.id,
+                [delivery.queue.name for delivery in deliveries],
+                [self._number(delivery) for delivery in deliveries],
+                [delivery.seq for delivery in deliveries],
+            )
+        for lease, deliveries in turn.given_back.items():
+            await connection.execute(self._sql.give_back, lease.id, [delivery.seq for delivery in deliveries])
+            await connection.execute(self._sql.freed, sorted({delivery.queue.name for delivery in deliveries}))
+            self._cursors.start_over()
+
+    def _number(self, delivery: Claimed) -> int:
+        return UNKNOWN_LEVEL if delivery.seq in self._strange else LEVEL_NUMBERS[delivery.window.level]
+
+    async def _move_due(self, connection: Connection, *, told: bool) -> None:
+        now = time.monotonic()
+        if told or now >= self._next_due:
+            due_in_ms: float | None = await connection.fetchval(self._sql.move_due, _MOVED_AT_ONCE)
+            self._next_due = now + min(self._longest_s, math.inf if due_in_ms is None else due_in_ms / 1000)
+
+    async def _claim(self, connection: Connection, taker: Taker, turn: Turn) -> None:
+        """Claim jobs for the windows that have room, from behind the last ones, or from the start once in a while."""
+        self.turns.takers.may_find_jobs()
+        wanted = {(window.queue.name, window.level): (window, free) for window, free in turn.wanted(taker)}
+        if not wanted:
+            return
+        began = time.monotonic()
+        first = self._cursors.look(began)
+        queues: list[str] = []
+        levels: list[int] = []
+        counts: list[int] = []
+        for (queue, level), (_, free) in wanted.items():
+            strange = int(first and level == "normal" and free > 1)
+            queues += [queue] * (1 + strange)
+            levels += [LEVEL_NUMBERS[level], UNKNOWN_LEVEL][: 1 + strange]
+            counts += [free - strange, 1][: 1 + strange]
+        places = list(zip(queues, levels, strict=True))
+        behind = [self._cursors.behind(place) for place in places]
+        rows = await connection.fetch(self._sql.claim, taker.lease.id, queues, levels, behind, counts)
+        claimed = {place: list(found) for place, found in groupby(rows, lambda row: (row[3], row[4]))}
+        for (queue, level), found in claimed.items():
+            window, free = wanted.get((queue, level)) or wanted[queue, "normal"]
+            if level != window.level:
+                self._strange |= {row[0] for row in found}
+            turn.claim(taker, window, free, found)
+        for place, count in zip(places, counts, strict=True):
+            found = claimed.get((place[0], LEVEL_NAMES[place[1]]), ())
+            self._cursors.saw(place, found[-1][0] if found else None, all=len(found) < count)
+        if first:
+            now = time.monotonic()
+            self._cursors.took(now - began, now)
