@@ -122,7 +122,7 @@ class Store:
                 if leases and (connection := self._link.opened):
                     await connection.execute(BEGIN)
                     for lease in leases:
-                        await connection.execute(self._sql.release, lease, False)  # noqa: FBT003 - SQL's argument
+                        await connection.execute(self._sql.release, lease, False)
                     await connection.execute("COMMIT")
                 await self._link.close()
         except Exception as error:  # noqa: BLE001 - what can't be freed now comes back when the leases end
@@ -132,13 +132,17 @@ class Store:
 
     async def _collect(self) -> bool:
         """Wait for work; return False when the driver must end."""
-        patience = self.turns.patience(self._wait_s())
-        if patience is None or (patience > 0 and not self._told):
+        while (pause_s := self.turns.pause_s) > 0:  # new work isn't tried before the back-off is over
+            await self._wait(pause_s)
+        await self._wait(0.0 if self._told else self.turns.patience(self._wait_s()))
+        return self.turns.collect()
+
+    async def _wait(self, limit_s: float | None) -> None:
+        if limit_s is None or limit_s > 0:
             with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(limit_s):
                     await self._news.wait()
         self._news.clear()
-        return self.turns.collect()
 
     def _wait_s(self) -> float:
         """Return how long a worker waits for a notice before it looks for jobs."""
@@ -147,6 +151,7 @@ class Store:
 
     async def _turn(self) -> None:
         turns = self.turns
+        told, self._told = self._told, False
         turns.prepare(time.monotonic())
         turn: Turn | None = None
         step: Literal["before", "within", "commit"] = "before"
@@ -162,7 +167,7 @@ class Store:
                 turn = turns.take()
                 size = sum(write.size for write in turn.writes)
                 limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
-                await self._transact(connection, turn)
+                await self._transact(connection, turn, told=told)
                 step = "commit"
                 await connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - asyncpg's errors have several bases; `meaning_of` sorts them
@@ -188,9 +193,7 @@ class Store:
     def _longest_s(self) -> float:
         return POLL_S if self._link.listens else POLL_WITHOUT_NOTICES_S
 
-    async def _failed(
-        self, error: Exception, turn: Turn | None, step: Literal["before", "within", "commit"]
-    ) -> None:
+    async def _failed(self, error: Exception, turn: Turn | None, step: Literal["before", "within", "commit"]) -> None:
         """End a turn that failed, by what its error means."""
         turns = self.turns
         meaning = meaning_of(error)
@@ -228,7 +231,9 @@ class Store:
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
 
     def _wrong(self, error: Exception, said: str) -> ConfigurationError:
-        what = "the role lacks a right" if isinstance(error, asyncpg.InsufficientPrivilegeError) else "the schema is wrong"
+        what = (
+            "the role lacks a right" if isinstance(error, asyncpg.InsufficientPrivilegeError) else "the schema is wrong"
+        )
         wrong = ConfigurationError(f"{self.turns.where}: {what}: {said}")
         wrong.__cause__ = error
         return wrong
@@ -253,10 +258,9 @@ class Store:
             await connection.execute("COMMIT")
             self.turns.looked(looks)
 
-    async def _transact(self, connection: Connection, turn: Turn) -> None:
+    async def _transact(self, connection: Connection, turn: Turn, *, told: bool) -> None:
         """Do all the work of a turn, in the transaction that the caller began."""
         takers = self.turns.takers
-        told, self._told = self._told, False
         await self._hold(connection, turn)
         turn.gather()
         await self._settle(connection, turn)
@@ -271,9 +275,7 @@ class Store:
             await connection.execute(self._sql.add_letters, *columns(turn.letters, None))
         for begin in turn.begins:
             delivery = begin.delivery
-            begin.result = (
-                await connection.execute(self._sql.begin, delivery.seq, delivery.lease.id)
-            ) == "UPDATE 1"
+            begin.result = (await connection.execute(self._sql.begin, delivery.seq, delivery.lease.id)) == "UPDATE 1"
         for run in turn.calls:
             run.result = await run.call(connection)
         for taker in turn.closing:
@@ -358,7 +360,7 @@ class Store:
             counts += [free - strange, 1][: 1 + strange]
         places = list(zip(queues, levels, strict=True))
         behind = [self._cursors.behind(place) for place in places]
-        rows = await connection.fetch(self._sql.claim, taker.lease.id, queues, levels, behind, counts)
+        rows: list[Any] = await connection.fetch(self._sql.claim, taker.lease.id, queues, levels, behind, counts)
         claimed = {place: list(found) for place, found in groupby(rows, lambda row: (row[3], row[4]))}
         for (queue, level), found in claimed.items():
             window, free = wanted.get((queue, level)) or wanted[queue, "normal"]
@@ -366,7 +368,7 @@ class Store:
                 self._strange |= {row[0] for row in found}
             turn.claim(taker, window, free, found)
         for place, count in zip(places, counts, strict=True):
-            found = claimed.get((place[0], LEVEL_NAMES[place[1]]), ())
+            found = claimed.get((place[0], LEVEL_NAMES[place[1]]), [])
             self._cursors.saw(place, found[-1][0] if found else None, all=len(found) < count)
         if first:
             now = time.monotonic()
