@@ -42,8 +42,8 @@ check: $(DEV)  ## ruff (format and rules), mypy and pyright
 	$(BIN)/pyright
 
 test: $(DEV)  ## all tests but the fault tests, on a real RabbitMQ
-	@echo "all tests but the fault tests: about 4 minutes, in two processes with a RabbitMQ each (in one: PYTEST_ARGS=\"-n 0\")"
-	PYTEST_XDIST_AUTO_NUM_WORKERS=2 $(BIN)/pytest -m "not fault" -n auto --dist worksteal $(PYTEST_ARGS)
+	@echo "all tests but the fault tests and most cases through PgBouncer: about 4 minutes, in two processes with a RabbitMQ each (in one: PYTEST_ARGS=\"-n 0\")"
+	PYTEST_XDIST_AUTO_NUM_WORKERS=2 $(BIN)/pytest -m "not fault and not pooler" -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-pythons:  ## unit, property and memory/SQLite contract tests on each Python from 3.11 on that this machine has
 	@passed=; failed=; absent=; \
@@ -58,13 +58,16 @@ test-pythons:  ## unit, property and memory/SQLite contract tests on each Python
 	test -n "$$passed" && test -z "$$failed"
 
 test-python: $(TESTS)
-	$(BIN)/pytest tests/unit tests/property tests/contract -m "not fault and not rabbit" -q $(PYTEST_ARGS)
+	$(BIN)/pytest tests/unit tests/property tests/contract -m "not fault and not rabbit and not postgres" -q $(PYTEST_ARGS)
 
 fault: $(DEV)  ## the tests that kill workers, links and brokers
 	$(BIN)/pytest -m "fault and not cluster" $(PYTEST_ARGS)
 
-test-matrix: $(DEV)  ## contract, faults and a cluster on RabbitMQ 3.10, 4.0 and 4.3: a table, also in build/matrix.md; over an hour
+test-matrix: $(DEV)  ## contract, faults and a cluster on RabbitMQ 3.10, 4.0 and 4.3: a table, also in build/matrix.md; PostgreSQL 15 and 17, also through PgBouncer; over an hour
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
+	for suite in bookworm trixie; do \
+	  LEVERET_POSTGRES_SUITE=$$suite $(BIN)/pytest tests/contract tests/postgres -m "postgres and not fault" -q -n 2 || exit 1; \
+	done
 
 soak: $(V)/stamp-plot  ## 20 minutes of load on three nodes while all that can break does: counts in build/soak.json, a chart in build/soak.svg
 	$(BIN)/python -m tests.soak $(SOAK_ARGS)

@@ -52,7 +52,7 @@ _PURGE = (
     " SELECT count(*) FROM deleted"
 )
 _PAGE_OF_DEAD = (
-    "WITH page AS (SELECT seq FROM {schema}.dead WHERE queue = $2 AND reader IS NULL AND seq > $3 AND seq <= $4"
+    "WITH page AS (SELECT seq FROM {schema}.dead WHERE queue = $2 AND reader IS NULL AND seq > $3 AND seq <= $4"  # noqa: S608 - columns of ours
     " ORDER BY seq LIMIT $5 FOR UPDATE SKIP LOCKED)"
     " UPDATE {schema}.dead d SET reader = $1 FROM page WHERE d.queue = $2 AND d.seq = page.seq"
     f" RETURNING d.seq, {READ.replace('queue', 'd.queue', 1)}"

@@ -168,7 +168,7 @@ class Link:
             token, came = secrets.token_hex(8), asyncio.Event()
             self._echo = token, came
             await connection.add_listener(self._channel, self._on_notice)
-            await connection.execute(f"SELECT pg_notify('{self._channel}', '{token}')")  # noqa: S608 - ours
+            await connection.execute(f"SELECT pg_notify('{self._channel}', '{token}')")
             with suppress(TimeoutError):
                 async with asyncio.timeout(_ECHO_S):
                     await came.wait()
@@ -184,5 +184,5 @@ class Link:
         said = str(payload)
         if self._echo is not None and said == self._echo[0]:
             self._echo[1].set()
-        elif said in {"", "freed"}:
+        elif said in {"new", "later", "freed"}:
             self._notice(said)

@@ -24,7 +24,7 @@ BEGIN: Final = (
 )
 """Begins a transaction. Nothing of a session is relied on, and a server that lost its client lets the locks go."""
 
-_TYPES = "text text bigint text text text text bytea bigint text text text text".split()
+_TYPES = ["text", "text", "bigint", "text", "text", "text", "text", "bytea", "bigint", "text", "text", "text", "text"]
 _ARRAYS = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(_TYPES, 1))
 _FIELDS = ", ".join(COLUMNS[2:])
 _LEVEL_NAMES = ", ".join(f"'{level}'" for level in LEVEL_NUMBERS)
@@ -64,7 +64,7 @@ class Statements:
         )
         self.settle = sql("SELECT {schema}.settle($1, $2, $3, $4)")
         self.give_back = sql("SELECT {schema}.give_back($1, $2)")
-        self.freed = sql("SELECT {schema}.wake($1, true)")
+        self.freed = sql("SELECT {schema}.wake($1, 'freed')")
         self.begin = sql("UPDATE {schema}.claims SET begun = true WHERE seq = $1 AND worker = $2")
         self.release = sql("SELECT {schema}.release($1, $2)")
         self.move_due = sql("SELECT {schema}.move_due($1)")
@@ -75,5 +75,5 @@ def columns(rows: Sequence[Row], now_ms: float | None) -> Iterable[Sequence[Any]
     """Return the columns of rows. With `now_ms`, the moment in each row becomes a delay: the server's clock may be another."""
     queue, level, when, *rest = zip(*rows, strict=True)
     if now_ms is not None:
-        when = [None if due_ms is None else max(0, round(due_ms - now_ms)) for due_ms in when]
+        when = tuple(None if due_ms is None else max(0, round(due_ms - now_ms)) for due_ms in when)
     return queue, level, when, *rest

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("leveret.postgresql")
 
 FIRST_POLL_S = 0.01
-"""How soon a worker that has found nothing looks again, seconds; the wait doubles each time."""
+"""How soon a worker that has found nothing looks again, seconds; the wait grows fivefold each time."""
 POLL_S = 1.0
 """How often a worker that hears notices looks for jobs, seconds; also how often it looks from the start of a level."""
 POLL_WITHOUT_NOTICES_S = 0.1
@@ -97,8 +97,10 @@ class Store:
 
     def _noticed(self, notice: str) -> None:
         self._told = True
-        if notice != "":
+        if notice == "freed":
             self._cursors.start_over()
+        elif notice == "later":
+            self._next_due = 0.0
         self._news.set()
 
     async def _main(self) -> None:
@@ -122,7 +124,7 @@ class Store:
                 if leases and (connection := self._link.opened):
                     await connection.execute(BEGIN)
                     for lease in leases:
-                        await connection.execute(self._sql.release, lease, False)  # noqa: FBT003 - SQL's argument
+                        await connection.execute(self._sql.release, lease, False)
                     await connection.execute("COMMIT")
                 await self._link.close()
         except Exception as error:  # noqa: BLE001 - what can't be freed now comes back when the leases end
@@ -132,13 +134,17 @@ class Store:
 
     async def _collect(self) -> bool:
         """Wait for work; return False when the driver must end."""
-        patience = self.turns.patience(self._wait_s())
-        if patience is None or (patience > 0 and not self._told):
+        while (pause_s := self.turns.pause_s) > 0:  # new work isn't tried before the back-off is over
+            await self._wait(pause_s)
+        await self._wait(0.0 if self._told else self.turns.patience(self._wait_s()))
+        return self.turns.collect()
+
+    async def _wait(self, limit_s: float | None) -> None:
+        if limit_s is None or limit_s > 0:
             with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(limit_s):
                     await self._news.wait()
         self._news.clear()
-        return self.turns.collect()
 
     def _wait_s(self) -> float:
         """Return how long a worker waits for a notice before it looks for jobs."""
@@ -147,6 +153,7 @@ class Store:
 
     async def _turn(self) -> None:
         turns = self.turns
+        self._told = False
         turns.prepare(time.monotonic())
         turn: Turn | None = None
         step: Literal["before", "within", "commit"] = "before"
@@ -157,14 +164,19 @@ class Store:
                 if not (turns.waiting or turns.takers.all):
                     turns.rest()
                     return
-                step = "within"
-                await connection.execute(BEGIN)
-                turn = turns.take()
-                size = sum(write.size for write in turn.writes)
-                limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
-                await self._transact(connection, turn)
-                step = "commit"
-                await connection.execute("COMMIT")
+                if not turns.waiting and self._only_claims(time.monotonic()):
+                    step = "commit"  # each claim is a transaction by itself
+                    turn = turns.take()
+                    await self._claim_all(connection, turn)
+                else:
+                    step = "within"
+                    await connection.execute(BEGIN)
+                    turn = turns.take()
+                    size = sum(write.size for write in turn.writes)
+                    limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
+                    await self._transact(connection, turn)
+                    step = "commit"
+                    await connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - asyncpg's errors have several bases; `meaning_of` sorts them
             await self._failed(error, turn, step)
         else:
@@ -181,16 +193,14 @@ class Store:
             # looks once more: a publisher that asked who waits, before this turn was committed, told nobody
             self._idle, self._poll_s = True, 0.0
         else:
-            self._poll_s = min(max(self._poll_s * 2, FIRST_POLL_S), self._longest_s)
+            self._poll_s = min(max(self._poll_s * 5, FIRST_POLL_S), self._longest_s)
         self.turns.committed(turn)
 
     @property
     def _longest_s(self) -> float:
         return POLL_S if self._link.listens else POLL_WITHOUT_NOTICES_S
 
-    async def _failed(
-        self, error: Exception, turn: Turn | None, step: Literal["before", "within", "commit"]
-    ) -> None:
+    async def _failed(self, error: Exception, turn: Turn | None, step: Literal["before", "within", "commit"]) -> None:
         """End a turn that failed, by what its error means."""
         turns = self.turns
         meaning = meaning_of(error)
@@ -228,7 +238,9 @@ class Store:
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
 
     def _wrong(self, error: Exception, said: str) -> ConfigurationError:
-        what = "the role lacks a right" if isinstance(error, asyncpg.InsufficientPrivilegeError) else "the schema is wrong"
+        what = (
+            "the role lacks a right" if isinstance(error, asyncpg.InsufficientPrivilegeError) else "the schema is wrong"
+        )
         wrong = ConfigurationError(f"{self.turns.where}: {what}: {said}")
         wrong.__cause__ = error
         return wrong
@@ -256,7 +268,6 @@ class Store:
     async def _transact(self, connection: Connection, turn: Turn) -> None:
         """Do all the work of a turn, in the transaction that the caller began."""
         takers = self.turns.takers
-        told, self._told = self._told, False
         await self._hold(connection, turn)
         turn.gather()
         await self._settle(connection, turn)
@@ -271,18 +282,21 @@ class Store:
             await connection.execute(self._sql.add_letters, *columns(turn.letters, None))
         for begin in turn.begins:
             delivery = begin.delivery
-            begin.result = (
-                await connection.execute(self._sql.begin, delivery.seq, delivery.lease.id)
-            ) == "UPDATE 1"
+            begin.result = (await connection.execute(self._sql.begin, delivery.seq, delivery.lease.id)) == "UPDATE 1"
         for run in turn.calls:
             run.result = await run.call(connection)
         for taker in turn.closing:
             if taker.lease.id is not None:
                 await self._release(connection, taker.lease.id)
         if takers.taking:
-            await self._move_due(connection, told=told)
-            for taker in takers.all:
-                await self._claim(connection, taker, turn)
+            await self._move_due(connection)
+            await self._claim_all(connection, turn)
+
+    def _only_claims(self, now: float) -> bool:
+        """Whether a turn without work has to claim and no more, which a connection to the server itself does without a transaction block."""
+        if not self._link.direct or self._link.fresh or self._leftover:
+            return False
+        return not self.turns.takers.due(now) and now < min(self._next_look, self._next_due)
 
     async def _hold(self, connection: Connection, turn: Turn) -> None:
         """Get the leases that are missing, raise the beats, and free what dead workers hold."""
@@ -334,11 +348,15 @@ class Store:
     def _number(self, delivery: Claimed) -> int:
         return UNKNOWN_LEVEL if delivery.seq in self._strange else LEVEL_NUMBERS[delivery.window.level]
 
-    async def _move_due(self, connection: Connection, *, told: bool) -> None:
+    async def _move_due(self, connection: Connection) -> None:
         now = time.monotonic()
-        if told or now >= self._next_due:
+        if now >= self._next_due:
             due_in_ms: float | None = await connection.fetchval(self._sql.move_due, _MOVED_AT_ONCE)
             self._next_due = now + min(self._longest_s, math.inf if due_in_ms is None else due_in_ms / 1000)
+
+    async def _claim_all(self, connection: Connection, turn: Turn) -> None:
+        for taker in self.turns.takers.all:
+            await self._claim(connection, taker, turn)
 
     async def _claim(self, connection: Connection, taker: Taker, turn: Turn) -> None:
         """Claim jobs for the windows that have room, from behind the last ones, or from the start once in a while."""
@@ -358,7 +376,7 @@ class Store:
             counts += [free - strange, 1][: 1 + strange]
         places = list(zip(queues, levels, strict=True))
         behind = [self._cursors.behind(place) for place in places]
-        rows = await connection.fetch(self._sql.claim, taker.lease.id, queues, levels, behind, counts)
+        rows: list[Any] = await connection.fetch(self._sql.claim, taker.lease.id, queues, levels, behind, counts)
         claimed = {place: list(found) for place, found in groupby(rows, lambda row: (row[3], row[4]))}
         for (queue, level), found in claimed.items():
             window, free = wanted.get((queue, level)) or wanted[queue, "normal"]
@@ -366,7 +384,7 @@ class Store:
                 self._strange |= {row[0] for row in found}
             turn.claim(taker, window, free, found)
         for place, count in zip(places, counts, strict=True):
-            found = claimed.get((place[0], LEVEL_NAMES[place[1]]), ())
+            found = claimed.get((place[0], LEVEL_NAMES[place[1]]), [])
             self._cursors.saw(place, found[-1][0] if found else None, all=len(found) < count)
         if first:
             now = time.monotonic()

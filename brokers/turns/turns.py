@@ -86,9 +86,7 @@ class Turns:
         """Held while work passes from the loop to the driver; a driver on the loop is alone with it."""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.takers = Takers(self.where, self._log)
-        self.publishing = PublisherState.at(
-            self.clock.now(), "connecting" if self._not_yet else "ready", self._not_yet
-        )
+        self.publishing = PublisherState.at(self.clock.now(), "connecting" if self._not_yet else "ready", self._not_yet)
         """Whether the store can be written, as `Broker.publishing`."""
         self.why = ""
         """Why the store can't be written now; empty if it can."""
@@ -271,6 +269,11 @@ class Turns:
 
     def _unavailable(self, write: Write, why: str) -> BrokerUnavailable:
         return BrokerUnavailable(f"{write.about} wasn't written to {self.where}: {why}", job_id=write.job_id)
+
+    @property
+    def pause_s(self) -> float:
+        """How long to wait before the next try, after a failure, seconds; 0 once the turns are closed."""
+        return 0.0 if self.closed else max(0.0, self._not_before - time.monotonic())
 
     def patience(self, poll_s: float) -> float | None:
         """Return how long the driver may wait to be woken, seconds; None means for ever. While a consumption takes jobs, at most `poll_s`.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import pkgutil
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from pathlib import Path
 
 import pytest
 
+from leveret.runtime import Runtime
+from leveret.schemes import open_migrator
 from tests.contract import harness as package
 from tests.contract.harness import Harness
+from tests.postgres.node import PgBouncer, Postgres
 
 
 def _brokers() -> dict[str, type[Harness]]:
@@ -33,6 +37,29 @@ def _brokers() -> dict[str, type[Harness]]:
 BROKERS = _brokers()
 
 
+@pytest.fixture(scope="session")
+def postgres_database(postgres: Postgres) -> Generator[str]:
+    """The URL of the suite's database, which has leveret's schema: shared, so use queue names of your own."""
+    with asyncio.Runner() as runner:
+        made = postgres.database()
+        url = runner.run(made.__aenter__())
+        runner.run(_migrate(url))
+        yield url
+        runner.run(made.__aexit__(None, None, None))
+
+
+async def _migrate(url: str) -> None:
+    migrator = open_migrator(url, Runtime(app="contract"))
+    assert migrator is not None
+    await migrator.migrate(lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def postgres_pooled(postgres: Postgres) -> PgBouncer:
+    """A PgBouncer before the session's server, in transaction mode."""
+    return asyncio.run(postgres.pooler())
+
+
 @pytest.fixture(params=[pytest.param(name, marks=harness.marks) for name, harness in BROKERS.items()])
 def unopened(request: pytest.FixtureRequest, tmp_path: Path) -> Harness:
     """Each broker in turn. No coroutine, since a RabbitMQ is asked for by name, and its fixture runs a loop of its own."""
@@ -47,12 +74,28 @@ async def harness(unopened: Harness) -> AsyncGenerator[Harness]:
     await unopened.close()
 
 
+_ALWAYS_POOLED = {
+    "test_a_body_arrives_byte_for_byte",
+    "test_two_consumers_share_a_queue_and_no_job_comes_twice",
+    "test_a_settlement_that_cannot_be_confirmed_leaves_the_delivery_unsettled",
+    "test_a_lost_connection_neither_cancels_a_handler_nor_repeats_it",
+    "test_many_letters_are_replayed_at_once_and_each_arrives_once",
+}
+"""The cases that `make test` runs through PgBouncer; the others are marked `pooler`."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the cases of features that a broker doesn't promise: `@pytest.mark.features(connected=True)`."""
     left_out = [item for item in items if not _takes_part(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            pooled = item.callspec.params.get("unopened") == "postgresql-pgbouncer"
+            if pooled and item.originalname not in _ALWAYS_POOLED:
+                item.add_marker("pooler")
 
 
 def _takes_part(item: pytest.Item) -> bool:
