@@ -184,5 +184,5 @@ class Link:
         said = str(payload)
         if self._echo is not None and said == self._echo[0]:
             self._echo[1].set()
-        elif said in {"", "freed"}:
+        elif said in {"new", "later", "freed"}:
             self._notice(said)

@@ -64,7 +64,7 @@ class Statements:
         )
         self.settle = sql("SELECT {schema}.settle($1, $2, $3, $4)")
         self.give_back = sql("SELECT {schema}.give_back($1, $2)")
-        self.freed = sql("SELECT {schema}.wake($1, true)")
+        self.freed = sql("SELECT {schema}.wake($1, 'freed')")
         self.begin = sql("UPDATE {schema}.claims SET begun = true WHERE seq = $1 AND worker = $2")
         self.release = sql("SELECT {schema}.release($1, $2)")
         self.move_due = sql("SELECT {schema}.move_due($1)")

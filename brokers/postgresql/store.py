@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("leveret.postgresql")
 
 FIRST_POLL_S = 0.01
-"""How soon a worker that has found nothing looks again, seconds; the wait doubles each time."""
+"""How soon a worker that has found nothing looks again, seconds; the wait grows fivefold each time."""
 POLL_S = 1.0
 """How often a worker that hears notices looks for jobs, seconds; also how often it looks from the start of a level."""
 POLL_WITHOUT_NOTICES_S = 0.1
@@ -97,8 +97,10 @@ class Store:
 
     def _noticed(self, notice: str) -> None:
         self._told = True
-        if notice != "":
+        if notice == "freed":
             self._cursors.start_over()
+        elif notice == "later":
+            self._next_due = 0.0
         self._news.set()
 
     async def _main(self) -> None:
@@ -151,7 +153,7 @@ class Store:
 
     async def _turn(self) -> None:
         turns = self.turns
-        told, self._told = self._told, False
+        self._told = False
         turns.prepare(time.monotonic())
         turn: Turn | None = None
         step: Literal["before", "within", "commit"] = "before"
@@ -162,14 +164,19 @@ class Store:
                 if not (turns.waiting or turns.takers.all):
                     turns.rest()
                     return
-                step = "within"
-                await connection.execute(BEGIN)
-                turn = turns.take()
-                size = sum(write.size for write in turn.writes)
-                limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
-                await self._transact(connection, turn, told=told)
-                step = "commit"
-                await connection.execute("COMMIT")
+                if not turns.waiting and self._only_claims(time.monotonic()):
+                    step = "commit"  # each claim is a transaction by itself
+                    turn = turns.take()
+                    await self._claim_all(connection, turn)
+                else:
+                    step = "within"
+                    await connection.execute(BEGIN)
+                    turn = turns.take()
+                    size = sum(write.size for write in turn.writes)
+                    limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
+                    await self._transact(connection, turn)
+                    step = "commit"
+                    await connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - asyncpg's errors have several bases; `meaning_of` sorts them
             await self._failed(error, turn, step)
         else:
@@ -186,7 +193,7 @@ class Store:
             # looks once more: a publisher that asked who waits, before this turn was committed, told nobody
             self._idle, self._poll_s = True, 0.0
         else:
-            self._poll_s = min(max(self._poll_s * 2, FIRST_POLL_S), self._longest_s)
+            self._poll_s = min(max(self._poll_s * 5, FIRST_POLL_S), self._longest_s)
         self.turns.committed(turn)
 
     @property
@@ -258,7 +265,7 @@ class Store:
             await connection.execute("COMMIT")
             self.turns.looked(looks)
 
-    async def _transact(self, connection: Connection, turn: Turn, *, told: bool) -> None:
+    async def _transact(self, connection: Connection, turn: Turn) -> None:
         """Do all the work of a turn, in the transaction that the caller began."""
         takers = self.turns.takers
         await self._hold(connection, turn)
@@ -282,9 +289,14 @@ class Store:
             if taker.lease.id is not None:
                 await self._release(connection, taker.lease.id)
         if takers.taking:
-            await self._move_due(connection, told=told)
-            for taker in takers.all:
-                await self._claim(connection, taker, turn)
+            await self._move_due(connection)
+            await self._claim_all(connection, turn)
+
+    def _only_claims(self, now: float) -> bool:
+        """Whether a turn without work has to claim and no more, which a connection to the server itself does without a transaction block."""
+        if not self._link.direct or self._link.fresh or self._leftover:
+            return False
+        return not self.turns.takers.due(now) and now < min(self._next_look, self._next_due)
 
     async def _hold(self, connection: Connection, turn: Turn) -> None:
         """Get the leases that are missing, raise the beats, and free what dead workers hold."""
@@ -336,11 +348,15 @@ class Store:
     def _number(self, delivery: Claimed) -> int:
         return UNKNOWN_LEVEL if delivery.seq in self._strange else LEVEL_NUMBERS[delivery.window.level]
 
-    async def _move_due(self, connection: Connection, *, told: bool) -> None:
+    async def _move_due(self, connection: Connection) -> None:
         now = time.monotonic()
-        if told or now >= self._next_due:
+        if now >= self._next_due:
             due_in_ms: float | None = await connection.fetchval(self._sql.move_due, _MOVED_AT_ONCE)
             self._next_due = now + min(self._longest_s, math.inf if due_in_ms is None else due_in_ms / 1000)
+
+    async def _claim_all(self, connection: Connection, turn: Turn) -> None:
+        for taker in self.turns.takers.all:
+            await self._claim(connection, taker, turn)
 
     async def _claim(self, connection: Connection, taker: Taker, turn: Turn) -> None:
         """Claim jobs for the windows that have room, from behind the last ones, or from the start once in a while."""

@@ -71,12 +71,13 @@ CREATE INDEX dead_read ON {schema}.dead (reader) WHERE reader IS NOT NULL;
 -- scan goes by the primary key, and a plan is made once. `jit` would compile what the settings make look costly.
 
 -- Tell the workers that wait for jobs of these queues, once the transaction is committed. A commit that tells takes a lock of the
--- whole cluster, so nobody is told who doesn't wait. `freed` says that jobs are free again which the workers have passed.
-CREATE FUNCTION {schema}.wake(queues text[], freed boolean DEFAULT false) RETURNS void
+-- whole cluster, so nobody is told who doesn't wait. `what` is there to say: 'new' jobs, jobs for 'later', or 'freed' ones, which are
+-- before the places up to which the workers have looked.
+CREATE FUNCTION {schema}.wake(queues text[], what text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 BEGIN
     IF EXISTS (SELECT FROM workers w WHERE w.idle && queues) THEN
-        PERFORM pg_notify('leveret_' || md5('{schema}'), CASE WHEN freed THEN 'freed' ELSE '' END);
+        PERFORM pg_notify('leveret_' || md5('{schema}'), what);
     END IF;
 END $$;
 
@@ -87,6 +88,8 @@ CREATE FUNCTION {schema}.add_jobs(
 ) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp SET jit = off AS $$
 #variable_conflict use_column
+DECLARE
+    later boolean := array_remove(delays_ms, NULL) <> '{}';
 BEGIN
     INSERT INTO jobs (
         queue, level, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers
@@ -98,7 +101,7 @@ BEGIN
          AS r(queue, level, delay_ms, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to,
               headers)
     WHERE r.delay_ms IS NULL;
-    IF array_remove(delays_ms, NULL) <> '{}' THEN
+    IF later THEN
         INSERT INTO delayed (
             due_ms, queue, level, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers
         )
@@ -111,7 +114,7 @@ BEGIN
                   headers)
         WHERE r.delay_ms IS NOT NULL;
     END IF;
-    PERFORM wake(queues);
+    PERFORM wake(queues, CASE WHEN later THEN 'later' ELSE 'new' END);
 END $$;
 
 -- Publish one job, from any language, a trigger or psql; returns its id. What can't run, such as a job without a body or of a level
@@ -263,7 +266,7 @@ BEGIN
     WHERE c.worker = worker_id;
     UPDATE dead d SET reader = NULL WHERE d.reader = worker_id;
     SELECT array_agg(q.name) INTO freed FROM queues q;
-    PERFORM wake(freed, true);
+    PERFORM wake(freed, 'freed');
     RETURN true;
 END $$;
 
@@ -292,7 +295,7 @@ BEGIN
     )
     SELECT array_agg(DISTINCT a.queue) INTO filled FROM added a;
     IF filled IS NOT NULL THEN
-        PERFORM wake(filled);
+        PERFORM wake(filled, 'new');
     END IF;
     RETURN (SELECT greatest(0, d.due_ms - now_ms) FROM delayed d ORDER BY d.due_ms, d.seq LIMIT 1);
 END $$;
