@@ -38,6 +38,14 @@ class Publishes(Protocol):
         """Publish `job` from a thread, as `Publisher.publish_blocking` does."""
         ...
 
+    async def once(self, connection: AsyncTransaction, queue: str, job_id: str) -> bool:
+        """Note that the transaction has the effect of a job; False if a committed one has it."""
+        ...
+
+    def once_blocking(self, connection: Transaction, queue: str, job_id: str) -> bool:
+        """As `once`, in the thread of the transaction."""
+        ...
+
 
 class Begun(msgspec.Struct, eq=False):
     """A publish of a handler that hasn't finished."""
@@ -209,6 +217,22 @@ class Attempt(Generic[_R_co]):
             return self._publisher.publish_blocking(job, connection=connection, **options)
         finally:
             begun.finish()
+
+    async def once(self, *, connection: AsyncTransaction) -> bool:
+        """Note in the handler's own transaction that it has the effect of this job; False if the effect is already committed.
+
+        A handler that makes its effect in the same transaction, and only after True, has it exactly once, however often the job is
+        delivered. Another run of the same job that is at it is waited for. `connection` is as in `publish`, to the database of the
+        app's outbox or of its PostgreSQL broker. The note is kept for `Settings.inbox_s`. In a test (`running`, `attempt()`) it is True.
+        """
+        return await self._publisher.once(connection, self._envelope.queue, self._envelope.job_id)
+
+    def once_blocking(self, *, connection: Transaction) -> bool:
+        """As `once`, in a `def` handler; `connection` is as in `BlockingPublisher.publish`.
+
+        Raises RuntimeError in an `async def` handler, whose event loop it would block.
+        """
+        return self._publisher.once_blocking(connection, self._envelope.queue, self._envelope.job_id)
 
     def _begin(self) -> Begun:
         if self.unfinished is None:

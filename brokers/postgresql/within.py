@@ -26,11 +26,13 @@ from leveret.texts import said_by
 from leveret.transactions import Add, AddBlocking, AsyncTransaction, Transaction
 
 from ..rows import JOB_ID, packed, when_ms
+from .schema import in_schema
 from .statements import Statements, columns
 
 Jobs: TypeAlias = Sequence[tuple[Queue, Envelope]]
 Arguments: TypeAlias = Callable[[Jobs], Sequence[Any]]
-_Script: TypeAlias = Generator[tuple[str, Sequence[Any]], None, None]
+_Script: TypeAlias = Generator[tuple[str, Sequence[Any]], Any, Any]
+"""Yields statements, and is sent the first value of what each selects."""
 
 
 class _Write(Protocol):
@@ -58,6 +60,9 @@ _MOST_JOBS: Final = 5000
 _MOST_BYTES: Final = 16 << 20
 """The most that one statement adds. More jobs are several statements in one savepoint."""
 
+_NOT_THERE: Final = {"3F000", "42883", "42P01", "42703"}
+"""What PostgreSQL says of a schema, function, table or column that isn't there."""
+
 _OUTSIDE: Final = "has no open transaction: open one with {}, or publish without connection="
 _FAILED: Final = "has a transaction that failed: roll it back, and publish in the next one"
 _CLOSED: Final = "is closed: publish on an open one"
@@ -66,16 +71,17 @@ _BUSY: Final = "is in the middle of another statement: wait for the end of that"
 
 def jobs_within(schema: str, clock: Clock) -> Within:
     """Return what adds jobs to the queues of `schema`."""
+    return Within(Statements(schema).add_jobs, lambda jobs: rows_of(jobs, clock), schema)
 
-    def arguments(jobs: Jobs) -> Sequence[Any]:
-        rows = [packed(queue.name, envelope, when_ms(envelope, clock)) for queue, envelope in jobs]
-        for row in rows:
-            for value in row:
-                if isinstance(value, str):
-                    check_text(value, row[JOB_ID])
-        return [list(column) for column in columns(rows, clock.now() * 1000)]
 
-    return Within(Statements(schema).add_jobs, arguments, schema)
+def rows_of(jobs: Jobs, clock: Clock) -> Sequence[Any]:
+    """Return the columns of jobs, with delays; InvalidJob for what PostgreSQL doesn't take."""
+    rows = [packed(queue.name, envelope, when_ms(envelope, clock)) for queue, envelope in jobs]
+    for row in rows:
+        for value in row:
+            if isinstance(value, str):
+                check_text(value, row[JOB_ID])
+    return [list(column) for column in columns(rows, clock.now() * 1000)]
 
 
 def check_text(value: str, job_id: str) -> None:
@@ -187,7 +193,7 @@ class Within:
             return InvalidJob(f"{msg}: connection= {_FAILED}", job_id=job_id)
         if state == "25P01":
             return InvalidJob(f"{msg}: connection= {_OUTSIDE.format('a transaction of its library')}", job_id=job_id)
-        if state in {"3F000", "42883", "42P01", "42703"}:
+        if state in _NOT_THERE:
             wrong = (
                 f"its database hasn't the schema {self._schema!r} of this app, or an older one ({said}): publish on a connection to the"
                 " app's database, or run `leveret migrate` with the app, such as shop:app"
@@ -202,6 +208,51 @@ class Within:
         if state[:2] in {"22", "23", "25"}:
             return InvalidJob(f"{msg}: {said}", job_id=job_id)
         return BrokerUnavailable(f"{msg}: {said}", job_id=job_id)
+
+
+@final
+class Once:
+    """Notes in a user's transaction that it has the effect of a job; the `Inbox` of `schema`. Entries are kept for `keep_s`."""
+
+    def __init__(self, schema: str, keep_s: float) -> None:
+        self._numbered = in_schema(schema, "SELECT {schema}.once($1, $2, $3)")
+        self._schema = schema
+        self._keep_s = keep_s
+
+    async def once(self, connection: AsyncTransaction, queue: str, job_id: str, /) -> bool:
+        """As `Inbox.once`."""
+        opened = _opened(connection, _ASYNC, _BLOCKING, "in a `def` handler, call attempt.once_blocking()")
+        return bool(await opened.run(self._writer(queue, job_id), math.inf))
+
+    def once_blocking(self, connection: Transaction, queue: str, job_id: str, /) -> bool:
+        """As `Inbox.once_blocking`."""
+        found = _django_alias(connection) if isinstance(connection, str) else connection
+        opened = _opened(found, _BLOCKING, _ASYNC, "in an `async def` handler, await attempt.once()")
+        return bool(opened.run(self._writer(queue, job_id)))
+
+    def _writer(self, queue: str, job_id: str) -> _Write:
+        check_text(job_id, job_id)
+
+        def write(*, numbered: bool, joined: bool) -> _Script:  # noqa: ARG001 - it is one statement
+            sql = self._numbered if numbered else re.sub(r"\$\d", "%s", self._numbered)
+            return self._script(sql, (queue, job_id, float(self._keep_s)))
+
+        return write
+
+    def _script(self, sql: str, arguments: Sequence[Any]) -> _Script:
+        # no savepoint: after an error the handler fails, and its transaction with it
+        try:
+            first = yield sql, arguments
+        except Exception as error:
+            cause = _drivers(error)
+            if _sqlstate(cause) in _NOT_THERE:
+                msg = (
+                    f"the database of connection= hasn't the inbox of the schema {self._schema!r} ({said_by(cause)}): pass a connection to"
+                    " the app's database, or run `leveret migrate` with the app, such as shop:app"
+                )
+                raise InvalidJob(msg) from cause
+            raise
+        return first
 
 
 def _no_answer(jobs: Jobs) -> PublishTimeout:
@@ -262,29 +313,37 @@ def _libraries(one: object) -> set[str]:
     return {kind.__module__.partition(".")[0] for kind in type(one).__mro__}
 
 
-def _run(script: _Script, execute: Callable[[str, Sequence[Any]], object]) -> None:
-    step = next(script, None)
-    while step is not None:
-        try:
-            execute(*step)
-        except BaseException as error:  # noqa: BLE001 - the script raises what it means
-            step = script.throw(error)
-        else:
-            step = next(script, None)
+def _run(script: _Script, execute: Callable[[str, Sequence[Any]], object]) -> Any:
+    """Execute the statements of a script, and return what it returns."""
+    try:
+        step = next(script)
+        while True:
+            try:
+                value = execute(*step)
+            except BaseException as error:  # noqa: BLE001 - the script raises what it means
+                step = script.throw(error)
+            else:
+                step = script.send(value)
+    except StopIteration as ended:
+        return ended.value
 
 
 async def _run_async(
     script: _Script, execute: Callable[[str, Sequence[Any]], Awaitable[object]], deadline: float
-) -> None:
-    step = next(script, None)
-    while step is not None:
-        try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _ANSWER_S):
-                await execute(*step)
-        except BaseException as error:  # noqa: BLE001 - the script raises what it means
-            step = script.throw(error)
-        else:
-            step = next(script, None)
+) -> Any:
+    try:
+        step = next(script)
+        while True:
+            try:
+                limit_s = None if deadline == math.inf else max(0.0, deadline - time.monotonic()) + _ANSWER_S
+                async with asyncio.timeout(limit_s):
+                    value = await execute(*step)
+            except BaseException as error:  # noqa: BLE001 - the script raises what it means
+                step = script.throw(error)
+            else:
+                step = script.send(value)
+    except StopIteration as ended:
+        return ended.value
 
 
 def _has(one: object, member: str) -> bool:
@@ -319,16 +378,16 @@ class _AsyncConnection(_Connection):
     """One of an asynchronous library."""
 
     @abstractmethod
-    async def run(self, write: _Write, deadline: float) -> None:
-        """Execute the statements."""
+    async def run(self, write: _Write, deadline: float) -> Any:
+        """Execute the statements, and return what their script returns."""
 
 
 class _BlockingConnection(_Connection):
     """One of a blocking library."""
 
     @abstractmethod
-    def run(self, write: _Write) -> None:
-        """Execute the statements."""
+    def run(self, write: _Write) -> Any:
+        """Execute the statements, and return what their script returns."""
 
 
 class _Asyncpg(_AsyncConnection):
@@ -346,11 +405,12 @@ class _Asyncpg(_AsyncConnection):
             None if self._connection.is_in_transaction() else _OUTSIDE.format("`async with connection.transaction():`")
         )
 
-    async def run(self, write: _Write, deadline: float) -> None:
-        async def execute(sql: str, arguments: Sequence[Any]) -> None:
-            await self._connection.execute(sql, *arguments, timeout=_NEVER_S)  # instead of its command_timeout
+    async def run(self, write: _Write, deadline: float) -> Any:
+        async def execute(sql: str, arguments: Sequence[Any]) -> object:
+            run = self._connection.fetchval if arguments else self._connection.execute
+            return await run(sql, *arguments, timeout=_NEVER_S)  # instead of its command_timeout
 
-        await _run_async(write(numbered=True, joined=True), execute, deadline)
+        return await _run_async(write(numbered=True, joined=True), execute, deadline)
 
 
 class _Psycopg(_BlockingConnection):
@@ -364,10 +424,13 @@ class _Psycopg(_BlockingConnection):
     def problem(self) -> str | None:
         return _psycopg_problem(self._connection, "`with connection.transaction():`")
 
-    def run(self, write: _Write) -> None:
-        _run(
-            write(numbered=False, joined=True), lambda sql, arguments: self._connection.execute(sql, arguments or None)
-        )
+    def run(self, write: _Write) -> Any:
+        def execute(sql: str, arguments: Sequence[Any]) -> object:
+            cursor = self._connection.cursor(row_factory=_rows)
+            cursor.execute(sql, arguments or None)
+            return cursor.fetchone()[0] if arguments else None
+
+        return _run(write(numbered=False, joined=True), execute)
 
 
 class _PsycopgAsync(_AsyncConnection):
@@ -381,11 +444,18 @@ class _PsycopgAsync(_AsyncConnection):
     def problem(self) -> str | None:
         return _psycopg_problem(self._connection, "`async with connection.transaction():`")
 
-    async def run(self, write: _Write, deadline: float) -> None:
-        async def execute(sql: str, arguments: Sequence[Any]) -> None:
-            await self._connection.execute(sql, arguments or None)
+    async def run(self, write: _Write, deadline: float) -> Any:
+        async def execute(sql: str, arguments: Sequence[Any]) -> object:
+            cursor = self._connection.cursor(row_factory=_rows)
+            await cursor.execute(sql, arguments or None)
+            return (await cursor.fetchone())[0] if arguments else None
 
-        await _run_async(write(numbered=False, joined=True), execute, deadline)
+        return await _run_async(write(numbered=False, joined=True), execute, deadline)
+
+
+def _rows(_: object) -> type[tuple[Any, ...]]:
+    """Return how psycopg makes rows, instead of the connection's own way."""
+    return tuple
 
 
 def _psycopg_problem(connection: Any, open_one: str) -> str | None:
@@ -412,8 +482,8 @@ class _Sqlalchemy(_BlockingConnection):
     def problem(self) -> str | None:
         return _sqlalchemy_problem(self._connection)
 
-    def run(self, write: _Write) -> None:
-        _run_sqlalchemy(self._connection, write)
+    def run(self, write: _Write) -> Any:
+        return _run_sqlalchemy(self._connection, write)
 
 
 class _SqlalchemyAsync(_AsyncConnection):
@@ -428,10 +498,11 @@ class _SqlalchemyAsync(_AsyncConnection):
         one = self._connection
         return _sqlalchemy_problem(one.sync_session if hasattr(one, "sync_session") else one.sync_connection)
 
-    async def run(self, write: _Write, deadline: float) -> None:
+    async def run(self, write: _Write, deadline: float) -> Any:
         # its own time-out ends the connection, so it comes only where the server gives no answer
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + 2 * _ANSWER_S):
-            await self._connection.run_sync(_run_sqlalchemy, write)
+        limit_s = None if deadline == math.inf else max(0.0, deadline - time.monotonic()) + 2 * _ANSWER_S
+        async with asyncio.timeout(limit_s):
+            return await self._connection.run_sync(_run_sqlalchemy, write)
 
 
 def _sqlalchemy_problem(one: Any) -> str | None:
@@ -448,17 +519,20 @@ def _sqlalchemy_problem(one: Any) -> str | None:
     return None
 
 
-def _run_sqlalchemy(one: Any, write: _Write) -> None:
+def _run_sqlalchemy(one: Any, write: _Write) -> Any:
     """Execute the statements on a Connection, or on that of a Session."""
     connection = one
     if not hasattr(one, "exec_driver_sql"):
         connection = one.connection()
         _check(_sqlalchemy_problem(connection))
 
-    def execute(sql: str, arguments: Sequence[Any]) -> None:
-        connection.exec_driver_sql(sql, tuple(arguments)).close()
+    def execute(sql: str, arguments: Sequence[Any]) -> object:
+        result = connection.exec_driver_sql(sql, tuple(arguments))
+        value = result.scalar() if arguments else None
+        result.close()
+        return value
 
-    _run(write(numbered=connection.dialect.paramstyle == "numeric_dollar", joined=False), execute)
+    return _run(write(numbered=connection.dialect.paramstyle == "numeric_dollar", joined=False), execute)
 
 
 class _Django(_BlockingConnection):
@@ -479,9 +553,14 @@ class _Django(_BlockingConnection):
             None if one.in_atomic_block or not one.get_autocommit() else _OUTSIDE.format("`with transaction.atomic():`")
         )
 
-    def run(self, write: _Write) -> None:
+    def run(self, write: _Write) -> Any:
         with self._connection.cursor() as cursor:
-            _run(write(numbered=False, joined=True), lambda sql, arguments: cursor.execute(sql, arguments or None))
+
+            def execute(sql: str, arguments: Sequence[Any]) -> object:
+                cursor.execute(sql, arguments or None)
+                return cursor.fetchone()[0] if arguments else None
+
+            return _run(write(numbered=False, joined=True), execute)
 
 
 def _django_alias(alias: str) -> Any:

@@ -16,12 +16,17 @@ from ..envelope import Receipt
 from ..errors import BrokerUnavailable, InvalidJob, LeveretError, PublishTimeout
 from ..job import Job
 from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, PublishOptions, for_outgoing, unexpected
+from ..outbox import Inbox
 from ..tracebacks import show_users_frames
 from ..transactions import AsyncTransaction, Transaction
 from .batch import Batch
 from .sender import Sender, seconds_of
 from .within import Handed, Within
 
+NO_INBOX = (
+    "once() notes the job in an inbox in your database, which this app doesn't have: use a postgresql:// broker, or"
+    ' App(outbox="postgresql://…") beside the broker, with the URL of the database of connection=, and run `leveret migrate`'
+)
 _LOOK_S = 1.0
 """Seconds between two looks of a waiting thread at whether its loop still lives."""
 
@@ -101,6 +106,22 @@ class Publisher:
         timeout_s = options.pop("timeout_s", TIMEOUT_S)
         return await self._open(options.get("job_id")).publish(job, options, timeout_s)
 
+    async def once(self, connection: AsyncTransaction, queue: str, job_id: str) -> bool:
+        """As `Attempt.once`."""
+        sender = self._open(job_id)
+        return True if sender.observed else await _inbox(sender).once(connection, queue, job_id)
+
+    def once_blocking(self, connection: Transaction, queue: str, job_id: str) -> bool:
+        """As `Attempt.once_blocking`; the statement runs in the calling thread."""
+        sender, running = self._sender, asyncio._get_running_loop()
+        if running is not None and running is (self._loop or running):
+            msg = "once_blocking would block the event loop; in an `async def`, write await attempt.once(…)"
+            raise RuntimeError(msg)
+        if sender is None:
+            msg = "the worker has ended"
+            raise BrokerUnavailable(msg, job_id=job_id)
+        return True if sender.observed else _inbox(sender).once_blocking(connection, queue, job_id)
+
     async def publish_handed(self, job: Job, connection: Handed, options: PublishOptions) -> Receipt:
         """Publish `job` on a connection of another thread, which waits; for the publishes that block."""
         return await Within(self._open(options.get("job_id")), connection).publish(job, options)
@@ -162,6 +183,12 @@ class Publisher:
     ) -> list[Receipt]:
         """Publish `jobs` on a connection of another thread, which waits; for the blocking publisher."""
         return await Within(self._open(), connection).publish_many(jobs, timeout_s)
+
+
+def _inbox(sender: Sender) -> Inbox:
+    if sender.inbox is None:
+        raise InvalidJob(NO_INBOX)
+    return sender.inbox
 
 
 def check_many(jobs: object) -> None:

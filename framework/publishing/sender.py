@@ -25,6 +25,7 @@ from ..ids import new_job_id
 from ..job import Job, Priority, Queue, spec_of
 from ..layer import AnyLayer, Publish, is_bypass, is_publish_layer
 from ..options import Outgoing, OutgoingOptions
+from ..outbox import Inbox, has_inbox
 from ..runtime import Runtime
 from ..texts import said_by
 from ..transactions import Transactional, is_transactional
@@ -122,8 +123,10 @@ class Sender:
         self._decoders: dict[tuple[str, str], codec.Decoder] = {}
         self._publishing = publishing
         self._send = fold_publish(publishing, self._to_broker)
-        self.transactional = outbox or (broker if is_transactional(broker) else None)
+        self.transactional: Transactional | None = outbox or (broker if is_transactional(broker) else None)
         """What publishes inside a user's transaction; None if nothing does."""
+        self.inbox: Inbox | None = next((one for one in (outbox, broker) if has_inbox(one)), None)
+        """What knows which jobs' effects are committed; None if nothing does."""
 
     @property
     def state(self) -> PublisherState:
