@@ -354,7 +354,8 @@ class Django(BlockingClient):
     def block(self) -> AbstractContextManager[object]:
         from django.db import transaction
 
-        return transaction.atomic()
+        block: Any = transaction.atomic()
+        return block
 
     async def execute(self, sql: str) -> None:
         def execute() -> None:
@@ -382,9 +383,10 @@ class DjangoAlias(Django):
 def use_django(url: str) -> None:
     """Let Django's default connection, in this thread, be to the database."""
     import django
+    from django import db
     from django.conf import settings
-    from django.db import connections
 
+    connections: Any = db.connections
     parts = urlsplit(url)
     database = {
         "ENGINE": "django.db.backends.postgresql",
