@@ -69,12 +69,12 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
         msg = "name the queues, or the app with --app module:app"
         raise click.UsageError(msg)
 
-    async def read() -> tuple[list[Depth], int | None]:
+    async def read() -> tuple[list[Depth], int | None, list[str]]:
         async with target.admin() as admin:
             depths = [await target.depth_of(admin, name) for name in names or target.queues]
-            return depths, None if as_json else await admin.delayed()
+            return depths, None if as_json else await admin.delayed(), [] if as_json else await admin.notes()
 
-    depths, delayed = run(read())
+    depths, delayed, notes = run(read())
     if as_json:
         print_json(depths)
         return
@@ -98,6 +98,8 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
     )
     if delayed is not None:
         print_text(f"delayed jobs of all queues on this broker: {delayed}")
+    for note in notes:
+        print_text(note)
 
 
 def _levels(depth: Depth) -> str:
