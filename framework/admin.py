@@ -71,6 +71,10 @@ class Admin(Protocol):
         """Count the delayed jobs of all queues together; None if `depths` counts them per queue."""
         ...
 
+    async def notes(self) -> list[str]:
+        """Return what an operator should know of the broker besides its queues, one line each: what slows it down, and since when."""
+        ...
+
     async def purge(self, queue: Queue) -> int:
         """Delete the waiting jobs of `queue`, on all levels, and return how many. Delayed, unsettled and dead jobs stay."""
         ...

@@ -170,6 +170,14 @@ def postgres(postgres_found: postgresql.Found) -> Generator[postgresql.Postgres]
 
 
 @pytest_asyncio.fixture
+async def postgres_url(postgres: postgresql.Postgres) -> AsyncGenerator[str]:
+    """The URL of a database of the test's own, with leveret's tables."""
+    async with postgres.database() as url:
+        await postgresql.migrate(url)
+        yield url
+
+
+@pytest_asyncio.fixture
 async def postgres_node(
     postgres_found: postgresql.Found,
 ) -> AsyncGenerator[StartPostgres]:

@@ -1,7 +1,8 @@
-"""The suites that need a RabbitMQ, on each version: `python -m tests.matrix`, or `make test-matrix`. A table at the end, and in a file.
+"""The suites that need a server, on each version: `python -m tests.matrix`, or `make test-matrix`. A table at the end, and in a file.
 
---subset runs what `.ci/run` has time for: on 4.0 and 4.3 the contract of a broker and the fault tests marked `versions`, and on the last
-version those of the cluster with this mark.
+RabbitMQ 3.10, 4.0 and 4.3, and PostgreSQL 15 and 17, each of a Debian suite.
+--subset runs what `.ci/run` has time for: on the versions after a server's first the contract of a broker and the fault tests marked
+`versions`, and on the last RabbitMQ those of the cluster with this mark.
 A version that can't be had here is skipped by name; with CI=true that is a failure.
 """
 
@@ -11,18 +12,54 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.nodes import Unavailable
-from tests.rabbit.node import SUITES, installation_of
+from tests.postgres import installation as postgres
+from tests.rabbit import node as rabbit
 
 _ROOT = Path(__file__).parents[1]
 _BUILD = _ROOT / "build"
-_CONTRACT = ("tests/contract", "-m", "rabbit and not fault")
-_FAULTS = ("tests/contract", "tests/fault", "-m", "rabbit and fault and not cluster")
-_CLUSTER = ("tests/fault", "-m", "rabbit and fault and cluster")
+
+
+_SUITES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "RabbitMQ": {
+        "contract": ("tests/contract", "-m", "rabbit and not fault"),
+        "faults": ("tests/contract", "tests/fault", "-m", "rabbit and fault and not cluster"),
+        "cluster": ("tests/fault", "-m", "rabbit and fault and cluster"),
+    },
+    "PostgreSQL": {
+        "contract": ("tests/contract", "tests/postgres", "-m", "postgres and not fault"),
+        "faults": ("tests/contract", "tests/postgres", "tests/fault", "-m", "postgres and fault"),
+    },
+}
+"""By server and name: what pytest runs. The last word says which marks."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a server, and how the tests are told to run on it."""
+
+    server: str
+    key: str
+    variable: str
+    value: str
+
+    def found(self) -> str:
+        """Return its name for the table, unpacked if need be. Raises Unavailable."""
+        if self.server == "RabbitMQ":
+            return f"RabbitMQ {rabbit.installation_of(self.key).version}"
+        return f"PostgreSQL {postgres.unpacked_installation(self.value).major}"
+
+
+_RABBITS = [Version("RabbitMQ", key, "LEVERET_TEST_RABBIT", key) for key in rabbit.SUITES]
+_POSTGRESES = [
+    Version("PostgreSQL", f"{major}", "LEVERET_POSTGRES_SUITE", suite) for suite, major in postgres.SUITES.items()
+]
+_VERSIONS = {version.key: version for version in (*_RABBITS, *_POSTGRESES)}
+_LATER = (*_RABBITS[1:], *_POSTGRESES[1:])
 
 
 @dataclass
@@ -52,16 +89,16 @@ def read(report: Path, row: Row) -> Row:
     return row
 
 
-def run(version: str, suite: str, selection: tuple[str, ...], name: str) -> Row:
+def run(version: Version, suite: str, selection: tuple[str, ...], name: str) -> Row:
     """Run one suite on one version."""
-    report = _BUILD / f"matrix-{version}-{suite}.xml"
+    report = _BUILD / f"matrix-{version.key}-{suite}.xml"
     report.unlink(missing_ok=True)
-    print(f"== RabbitMQ {name}: {suite}", flush=True)
+    print(f"== {name}: {suite}", flush=True)
     began = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", f"--junit-xml={report}", "-o", "junit_family=xunit1", *selection],
         cwd=_ROOT,
-        env={**os.environ, "LEVERET_TEST_RABBIT": version},
+        env={**os.environ, version.variable: version.value},
         check=False,
     )
     row = Row(name, suite, took_s=time.monotonic() - began)
@@ -72,9 +109,16 @@ def run(version: str, suite: str, selection: tuple[str, ...], name: str) -> Row:
     return row
 
 
+def part_of(suite: str, selection: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what `--subset` runs of a suite: of the contract that of a broker, and of the faults those marked `versions`."""
+    if suite == "contract":
+        return ("tests/contract/test_broker.py", *selection[-2:])
+    return (*selection[:-1], f"{selection[-1]} and versions")
+
+
 def page(rows: list[Row]) -> Iterator[str]:
     """Yield the lines of the result: a table, what failed or was skipped by name, and the counts of each fault."""
-    yield "| RabbitMQ | suite | passed | failed | skipped | minutes |"
+    yield "| server | suite | passed | failed | skipped | minutes |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
         yield (
@@ -85,7 +129,7 @@ def page(rows: list[Row]) -> Iterator[str]:
         if named:
             yield from ("", f"{title.capitalize()}:", "", *named)
     if counted := [(row.version, *count) for row in rows for count in row.counts]:
-        yield from ("", "| RabbitMQ | fault | counts |", "|---|---|---|")
+        yield from ("", "| server | fault | counts |", "|---|---|---|")
         yield from (
             f"| {version} | {name.rpartition('.')[2].removeprefix('test_').replace('_', ' ')} | {text} |"
             for version, name, text in counted
@@ -98,38 +142,31 @@ def main() -> int:
     parser.add_argument(
         "--subset", action="store_true", help="what .ci/run has time for, on the versions after the first"
     )
-    parser.add_argument("--versions", help=f"some of {','.join(SUITES)}, separated by commas")
-    parser.add_argument("--suites", default="contract,faults,cluster", help="some of them, separated by commas")
+    parser.add_argument("--versions", help=f"some of {','.join(_VERSIONS)}, separated by commas")
+    parser.add_argument("--suites", default=",".join(_SUITES["RabbitMQ"]), help="some of them, separated by commas")
     parser.add_argument("--out", type=Path, default=_BUILD / "matrix.md", help="where the table goes")
     arguments = parser.parse_args()
-    versions = (arguments.versions or ",".join(list(SUITES)[arguments.subset :])).split(",")
-    some = " and versions" if arguments.subset else ""
-    suites = {
-        "contract": ("tests/contract/test_broker.py", *_CONTRACT[1:]) if arguments.subset else _CONTRACT,
-        "faults": (*_FAULTS[:-1], _FAULTS[-1] + some),
-        "cluster": (*_CLUSTER[:-1], _CLUSTER[-1] + some),
-    }
-    if strange := (set(versions) - set(SUITES)) | (set(arguments.suites.split(",")) - set(suites)):
-        parser.error(f"no {', '.join(sorted(strange))} here; known: {', '.join([*SUITES, *suites])}")
+    usual = [version.key for version in (_LATER if arguments.subset else _VERSIONS.values())]
+    keys = arguments.versions.split(",") if arguments.versions else usual
+    chosen = arguments.suites.split(",")
+    if strange := (set(keys) - set(_VERSIONS)) | (set(chosen) - set(_SUITES["RabbitMQ"])):
+        parser.error(f"no {', '.join(sorted(strange))} here; known: {', '.join([*_VERSIONS, *_SUITES['RabbitMQ']])}")
     _BUILD.mkdir(exist_ok=True)
     rows: list[Row] = []
-    for version in versions:
+    for version in (_VERSIONS[key] for key in keys):
         try:
-            name = installation_of(version).version
+            name = version.found()
         except Unavailable as error:
             verdict = [str(error)]
             rows.append(
-                Row(version, "-", failed=verdict)
+                Row(version.key, "-", failed=verdict)
                 if os.environ.get("CI") == "true"
-                else Row(version, "-", skipped=verdict)
+                else Row(version.key, "-", skipped=verdict)
             )
             continue
-        chosen = [
-            suite
-            for suite in arguments.suites.split(",")
-            if suite != "cluster" or version == versions[-1] or not arguments.subset
-        ]
-        rows += [run(version, suite, suites[suite], name) for suite in chosen]
+        for suite, selection in _SUITES[version.server].items():
+            if suite in chosen and not (arguments.subset and suite == "cluster" and version != _RABBITS[-1]):
+                rows.append(run(version, suite, part_of(suite, selection) if arguments.subset else selection, name))
     text = "\n".join(page(rows))
     arguments.out.write_text(text + "\n")
     print(f"\n{text}\n\nwritten to {arguments.out}")

@@ -108,6 +108,10 @@ class MemoryAdmin:
     async def delayed(self) -> None:
         """As `Admin.delayed`; returns None, since `depths` counts the delayed jobs of each queue."""
 
+    async def notes(self) -> list[str]:
+        """As `Admin.notes`; nothing is known that would slow it down."""
+        return []
+
     async def purge(self, queue: Queue) -> int:
         """As `Admin.purge`."""
         with self._contents.lock:

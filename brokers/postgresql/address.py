@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -54,6 +55,11 @@ class Address(msgspec.Struct, frozen=True):
     schema: str = "leveret"
     prepared: bool = True
     """Whether statements may stay prepared on a connection; not behind a pooler that forgets them."""
+
+    def missing_files(self) -> list[str]:
+        """Return the parameters that name a file of a certificate which isn't there."""
+        files = parse_qsl(urlsplit(self.dsn).query)
+        return [f"{name}={value}" for name, value in files if name in _FILES and not Path(value).exists()]
 
     def __str__(self) -> str:
         return redact(self.dsn.partition("?")[0])
@@ -135,8 +141,8 @@ def refusal(error: Exception, address: Address) -> LeveretError:
     wrong = isinstance(error, _WRONG) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
     if isinstance(error, TimeoutError):
         said = "no answer in time"
-    elif isinstance(error, FileNotFoundError) and (files := [name for name in _FILES if f"{name}=" in address.dsn]):
-        said, wrong = f"no such file: {' or '.join(files)}", True
+    elif isinstance(error, FileNotFoundError) and (missing := address.missing_files()):
+        said, wrong = f"no such file: {', '.join(missing)}", True
     msg = f"{address}: {redact(said)}"
     if wrong or any(words in said for words in _BY_WORDS):
         return ConfigurationError(msg)

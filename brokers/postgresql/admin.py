@@ -57,6 +57,23 @@ _PAGE_OF_DEAD = (
     " UPDATE {schema}.dead d SET reader = $1 FROM page WHERE d.queue = $2 AND d.seq = page.seq"
     f" RETURNING d.seq, {READ.replace('queue', 'd.queue', 1)}"
 )
+# A vacuum keeps each row that the oldest snapshot may see. Only those of this database count, and those without one: slots and standbys.
+HORIZON = """
+SELECT format('process %s (%s of user %s, %s)', pid, coalesce(nullif(application_name, ''), 'a program'), usename, state), xact_start
+FROM pg_stat_activity
+WHERE datname = current_database() AND backend_xmin IS NOT NULL AND xact_start < now() - interval '1 minute' AND backend_type = 'client backend'
+UNION ALL
+SELECT format('the prepared transaction %L of user %s', gid, owner), prepared
+FROM pg_prepared_xacts WHERE database = current_database() AND prepared < now() - interval '1 minute'
+UNION ALL
+SELECT format('the replication slot %L%s, %s transactions behind', slot_name, CASE WHEN active THEN '' ELSE ' (which nobody uses)' END, age(xmin)), NULL
+FROM pg_replication_slots WHERE xmin IS NOT NULL AND age(xmin) > 10000
+UNION ALL
+SELECT format('the standby %s, which feeds its snapshots back', coalesce(nullif(application_name, ''), client_addr::text)), NULL
+FROM pg_stat_replication WHERE backend_xmin IS NOT NULL AND age(backend_xmin) > 10000
+ORDER BY 2 NULLS LAST LIMIT 5
+"""
+_ROWS_KEPT = "SELECT sum(n_dead_tup)::bigint FROM pg_stat_all_tables WHERE schemaname = $1"
 _LAST_DEAD = "SELECT max(seq) FROM {schema}.dead WHERE queue = $1"
 _TAKE_DEAD = "DELETE FROM {schema}.dead WHERE queue = $1 AND seq = $2 AND reader = $3"
 
@@ -231,6 +248,23 @@ class PostgresAdmin:
 
     async def delayed(self) -> None:
         """As `Admin.delayed`; returns None, since `depths` counts the delayed jobs of each queue."""
+
+    async def notes(self) -> list[str]:
+        """As `Admin.notes`: who keeps the vacuum from removing the rows of finished jobs, and since when."""
+
+        async def read(connection: Connection) -> list[str]:
+            holders = await connection.fetch(HORIZON)
+            kept: int = await connection.fetchval(_ROWS_KEPT, self._address.schema) or 0
+            return [
+                f"vacuum can't remove the rows of finished jobs (now {kept}) because of {who}"
+                + (f", since {since:%Y-%m-%d %H:%M:%S} UTC" if since is not None else "")
+                for who, since in holders
+            ]
+
+        notes: list[str] = await self._run(
+            Look(about="the read of what holds vacuum back", call=read, deadline=self._deadline())
+        )
+        return notes
 
     async def purge(self, queue: Queue) -> int:
         """As `Admin.purge`, some thousands of jobs per transaction, so that workers get their turns in between."""

@@ -56,7 +56,7 @@ class PostgresMigrator:
             msg = f"{self.what}: the role lacks a right: {error}; migrate as the owner of the schema (with --url)"
             raise ConfigurationError(msg) from error
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-            msg = f"{self.what}: a migration failed, and changed nothing: {' '.join(str(error).split())}"
+            msg = f"{self.what}: {' '.join(str(error).split())}; what was applied stays, so run it again"
             raise BrokerUnavailable(msg) from error
         finally:
             connection.terminate()

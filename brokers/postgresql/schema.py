@@ -35,8 +35,10 @@ _CONCURRENT = re.compile(r"CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<index>[a-z0
 _NAME = re.compile(r"(?!pg_)[A-Za-z_][A-Za-z0-9_-]{0,62}", re.ASCII)
 _ASK_S: Final = 0.1
 """How long a migrator waits before it asks again for a lock. It holds no snapshot meanwhile, which an index would wait for."""
-_LOCK_S: Final = 1
-"""How long a migration waits for the lock of a table. All who use the table wait behind it, so it lets them pass and tries again."""
+_LOCK_MS: Final = 300
+"""How long a migration waits for the lock of a table. All who use the table wait behind it, so it then lets them pass."""
+_PASS_S: Final = 1.0
+"""How long it lets them pass before it tries again."""
 _OTHER: Final = "another migrator is at work"
 _WITHOUT_LIMITS: Final = "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0"
 
@@ -166,7 +168,7 @@ async def migrate(
             if said != str(busy):
                 said = str(busy)
                 say(f"waiting: {said}")
-            await asyncio.sleep(_ASK_S)
+            await asyncio.sleep(busy.pause_s)
 
 
 def script(missing: Sequence[Migration], schema: str) -> str:
@@ -189,7 +191,11 @@ def names(migrations: Iterable[Migration]) -> str:
 
 
 class _Busy(Exception):
-    """Others have what a migration needs; the message says what. Another try will do."""
+    """Others have what a migration needs; the message says what. Another try will do, after the pause."""
+
+    def __init__(self, message: str, pause_s: float) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
 
 
 async def _apply(connection: Connection, schema: str, migration: Migration) -> bool:
@@ -197,24 +203,27 @@ async def _apply(connection: Connection, schema: str, migration: Migration) -> b
     from asyncpg import LockNotAvailableError
 
     try:
-        async with connection.transaction():
+        # whatever the role's default is: what is applied is read after the lock
+        async with connection.transaction(isolation="read_committed"):
             if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _lock(schema)):
-                raise _Busy(_OTHER)
+                raise _Busy(_OTHER, _ASK_S)
             if migration.number in await _applied(connection, schema):
                 return False
-            await connection.execute(f"{_WITHOUT_LIMITS}; SET LOCAL lock_timeout = '{_LOCK_S}s'")
+            await connection.execute(f"{_WITHOUT_LIMITS}; SET LOCAL lock_timeout = {_LOCK_MS}")
             await connection.execute(
                 f"{in_schema(schema, _TABLE)}{_record(migration, schema)}{migration.statements(schema)}"
             )
     except LockNotAvailableError as error:
         msg = f"{migration.name} needs a table that a long transaction uses"
-        raise _Busy(msg) from error
+        raise _Busy(msg, _PASS_S) from error
     return True
 
 
 async def _build(connection: Connection, schema: str, migration: Migration) -> bool:
     """Build an index outside a transaction; False if another migrator has done it meanwhile."""
-    if await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid():
+    async with connection.transaction(readonly=True):
+        direct = await connection.fetchval("SELECT pg_backend_pid()") == connection.get_server_pid()
+    if not direct:
         msg = (
             f"{migration.name} builds an index, which takes a connection to the server itself: run `leveret migrate --url`"
             " with the server's address, not the pooler's"
@@ -222,7 +231,7 @@ async def _build(connection: Connection, schema: str, migration: Migration) -> b
         raise ConfigurationError(msg)
     # the lock of the session: it also holds while the server goes on with the index after this process was killed
     if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _lock(schema)):
-        raise _Busy(_OTHER)
+        raise _Busy(_OTHER, _ASK_S)
     try:
         if migration.number in await _applied(connection, schema):
             return False
@@ -241,21 +250,25 @@ async def _build(connection: Connection, schema: str, migration: Migration) -> b
 
 
 async def _read_applied(connection: Connection, schema: str) -> dict[int, Applied]:
-    async with connection.transaction(
-        readonly=True
-    ):  # behind a pooler all statements of a transaction reach one server
+    # behind a pooler, only the statements of one transaction reach the same server
+    async with connection.transaction(readonly=True):
         return await _applied(connection, schema)
 
 
 async def _applied(connection: Connection, schema: str) -> dict[int, Applied]:
     """Return what the database has recorded, by number."""
+    from asyncpg import UndefinedColumnError
+
     # a query, and not to_regclass: that one would still see what the session knew before it got the lock
     there = "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = 'migrations'"
     if not await connection.fetch(there, schema):
         return {}
-    rows = await connection.fetch(
-        in_schema(schema, "SELECT number, name, checksum, lowest_reader FROM {schema}.migrations")
-    )
+    recorded = in_schema(schema, "SELECT number, name, checksum, lowest_reader FROM {schema}.migrations")
+    try:
+        rows = await connection.fetch(recorded)
+    except UndefinedColumnError as error:
+        msg = f"the schema {schema!r} of the database has another program's table migrations; give leveret a schema for itself: ?schema=leveret"
+        raise ConfigurationError(msg) from error
     return {number: Applied(name, checksum, lowest_reader) for number, name, checksum, lowest_reader in rows}
 
 
@@ -288,6 +301,8 @@ CREATE TABLE IF NOT EXISTS {schema}.migrations (
     lowest_reader int NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT now()
 );
+-- every role that may use the schema looks here first
+GRANT SELECT ON {schema}.migrations TO PUBLIC;
 """
 
 

@@ -567,12 +567,10 @@ def _django_alias(alias: str) -> Any:
     """Return Django's connection of this thread."""
     django = sys.modules.get("django.db")
     if django is None or alias not in django.connections.settings:
-        what = (
-            "Django isn't in use here"
-            if django is None
-            else f"Django has no such database in DATABASES: {', '.join(django.connections.settings)}"
+        known = (
+            "Django isn't in use" if django is None else f"DATABASES has only {', '.join(django.connections.settings)}"
         )
-        msg = f"connection={alias!r:.80} is an alias of a database of Django, and {what}"
+        msg = f"connection={alias!r:.80} is an alias of a database of Django, and {known}"
         raise InvalidJob(msg)
     return django.connections[alias]
 

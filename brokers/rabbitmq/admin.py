@@ -71,6 +71,10 @@ class RabbitAdmin:
         """Count the jobs in the delay ladders, which all queues of the vhost share."""
         return sum([await self._on_channel(partial(_waiting, names)) for names in topology.delay_queues()])
 
+    async def notes(self) -> list[str]:
+        """As `Admin.notes`; RabbitMQ says that in its management page."""
+        return []
+
     async def purge(self, queue: Queue) -> int:
         """Delete the waiting jobs of all levels and the suspects; return how many."""
         total = 0

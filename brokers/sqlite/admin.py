@@ -204,6 +204,10 @@ class SqliteAdmin:
     async def delayed(self) -> None:
         """As `Admin.delayed`; returns None, since `depths` counts the delayed jobs of each queue."""
 
+    async def notes(self) -> list[str]:
+        """As `Admin.notes`; nothing is known that would slow it down."""
+        return []
+
     async def purge(self, queue: Queue) -> int:
         """As `Admin.purge`, some thousands of jobs per transaction, so that workers get their turns in between."""
         if not self._path.exists():

@@ -75,12 +75,12 @@ def show(names: tuple[str, ...], target: Target, outbox: bool, as_json: bool) ->
         _show_outbox(target, names, as_json=as_json)
         return
 
-    async def read() -> tuple[list[Depth], int | None]:
+    async def read() -> tuple[list[Depth], int | None, list[str]]:
         async with target.admin() as admin:
             depths = [await target.depth_of(admin, name) for name in names or target.queues]
-            return depths, None if as_json else await admin.delayed()
+            return depths, None if as_json else await admin.delayed(), [] if as_json else await admin.notes()
 
-    depths, delayed = run(read())
+    depths, delayed, notes = run(read())
     if as_json:
         print_json(depths)
         return
@@ -104,6 +104,8 @@ def show(names: tuple[str, ...], target: Target, outbox: bool, as_json: bool) ->
     )
     if delayed is not None:
         print_text(f"delayed jobs of all queues on this broker: {delayed}")
+    for note in notes:
+        print_text(note)
     if target.outbox is not None:
         print_text(_outbox_line(target.outbox, run(_outbox(target))))
 

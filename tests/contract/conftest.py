@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from leveret.runtime import Runtime
-from leveret.schemes import open_migrator
 from tests.contract import harness as package
 from tests.contract.harness import Harness
-from tests.postgres.node import PgBouncer, Postgres
+from tests.postgres.node import PgBouncer, Postgres, migrate
 
 
 def _brokers() -> dict[str, type[Harness]]:
@@ -43,15 +41,9 @@ def postgres_database(postgres: Postgres) -> Generator[str]:
     with asyncio.Runner() as runner:
         made = postgres.database()
         url = runner.run(made.__aenter__())
-        runner.run(_migrate(url))
+        runner.run(migrate(url))
         yield url
         runner.run(made.__aexit__(None, None, None))
-
-
-async def _migrate(url: str) -> None:
-    migrator = open_migrator(url, Runtime(app="contract"))
-    assert migrator is not None
-    await migrator.migrate(lambda _: None)
 
 
 @pytest.fixture(scope="session")

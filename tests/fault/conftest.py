@@ -26,9 +26,11 @@ def bench(tmp_path: Path) -> Generator[Callable[..., Bench]]:
         sys.stdout.write(one.logs)  # shown where the test failed
 
 
-@pytest.fixture(params=["sqlite", "quorum", "classic"])
+@pytest.fixture(params=["sqlite", "postgresql", "quorum", "classic"])
 def any_bench(request: pytest.FixtureRequest, bench: Callable[..., Bench], tmp_path: Path) -> Bench:
     """A bench on each durable broker and kind of queue."""
     if request.param == "sqlite":
         return bench(f"sqlite:///{tmp_path}/jobs.db")
+    if request.param == "postgresql":
+        return bench(request.getfixturevalue("postgres_url"))
     return bench(request.getfixturevalue("rabbit").url, request.param)

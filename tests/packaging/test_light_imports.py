@@ -61,6 +61,12 @@ def test_leveret_imports_no_broker_and_no_layer() -> None:
 @pytest.mark.parametrize("broker", ["leveret.brokers.memory", "leveret.brokers.rabbitmq"])
 def test_a_broker_without_rows_imports_nothing_of_stores(broker: str) -> None:
     """A worker on RabbitMQ would pay for what gathers the transactions of a database."""
-    stores = {"leveret.brokers.leases", "leveret.brokers.rows", "leveret.brokers.turns", "leveret.brokers.sqlite"}
+    stores = {
+        "leveret.brokers.leases",
+        "leveret.brokers.rows",
+        "leveret.brokers.turns",
+        "leveret.brokers.sqlite",
+        "leveret.brokers.postgresql",
+    }
 
     assert not _imported_by(broker) & stores

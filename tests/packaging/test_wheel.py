@@ -109,6 +109,25 @@ def test_the_wheel_is_imported_without_the_tree(wheel: Path, tmp_path: Path) -> 
     assert said.split() == [f"{wheel}/leveret/__init__.py", leveret.__version__]
 
 
+def test_the_wheel_has_its_migrations(wheel: Path, tmp_path: Path) -> None:
+    """Without them `leveret migrate` would find nothing to do, and every worker an empty database."""
+    program = "from leveret.brokers.postgresql.schema import shipped; print(*(one.name for one in shipped()))"
+
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(wheel)},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+
+    files = sorted(file.stem for file in (_ROOT / "brokers/postgresql/migrations").glob("*.sql"))
+    assert files
+    assert said.split() == files
+
+
 def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:
     """Without py.typed a user's type checker takes the whole API for Any."""
     assert "leveret/py.typed" in zipfile.ZipFile(wheel).namelist()

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
+from leveret.runtime import Runtime
+from leveret.schemes import open_migrator
 from leveret.settings import redact
 from tests.nodes import Choice, free_ports, has_docker, tail, url_at
 from tests.postgres.installation import (
@@ -32,6 +34,13 @@ from tests.postgres.process import Process
 _BOOT_S, _QUERY_S = 90.0, 30.0
 _IMAGE = "postgres:17"
 _AWAY = (OSError, asyncpg.CannotConnectNowError)  # a server that a test has killed; its folder goes with it
+
+
+async def migrate(url: str) -> None:
+    """Make leveret's tables in the database of the URL."""
+    migrator = open_migrator(url, Runtime(app="tests"))
+    assert migrator is not None
+    await migrator.migrate(lambda _: None)
 
 
 class Postgres:

@@ -128,6 +128,28 @@ async def test_another_text_under_the_same_number_is_refused(url: str) -> None:
                 await use(connection, "shop", [other])
 
 
+async def test_another_programs_table_of_migrations_is_not_taken_for_ours(url: str) -> None:
+    """Many a framework has one in the schema public."""
+    async with connected(url) as connection:
+        await connection.execute("CREATE TABLE public.migrations (id int, name text)")
+        for use in (check, pending, migrate):
+            with pytest.raises(ConfigurationError, match="another program's table migrations"):
+                await use(connection, "public", [_JOBS])
+
+
+async def test_a_stricter_default_of_the_role_changes_nothing(url: str) -> None:
+    """With a snapshot of before the lock, a migrator would not see what the one before it did."""
+    async with connected(url) as first, connected(url) as second:
+        for connection in (first, second):
+            await connection.execute(
+                "SET default_transaction_isolation = 'serializable'; SET statement_timeout = '10s'"
+            )
+
+        await asyncio.gather(*(migrate(connection, "shop", _ALL) for connection in (first, second)))
+
+        await check(first, "shop", _ALL)
+
+
 async def test_a_migration_that_fails_leaves_nothing(url: str) -> None:
     """Half of it would make the next try fail at what is there already."""
     wrong = Migration("0002_hint", "-- lowest reader: 1\nCREATE TABLE {schema}.more ();\nSELECT 1/0;\n", 1)

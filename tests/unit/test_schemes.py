@@ -47,6 +47,20 @@ def test_a_missing_library_is_one_line_with_the_extra_that_brings_it(
     )
 
 
+def test_a_broker_on_postgresql_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain installation of leveret has no driver for it."""
+    for name in [name for name in sys.modules if name.startswith("leveret.brokers.postgresql")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+
+    with pytest.raises(ConfigurationError) as refused:
+        broker_module("postgresql://shop:hunter2@db/shop")
+
+    assert str(refused.value) == (
+        "a broker's URL with postgresql:// needs asyncpg; install the extra leveret[postgresql], which brings it"
+    )
+
+
 def test_a_missing_module_of_no_extra_is_not_explained_away(trial: Path) -> None:
     """A broker with a bug would be reported as an installation that lacks something."""
     trial.write_text("import not_there_at_all")

@@ -1,0 +1,355 @@
+"""What holds on PostgreSQL alone: foreign rows, notices that get lost, transactions that commit late, roles, and backends that end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from leveret.broker import Broker
+from leveret.brokers.postgresql import admin as admin_module
+from leveret.brokers.postgresql import open_admin, open_broker
+from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.job import Priority, Queue
+from leveret.runtime import Runtime
+from tests.contract.harness import PATIENCE_S, consume, depth, make_envelope, ready, soon, timed
+from tests.postgres.node import Postgres
+from tests.proxy import FaultProxy
+
+QUEUE = Queue("jobs")
+RUNTIME = Runtime(app="tests")
+Opened = Callable[..., Broker]
+
+
+@pytest_asyncio.fixture
+async def opened(postgres_url: str) -> AsyncGenerator[Opened]:
+    """Open brokers on the test's database, or on another URL; closed at the end."""
+    brokers: list[Broker] = []
+
+    def make(url: str = postgres_url) -> Broker:
+        brokers.append(open_broker(url, RUNTIME))
+        return brokers[-1]
+
+    yield make
+    for broker in brokers:
+        await broker.close()
+
+
+async def publish(broker: Broker, *bodies: bytes, queue: Queue = QUEUE, **fields: Any) -> None:
+    for body in bodies:
+        await broker.publish(queue, timed(make_envelope(queue, body, **fields), soon()))
+
+
+async def test_a_foreign_producer_publishes_with_one_function(
+    opened: Opened, postgres: Postgres, postgres_url: str
+) -> None:
+    """A trigger, or a program in another language, has nothing of leveret but the schema."""
+    call = "SELECT leveret.publish('jobs', 'invoice.send', '{\"order_id\": 7}', level => 'high', headers => '{\"x-tenant\": \"a\"}')"
+    [[job_id]] = await postgres.query(call, url=postgres_url)
+    await postgres.query("SELECT leveret.publish('jobs', 'thumb', '\\xff00'::bytea, delay_s => 0.1)", url=postgres_url)
+    _, sink = await consume(opened(), QUEUE)
+
+    first, second = await sink.take(2)
+
+    assert (first.envelope.job_id, first.envelope.job, first.envelope.body) == (
+        job_id,
+        "invoice.send",
+        b'{"order_id": 7}',
+    )
+    assert (first.envelope.priority, first.envelope.headers) == (Priority.HIGH, {"x-tenant": "a"})
+    assert (second.envelope.job, second.envelope.body) == ("thumb", b"\xff\x00")
+
+
+@pytest.mark.parametrize(
+    ("call", "body", "problem"),
+    [
+        ("publish('jobs', 'a', NULL::text)", b"", None),
+        ("publish('jobs', NULL, '{}')", b"{}", None),
+        ("publish('jobs', 'a', '\\xc3'::bytea, level => 'soon')", b"\xc3", "its level '0' is unknown"),
+        ("publish('jobs', 'a', repeat('x', 15 << 20))", b"x" * (15 << 20), None),
+    ],
+    ids=["no body", "no name", "no level", "15 MiB"],
+)
+async def test_what_makes_no_sense_arrives_byte_for_byte(
+    opened: Opened, postgres: Postgres, postgres_url: str, call: str, body: bytes, problem: str | None
+) -> None:
+    """A worker can only bury what it gets: a row that it never claims, or can't read, would wait there for ever."""
+    await postgres.query(f"SELECT leveret.{call}", url=postgres_url)
+    broker = opened()
+    consumption, sink = await consume(broker, QUEUE)
+    delivery = await sink.next()
+
+    assert delivery.envelope.body == body
+    assert (delivery.problem or "").startswith(problem or "")
+    await delivery.bury(timed(delivery.envelope, soon()))
+    await consumption.close()
+    row = await depth(open_admin(postgres_url, RUNTIME), QUEUE)
+    assert (row.ready, row.unsettled, row.dead) == (0, 0, 1)
+
+
+async def test_a_name_that_no_queue_can_have_is_refused_at_its_producer(postgres: Postgres, postgres_url: str) -> None:
+    """No worker could ever consume it."""
+    with pytest.raises(asyncpg.InvalidParameterValueError, match="a queue's name must have 1 to 150 characters"):
+        await postgres.query("SELECT leveret.publish('my jobs', 'a', '{}')", url=postgres_url)
+
+
+async def test_a_job_of_which_no_notice_told_starts_within_a_second(
+    opened: Opened, postgres: Postgres, postgres_url: str
+) -> None:
+    """Poolers lose notices, and LISTEN's connection is cut: a job that waited for the next notice would wait for ever."""
+    _, sink = await consume(opened(), QUEUE)
+    await asyncio.sleep(1.5)  # the worker's polling is at its widest
+    before = time.monotonic()
+
+    await postgres.query("INSERT INTO leveret.jobs (queue, body) VALUES ('jobs', '1')", url=postgres_url)
+    delivery = await sink.next()
+
+    assert delivery.envelope.body == b"1"
+    assert time.monotonic() - before < 1.1 + 1.0  # a slow machine's second
+
+
+async def test_a_publish_that_commits_late_is_not_passed_over(
+    opened: Opened, postgres: Postgres, postgres_url: str
+) -> None:
+    """Reading behind the last number loses it, as home-made outboxes do: its number was given before those that are done."""
+    broker = opened()
+    _, sink = await consume(broker, QUEUE)
+    late = await asyncpg.connect(postgres_url)
+    transaction = late.transaction()
+    await transaction.start()
+    await late.execute("SELECT leveret.publish('jobs', 'a', 'late')")
+    for number in range(20):
+        await publish(broker, b"%d" % number)
+        (await sink.next()).done()
+        await asyncio.sleep(0.02)
+
+    await transaction.commit()
+    committed = time.monotonic()
+
+    assert (await sink.next()).envelope.body == b"late"
+    assert time.monotonic() - committed < 1.1 + 1.0  # a slow machine's second
+    await late.close()
+
+
+async def test_a_killed_backend_costs_no_delivery(opened: Opened, postgres: Postgres, postgres_url: str) -> None:
+    """An administrator ends connections, and a fail-over all of them: what runs goes on, and nobody else may run it."""
+    broker, other = opened(), opened()
+    await publish(broker, *(b"%d" % number for number in range(5)))
+    _, sink = await consume(broker, QUEUE)
+    held = await sink.take(5)
+    _, others = await consume(other, QUEUE)
+    await asyncio.sleep(0.3)  # no turn is under way
+
+    for _ in range(3):
+        await postgres.query(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            url=postgres_url,
+        )
+        await asyncio.sleep(1.0)  # as long as others need to see that a backend is gone
+
+    assert all(delivery.live for delivery in held)
+    assert (sink.losses, sink.waiting, others.waiting) == (0, 0, 0)
+    for delivery in held:
+        delivery.done()
+    await broker.close()
+    row = await depth(open_admin(postgres_url, RUNTIME), QUEUE)
+    assert (row.ready, row.unsettled) == (0, 0)
+
+
+async def test_a_lost_answer_of_a_commit_says_that_the_job_may_be_published(
+    opened: Opened, postgres: Postgres, postgres_url: str
+) -> None:
+    """Neither yes nor no would be true, and only who knows that publishes again under the same id."""
+    async with FaultProxy(urlsplit(postgres_url).port or 0) as link:
+        broker = opened(link.url_of(postgres_url))
+        sizes: list[int] = []
+        for _ in range(3):
+            await publish(broker, b"before")
+            await asyncio.sleep(0.05)  # the link counts what it has passed on
+            sizes.append(link.passed["down"])
+        link.freeze_after("down", sizes[-1] - sizes[-2] - 10)  # half the answer of the commit is lost
+        publishing = asyncio.create_task(publish(broker, b"1"))
+        async with asyncio.timeout(PATIENCE_S):
+            while not await postgres.query("SELECT FROM leveret.jobs WHERE body = '1'", url=postgres_url):
+                await asyncio.sleep(0.01)
+
+        link.reset()
+
+        with pytest.raises(PublishTimeout, match="lost during the commit") as raised:
+            await publishing
+        assert raised.value.maybe_published
+        link.thaw()
+        await publish(broker, b"after")
+        await broker.close()
+
+
+async def test_a_server_that_is_away_is_told_and_waited_for(
+    opened: Opened, postgres: Postgres, postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that starts before its database, or outlives a restart of it, needs nobody's help."""
+    caplog.set_level(logging.INFO, "leveret.postgresql")
+    async with FaultProxy(urlsplit(postgres_url).port or 0) as link:
+        link.refuse = True
+        broker = opened(link.url_of(postgres_url))
+        assert broker.publishing.name == "connecting"
+        consumption, sink = await consume(broker, QUEUE)
+        with pytest.raises((BrokerUnavailable, PublishTimeout)):
+            await broker.publish(QUEUE, timed(make_envelope(QUEUE), soon(0.5)))
+        [state] = consumption.queues
+        assert (state.name, broker.publishing.name) == ("connecting", "connecting")
+        assert state.why
+
+        link.refuse = False
+        await publish(broker, b"1")
+
+        assert (await sink.next()).envelope.body == b"1"
+        assert (ready(consumption), broker.publishing.name) == (True, "ready")
+        await broker.close()
+
+
+async def test_a_worker_without_rights_fails_with_one_line(postgres: Postgres, postgres_url: str) -> None:
+    """Waiting doesn't help, and a worker that waits nevertheless looks healthy."""
+    async with postgres.role(postgres_url) as role:
+        broker = open_broker(role, RUNTIME)
+        try:
+            with pytest.raises(ConfigurationError) as raised:
+                await consume(broker, QUEUE)
+        finally:
+            await broker.close()
+
+    said = str(raised.value)
+    assert "\n" not in said
+    assert str(urlsplit(role).password) not in said
+
+
+@pytest.mark.parametrize("roles", ["publisher", "worker"])
+async def test_roles_have_the_rights_that_the_documentation_grants(
+    opened: Opened, postgres: Postgres, postgres_url: str, roles: str
+) -> None:
+    """A web service whose password leaks must not be able to read or delete the jobs of all."""
+    async with postgres.role(postgres_url) as url:
+        role = urlsplit(url).username
+        grants = {
+            "publisher": "GRANT USAGE ON SCHEMA leveret TO {role}; GRANT SELECT ON leveret.migrations TO {role};"
+            " GRANT EXECUTE ON FUNCTION leveret.add_jobs TO {role}",
+            "worker": "GRANT USAGE ON SCHEMA leveret TO {role};"
+            " GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA leveret TO {role};"
+            " GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA leveret TO {role}",
+        }
+        connection = await asyncpg.connect(postgres_url)
+        await connection.execute(grants[roles].format(role=role))
+        await connection.close()
+        broker = opened(url)
+
+        await publish(broker, b"1")
+
+        if roles == "worker":
+            consumption, sink = await consume(broker, QUEUE)
+            delivery = await sink.next()
+            await delivery.again(timed(delivery.envelope, soon(), delay_s=0.1))
+            (await sink.next()).done()
+            await consumption.close()
+        else:
+            for forbidden in (
+                "SELECT FROM leveret.jobs",
+                "DELETE FROM leveret.jobs",
+                "SELECT leveret.release(1, true)",
+            ):
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await postgres.query(forbidden, url=url)
+        await broker.close()
+
+
+async def test_who_waits_is_told_and_who_has_enough_is_not(
+    postgres: Postgres, postgres_url: str, opened: Opened
+) -> None:
+    """A commit that notifies takes a lock of the whole cluster: with a notice for each, publishers get in each other's way."""
+    queue = Queue("plain", priorities=False)
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    [[channel]] = await postgres.query("SELECT 'leveret_' || md5('\"leveret\"')")
+    listener = await asyncpg.connect(postgres_url)
+
+    def hear(_connection: object, _pid: int, _channel: str, payload: object) -> None:
+        heard.put_nowait(str(payload))
+
+    await listener.add_listener(channel, hear)
+
+    async def hears() -> list[str]:
+        """Return what was heard before a notice of this test's own, which comes last."""
+        await postgres.query("SELECT pg_notify($1, 'end')", channel, url=postgres_url)
+        said: list[str] = []
+        while (notice := await asyncio.wait_for(heard.get(), PATIENCE_S)) != "end":
+            said.append(notice)
+        return [notice for notice in said if notice in {"new", "later", "freed"}]
+
+    async def idle() -> bool:
+        return bool(await postgres.query("SELECT FROM leveret.workers WHERE idle IS NOT NULL", url=postgres_url))
+
+    broker = opened()
+    await publish(broker, b"1", b"2", queue=queue)
+    nobody_there = await hears()
+    _, sink = await consume(broker, queue, prefetch=2)
+    first, second = await sink.take(2)
+    await publish(broker, b"3", queue=queue)
+    full = await hears()
+    first.done()
+    second.done()
+    (await sink.next()).done()
+    async with asyncio.timeout(PATIENCE_S):
+        while not await idle():
+            await asyncio.sleep(0.01)
+    await publish(broker, b"4", queue=queue)
+    await sink.next()
+
+    assert (nobody_there, full, await hears()) == ([], [], ["new"])
+    await listener.close()
+
+
+async def test_a_store_finds_out_that_no_notice_comes_back(
+    postgres: Postgres, postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind a pooler LISTEN seems to work, and nothing is heard: jobs would start a second late, without a word."""
+    caplog.set_level(logging.INFO, "leveret.postgresql")
+    pooler = await postgres.pooler()
+    broker = open_broker(f"{pooler.url_of(postgres_url)}?prepared=off", RUNTIME)
+    try:
+        consumption, sink = await consume(broker, QUEUE)
+        async with asyncio.timeout(PATIENCE_S):
+            while not ready(consumption):
+                await asyncio.sleep(0.01)
+        await publish(broker, b"1")
+        await sink.next()
+    finally:
+        await broker.close()
+
+    [said] = [record.getMessage() for record in caplog.records if "passes no notices" in record.message]
+    assert "every 100 ms" in said
+
+
+async def test_the_admin_names_who_keeps_the_vacuum_from_its_work(
+    postgres: Postgres, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report that somebody left open at night makes the tables grow until they fill the disk, and nothing else shows why."""
+    monkeypatch.setattr(
+        "leveret.brokers.postgresql.admin.HORIZON", admin_module.HORIZON.replace("1 minute", "0 seconds")
+    )
+    admin = open_admin(postgres_url, RUNTIME)
+    reader = await asyncpg.connect(postgres_url, server_settings={"application_name": "report"})
+    quiet = await admin.notes()
+    await reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM leveret.jobs")
+
+    [note] = await admin.notes()
+
+    assert quiet == []
+    assert f"process {reader.get_server_pid()} (report of user postgres, idle in transaction)" in note
+    assert ", since 20" in note
+    await reader.close()
+    await admin.close()
