@@ -101,6 +101,7 @@ def open_outbox_admin(url: str, runtime: Runtime) -> OutboxAdmin:
 
 NO_BROKER = (
     "no broker is set; set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
-    "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), sqlite:///jobs.db (a local file, nothing to install), "
+    "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), "
+    "postgresql://host/database (the database that is already there; needs leveret[postgresql]), sqlite:///jobs.db (a local file, nothing to install), "
     "memory:// (inside one process, for tests)"
 )

@@ -52,6 +52,7 @@ _LOST = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ProtocolViolationError,
     asyncpg.InvalidSQLStatementNameError,
+    asyncpg.InFailedSQLTransactionError,
     asyncpg.DuplicatePreparedStatementError,
 )
 _BUSY = (asyncpg.LockNotAvailableError, asyncpg.QueryCanceledError, asyncpg.TransactionRollbackError)
@@ -112,28 +113,33 @@ class Link:
 
     async def connection(self, *, listen: bool) -> Connection:
         """Return the connection; `listen` lets it hear notices. Raises ConfigurationError if waiting won't help."""
-        if self.opened is None:
+        if (opened := self.opened) is None:
             self.abandon()
             limit_s = self._runtime.settings.connect_timeout_s
             opened = await connect(self.address, limit_s, prepared=self.address.prepared, name=self._name)
+            try:
+                await self._examine(opened)
+            except BaseException:
+                opened.terminate()
+                raise
             self._connection = opened
-            self.direct = self.listens = False
-            self._tried = False
-            self.fresh = True
+            self.fresh, self.listens, self._tried = True, False, False
             opened.add_termination_listener(lambda _: self._notice("lost"))
-            await schema.check(opened, self.address.schema)
-            await opened.execute("BEGIN READ ONLY")
-            self.direct = await opened.fetchval("SELECT pg_backend_pid()") == opened.get_server_pid()
-            encoding = await opened.fetchval("SELECT current_setting('server_encoding')")
-            await opened.execute("COMMIT")
-            if encoding != "UTF8":
-                msg = f"the database of {self.address} has the encoding {encoding}; leveret needs a database with UTF8"
-                raise ConfigurationError(msg)
-        assert self._connection is not None
         if listen and not self._tried:
             self._tried = True
-            await self._listen(self._connection)
-        return self._connection
+            await self._listen(opened)
+        return opened
+
+    async def _examine(self, connection: Connection) -> None:
+        """Find out whether the connection can be used, and whether it is to the server itself."""
+        await schema.check(connection, self.address.schema)
+        await connection.execute("BEGIN READ ONLY")
+        self.direct = await connection.fetchval("SELECT pg_backend_pid()") == connection.get_server_pid()
+        encoding = await connection.fetchval("SELECT current_setting('server_encoding')")
+        await connection.execute("COMMIT")
+        if encoding != "UTF8":
+            msg = f"the database of {self.address} has the encoding {encoding}; leveret needs a database with UTF8"
+            raise ConfigurationError(msg)
 
     @property
     def opened(self) -> Connection | None:

@@ -136,7 +136,8 @@ class Store:
         """Wait for work; return False when the driver must end."""
         while (pause_s := self.turns.pause_s) > 0:  # new work isn't tried before the back-off is over
             await self._wait(pause_s)
-        await self._wait(0.0 if self._told else self.turns.patience(self._wait_s()))
+        told = self._told and not self.turns.closed
+        await self._wait(0.0 if told else self.turns.patience(self._wait_s()))
         return self.turns.collect()
 
     async def _wait(self, limit_s: float | None) -> None:
@@ -160,8 +161,9 @@ class Store:
         try:
             async with asyncio.timeout(TURN_S) as limit:
                 connection = await self._link.connection(listen=turns.takers.taking)
+                step = "within"
                 await self._look(connection)
-                if not (turns.waiting or turns.takers.all):
+                if not (turns.waiting or turns.takers.all or turns.publishing.name == "connecting"):
                     turns.rest()
                     return
                 if not turns.waiting and self._only_claims(time.monotonic()):
@@ -169,7 +171,6 @@ class Store:
                     turn = turns.take()
                     await self._claim_all(connection, turn)
                 else:
-                    step = "within"
                     await connection.execute(BEGIN)
                     turn = turns.take()
                     size = sum(write.size for write in turn.writes)
@@ -234,6 +235,9 @@ class Store:
         else:
             # the first try comes at once: a server that ends connections, as a fail-over does, takes new ones
             self._losses += 1
+            self._told = (
+                True  # tries again, even if nobody waits for it: a publisher's state is looked at without a publish
+            )
             pause_s = 0.0 if self._losses == 1 and step != "before" else None
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
 

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, suppress
 
 import pytest
 
-from leveret import BrokerUnavailable, InvalidJob, PublishTimeout
+from leveret import BrokerUnavailable, InvalidJob, Outgoing, PublishTimeout
 from tests.conftest import StartPostgres
 from tests.postgres.node import Postgres
 from tests.transactions.clients import CLIENTS, Client, Order, client, prepare, there
@@ -103,3 +103,28 @@ async def test_a_server_that_gives_no_answer_ends_the_publish(name: str, postgre
             assert caught.value.maybe_published
             assert took_s < 30
         assert await there(url) == ([], [])
+
+
+async def test_behind_a_pooler_jobs_are_published_in_transactions(postgres_node: StartPostgres) -> None:
+    """Each transaction may get another server's connection, with none of the statements that were prepared."""
+    node = await postgres_node()
+    pooler = await node.pooler(default_pool_size=2)
+    options: dict[str, dict[str, object]] = {
+        "asyncpg": {"statement_cache_size": 0},
+        "asyncpg-pool": {"statement_cache_size": 0},
+        "psycopg-async": {"prepare_threshold": None},
+        "psycopg": {"prepare_threshold": None},
+        "sqlalchemy": {"connect_args": {"prepare_threshold": None}},
+        "django": {},
+    }
+    async with node.database() as url:
+        await prepare(url)
+        for name, given in options.items():
+            async with client(name, pooler.url_of(url), **given) as shop:
+                for n in range(12):
+                    async with shop.begin():
+                        await shop.publish(Order(n), job_id=f"{name} {n}")
+                        await shop.publish_many([Outgoing(Order(n), job_id=f"{name} {n} of many")])
+
+        _, jobs = await there(url)
+        assert jobs == sorted(f"{name} {n}{many}" for name in options for n in range(12) for many in ("", " of many"))
