@@ -1,6 +1,7 @@
 """Run every example, each in a process of its own: `make examples`. One that finds something wrong ends with an error.
 
-Examples with transactions get a database each, on the PostgreSQL of the tests (LEVERET_TEST_POSTGRES, or one that is started here).
+Examples with transactions get a database each, on the PostgreSQL of the tests (LEVERET_TEST_POSTGRES, or one that is started here);
+the outbox's gets a RabbitMQ too (LEVERET_TEST_RABBIT).
 """
 
 import asyncio
@@ -17,6 +18,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from tests.nodes import Unavailable  # noqa: E402
 from tests.postgres.node import Node, Postgres, find_postgres  # noqa: E402
+from tests.rabbit.node import Node as RabbitNode  # noqa: E402
+from tests.rabbit.node import Rabbit, find_rabbit  # noqa: E402
 
 EXAMPLES = {
     "index_files/try_out.py": ["--limit", "200"],
@@ -32,8 +35,10 @@ EXAMPLES = {
     "own_layers.py": [],
     "orders_asyncpg.py": [],
     "orders_sqlalchemy.py": [],
+    "orders_outbox.py": [],
 }
-WITH_DATABASE = {"django_view.py", "orders_asyncpg.py", "orders_sqlalchemy.py"}
+WITH_DATABASE = {"django_view.py", "orders_asyncpg.py", "orders_sqlalchemy.py", "orders_outbox.py"}
+WITH_RABBITMQ = {"orders_outbox.py"}
 # of their own, whatever the shell has set
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("LEVERET_")}
 
@@ -66,10 +71,23 @@ async def server() -> AsyncGenerator[Postgres]:
         await opened.close()
 
 
-async def run_on_a_database(postgres: Postgres, program: str) -> tuple[bool, str]:
+@asynccontextmanager
+async def rabbitmq() -> AsyncGenerator[str]:
+    """Start a RabbitMQ, or take that of the tests."""
+    found = find_rabbit()
+    opened = found if isinstance(found, Rabbit) else RabbitNode(found)
+    try:
+        if isinstance(opened, RabbitNode):
+            await opened.start()
+        yield opened.url
+    finally:
+        await opened.close()
+
+
+async def run_on_a_database(postgres: Postgres, program: str, **environment: str) -> tuple[bool, str]:
     async with postgres.database() as url:
         migrated, output = await asyncio.to_thread(run, "-m", "leveret", "migrate", "--url", url)
-        return await asyncio.to_thread(run, program, DATABASE_URL=url) if migrated else (False, output)
+        return await asyncio.to_thread(run, program, DATABASE_URL=url, **environment) if migrated else (False, output)
 
 
 def say(name: str, began: float, output: str, *, good: bool) -> bool:
@@ -89,10 +107,14 @@ async def main() -> int:
         async with server() as postgres:
             for name in WITH_DATABASE:
                 began = time.monotonic()
-                good, output = await run_on_a_database(postgres, str(HERE / name))
+                if name in WITH_RABBITMQ:
+                    async with rabbitmq() as url:
+                        good, output = await run_on_a_database(postgres, str(HERE / name), AMQP_URL=url)
+                else:
+                    good, output = await run_on_a_database(postgres, str(HERE / name))
                 failed += say(name, began, output, good=good)
     except Unavailable as error:
-        print(f"{', '.join(sorted(WITH_DATABASE))} need a PostgreSQL: {error}")
+        print(f"{', '.join(sorted(WITH_DATABASE))} need servers: {error}")
         failed += os.environ.get("CI") == "true"
     return failed
 
