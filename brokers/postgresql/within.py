@@ -560,8 +560,8 @@ def _opened(given: object, kinds: Sequence[type[_K]], others: Sequence[type[_Con
             return kind(given)
     if any(kind.library in libraries and kind.fits(given) for kind in others):
         hint = f"; {for_others}"
-    elif libraries & {"asyncpg", "psycopg", "psycopg_pool", "psycopg2", "sqlalchemy", "django"}:
-        hint = "; an engine, a pool or a cursor isn't one: pass the connection"
+    elif libraries & {"asyncpg", "psycopg", "psycopg_pool", "sqlalchemy", "django"}:
+        hint = "; an engine, a pool, a cursor or a scoped_session isn't one: pass the connection, or what the last returns: session()"
     else:
         hint = ""
     what = f"{type(given).__module__}.{type(given).__qualname__}"

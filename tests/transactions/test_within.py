@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 import sqlalchemy
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from leveret import (
     BrokerUnavailable,
@@ -281,7 +281,7 @@ async def test_what_is_not_a_connection_is_refused(url: str) -> None:
         ):
             with pytest.raises(
                 InvalidJob,
-                match=r"connection= takes asyncpg's .*; an engine, a pool or a cursor isn't one: pass the connection",
+                match=r"connection= takes asyncpg's .*; an engine, a pool, a cursor or a scoped_session isn't one: pass the connection",
             ):
                 await publisher.publish(Order(1), connection=wrong)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         with pytest.raises(
@@ -303,6 +303,8 @@ async def test_a_connection_of_the_other_kind_says_which_publisher_takes_it(url:
     blocking = app.blocking_publisher()
     connection = await asyncpg.connect(url)
     async with app.publisher() as publisher:
+        with pytest.raises(InvalidJob, match="a scoped_session isn't one"):
+            await asyncio.to_thread(blocking.publish, Order(1), connection=scoped_session(sessionmaker(engine)))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         with psycopg.Connection.connect(url) as one, engine.connect() as two, Session(engine) as three:
             for wrong in (one, two, three):
                 with pytest.raises(
