@@ -153,11 +153,13 @@ class Link:
             self._connection = None
 
     async def rollback(self) -> None:
-        """End a transaction that failed; drop the connection if that fails."""
+        """End a transaction that failed, with the marks that it may have set; drop the connection if that fails."""
         if self._connection is not None:
             try:
                 async with asyncio.timeout(_CLOSE_S):
                     await self._connection.execute("ROLLBACK")
+                    if self.direct:
+                        await self._connection.execute("SELECT pg_advisory_unlock_all()")
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
                 self.abandon()
 

@@ -68,7 +68,7 @@ class Statements:
         self.begin = sql("UPDATE {schema}.claims SET begun = true WHERE seq = $1 AND worker = $2")
         self.release = sql("SELECT {schema}.release($1, $2)")
         self.move_due = sql("SELECT {schema}.move_due($1)")
-        self.claim = sql("SELECT * FROM {schema}.claim($1, $2, $3, $4, $5, true)")
+        self.claim = sql("SELECT * FROM {schema}.claim($1, $2, $3, $4, $5, $6)")
 
 
 _OUTBOX_TYPES = [*_TYPES, "text", "boolean"]

@@ -69,7 +69,9 @@ class Store:
         self._told = False
         """Whether a notice came since the last turn began."""
         self._idle = False
-        """Whether publishers know that this worker waits."""
+        """Whether the last look found nothing."""
+        self._marks: dict[Taker, list[str]] = {}
+        """The queues for which the connection is marked as waiting, so that publishers tell."""
         self._poll_s = 0.0
         self._losses = 0
         self._next_due = 0.0
@@ -258,6 +260,7 @@ class Store:
         self._cursors.start_over()
         self._next_due = 0.0
         self._idle = False
+        self._marks.clear()
         self._missing.clear()
 
     async def _look(self, connection: Connection) -> None:
@@ -292,6 +295,9 @@ class Store:
         for taker in turn.closing:
             if taker.lease.id is not None:
                 await self._release(connection, taker.lease.id)
+        if turn.closing and self._marks:
+            self._marks.clear()
+            await connection.execute("SELECT pg_advisory_unlock_all()")
         if takers.taking:
             await self._move_due(connection)
             await self._claim_all(connection, turn)
@@ -380,7 +386,12 @@ class Store:
             counts += [free - strange, 1][: 1 + strange]
         places = list(zip(queues, levels, strict=True))
         behind = [self._cursors.behind(place) for place in places]
-        rows: list[Any] = await connection.fetch(self._sql.claim, taker.lease.id, queues, levels, behind, counts)
+        marked = self._marks.get(taker, []) if self._link.listens else None
+        rows: list[Any] = await connection.fetch(
+            self._sql.claim, taker.lease.id, queues, levels, behind, counts, marked
+        )
+        if marked is not None:
+            self._marks[taker] = [] if rows else sorted(set(queues))
         claimed = {place: list(found) for place, found in groupby(rows, lambda row: (row[3], row[4]))}
         for (queue, level), found in claimed.items():
             window, free = wanted.get((queue, level)) or wanted[queue, "normal"]

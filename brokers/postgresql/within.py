@@ -14,7 +14,8 @@ import re
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Final, Protocol, TypeAlias, TypeVar, final
 
 from leveret.clock import Clock
@@ -87,12 +88,37 @@ def rows_of(jobs: Jobs, clock: Clock) -> Sequence[Any]:
 def check_text(value: str, job_id: str) -> None:
     """Raise InvalidJob for a text that PostgreSQL doesn't take."""
     try:
-        if "\0" not in value.encode().decode():
-            return
+        refused = b"\0" in value.encode()
     except UnicodeEncodeError:
-        pass
-    msg = f"job {job_id!r:.80}: PostgreSQL takes no text with a NUL or half a surrogate pair, such as {value!r:.80}"
-    raise InvalidJob(msg, job_id=job_id)
+        refused = True
+    if refused:
+        msg = f"job {job_id!r:.80}: PostgreSQL takes no text with a NUL or half a surrogate pair, such as {value!r:.80}"
+        raise InvalidJob(msg, job_id=job_id)
+
+
+class _Turns:
+    """The publishes on one connection: each has its savepoint, and the savepoints of two mustn't cross."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+_turns: Final[dict[int, _Turns]] = {}
+"""By the connection's id, while it is in use: not every library's connection can be referred to weakly."""
+
+
+@asynccontextmanager
+async def _turn(connection: object) -> AsyncGenerator[None]:
+    turns = _turns.setdefault(id(connection), _Turns())
+    turns.users += 1
+    try:
+        async with turns.lock:
+            yield
+    finally:
+        turns.users -= 1
+        if not turns.users:
+            del _turns[id(connection)]
 
 
 @final
@@ -112,13 +138,17 @@ class Within:
     def within(self, connection: AsyncTransaction, /) -> Add:
         """As `Transactional.within`."""
         opened = _opened(connection, _ASYNC, _BLOCKING, _IN_ASYNC)
+        if id(connection) not in _turns:
+            opened.check()
 
         async def add(jobs: Jobs, deadline: float) -> None:
-            write = self._writer(jobs, deadline)
-            try:
-                await opened.run(write, deadline)
-            except TimeoutError as error:  # the library didn't come back to the script
-                raise _no_answer(jobs) from error
+            async with _turn(connection):
+                opened.check()
+                write = self._writer(jobs, deadline)
+                try:
+                    await opened.run(write, deadline)
+                except TimeoutError as error:  # the library didn't come back to the script
+                    raise _no_answer(jobs) from error
 
         return add
 
@@ -126,11 +156,12 @@ class Within:
         """As `Transactional.within_blocking`."""
         found = _django_alias(connection) if isinstance(connection, str) else connection
         opened = _opened(found, _BLOCKING, _ASYNC, _IN_BLOCKING)
+        opened.check()
         return lambda jobs, deadline: opened.run(self._writer(jobs, deadline))
 
     def _writer(self, jobs: Jobs, deadline: float) -> _Write:
         if time.monotonic() >= deadline:
-            msg = f"{_named(jobs)} wasn't sent: the timeout_s was over"
+            msg = f"{_none_of(jobs)} sent: the timeout_s was over"
             raise PublishTimeout(msg, job_id=_job_id(jobs), maybe_published=False)
         parts = [self._arguments(part) for part in _parts(jobs)]
 
@@ -172,7 +203,8 @@ class Within:
             cause = _drivers(error)
             if (meant := self._meant(cause, jobs, undone=undone)) is None:
                 raise
-            raise meant from cause
+            meant.__cause__ = meant.__cause__ or cause
+            raise meant  # noqa: B904 - its cause is set
 
     def _meant(self, error: Exception, jobs: Jobs, *, undone: bool) -> PublishError | None:
         """Return what an error of a statement says of the publish; None for an error that is the user's to handle.
@@ -180,7 +212,7 @@ class Within:
         A deadlock, for example, ends the whole transaction, and services know it by their library's error.
         """
         job_id, state, said = _job_id(jobs), _sqlstate(error), redact(said_by(error))
-        msg = f"{_named(jobs)} isn't in the transaction of connection="
+        msg = f"{_none_of(jobs)} added to the transaction of connection="
         if isinstance(error, TimeoutError) or state == "57014":
             if undone:
                 return PublishTimeout(f"{msg}: {said}", job_id=job_id, maybe_published=False)
@@ -256,7 +288,7 @@ class Once:
 
 
 def _no_answer(jobs: Jobs) -> PublishTimeout:
-    msg = f"{_named(jobs)} may be in the transaction of connection=: the server gave no answer"
+    msg = f"{_named(jobs)} may have been added to the transaction of connection=: the server gave no answer"
     return PublishTimeout(msg, job_id=_job_id(jobs), maybe_published=True)
 
 
@@ -273,7 +305,11 @@ def _job_id(jobs: Jobs) -> str | None:
 
 
 def _named(jobs: Jobs) -> str:
-    return f"job {jobs[0][1].job_id} for queue {jobs[0][0].name!r}" if len(jobs) == 1 else f"one of {len(jobs)} jobs"
+    return f"job {jobs[0][1].job_id} for queue {jobs[0][0].name!r}" if len(jobs) == 1 else f"{len(jobs)} jobs"
+
+
+def _none_of(jobs: Jobs) -> str:
+    return f"{_named(jobs)} wasn't" if len(jobs) == 1 else f"none of {_named(jobs)} was"
 
 
 def _parts(jobs: Jobs) -> Iterator[Jobs]:
@@ -372,6 +408,14 @@ class _Connection(ABC):
     @abstractmethod
     def problem(self) -> str | None:
         """Return why nothing can be published on it; None if something can. Sends nothing."""
+
+    def check(self) -> None:
+        """Raise InvalidJob if nothing can be published on it."""
+        try:
+            problem = self.problem()
+        except Exception as error:  # noqa: BLE001 - what the library says of a connection that is gone
+            problem = f"can't be used: {redact(said_by(error))}"
+        _check(problem)
 
 
 class _AsyncConnection(_Connection):
@@ -588,21 +632,15 @@ _K = TypeVar("_K", bound=_Connection)
 
 
 def _opened(given: object, kinds: Sequence[type[_K]], others: Sequence[type[_Connection]], for_others: str) -> _K:
-    """Return the connection of a library; InvalidJob if it isn't one, or if nothing can be published on it."""
+    """Return the connection of a library; InvalidJob if it isn't one."""
     libraries = _libraries(given)
     for kind in kinds:
         if kind.library in libraries and kind.fits(given):
-            opened = kind(given)
-            try:
-                problem = opened.problem()
-            except Exception as error:  # noqa: BLE001 - what the library says of a connection that is gone
-                problem = f"can't be used: {redact(said_by(error))}"
-            _check(problem)
-            return opened
+            return kind(given)
     if any(kind.library in libraries and kind.fits(given) for kind in others):
         hint = f"; {for_others}"
-    elif libraries & {"asyncpg", "psycopg", "psycopg_pool", "psycopg2", "sqlalchemy", "django"}:
-        hint = "; an engine, a pool or a cursor isn't one: pass the connection"
+    elif libraries & {"asyncpg", "psycopg", "psycopg_pool", "sqlalchemy", "django"}:
+        hint = "; an engine, a pool, a cursor or a scoped_session isn't one: pass the connection, or what the last returns: session()"
     else:
         hint = ""
     what = f"{type(given).__module__}.{type(given).__qualname__}"

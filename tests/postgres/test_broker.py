@@ -276,14 +276,15 @@ async def test_who_waits_is_told_and_who_has_enough_is_not(
         return [notice for notice in said if notice in {"new", "later", "freed"}]
 
     async def idle() -> bool:
-        return bool(await postgres.query("SELECT FROM leveret.workers WHERE idle IS NOT NULL", url=postgres_url))
+        held = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        return bool(await postgres.query(held, url=postgres_url))
 
-    broker = opened()
-    await publish(broker, b"1", b"2", queue=queue)
+    broker, publisher = opened(), opened()
+    await publish(publisher, b"1", b"2", queue=queue)
     nobody_there = await hears()
     _, sink = await consume(broker, queue, prefetch=2)
     first, second = await sink.take(2)
-    await publish(broker, b"3", queue=queue)
+    await publish(publisher, b"3", queue=queue)
     full = await hears()
     first.done()
     second.done()
@@ -291,7 +292,7 @@ async def test_who_waits_is_told_and_who_has_enough_is_not(
     async with asyncio.timeout(PATIENCE_S):
         while not await idle():
             await asyncio.sleep(0.01)
-    await publish(broker, b"4", queue=queue)
+    await publish(publisher, b"4", queue=queue)
     await sink.next()
 
     assert (nobody_there, full, await hears()) == ([], [], ["new"])

@@ -8,14 +8,13 @@ CREATE TABLE {schema}.queues (
 );
 
 -- `beat` rises while the worker lives. `backend` is the process of its connection, where that is known: server_start tells a
--- server that was restarted. `idle` are the queues for whose jobs it waits.
+-- server that was restarted.
 CREATE TABLE {schema}.workers (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     beat bigint NOT NULL DEFAULT 0,
     backend integer,
     backend_start timestamptz,
-    server_start timestamptz,
-    idle text[]
+    server_start timestamptz
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
 CREATE TABLE {schema}.jobs (
@@ -70,15 +69,27 @@ CREATE INDEX dead_read ON {schema}.dead (reader) WHERE reader IS NOT NULL;
 -- Statistics of tables that fill and empty all day are always wrong, so the functions pin their plans: with these settings every
 -- scan goes by the primary key, and a plan is made once. `jit` would compile what the settings make look costly.
 
+-- A worker that waits for jobs of a queue shares an advisory lock under this number: a mark in a table would be written for each job
+-- at a low rate, and with a snapshot held its dead rows would be read by each publish.
+CREATE FUNCTION {schema}.waiting(queue text) RETURNS bigint
+LANGUAGE sql IMMUTABLE AS $$ SELECT hashtextextended('{schema} ' || queue, 0) $$;
+
 -- Tell the workers that wait for jobs of these queues, once the transaction is committed. A commit that tells takes a lock of the
 -- whole cluster, so nobody is told who doesn't wait. `what` is there to say: 'new' jobs, jobs for 'later', or 'freed' ones, which are
 -- before the places up to which the workers have looked.
 CREATE FUNCTION {schema}.wake(queues text[], what text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
+DECLARE
+    name text;
 BEGIN
-    IF EXISTS (SELECT FROM workers w WHERE w.idle && queues) THEN
-        PERFORM pg_notify('leveret_' || md5('{schema}'), what);
-    END IF;
+    FOR name IN SELECT DISTINCT q FROM unnest(queues) AS q LOOP
+        IF pg_try_advisory_lock(waiting(name)) THEN
+            PERFORM pg_advisory_unlock(waiting(name));
+        ELSE
+            PERFORM pg_notify('leveret_' || md5('{schema}'), what);
+            RETURN;
+        END IF;
+    END LOOP;
 END $$;
 
 -- Publish jobs: one array for each column, in the order of leveret's rows. A delay is in milliseconds, null for none.
@@ -167,12 +178,12 @@ BEGIN
     END IF;
 END $$;
 
--- Claim jobs: for each window, at most `counts` jobs whose seq is above `behind`, oldest first. `wait` says that the worker waits for
--- jobs of these queues if there is none.
+-- Claim jobs: for each window, at most `counts` jobs whose seq is above `behind`, oldest first. `marked` are the queues for which this
+-- connection is marked as waiting: afterwards it is for all of these queues if there was no job, else for none. Null: no marks.
 --
 -- A snapshot may be older than another worker's claim: of two that want a row one skips it, or finds the other's claim when it adds its
 -- own. A claim locks the job before its row of `claims`, and so does a settlement; neither waits for the other in a circle.
-CREATE FUNCTION {schema}.claim(worker_id bigint, queues text[], levels smallint[], behind bigint[], counts integer[], wait boolean)
+CREATE FUNCTION {schema}.claim(worker_id bigint, queues text[], levels smallint[], behind bigint[], counts integer[], marked text[])
 RETURNS TABLE (
     seq bigint, deliveries integer, crashes integer, queue text, level text, job_id text, job text, content_type text,
     content_encoding text, body bytea, created_s bigint, app text, correlation_id text, reply_to text, headers text
@@ -219,9 +230,12 @@ BEGIN
             ORDER BY w.place;
         any_found := any_found OR FOUND;
     END LOOP;
-    IF any_found OR wait THEN
-        UPDATE workers w SET idle = CASE WHEN any_found THEN NULL ELSE queues END
-        WHERE w.id = worker_id AND w.idle IS DISTINCT FROM CASE WHEN any_found THEN NULL ELSE queues END;
+    IF marked IS NOT NULL THEN
+        PERFORM pg_advisory_unlock_shared(waiting(m.queue)) FROM unnest(marked) AS m(queue) WHERE any_found OR m.queue <> ALL(queues);
+        IF NOT any_found THEN
+            PERFORM pg_advisory_lock_shared(waiting(w.queue))
+            FROM (SELECT DISTINCT q AS queue FROM unnest(queues) AS q) AS w WHERE w.queue <> ALL(marked);
+        END IF;
     END IF;
 END $$;
 
