@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Awaitable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, final
 
-import asyncpg
 import msgspec
 
 from leveret.envelope import Envelope
@@ -33,8 +32,6 @@ TRANSACTION_S: Final = 5.0
 FIRST_POLL_S: Final = 0.1
 POLL_S: Final = 1.0
 """How soon, and how often at least, a relay without jobs looks, seconds: a notice may be lost, or come before the commit of a job."""
-_WAITS_S: Final = 15
-"""For how long an entry says that a relay waits, seconds. The relay renews it; that of a dead relay ends by itself."""
 _BYTES_AT_ONCE: Final = 16 << 20
 _FORGOTTEN_AT_ONCE: Final = 1000
 _BEGIN: Final = (
@@ -89,10 +86,8 @@ class PostgresLine:
         self._link = Link(address, runtime, sql.channel, self._noticed, name=f"leveret {runtime.app} relay")
         self._ends = 0.0
         """When the transaction must have ended."""
-        self._relay: int | None = None
-        """The number of this relay's entry."""
-        self._waits_until = 0.0
-        """Until when the entry says, at least, that this relay waits; 0 if it doesn't say so."""
+        self._marked = False
+        """Whether this connection is marked as waiting."""
         self._poll_s = FIRST_POLL_S
 
     def _noticed(self, _: str) -> None:
@@ -109,9 +104,9 @@ class PostgresLine:
             if not rows:
                 await connection.execute("COMMIT")
                 return ()
-            if self._waits_until:
-                await connection.execute(self._sql.works, self._relay)
-            self._waits_until, self._poll_s = 0.0, FIRST_POLL_S
+            if self._marked:
+                await connection.execute(self._sql.works)
+            self._marked, self._poll_s = False, FIRST_POLL_S
             now_ms = self._runtime.clock.now() * 1000
             return [_waiting(tuple(row), now_ms, deadline) for row in rows]
 
@@ -128,17 +123,15 @@ class PostgresLine:
 
     async def leave(self) -> None:
         """As `Line.leave`."""
-        await self._link.rollback()
+        await self._rollback()
 
     async def wait(self) -> None:
         """As `Line.wait`: for a notice, or for the next look."""
-        if self._link.listens and time.monotonic() >= self._waits_until:
-            async with self._doing(TRANSACTION_S) as connection, connection.transaction():
-                if self._relay is None:
-                    self._relay = await connection.fetchval(self._sql.register)
-                self._relay = await connection.fetchval(self._sql.waits, self._relay, _WAITS_S)
-            self._waits_until = time.monotonic() + _WAITS_S / 3
-            return  # looks once more: a publisher that asked who waits, before the entry said so, told nobody
+        if self._link.listens and not self._marked:
+            async with self._doing(TRANSACTION_S) as connection:
+                await connection.execute(self._sql.waits)
+            self._marked = True
+            return  # looks once more: a publisher that asked who waits, before the mark was there, told nobody
         with suppress(TimeoutError):
             async with asyncio.timeout(self._poll_s):
                 await self._news.wait()
@@ -154,13 +147,11 @@ class PostgresLine:
 
     async def close(self) -> None:
         """As `Line.close`."""
-        if (connection := self._link.opened) is not None and self._relay is not None:
-            try:
-                async with asyncio.timeout(1.0):
-                    await connection.execute(self._sql.unregister, self._relay)
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                self._link.abandon()
         await self._link.close()
+
+    async def _rollback(self) -> None:
+        await self._link.rollback()
+        self._marked = False  # rolling back ends the mark too
 
     @asynccontextmanager
     async def _doing(self, limit_s: float) -> AsyncGenerator[Connection, None]:
@@ -168,6 +159,8 @@ class PostgresLine:
         try:
             async with asyncio.timeout(limit_s):
                 connection = await self._link.connection(listen=True)
+                if self._link.fresh:
+                    self._link.fresh = self._marked = False
                 yield connection
         except asyncio.CancelledError:
             self._link.abandon()  # a statement may be under way
@@ -177,7 +170,7 @@ class PostgresLine:
             if meaning is None:
                 raise
             if meaning in {"busy", "refused", "full", "wrong"}:
-                await self._link.rollback()
+                await self._rollback()
             else:
                 self._link.abandon()
             if isinstance(error, (BrokerUnavailable, ConfigurationError)):

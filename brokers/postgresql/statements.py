@@ -94,15 +94,8 @@ class OutboxStatements:
             f" SELECT o.seq, o.{_OUTBOX_FIELDS.replace(', ', ', o.')}, d.headers"
             " FROM unnest($1::bigint[], $2::text[]) AS d(seq, headers) JOIN {schema}.outbox o ON o.seq = d.seq"
         )
-        self.register = sql(
-            "WITH gone AS (DELETE FROM {schema}.relays WHERE waits_until < clock_timestamp() - interval '1 day')"
-            " INSERT INTO {schema}.relays (waits_until) VALUES ('-infinity') RETURNING id"
-        )
-        self.waits = sql(
-            "UPDATE {schema}.relays SET waits_until = clock_timestamp() + make_interval(secs => $2) WHERE id = $1 RETURNING id"
-        )
-        self.works = sql("UPDATE {schema}.relays SET waits_until = '-infinity' WHERE id = $1")
-        self.unregister = sql("DELETE FROM {schema}.relays WHERE id = $1")
+        self.waits = sql("SELECT pg_advisory_lock_shared({schema}.waiting('lv.outbox'))")
+        self.works = sql("SELECT pg_advisory_unlock_shared({schema}.waiting('lv.outbox'))")
         self.forget = sql("SELECT {schema}.forget_once($1, $2)")
 
 

@@ -254,12 +254,15 @@ class Once:
     async def once(self, connection: AsyncTransaction, queue: str, job_id: str, /) -> bool:
         """As `Inbox.once`."""
         opened = _opened(connection, _ASYNC, _BLOCKING, "in a `def` handler, call attempt.once_blocking()")
-        return bool(await opened.run(self._writer(queue, job_id), math.inf))
+        async with _turn(connection):
+            opened.check()
+            return bool(await opened.run(self._writer(queue, job_id), math.inf))
 
     def once_blocking(self, connection: Transaction, queue: str, job_id: str, /) -> bool:
         """As `Inbox.once_blocking`."""
         found = _django_alias(connection) if isinstance(connection, str) else connection
         opened = _opened(found, _BLOCKING, _ASYNC, "in an `async def` handler, await attempt.once()")
+        opened.check()
         return bool(opened.run(self._writer(queue, job_id)))
 
     def _writer(self, queue: str, job_id: str) -> _Write:

@@ -2,12 +2,16 @@
 
 import asyncio
 import logging
+import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 
 from leveret import InvalidJob, Outgoing, Priority
@@ -18,6 +22,7 @@ from leveret.outbox import Waiting
 from leveret.runtime import Runtime
 from leveret.testing import running
 from tests.outbox.shop import PATIENCE_S, Shop, eventually, publish
+from tests.postgres.node import Postgres
 
 
 async def test_what_is_committed_runs_and_what_is_rolled_back_does_not(shop: Shop) -> None:
@@ -70,11 +75,9 @@ async def test_a_waiting_relay_is_told(shop: Shop, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(outbox, "POLL_S", 600.0)
     monkeypatch.setattr(outbox, "FIRST_POLL_S", 600.0)
     async with shop.app.relay(), shop.app.publisher() as publisher, shop.connected() as connection:
-        # the entry is there before the relay looks once more; a job that comes in between is found by that look
+        # the mark is there before the relay looks once more; a job that comes in between is found by that look
         async with asyncio.timeout(PATIENCE_S):
-            while not await connection.fetchval(
-                "SELECT count(*) FROM leveret.relays WHERE waits_until > clock_timestamp()"
-            ):
+            while not await connection.fetch("SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"):
                 await asyncio.sleep(0.01)
         for n in range(3):
             await publish(publisher, connection, shop.order(n))
@@ -218,3 +221,31 @@ async def test_a_connection_outside_a_transaction_is_refused(shop: Shop) -> None
     async with shop.app.publisher() as publisher, shop.connected() as connection:
         with pytest.raises(InvalidJob, match="no open transaction"):
             await publisher.publish(shop.order(1), connection=connection)
+
+
+@asynccontextmanager
+async def _as_role(shop: Shop, postgres: Postgres, begins: str) -> AsyncGenerator[Shop]:
+    """Give the shop as a role that has what docs/operations.md grants below a sentence that begins so."""
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text(encoding="utf-8")
+    sql = page.partition(begins)[2].partition("```sql")[2].partition("```")[0]
+    async with postgres.role(shop.outbox) as url:
+        role = urlsplit(url).username or ""
+        for statement in re.sub(r" TO \w+;", f" TO {role};", sql).split(";"):
+            if statement.strip():
+                await postgres.query(statement, url=shop.outbox)
+        yield Shop(shop.app.broker_url() or "", url, queue=shop.queue)
+
+
+async def test_the_rights_that_operations_asks_for_are_enough(shop: Shop, postgres: Postgres) -> None:
+    """An operator would grant more, and more, until it works."""
+    async with _as_role(shop, postgres, "**A program that publishes into the outbox**") as orders:
+        [job_id] = await orders.publish(shop.order(1))
+        async with orders.connected() as connection:
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.fetch("SELECT FROM leveret.outbox")
+            async with connection.transaction():
+                at = open_outbox(orders.outbox, Runtime(app="shop"))
+                assert await at.once(connection, "orders", job_id)
+
+    async with _as_role(shop, postgres, "**A relay**, and an administrator") as relay, relay.app.relay():
+        await shop.empty()

@@ -22,12 +22,6 @@ CREATE TABLE {schema}.outbox_dead (
     PRIMARY KEY (queue, seq)
 );
 
--- The relays, and until when each waits for jobs. The entry of a relay that died ends by itself.
-CREATE TABLE {schema}.relays (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    waits_until timestamptz NOT NULL
-) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
-
 -- The inbox: the jobs whose effect is committed, by the transactions of their handlers.
 CREATE TABLE {schema}.inbox (
     queue text COLLATE "C" NOT NULL,
@@ -38,7 +32,7 @@ CREATE TABLE {schema}.inbox (
 CREATE INDEX inbox_done_at ON {schema}.inbox (done_at);
 
 -- Publish jobs through the outbox: one array for each column, in the order of leveret's rows, and the definitions of their queues.
--- A commit that notifies takes a lock of the whole cluster, so nobody is told who doesn't wait.
+-- A relay that waits shares an advisory lock, as a worker does: see `wake`.
 CREATE FUNCTION {schema}.add_outbox(
     queues text[], levels text[], delays_ms bigint[], job_ids text[], jobs text[], content_types text[], content_encodings text[],
     bodies bytea[], created_s bigint[], apps text[], correlation_ids text[], reply_tos text[], headers text[], queue_types text[],
@@ -58,7 +52,9 @@ BEGIN
                 correlation_ids, reply_tos, headers, queue_types, priorities)
          AS r(queue, level, delay_ms, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to,
               headers, queue_type, priorities);
-    IF EXISTS (SELECT FROM relays WHERE waits_until > clock_timestamp()) THEN
+    IF pg_try_advisory_lock(waiting('lv.outbox')) THEN
+        PERFORM pg_advisory_unlock(waiting('lv.outbox'));
+    ELSE
         PERFORM pg_notify('leveret_outbox_' || md5('{schema}'), 'new');
     END IF;
 END $$;
@@ -134,3 +130,5 @@ BEGIN
     END IF;
     RETURN is_first;
 END $$;
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC;
