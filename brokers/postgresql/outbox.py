@@ -100,7 +100,7 @@ class PostgresLine:
         async with self._doing(self._runtime.settings.connect_timeout_s + TRANSACTION_S) as connection:
             self._ends = time.monotonic() + TRANSACTION_S
             await connection.execute(_BEGIN)
-            rows = await connection.fetch(self._sql.take, 0, at_most, _BYTES_AT_ONCE, only, list(without))
+            rows = await connection.fetch(self._sql.take, at_most, _BYTES_AT_ONCE, only, list(without))
             if not rows:
                 await connection.execute("COMMIT")
                 return ()

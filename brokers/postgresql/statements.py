@@ -87,7 +87,7 @@ class OutboxStatements:
         self.channel = f"leveret_outbox_{name}"
         """The channel of `add_outbox`."""
         self.add = sql(f"SELECT {{schema}}.add_outbox({_OUTBOX_ARRAYS})")
-        self.take = sql("SELECT * FROM {schema}.take_outbox($1, $2, $3, $4, $5)")
+        self.take = sql("SELECT * FROM {schema}.take_outbox($1, $2, $3, $4)")
         self.settle = sql("SELECT {schema}.settle_outbox($1)")
         self.bury = sql(
             f"INSERT INTO {{schema}}.outbox_dead (seq, {_OUTBOX_FIELDS}, headers)"  # noqa: S608 - columns of ours

@@ -59,9 +59,9 @@ BEGIN
     END IF;
 END $$;
 
--- Lock at most `at_most` jobs above `behind`, oldest first, and return as many of them as have `at_most_bytes` of bodies, at least one.
+-- Lock at most `at_most` jobs, oldest first, and return as many of them as have `at_most_bytes` of bodies, at least one.
 -- With `of_queue`, of that queue; none of the queues `not_of`.
-CREATE FUNCTION {schema}.take_outbox(behind bigint, at_most integer, at_most_bytes bigint, of_queue text, not_of text[])
+CREATE FUNCTION {schema}.take_outbox(at_most integer, at_most_bytes bigint, of_queue text, not_of text[])
 RETURNS TABLE (
     seq bigint, waited_ms bigint, delay_ms bigint, queue_type text, priorities boolean, queue text, level text, job_id text, job text,
     content_type text, content_encoding text, body bytea, created_s bigint, app text, correlation_id text, reply_to text, headers text
@@ -76,7 +76,7 @@ DECLARE
 BEGIN
     SELECT array_agg(n.seq) INTO taken FROM (
         SELECT o.seq FROM outbox o
-        WHERE o.seq > behind AND (of_queue IS NULL OR o.queue = of_queue) AND o.queue <> ALL (not_of)
+        WHERE (of_queue IS NULL OR o.queue = of_queue) AND o.queue <> ALL (not_of)
         ORDER BY o.seq LIMIT at_most FOR UPDATE SKIP LOCKED
     ) n;
     RETURN QUERY
