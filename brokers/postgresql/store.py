@@ -33,7 +33,7 @@ log = logging.getLogger("leveret.postgresql")
 FIRST_POLL_S = 0.01
 """How soon a worker that has found nothing looks again, seconds; the wait grows fivefold each time."""
 POLL_S = 1.0
-"""How often a worker that hears notices looks for jobs, seconds; also how often it looks from the start of a level."""
+"""How often a worker that hears notices looks for jobs, seconds."""
 POLL_WITHOUT_NOTICES_S = 0.1
 """How often a worker looks that hears none."""
 LOOK_S = 0.5
@@ -190,6 +190,8 @@ class Store:
         self._leftover.clear()
         self._losses = 0
         self._link.fresh = False
+        if self._strange:
+            self._strange -= {delivery.seq for gone in turn.gone.values() for delivery in gone}
         if turn.claimed:
             self._idle, self._poll_s = False, FIRST_POLL_S
         elif not self._idle:
@@ -237,9 +239,7 @@ class Store:
         else:
             # the first try comes at once: a server that ends connections, as a fail-over does, takes new ones
             self._losses += 1
-            self._told = (
-                True  # tries again, even if nobody waits for it: a publisher's state is looked at without a publish
-            )
+            self._told = True  # tries again, even if nobody waits for it: a publisher's state is looked at
             pause_s = 0.0 if self._losses == 1 and step != "before" else None
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
 
@@ -365,17 +365,21 @@ class Store:
             self._next_due = now + min(self._longest_s, math.inf if due_in_ms is None else due_in_ms / 1000)
 
     async def _claim_all(self, connection: Connection, turn: Turn) -> None:
-        for taker in self.turns.takers.all:
-            await self._claim(connection, taker, turn)
-
-    async def _claim(self, connection: Connection, taker: Taker, turn: Turn) -> None:
-        """Claim jobs for the windows that have room, from behind the last ones, or from the start once in a while."""
+        """Claim jobs for all takers, from behind the last ones, or from the start once in a while."""
+        began = time.monotonic()
+        first = self._cursors.look(began)
         self.turns.takers.may_find_jobs()
+        for taker in self.turns.takers.all:
+            await self._claim(connection, taker, turn, first=first)
+        if first:
+            now = time.monotonic()
+            self._cursors.took(now - began, now)
+
+    async def _claim(self, connection: Connection, taker: Taker, turn: Turn, *, first: bool) -> None:
+        """Claim jobs for the windows that have room; at the start also one whose level leveret doesn't know."""
         wanted = {(window.queue.name, window.level): (window, free) for window, free in turn.wanted(taker)}
         if not wanted:
             return
-        began = time.monotonic()
-        first = self._cursors.look(began)
         queues: list[str] = []
         levels: list[int] = []
         counts: list[int] = []
@@ -401,6 +405,3 @@ class Store:
         for place, count in zip(places, counts, strict=True):
             found = claimed.get((place[0], LEVEL_NAMES[place[1]]), [])
             self._cursors.saw(place, found[-1][0] if found else None, all=len(found) < count)
-        if first:
-            now = time.monotonic()
-            self._cursors.took(now - began, now)

@@ -145,6 +145,30 @@ async def test_a_publish_that_commits_late_is_not_passed_over(
     await late.close()
 
 
+async def test_two_consumptions_of_a_process_both_look_from_the_start(
+    opened: Opened, postgres: Postgres, postgres_url: str
+) -> None:
+    """The second would never find what was committed late, or freed: nobody looks for it behind its cursor."""
+    broker, queues = opened(), [Queue("one"), Queue("two")]
+    sinks = [(await consume(broker, queue))[1] for queue in queues]
+    late = await asyncpg.connect(postgres_url)
+    transaction = late.transaction()
+    await transaction.start()
+    for queue in queues:
+        await late.execute("SELECT leveret.publish($1, 'a', 'late'::text)", queue.name)
+    for queue, sink in zip(queues, sinks, strict=True):
+        for _ in range(5):
+            await publish(broker, b"1", queue=queue)
+            (await sink.next()).done()
+            await asyncio.sleep(0.1)
+
+    await transaction.commit()
+
+    for sink in sinks:
+        assert (await sink.next()).envelope.body == b"late"
+    await late.close()
+
+
 async def test_a_killed_backend_costs_no_delivery(opened: Opened, postgres: Postgres, postgres_url: str) -> None:
     """An administrator ends connections, and a fail-over all of them: what runs goes on, and nobody else may run it."""
     broker, other = opened(), opened()

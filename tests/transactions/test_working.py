@@ -53,10 +53,14 @@ async def test_a_commit_wakes_a_worker_that_waits(url: str) -> None:
     async def take(job: Order) -> None:
         ran.put_nowait((job.n, time.monotonic()))
 
+    waits = (
+        "SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database"
+        " WHERE d.datname = current_database() AND l.locktype = 'advisory' AND l.mode = 'ShareLock')"
+    )
     waits_s: list[float] = []
     async with app.worker(), app.publisher() as publisher, connected(url) as connection:
         for n in range(7):
-            while not await connection.fetchval("SELECT EXISTS (SELECT FROM leveret.workers WHERE idle <> '{}')"):
+            while not await connection.fetchval(waits):
                 await asyncio.sleep(0.01)
             async with connection.transaction():
                 await publisher.publish(Order(n), connection=connection)
