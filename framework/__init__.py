@@ -25,6 +25,7 @@ from .options import Outgoing, OutgoingOptions, PublishOptions
 from .outcome import Bury, Done, Expired, Outcome, Retry, Snooze
 from .publishing.publisher import Publisher
 from .settings import Settings
+from .transactions import AsyncTransaction, Transaction
 
 if TYPE_CHECKING:
     from .consuming.state import Worker, WorkerState
@@ -34,6 +35,7 @@ __version__: Final[str] = "0.1.0"
 
 __all__ = [
     "App",
+    "AsyncTransaction",
     "Attempt",
     "BlockingPublisher",
     "BrokerUnavailable",
@@ -69,6 +71,7 @@ __all__ = [
     "Retry",
     "Settings",
     "Snooze",
+    "Transaction",
     "Unroutable",
     "UnsupportedTopology",
     "Worker",

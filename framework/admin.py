@@ -89,3 +89,31 @@ class Admin(Protocol):
     async def close(self) -> None:
         """Close the admin's connection."""
         ...
+
+
+class OutboxDepth(msgspec.Struct, frozen=True, kw_only=True):
+    """What an outbox holds for one queue."""
+
+    queue: str
+    waiting: int
+    """Committed jobs that no relay has published yet."""
+    oldest_s: float | None
+    """For how long the oldest of them has waited since its publish; None without any."""
+    dead: int
+    """Jobs that the broker will never take."""
+
+
+class OutboxAdmin(Protocol):
+    """Inspects and repairs an outbox for the command line."""
+
+    async def depths(self) -> list[OutboxDepth]:
+        """Return a row for each queue that has jobs or dead letters in the outbox, by name."""
+        ...
+
+    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+        """Open the outbox's dead letters of `queue`. A replay puts a letter back into the outbox. They aren't hidden from anybody."""
+        ...
+
+    async def close(self) -> None:
+        """Close the admin's connection."""
+        ...

@@ -15,6 +15,7 @@ import msgspec
 from typing_extensions import TypeVar as DefaultTypeVar
 
 from .attempt import Attempt
+from .blocks import AsyncBlock
 from .broker import Broker
 from .chain import layers_of
 from .consuming.handler import Handler, Registration, resolve
@@ -24,11 +25,12 @@ from .errors import ConfigurationError
 from .job import Job
 from .layer import AnyLayer, Layer, check_layers, instrumentation
 from .options import Outgoing
+from .outbox import Outbox
 from .outcome import Outcome
 from .publishing.publisher import Publisher, PublisherBlock
 from .publishing.sender import Sender
 from .runtime import Runtime, Shared
-from .schemes import broker_module
+from .schemes import broker_module, open_outbox
 from .settings import Settings, environment, redact_url
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ class App(Generic[_R]):
             raises ConfigurationError.
         middleware: Middleware around every run and every publish, outermost first.
         lifespan: A function that returns an async context manager, entered once per worker process and nowhere else.
+        outbox: The URL of a PostgreSQL database in which jobs wait that are published with `connection=`, until `leveret relay` has
+            published them to the broker; also the place of the inbox of `Attempt.once`. Takes precedence over LEVERET_OUTBOX.
         modules: Names of the modules with the handlers and schedules. `work`, `cron` and `describe` import them; publishers don't.
         around_sync: A function that returns a context manager, entered around each `def` handler, in the handler's thread.
         concurrency: Jobs at once per worker process: a number for the process, which `def` handlers then may use up too, or a
@@ -118,6 +122,7 @@ class App(Generic[_R]):
         *,
         broker: str | None = None,
         default_broker: str | None = None,
+        outbox: str | None = None,
         middleware: Sequence[Layer[None]] = (),
         lifespan: None = None,
         modules: list[str] | tuple[str, ...] = (),
@@ -133,6 +138,7 @@ class App(Generic[_R]):
         lifespan: Callable[[], AbstractAsyncContextManager[_R]],
         broker: str | None = None,
         default_broker: str | None = None,
+        outbox: str | None = None,
         middleware: Sequence[Layer[_R]] = (),
         modules: list[str] | tuple[str, ...] = (),
         around_sync: Callable[[], AbstractContextManager[object]] | None = None,
@@ -145,6 +151,7 @@ class App(Generic[_R]):
         *,
         broker: str | None = None,
         default_broker: str | None = None,
+        outbox: str | None = None,
         middleware: Sequence[Layer[Any]] = (),
         lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
         modules: list[str] | tuple[str, ...] = (),
@@ -156,7 +163,7 @@ class App(Generic[_R]):
             msg = f"an app's name must be a str of 1 to 64 characters, not {name!r:.80}"
             raise ConfigurationError(msg)
         where = f"app {name!r}"
-        for keyword, url in (("broker", broker), ("default_broker", default_broker)):
+        for keyword, url in (("broker", broker), ("default_broker", default_broker), ("outbox", outbox)):
             if url is not None and not isinstance(url, str):  # pyright: ignore[reportUnnecessaryIsInstance]
                 msg = f"{where}: {keyword} must be a URL, not {url!r:.80}"
                 raise ConfigurationError(msg)
@@ -171,6 +178,7 @@ class App(Generic[_R]):
         self._name = name
         self._broker = broker
         self._default_broker = default_broker
+        self._outbox = outbox
         self._layers = check_layers(middleware, where)
         self._lifespan = lifespan
         self._modules = tuple(modules)
@@ -234,6 +242,10 @@ class App(Generic[_R]):
             raise ConfigurationError(msg)
         return set_to or self._default_broker
 
+    def outbox_url(self) -> str | None:
+        """Return the URL of the outbox: the first of `outbox` and LEVERET_OUTBOX that is set; None without any."""
+        return self._outbox or environment(os.environ).outbox
+
     def concurrency(self, *own: Concurrency) -> Sequence[Concurrency]:
         """Return the limits of a worker that code (`own` after the app's) and LEVERET_CONCURRENCY set; a later one takes precedence.
 
@@ -257,7 +269,14 @@ class App(Generic[_R]):
 
     def sender(self, broker: Broker, runtime: Runtime) -> Sender:
         """Return the sender of this app's jobs to `broker`."""
-        return Sender(broker, self.layers, runtime, None if self._capture is None else self._capture.published)
+        if self._capture is not None:
+            return Sender(broker, self.layers, runtime, self._capture.published)
+        return Sender(broker, self.layers, runtime, outbox=self.open_outbox(runtime))
+
+    def open_outbox(self, runtime: Runtime) -> Outbox | None:
+        """Return the app's outbox, without connecting; None if it has none, ConfigurationError for a wrong URL."""
+        url = self.outbox_url()
+        return None if url is None else open_outbox(url, runtime)
 
     def import_modules(self) -> None:
         """Import `modules`, so that their handlers and schedules register; ConfigurationError names a module that is missing."""
@@ -413,6 +432,25 @@ class App(Generic[_R]):
         publisher = BlockingPublisher(self.publisher)
         self._blocking.add(publisher)
         return publisher
+
+    @asynccontextmanager
+    async def _relay(self) -> AsyncGenerator[None, None]:
+        from .publishing.relay import Relay  # which only a program with an outbox needs
+
+        if self.is_captured:  # a test publishes at once
+            yield
+            return
+        async with Relay.of(self).running():
+            yield
+
+    def relay(self) -> AbstractAsyncContextManager[None]:
+        """Relay the outbox inside this program, without signal handlers, until the block is left: publish its jobs to the broker.
+
+        Any number of relays may run. Entering doesn't wait for a database or a broker that is down. What waiting can't mend, such as
+        a wrong login, ends the relay: the log says so, and leaving the block raises the ConfigurationError.
+        """
+        advice = "write `async with app.relay():` around what the program does"
+        return AsyncBlock(self._relay(), "app.relay()", advice)
 
     def worker(
         self,

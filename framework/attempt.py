@@ -16,6 +16,7 @@ from .clock import Clock
 from .envelope import Envelope, Receipt
 from .job import Job
 from .options import PublishOptions
+from .transactions import AsyncTransaction, Transaction
 
 _R_co = TypeVar("_R_co", covariant=True, default=object)
 
@@ -25,12 +26,24 @@ logger = logging.getLogger("leveret.job")
 class Publishes(Protocol):
     """The part of `Publisher` that an attempt publishes with."""
 
-    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    async def publish(
+        self, job: Job, *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Receipt:
         """Publish `job`, as `Publisher.publish` does."""
         ...
 
-    def publish_blocking(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    def publish_blocking(
+        self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Receipt:
         """Publish `job` from a thread, as `Publisher.publish_blocking` does."""
+        ...
+
+    async def once(self, connection: AsyncTransaction, queue: str, job_id: str) -> bool:
+        """Note that the transaction has the effect of a job; False if a committed one has it."""
+        ...
+
+    def once_blocking(self, connection: Transaction, queue: str, job_id: str) -> bool:
+        """As `once`, in the thread of the transaction."""
         ...
 
 
@@ -184,26 +197,46 @@ class Attempt(Generic[_R_co]):
         before, self._deadline = self._deadline, deadline
         return before
 
-    def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Coroutine[Any, Any, Receipt]:
+    def publish(
+        self, job: Job, *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Coroutine[Any, Any, Receipt]:
         """Publish `job`, as `Publisher.publish` does, over the worker's connection; the job inherits correlation id and trace.
 
         Await the result. A handler that returns before this publish has finished has failed. In a `def` handler, call
         `publish_blocking`.
         """
         begun = self._begin()
-        begun.publish = publish = self._finished(begun, job, options)
+        begun.publish = publish = self._finished(begun, job, connection, options)
         return publish
 
-    def publish_blocking(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    def publish_blocking(
+        self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Receipt:
         """Publish `job` from a `def` handler, and return once the broker has confirmed the publish; otherwise as `publish`.
 
-        Raises RuntimeError in an `async def` handler, where it would wait for itself.
+        `connection` is as in `BlockingPublisher.publish`. Raises RuntimeError in an `async def` handler, where it would wait for itself.
         """
         begun = self._begin()
         try:
-            return self._publisher.publish_blocking(job, **options)
+            return self._publisher.publish_blocking(job, connection=connection, **options)
         finally:
             begun.finish()
+
+    async def once(self, *, connection: AsyncTransaction) -> bool:
+        """Note in the handler's own transaction that it has the effect of this job; False if the effect is already committed.
+
+        A handler that makes its effect in the same transaction, and only after True, has it exactly once, however often the job is
+        delivered. Another run of the same job that is at it is waited for. `connection` is as in `publish`, to the database of the
+        app's outbox or of its PostgreSQL broker. The note is kept for `Settings.inbox_s`. In a test (`running`, `attempt()`) it is True.
+        """
+        return await self._publisher.once(connection, self._envelope.queue, self._envelope.job_id)
+
+    def once_blocking(self, *, connection: Transaction) -> bool:
+        """As `once`, in a `def` handler; `connection` is as in `BlockingPublisher.publish`.
+
+        Raises RuntimeError in an `async def` handler, whose event loop it would block.
+        """
+        return self._publisher.once_blocking(connection, self._envelope.queue, self._envelope.job_id)
 
     def _begin(self) -> Begun:
         if self.unfinished is None:
@@ -215,9 +248,11 @@ class Attempt(Generic[_R_co]):
         self.unfinished[begun] = None
         return begun
 
-    async def _finished(self, begun: Begun, job: Job, options: PublishOptions) -> Receipt:
+    async def _finished(
+        self, begun: Begun, job: Job, connection: AsyncTransaction | None, options: PublishOptions
+    ) -> Receipt:
         try:
-            return await self._publisher.publish(job, **options)
+            return await self._publisher.publish(job, connection=connection, **options)
         finally:
             begun.finish()
 

@@ -83,7 +83,11 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 @final
 class Receipt(msgspec.Struct, frozen=True, gc=False):
-    """The result of a publish: the job's id; the broker has confirmed the job."""
+    """The result of a publish: the job's id, and what is known of the job."""
 
     job_id: str
-    state: Literal["confirmed"] = "confirmed"
+    state: Literal["confirmed", "uncommitted"] = "confirmed"
+    """
+    - confirmed: the broker has the job.
+    - uncommitted: the job is in the transaction of `connection=`. Nothing is promised before that transaction is committed.
+    """

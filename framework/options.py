@@ -63,7 +63,7 @@ def for_outgoing(given: Iterable[str]) -> TypeError:
     """Return the TypeError for a keyword that `publish_many` doesn't take, because each of its jobs has its own options."""
     name = next(iter(given))
     if name not in OUTGOING_OPTIONS:
-        return unexpected("publish_many", [name], frozenset({"timeout_s"}))
+        return unexpected("publish_many", [name], frozenset({"connection", "timeout_s"}))
     return TypeError(
         f"publish_many() takes no {name}, since each job has its own: publish_many([Outgoing(job, {name}=…)])"
     )

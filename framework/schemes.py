@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
-from .admin import Admin
+from .admin import Admin, OutboxAdmin
 from .broker import Broker
 from .errors import ConfigurationError
 from .migrator import Migrator
+from .outbox import Outbox
 from .runtime import Runtime
 from .settings import redact_url
 
@@ -18,7 +19,8 @@ from .settings import redact_url
 class BrokerModule(Protocol):
     """The functions of a module that serves a URL scheme.
 
-    A broker on a database that it doesn't change by itself also has `open_migrator(url, runtime)`.
+    A broker on a database that it doesn't change by itself also has `open_migrator(url, runtime)`. One whose database may have an
+    outbox has `open_outbox(url, runtime)` and `open_outbox_admin(url, runtime)`.
     """
 
     def open_broker(self, url: str, runtime: Runtime) -> Broker:
@@ -79,6 +81,22 @@ def open_migrator(url: str | None, runtime: Runtime) -> Migrator | None:
     module = broker_module(url)
     make: Callable[[str | None, Runtime], Migrator] | None = getattr(module, "open_migrator", None)
     return None if make is None else make(url, runtime)
+
+
+def open_outbox(url: str, runtime: Runtime) -> Outbox:
+    """Return the outbox at `url`, without connecting; ConfigurationError if that is no database for one."""
+    make: Callable[[str, Runtime], Outbox] | None = getattr(broker_module(url), "open_outbox", None)
+    if make is None:
+        msg = f"the outbox {redact_url(url)!r} must be in the user's database; its URL begins with postgresql://"
+        raise ConfigurationError(msg)
+    return make(url, runtime)
+
+
+def open_outbox_admin(url: str, runtime: Runtime) -> OutboxAdmin:
+    """Return the admin of the outbox at `url`, which `open_outbox` takes, without connecting."""
+    open_outbox(url, runtime)
+    make = cast("Callable[[str, Runtime], OutboxAdmin]", getattr(broker_module(url), "open_outbox_admin"))  # noqa: B009
+    return make(url, runtime)
 
 
 NO_BROKER = (

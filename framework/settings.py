@@ -40,6 +40,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """A larger body is refused before a byte is sent, because RabbitMQ 4 closes the channel at 16 MiB."""
     max_header_bytes: int = 32 << 10
     """Largest total size of a job's headers. Larger headers are refused, since a frame that is too large ends the connection."""
+    inbox_s: float = 7 * 86_400.0
+    """How long `Attempt.once` remembers that the effect of a job is committed. A copy of the job that comes later has its effect again."""
 
     brokers: Sequence[object] = ()
     """Settings of single brokers, such as `RabbitSettings`; a broker takes its own settings and ignores the others."""
@@ -49,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Deprecated; use `brokers=[RabbitSettings(consumer_timeout_s=…)]`."""
 
     def __post_init__(self) -> None:
-        for name in ("unknown_grace_s", "connect_timeout_s", "reconnect_base_s", "reconnect_cap_s"):
+        for name in ("unknown_grace_s", "connect_timeout_s", "reconnect_base_s", "reconnect_cap_s", "inbox_s"):
             check_seconds(f"settings: {name}", getattr(self, name))
         for name in ("warn_body_bytes", "max_body_bytes", "max_header_bytes"):
             if type(given := getattr(self, name)) is not int:  # a bool is an int
@@ -88,6 +90,8 @@ class Environment(msgspec.Struct, frozen=True):
 
     broker: str | None
     """LEVERET_BROKER: the broker's URL; "" if the variable is set but empty, which is most likely a lost setting."""
+    outbox: str | None
+    """LEVERET_OUTBOX: the URL of the database with the app's outbox and inbox."""
     app: str | None
     """LEVERET_APP: module:attribute of the app, for commands that get neither APP nor --app."""
     concurrency: str | None
@@ -100,6 +104,7 @@ def environment(mapping: Mapping[str, str]) -> Environment:
     """Read leveret's environment variables from `mapping`."""
     return Environment(
         broker=mapping.get("LEVERET_BROKER"),
+        outbox=mapping.get("LEVERET_OUTBOX") or None,
         app=mapping.get("LEVERET_APP") or None,
         concurrency=mapping.get("LEVERET_CONCURRENCY") or None,
         log_level=mapping.get("LEVERET_LOG") or "info",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from leveret.admin import Admin
+from leveret.admin import Admin, OutboxAdmin
 from leveret.broker import Broker
 from leveret.migrator import Migrator
+from leveret.outbox import Outbox
 from leveret.runtime import Runtime
 
 from .address import address_of
 
-__all__ = ["open_admin", "open_broker", "open_migrator"]
+__all__ = ["open_admin", "open_broker", "open_migrator", "open_outbox", "open_outbox_admin"]
 
 
 def open_broker(url: str, runtime: Runtime) -> Broker:
@@ -24,6 +25,20 @@ def open_admin(url: str, runtime: Runtime) -> Admin:
     from .admin import PostgresAdmin
 
     return PostgresAdmin(address_of(url), runtime)
+
+
+def open_outbox(url: str, runtime: Runtime) -> Outbox:
+    """Return the outbox in the database of `url`, without connecting; ConfigurationError for a wrong URL."""
+    from .outbox import PostgresOutbox
+
+    return PostgresOutbox(address_of(url), runtime)
+
+
+def open_outbox_admin(url: str, runtime: Runtime) -> OutboxAdmin:
+    """Return the admin of the outbox in the database of `url`, without connecting."""
+    from .outbox_admin import PostgresOutboxAdmin
+
+    return PostgresOutboxAdmin(address_of(url), runtime)
 
 
 def open_migrator(url: str, runtime: Runtime) -> Migrator:

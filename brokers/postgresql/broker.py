@@ -26,6 +26,7 @@ from leveret.runtime import Runtime
 from ..turns import Consumption
 from .address import Address
 from .store import Store
+from .within import Once, jobs_within
 
 _FEATURES = Features(
     durable=True,
@@ -51,6 +52,12 @@ class PostgresBroker:
         self._consumptions: list[Consumption] = []
         self.publish = self._turns.publish
         """As `Broker.publish`; every queue exists, so no job is unroutable."""
+        within = jobs_within(address.schema, runtime.clock)
+        self.within, self.within_blocking = within.within, within.within_blocking
+        """As `Transactional`."""
+        once = Once(address.schema, runtime.settings.inbox_s)
+        self.once, self.once_blocking = once.once, once.once_blocking
+        """As `Inbox`."""
 
     def features(self, _: Queue | None = None, /) -> Features:
         """As `Broker.features`."""

@@ -71,6 +71,34 @@ class Statements:
         self.claim = sql("SELECT * FROM {schema}.claim($1, $2, $3, $4, $5, $6)")
 
 
+_OUTBOX_TYPES = [*_TYPES, "text", "boolean"]
+_OUTBOX_ARRAYS = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(_OUTBOX_TYPES, 1))
+_OUTBOX_FIELDS = f"queue, level, queue_type, priorities, delay_ms, added_ms, {', '.join(COLUMNS[2:-1])}"
+
+
+class OutboxStatements:
+    """The statements of relays, and of the outbox's dead letters, for one schema."""
+
+    def __init__(self, schema: str) -> None:
+        def sql(text: str) -> str:
+            return in_schema(schema, text)
+
+        name = hashlib.md5(sql("{schema}").encode(), usedforsecurity=False).hexdigest()
+        self.channel = f"leveret_outbox_{name}"
+        """The channel of `add_outbox`."""
+        self.add = sql(f"SELECT {{schema}}.add_outbox({_OUTBOX_ARRAYS})")
+        self.take = sql("SELECT * FROM {schema}.take_outbox($1, $2, $3, $4)")
+        self.settle = sql("SELECT {schema}.settle_outbox($1)")
+        self.bury = sql(
+            f"INSERT INTO {{schema}}.outbox_dead (seq, {_OUTBOX_FIELDS}, headers)"  # noqa: S608 - columns of ours
+            f" SELECT o.seq, o.{_OUTBOX_FIELDS.replace(', ', ', o.')}, d.headers"
+            " FROM unnest($1::bigint[], $2::text[]) AS d(seq, headers) JOIN {schema}.outbox o ON o.seq = d.seq"
+        )
+        self.waits = sql("SELECT pg_advisory_lock_shared({schema}.waiting('lv.outbox'))")
+        self.works = sql("SELECT pg_advisory_unlock_shared({schema}.waiting('lv.outbox'))")
+        self.forget = sql("SELECT {schema}.forget_once($1, $2)")
+
+
 def columns(rows: Sequence[Row], now_ms: float | None) -> Iterable[Sequence[Any]]:
     """Return the columns of rows. With `now_ms`, the moment in each row becomes a delay: the server's clock may be another."""
     queue, level, when, *rest = zip(*rows, strict=True)

@@ -85,6 +85,18 @@ def wanted_options(command: Callable[..., _T]) -> Callable[..., _T]:
     return with_wanted
 
 
+def dead_options(command: Callable[..., _T]) -> Callable[..., _T]:
+    """Give a command the options of its target, and --outbox, which is in `target`."""
+
+    @target_options
+    @click.option("--outbox", is_flag=True, help="The dead letters of the app's outbox, instead of the broker's.")
+    @functools.wraps(command)
+    def with_dead(*args: Any, target: Target, outbox: bool, **options: Any) -> _T:
+        return command(*args, target=msgspec.structs.replace(target, dead_of_outbox=outbox), **options)
+
+    return with_dead
+
+
 class _Reading:
     """Iterates over the wanted dead letters of a queue and shows progress."""
 
@@ -109,6 +121,11 @@ class _Reading:
 
 @asynccontextmanager
 async def _reading(target: Target, name: str, wanted: Wanted, what: str) -> AsyncGenerator[_Reading, None]:
+    if target.dead_of_outbox:
+        async with target.outbox_admin() as outbox, outbox.dead(target.queue(name)) as letters:
+            with progress(what, sum(row.dead for row in await outbox.depths() if row.queue == name)) as step:
+                yield _Reading(letters, wanted, step)
+        return
     async with target.admin() as admin:
         depth = await target.depth_of(admin, name)
         async with admin.dead(target.queue(name)) as letters:
@@ -134,7 +151,8 @@ def dead() -> None:
     """List, show, replay or drop dead letters.
 
     A job becomes a dead letter of its queue when its last attempt fails, when its handler buries it, or when it can't be decoded.
-    The job stays, byte for byte, until it is replayed or dropped.
+    The job stays, byte for byte, until it is replayed or dropped. With --outbox the commands are for the jobs of the app's outbox
+    that its broker will never take; a replay puts them back into the outbox.
 
     \b
     Example:
@@ -143,7 +161,7 @@ def dead() -> None:
 
 
 @dead.command("list", short_help="List the dead letters of a queue, oldest first.")
-@target_options
+@dead_options
 @click.argument("queue")
 @wanted_options
 @json_option
@@ -194,7 +212,7 @@ def list_letters(queue: str, wanted: Wanted, target: Target, as_json: bool) -> N
 
 
 @dead.command(short_help="Show one dead letter in full.")
-@target_options
+@dead_options
 @click.argument("queue")
 @click.argument("job_id", metavar="ID")
 @json_option
@@ -260,7 +278,7 @@ def replayed(envelope: Envelope) -> Envelope:
 
 
 @dead.command(short_help="Put dead letters back into their queue.")
-@target_options
+@dead_options
 @click.argument("queue")
 @wanted_options
 @click.option("--dry-run", is_flag=True, help="Only count the dead letters; change nothing.")
@@ -287,7 +305,7 @@ def replay(queue: str, wanted: Wanted, dry_run: bool, target: Target, as_json: b
 
 
 @dead.command(short_help="Delete dead letters for good.")
-@target_options
+@dead_options
 @click.argument("queue")
 @wanted_options
 @click.option("--dry-run", is_flag=True, help="Only count the dead letters; change nothing.")
@@ -309,10 +327,8 @@ def drop(queue: str, wanted: Wanted, dry_run: bool, yes: bool, target: Target, a
         picked = run(_each(target, queue, wanted, None, "counting"))
         if not picked.done:
             return _tell(msgspec.structs.replace(picked, dry_run=False), "dropped", as_json=as_json)
-        ask(
-            f"Delete {counted(picked.done, 'dead letter')} of queue {queue} on {redact_url(target.url)} for good?",
-            yes=yes,
-        )
+        where = (target.outbox or "") if target.dead_of_outbox else target.url
+        ask(f"Delete {counted(picked.done, 'dead letter')} of queue {queue} on {redact_url(where)} for good?", yes=yes)
         # only the letters that were counted, not letters buried while the question was open
         wanted = msgspec.structs.replace(wanted, limit=picked.done)
     result = run(_each(target, queue, wanted, None if dry_run else act, "dropping"))

@@ -43,6 +43,8 @@ def text_of(record: AppRecord) -> str:
     parts = [f"app {record.app} on {record.broker} ({_features(record.features)})"]
     if record.publish_layers:
         parts.append(f"  every publish passes: {' → '.join(record.publish_layers)} → broker")
+    if record.outbox is not None:
+        parts.append(f"  a publish with connection= goes to the outbox {record.outbox} → leveret relay → broker")
     for queue in record.queues:
         parts += ["", *_queue(queue)]
         for handler in record.handlers:

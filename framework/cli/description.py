@@ -128,6 +128,8 @@ class AppRecord(msgspec.Struct, frozen=True, kw_only=True):
     schedules: list[ScheduleRecord]
     publish_layers: list[str]
     """The middleware around every publish, outermost first."""
+    outbox: str | None
+    """The outbox's URL, without its password; None if the app has none."""
 
 
 async def describe(app: App[Any], now: datetime) -> AppRecord:
@@ -145,6 +147,8 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
     runtime = app.runtime()
     bind((layer for handler in handlers for layer in handler.layers), runtime)
     bind(app.layers, runtime)
+    outbox = app.outbox_url()
+    app.open_outbox(runtime)
     broker = app.open_broker(runtime)
     try:
         features = broker.features()
@@ -161,6 +165,7 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
         queues=[_queue(queue, own) for queue, own in queues.values()],
         schedules=[_schedule(schedule, now) for schedule in app.schedules],
         publish_layers=[name_of(layer) for layer in app.layers if _sides(layer).publish],
+        outbox=None if outbox is None else redact_url(outbox),
     )
 
 

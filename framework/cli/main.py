@@ -1,4 +1,4 @@
-"""The command line: `leveret work`, `cron`, `publish`, `describe`, `queues`, `dead`, `migrate`; a file per command.
+"""The command line: `leveret work`, `cron`, `relay`, `publish`, `describe`, `queues`, `dead`, `migrate`; a file per command.
 
 Only the command line imports click and rich. `work` hands over to `python -m leveret.process.main`, which imports neither.
 """
@@ -25,6 +25,7 @@ from .describe import describe
 from .migrate import migrate
 from .publish import publish
 from .queues import queues
+from .relay import relay
 from .work import work
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -41,6 +42,7 @@ def cli() -> None:
       LEVERET_APP          the app, module:attribute: shop:app
       LEVERET_BROKER       amqp://user:password@host/vhost
                            or sqlite:///jobs.db
+      LEVERET_OUTBOX       postgresql://user:password@host/db
       LEVERET_CONCURRENCY  jobs at once per process and queue:
                            100,emails=50
       LEVERET_LOG          debug (adds tracebacks), info,
@@ -60,7 +62,7 @@ def cli() -> None:
     """  # noqa: D301 - \b keeps click from rewrapping a paragraph
 
 
-for command in (work, cron, publish, describe, queues, dead, migrate):
+for command in (work, cron, relay, publish, describe, queues, dead, migrate):
     cli.add_command(command)
 
 
@@ -74,8 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cast("TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
     try:
         level = environment(os.environ).log_level.lower()
-        # workers and cron log at info; the other commands answer on standard output and log warnings only
-        if level == "debug" or not {"work", "cron"}.intersection(sys.argv[1:2] if arguments is None else arguments[:1]):
+        # workers, cron and relays log at info; the other commands answer on standard output and log warnings only
+        if level == "debug" or not {"work", "cron", "relay"}.intersection(
+            sys.argv[1:2] if arguments is None else arguments[:1]
+        ):
             set_up_logs("warning" if level == "info" else level)
         answer = cli.main(arguments, prog_name="leveret", standalone_mode=False)
         sys.stdout.flush()

@@ -24,7 +24,8 @@ def migrate(app: str | None, url: str | None, check: bool, sql: bool) -> None:
     """Make and upgrade what APP (module:attribute, default LEVERET_APP) needs in a database. Nothing else changes its tables.
 
     Run it before the new version of a program starts. Programs of the version before go on meanwhile. Several at once are safe, and
-    a second run changes nothing. RabbitMQ, SQLite and memory need no migrations.
+    a second run changes nothing. RabbitMQ, SQLite and memory need no migrations. The database of the outbox, if the app has one, is
+    migrated too.
 
     --sql prints what `migrate` would run, for other tools. Without an answer from the database it prints all migrations.
 
@@ -66,10 +67,11 @@ def _databases(app_path: str | None, url: str | None) -> tuple[Runtime, dict[str
     known = environment(os.environ)
     if url is None and (app_path := app_path or known.app) is not None:
         app = load_app(app_path, modules=False)
-        runtime, url = app.runtime(), app.broker_url()
+        runtime, url, outbox = app.runtime(), app.broker_url(), app.outbox_url()
     else:
+        outbox = None if url else known.outbox
         runtime, url = Runtime(app="leveret"), url or known.broker
     if not url:
         msg = f"{NO_BROKER}; or give an app, such as shop:app, as argument, with --app or in LEVERET_APP"
         raise ConfigurationError(msg)
-    return runtime, {"broker": url}
+    return runtime, {"broker": url} if not outbox or outbox == url else {"broker": url, "outbox": outbox}

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from ..admin import Depth
+from ..admin import Depth, OutboxDepth
 from ..errors import ConfigurationError
 from ..settings import redact_url
-from .output import ask, counted, json_option, print_json, print_table, print_text
+from .output import ask, counted, json_option, print_json, print_table, print_text, seconds
 from .target import Target, run, target_options
 
 _COLUMNS = """\b
@@ -20,6 +20,7 @@ Columns:
   dead       jobs that were buried
   consumers  worker processes of the queue
   levels     the ready jobs of each level that has any
+Below the table: the app's outbox, if it has one.
 A dash: the broker can't count it. RabbitMQ counts the
 delayed jobs of all queues together, below the table.
 """
@@ -57,17 +58,22 @@ def queues() -> None:
 @queues.command(short_help="Show the depths of queues.", epilog=_COLUMNS)
 @target_options
 @click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--outbox", is_flag=True, help="Show what waits in the app's outbox instead, and since when.")
 @json_option
-def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
+def show(names: tuple[str, ...], target: Target, outbox: bool, as_json: bool) -> None:
     """Show the depths of the queues NAME…, or of all queues for which the app has handlers. The word `show` is optional.
 
     \b
     Example:
       leveret queues shop:app emails
     """  # noqa: D301
-    if not names and target.app is None:
+    if not names and target.app is None and not outbox:
         msg = "name the queues, or the app with --app module:app"
         raise click.UsageError(msg)
+
+    if outbox:
+        _show_outbox(target, names, as_json=as_json)
+        return
 
     async def read() -> tuple[list[Depth], int | None, list[str]]:
         async with target.admin() as admin:
@@ -100,6 +106,37 @@ def show(names: tuple[str, ...], target: Target, as_json: bool) -> None:
         print_text(f"delayed jobs of all queues on this broker: {delayed}")
     for note in notes:
         print_text(note)
+    if target.outbox is not None:
+        print_text(_outbox_line(target.outbox, run(_outbox(target))))
+
+
+async def _outbox(target: Target) -> list[OutboxDepth]:
+    async with target.outbox_admin() as admin:
+        return await admin.depths()
+
+
+def _outbox_line(url: str, rows: list[OutboxDepth]) -> str:
+    waiting, dead = sum(row.waiting for row in rows), sum(row.dead for row in rows)
+    oldest_s = max((row.oldest_s for row in rows if row.oldest_s is not None), default=None)
+    waits = f"{counted(waiting, 'job')} wait{'s' if waiting == 1 else ''} for a relay"
+    since = "" if oldest_s is None else f", the oldest for {seconds(round(oldest_s, 1))}"
+    return f"outbox {redact_url(url)}: {waits}{since}; {counted(dead, 'dead letter')}"
+
+
+def _show_outbox(target: Target, names: tuple[str, ...], *, as_json: bool) -> None:
+    rows = [row for row in run(_outbox(target)) if not names or row.queue in names]
+    if as_json:
+        print_json(rows)
+        return
+    if rows:
+        print_table(
+            ["queue", ">waiting", ">oldest", ">dead"],
+            [
+                [row.queue, row.waiting, None if row.oldest_s is None else seconds(round(row.oldest_s, 1)), row.dead]
+                for row in rows
+            ],
+        )
+    print_text(_outbox_line(target.outbox or "", rows))
 
 
 def _levels(depth: Depth) -> str:

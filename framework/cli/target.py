@@ -14,13 +14,13 @@ from typing import Any, TypeVar, cast
 import click
 import msgspec
 
-from ..admin import Admin, Depth
+from ..admin import Admin, Depth, OutboxAdmin
 from ..app import App
 from ..errors import ConfigurationError
 from ..job import Queue
 from ..process.loading import load_app
 from ..runtime import Runtime
-from ..schemes import NO_BROKER, broker_module
+from ..schemes import NO_BROKER, broker_module, open_outbox_admin
 from ..settings import environment, redact_url
 
 _T = TypeVar("_T")
@@ -35,6 +35,10 @@ class Target(msgspec.Struct, frozen=True):
     app: App[Any] | None
     queues: dict[str, Queue]
     """The app's queues by name."""
+    outbox: str | None = None
+    """The URL of the outbox, if there is one."""
+    dead_of_outbox: bool = False
+    """Whether the command is for the dead letters of the outbox, and not for those of the broker."""
 
     def queue(self, name: str) -> Queue:
         """Return the app's queue `name`, or a plain `Queue` if the app has none; ConfigurationError for an invalid name."""
@@ -57,6 +61,19 @@ class Target(msgspec.Struct, frozen=True):
     async def admin(self) -> AsyncGenerator[Admin, None]:
         """Open the broker's admin, and close it at the end of the block."""
         admin = broker_module(self.url).open_admin(self.url, self.runtime)
+        try:
+            yield admin
+        finally:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(admin.close(), _CLOSE_S)
+
+    @asynccontextmanager
+    async def outbox_admin(self) -> AsyncGenerator[OutboxAdmin, None]:
+        """Open the outbox's admin, and close it at the end of the block; ConfigurationError if there is no outbox."""
+        if self.outbox is None:
+            msg = 'there is no outbox; set App(outbox="postgresql://…") or LEVERET_OUTBOX to the URL of its database'
+            raise ConfigurationError(msg)
+        admin = open_outbox_admin(self.outbox, self.runtime)
         try:
             yield admin
         finally:
@@ -154,16 +171,16 @@ def find_target(app_path: str | None, url: str | None, *, modules: bool = True) 
     known = environment(os.environ)
     if url is None and (app_path := app_path or known.app) is not None:
         app = load_app(app_path, modules=modules)
-        url = app.broker_url()
+        url, outbox = app.broker_url(), app.outbox_url()
         queues = {handler.queue.name: handler.queue for handler in app.handlers()} if modules else {}
         runtime = app.runtime()
     else:
-        app, queues, runtime = None, {}, Runtime(app="leveret")
+        app, queues, runtime, outbox = None, {}, Runtime(app="leveret"), None if url else known.outbox
         url = url or known.broker
     if not url:
         msg = f"{NO_BROKER}; or give an app, such as shop:app, as argument, with --app or in LEVERET_APP"
         raise ConfigurationError(msg)
-    target = Target(url, runtime, app, queues)
+    target = Target(url, runtime, app, queues, outbox)
     run(_check_shared(target))
     return target
 

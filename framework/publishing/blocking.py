@@ -23,6 +23,9 @@ from ..job import Job
 from ..options import TIMEOUT_S, PublishOptions, for_outgoing
 from ..texts import is_ours
 from ..tracebacks import show_users_frames
+from ..transactions import Transaction
+from .publisher import check_many
+from .within import Handed
 
 if TYPE_CHECKING:
     from ..options import Outgoing
@@ -167,9 +170,15 @@ class BlockingPublisher:
                 atexit.register(self.close)
             return self._opened
 
-    def _call(self, make: Callable[[Publisher], Awaitable[_T]], timeout_s: float, job_id: str | None = None) -> _T:
+    def _call(
+        self,
+        make: Callable[[Publisher], Awaitable[_T]],
+        timeout_s: float,
+        job_id: str | None = None,
+        handed: Handed | None = None,
+    ) -> _T:
         try:
-            return self._wait(make, timeout_s, job_id)
+            return self._wait(make, timeout_s, job_id, handed)
         except LeveretError as error:
             show_users_frames(error)
             raise
@@ -180,7 +189,9 @@ class BlockingPublisher:
             msg = f"nothing was sent, because the interpreter exits ({error}); publish before the main thread ends, not only in an atexit handler"
             raise BrokerUnavailable(msg, job_id=job_id) from error
 
-    def _wait(self, make: Callable[[Publisher], Awaitable[_T]], timeout_s: float, job_id: str | None) -> _T:
+    def _wait(
+        self, make: Callable[[Publisher], Awaitable[_T]], timeout_s: float, job_id: str | None, handed: Handed | None
+    ) -> _T:
         opened = self._ready()
         if asyncio._get_running_loop() is opened.thread.loop:
             msg = "middleware called the blocking publisher on that publisher's own event loop, where it would wait for itself; use app.publisher() there"
@@ -200,12 +211,12 @@ class BlockingPublisher:
         # the publisher itself refuses a timeout_s that isn't a number
         limit = timeout_s + _MARGIN_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else FLUSH_S  # pyright: ignore[reportUnnecessaryIsInstance]
         try:
-            return future.result(limit)
+            return future.result(limit if handed is None or handed.wait(future, limit) else 0)
         except FutureTimeoutError:
             if future.done():
                 raise
             abandoned = True  # before `begun` is read: a publish that begins later then sees it
-            maybe_published = begun
+            maybe_published = begun if handed is None else handed.used
             future.cancel()
             at = opened.thread.where()
             cause = (
@@ -216,18 +227,33 @@ class BlockingPublisher:
             msg = f"{'no confirm arrived' if maybe_published else 'nothing was sent'} within {limit:g} s: {cause}"
             raise PublishTimeout(msg, job_id=job_id, maybe_published=maybe_published) from None
 
-    def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
-        """Publish `job` and block until the publish is confirmed; otherwise as `Publisher.publish`."""
-        return self._call(
-            lambda publisher: publisher.publish(job, **options),
-            options.get("timeout_s", TIMEOUT_S),
-            options.get("job_id"),
-        )
+    def publish(self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]) -> Receipt:
+        """Publish `job` and block until the publish is confirmed; otherwise as `Publisher.publish`.
+
+        `connection` is a connection of psycopg, SQLAlchemy or Django with an open transaction, or the alias of one of Django's.
+        Its statement runs in the calling thread.
+        """
+        timeout_s, job_id = options.get("timeout_s", TIMEOUT_S), options.get("job_id")
+        if connection is None:
+            return self._call(lambda publisher: publisher.publish(job, **options), timeout_s, job_id)
+        handed = Handed(connection)
+        return self._call(lambda publisher: publisher.publish_handed(job, handed, options), timeout_s, job_id, handed)
 
     def publish_many(
-        self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0, **options: Never
+        self,
+        jobs: Iterable[Job | Outgoing],
+        *,
+        connection: Transaction | None = None,
+        timeout_s: float = 5.0,
+        **options: Never,
     ) -> list[Receipt]:
         """Publish `jobs` and block until the publishes are confirmed; otherwise as `Publisher.publish_many`."""
         if options:
             raise for_outgoing(options)
-        return self._call(lambda publisher: publisher.publish_many(jobs, timeout_s=timeout_s), timeout_s)
+        if connection is None:
+            return self._call(lambda publisher: publisher.publish_many(jobs, timeout_s=timeout_s), timeout_s)
+        check_many(jobs)
+        handed, listed = Handed(connection), list(jobs)  # in this thread: jobs may be read from the transaction
+        return self._call(
+            lambda publisher: publisher.publish_many_handed(listed, handed, timeout_s), timeout_s, handed=handed
+        )

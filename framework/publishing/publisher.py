@@ -16,10 +16,17 @@ from ..envelope import Receipt
 from ..errors import BrokerUnavailable, InvalidJob, LeveretError, PublishTimeout
 from ..job import Job
 from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, PublishOptions, for_outgoing, unexpected
+from ..outbox import Inbox
 from ..tracebacks import show_users_frames
+from ..transactions import AsyncTransaction, Transaction
 from .batch import Batch
 from .sender import Sender, seconds_of
+from .within import Handed, Within
 
+NO_INBOX = (
+    "once() notes the job in an inbox in your database, which this app doesn't have: use a postgresql:// broker, or"
+    ' App(outbox="postgresql://…") beside the broker, with the URL of the database of connection=, and run `leveret migrate`'
+)
 _LOOK_S = 1.0
 """Seconds between two looks of a waiting thread at whether its loop still lives."""
 
@@ -63,7 +70,9 @@ class Publisher:
             raise BrokerUnavailable(msg, job_id=job_id)
         return self._sender
 
-    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    async def publish(
+        self, job: Job, *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Receipt:
         """Publish `job`, and return once the broker has confirmed the publish.
 
         A confirmed job runs at least once. Every option is a keyword; `PublishOptions` has their types. None means the default, except for `timeout_s`.
@@ -79,6 +88,9 @@ class Publisher:
             expires_s: Seconds after which the job no longer runs; must be above the delay. Default: the `expires_s` of its class.
             resend: Publish the job again, under its id, if the connection is lost before the confirm, for at most `timeout_s`.
                 Each loss may leave one more copy in the queue. Default: False, which raises PublishTimeout.
+            connection: A connection of asyncpg, psycopg or SQLAlchemy with an open transaction. The job is published if that
+                transaction is committed; the receipt's `state` is "uncommitted". Needs PostgreSQL as broker or as outbox. After
+                an error, the job isn't in the transaction, and the transaction goes on. Default: the job is published by itself.
             timeout_s: Seconds for the whole publish, including the time to connect. Default: 5.
 
         Raises:
@@ -87,21 +99,46 @@ class Publisher:
             BrokerUnavailable, Unroutable: The broker is away, or no queue took the job; the broker kept nothing.
             PublishTimeout: No confirm within `timeout_s`; see `maybe_published`. Publish again with the same `job_id`.
         """
+        if connection is not None:
+            return await Within(self._open(options.get("job_id")), connection).publish(job, options)
         if options and not PUBLISH_OPTIONS.issuperset(options):
-            raise unexpected("publish", options, PUBLISH_OPTIONS)
+            raise unexpected("publish", options, PUBLISH_OPTIONS | {"connection"})
         timeout_s = options.pop("timeout_s", TIMEOUT_S)
         return await self._open(options.get("job_id")).publish(job, options, timeout_s)
 
-    def publish_blocking(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    async def once(self, connection: AsyncTransaction, queue: str, job_id: str) -> bool:
+        """As `Attempt.once`."""
+        sender = self._open(job_id)
+        return True if sender.observed else await _inbox(sender).once(connection, queue, job_id)
+
+    def once_blocking(self, connection: Transaction, queue: str, job_id: str) -> bool:
+        """As `Attempt.once_blocking`; the statement runs in the calling thread."""
+        sender, running = self._sender, asyncio._get_running_loop()
+        if running is not None and running is (self._loop or running):
+            msg = "once_blocking would block the event loop; in an `async def`, write await attempt.once(…)"
+            raise RuntimeError(msg)
+        if sender is None:
+            msg = "the worker has ended"
+            raise BrokerUnavailable(msg, job_id=job_id)
+        return True if sender.observed else _inbox(sender).once_blocking(connection, queue, job_id)
+
+    async def publish_handed(self, job: Job, connection: Handed, options: PublishOptions) -> Receipt:
+        """Publish `job` on a connection of another thread, which waits; for the publishes that block."""
+        return await Within(self._open(options.get("job_id")), connection).publish(job, options)
+
+    def publish_blocking(
+        self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Receipt:
         """Publish `job` on the publisher's loop from another thread, and wait for the confirm; otherwise as `publish`.
 
-        Raises RuntimeError on that loop, which would wait for itself.
+        With `connection=`, the statement runs in the calling thread. Raises RuntimeError on that loop, which would wait for itself.
         """
         loop, running = self._loop, asyncio._get_running_loop()
         if running is not None and running is (loop or running):
             msg = "publish_blocking would block the event loop that it waits for; in an `async def`, write await attempt.publish(…)"
             raise RuntimeError(msg)
-        publish = self.publish(job, **options)
+        handed = None if connection is None else Handed(connection)
+        publish = self.publish(job, **options) if handed is None else self.publish_handed(job, handed, options)
         if self._wait is not None:
             return self._wait(publish)
         if loop is None:
@@ -112,27 +149,53 @@ class Publisher:
             publish.close()
             msg = "nothing was sent: the worker has ended"
             raise BrokerUnavailable(msg, job_id=options.get("job_id")) from None
-        while not wait([future], _LOOK_S).done:  # the publish has a deadline; only a loop that ended doesn't reach it
+        while not (wait([future], _LOOK_S).done if handed is None else handed.wait(future, _LOOK_S)):
+            # the publish has a deadline; only a loop that ended doesn't reach it
             if loop.is_closed():
                 msg = "the worker ended before the publish was confirmed"
                 raise PublishTimeout(msg, job_id=options.get("job_id"), maybe_published=True)
         return future.result()
 
     async def publish_many(
-        self, jobs: Iterable[Job | Outgoing], *, timeout_s: float = 5.0, **options: Never
+        self,
+        jobs: Iterable[Job | Outgoing],
+        *,
+        connection: AsyncTransaction | None = None,
+        timeout_s: float = 5.0,
+        **options: Never,
     ) -> list[Receipt]:
         """Publish `jobs` pipelined, and return their receipts in order; `timeout_s` is for all of them.
 
         Raises `PublishManyError` if any job failed. Each job is confirmed separately: a job with a receipt in the error's
-        `results` is published, even if others failed.
+        `results` is published, even if others failed. With `connection=`, as in `publish`, the transaction has all jobs or,
+        after the error, none; they are kept in memory until all of them were checked.
         """
         if options:
             raise for_outgoing(options)
         sender = self._open()
-        if isinstance(jobs, (Job, Outgoing)):
-            msg = "publish_many() takes a list or another iterable of jobs, not a single job; publish a single job with publish()"
-            raise InvalidJob(msg)
+        check_many(jobs)
+        if connection is not None:
+            return await Within(sender, connection).publish_many(jobs, timeout_s)
         return await Batch(sender, time.monotonic() + seconds_of("timeout_s", timeout_s)).publish(jobs)
+
+    async def publish_many_handed(
+        self, jobs: Iterable[Job | Outgoing], connection: Handed, timeout_s: float
+    ) -> list[Receipt]:
+        """Publish `jobs` on a connection of another thread, which waits; for the blocking publisher."""
+        return await Within(self._open(), connection).publish_many(jobs, timeout_s)
+
+
+def _inbox(sender: Sender) -> Inbox:
+    if sender.inbox is None:
+        raise InvalidJob(NO_INBOX)
+    return sender.inbox
+
+
+def check_many(jobs: object) -> None:
+    """Raise InvalidJob for a single job instead of many."""
+    if isinstance(jobs, (Job, Outgoing)):
+        msg = "publish_many() takes a list or another iterable of jobs, not a single job; publish a single job with publish()"
+        raise InvalidJob(msg)
 
 
 @final

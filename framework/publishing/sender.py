@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
 
@@ -23,10 +23,12 @@ from ..errors import InvalidJob, MessageTooLarge, PublishError, PublishTimeout
 from ..headers import check_headers, header_bytes, pack_headers
 from ..ids import new_job_id
 from ..job import Job, Priority, Queue, spec_of
-from ..layer import AnyLayer, is_bypass, is_publish_layer
+from ..layer import AnyLayer, Publish, is_bypass, is_publish_layer
 from ..options import Outgoing, OutgoingOptions
+from ..outbox import Inbox, has_inbox
 from ..runtime import Runtime
 from ..texts import said_by
+from ..transactions import Transactional, is_transactional
 
 logger = logging.getLogger("leveret.publisher")
 
@@ -106,6 +108,7 @@ class Sender:
         layers: Sequence[AnyLayer],
         runtime: Runtime,
         observe: Callable[[Job, Envelope], None] | None = None,
+        outbox: Transactional | None = None,
     ) -> None:
         publishing = [layer for layer in layers if is_publish_layer(layer)]
         bind(publishing, runtime)
@@ -118,7 +121,12 @@ class Sender:
         self._queues: dict[str, Queue] = {}
         self._contracts: dict[type, _Contract] = {}
         self._decoders: dict[tuple[str, str], codec.Decoder] = {}
+        self._publishing = publishing
         self._send = fold_publish(publishing, self._to_broker)
+        self.transactional: Transactional | None = outbox or (broker if is_transactional(broker) else None)
+        """What publishes inside a user's transaction; None if nothing does."""
+        self.inbox: Inbox | None = next((one for one in (outbox, broker) if has_inbox(one)), None)
+        """What knows which jobs' effects are committed; None if nothing does."""
 
     @property
     def state(self) -> PublisherState:
@@ -266,13 +274,31 @@ class Sender:
             raise InvalidJob(msg)
         return delay_s
 
-    async def send(self, envelope: Envelope) -> Receipt:
-        """Send an envelope through the publishing middleware."""
+    def check_headers(self, envelope: Envelope) -> None:
+        """Raise MessageTooLarge if the headers are too large."""
         limit = self._settings.max_header_bytes
         if envelope.headers and (size := header_bytes(pack_headers(envelope))) > limit:
             msg = f"{envelope.job} to queue {envelope.queue}: the headers have {size} bytes, the limit is {limit}"
             raise MessageTooLarge(msg, job_id=envelope.job_id, size_bytes=size, limit_bytes=limit)
+
+    async def send(self, envelope: Envelope) -> Receipt:
+        """Send an envelope through the publishing middleware."""
+        self.check_headers(envelope)
         return await self._send(envelope)
+
+    async def send_to(self, last: Publish, envelope: Envelope) -> Receipt:
+        """Send an envelope through the publishing middleware, and then to `last` instead of the broker."""
+        self.check_headers(envelope)
+        return await fold_publish(self._publishing, last)(envelope)
+
+    def queue_of(self, envelope: Envelope) -> Queue:
+        """Return the queue of an envelope that this sender made."""
+        return self._queues[envelope.queue]
+
+    async def at_once(self, jobs: Iterable[tuple[Queue, Envelope]], _deadline: float) -> None:
+        """Publish the jobs of a transaction without it, as an `Add` for tests."""
+        for _, envelope in jobs:
+            await self._to_broker(envelope)
 
     async def _to_broker(self, envelope: Envelope) -> Receipt:
         try:
@@ -311,6 +337,11 @@ class Sender:
         if envelope.due_ms is not None or envelope.headers or envelope.resend:
             return None
         return self._broker.post(self._queues[envelope.queue], envelope)
+
+    @property
+    def observed(self) -> bool:
+        """Whether a test runs the app."""
+        return self._observe is not None
 
     @property
     def bare(self) -> bool:

@@ -13,11 +13,14 @@ _HEAVY = {
     "asyncpg",
     "click",
     "croniter",
+    "django",
     "importlib.metadata",
     "opentelemetry.sdk",
+    "psycopg",
     "pytest",
     "redis",
     "rich",
+    "sqlalchemy",
     "tenacity",
     "watchfiles",
 }
@@ -70,3 +73,8 @@ def test_a_broker_without_rows_imports_nothing_of_stores(broker: str) -> None:
     }
 
     assert not _imported_by(broker) & stores
+
+
+def test_publishing_in_transactions_imports_no_library_of_a_users_connection() -> None:
+    """A service that uses one of them would need, and pay for, the others."""
+    assert not _imported_by("leveret.brokers.postgresql.within") & {"django", "psycopg", "sqlalchemy"}

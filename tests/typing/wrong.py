@@ -4,7 +4,12 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta, timezone
 from typing import Unpack, assert_never
 
+import asyncpg
 import msgspec
+import psycopg
+import sqlalchemy
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncTransaction, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from tenacity import stop_after_attempt, wait_fixed
 
 from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, OutgoingOptions, Priority, Publish, PublishOptions, Publisher, Queue, Receipt, Retry, Snooze
@@ -53,6 +58,37 @@ async def publishing(publisher: Publisher, blocking: BlockingPublisher) -> None:
     await app.publisher().publish(invoice)  # wrong: not entered
     with app.publisher() as _: ...  # wrong: async with
     _ = (await publisher.publish(invoice)).state == "lost"  # wrong: no such state
+
+# -- publishing in a transaction
+async def within(
+    publisher: Publisher, attempt: Attempt, pool: "asyncpg.Pool[asyncpg.Record]", cursor: psycopg.AsyncCursor, engine: AsyncEngine, begun: AsyncTransaction,
+    made: async_sessionmaker[AsyncSession], other: psycopg.Connection, connection: sqlalchemy.Connection, session: Session, ours: AsyncSession,
+) -> None:
+    await publisher.publish(invoice, connection=pool)  # wrong: a pool
+    await publisher.publish(invoice, connection=pool.acquire())  # wrong: not entered
+    await publisher.publish(invoice, connection=cursor)  # wrong: a cursor
+    await publisher.publish(invoice, connection=engine)  # wrong: an engine
+    await publisher.publish(invoice, connection=begun)  # wrong: the transaction, not its connection
+    await publisher.publish(invoice, connection=made)  # wrong: what makes sessions
+    await publisher.publish(invoice, connection=other)  # wrong: a blocking connection
+    await publisher.publish(invoice, connection=connection)  # wrong: a blocking connection
+    await publisher.publish_many([invoice], connection=session)  # wrong: a blocking session
+    await publisher.publish(invoice, connection="default")  # wrong: Django's, which blocks
+    await publisher.publish(invoice, conection=ours)  # wrong: misspelt
+    await attempt.publish(invoice, connection=engine)  # wrong: an engine
+    attempt.publish_blocking(invoice, connection=ours)  # wrong: an asynchronous session
+    Outgoing(invoice, connection=ours)  # wrong: the connection is of the call
+def within_blocking(
+    publisher: BlockingPublisher, pool: "asyncpg.Pool[asyncpg.Record]", cursor: psycopg.Cursor, engine: sqlalchemy.Engine, made: sessionmaker[Session],
+    one: AsyncConnection, two: psycopg.AsyncConnection, three: "asyncpg.Connection[asyncpg.Record]",
+) -> None:
+    publisher.publish(invoice, connection=pool)  # wrong: a pool
+    publisher.publish(invoice, connection=cursor)  # wrong: a cursor
+    publisher.publish(invoice, connection=engine)  # wrong: an engine
+    publisher.publish(invoice, connection=made)  # wrong: what makes sessions
+    publisher.publish(invoice, connection=one)  # wrong: an asynchronous connection
+    publisher.publish_many([invoice], connection=two)  # wrong: an asynchronous connection
+    publisher.publish(invoice, connection=three)  # wrong: an asynchronous connection
 
 # -- publish options: the same keywords in every call that publishes
 async def options(publisher: Publisher, blocking: BlockingPublisher, attempt: Attempt, lab: Lab) -> None:
