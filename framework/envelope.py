@@ -12,6 +12,8 @@ from .job import Priority
 
 JSON = "application/json"
 MSGPACK = "application/msgpack"
+ALONE_FROM = 2
+"""A job with so many crashes runs alone. After one it runs beside the others: a kill returns all its neighbours, too."""
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):

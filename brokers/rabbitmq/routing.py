@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from leveret.clock import Clock
-from leveret.envelope import Envelope
+from leveret.envelope import ALONE_FROM, Envelope
 from leveret.errors import InvalidJob
 from leveret.job import Priority, Queue
 
@@ -51,7 +51,7 @@ class Routing:
     def _route(self, queue: Queue, envelope: Envelope) -> Route:
         delay_s = 0.0 if envelope.due_ms is None else envelope.due_in_s(self._clock.now())
         if not delay_s:
-            return (self.suspects if envelope.crashes > 1 else self.level)(queue, envelope.priority)
+            return (self.suspects if envelope.crashes >= ALONE_FROM else self.level)(queue, envelope.priority)
         try:
             exchange, key, ladder = topology.route(queue, envelope.priority, delay_s)
         except ValueError as error:

@@ -17,6 +17,7 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
+from ..envelope import ALONE_FROM
 from ..ids import is_slot_job_id
 from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
@@ -43,7 +44,7 @@ from .returning import Returning
 from .routes import Route, contracts, unroutable
 from .settlement import Ended, Lost, Settlement
 from .slots import Gate, Held, QueueHeld, Returned, Slots, in_arrival_order
-from .suspects import ALONE_FROM, Suspects
+from .suspects import Suspects
 
 logger = logging.getLogger("leveret.consumer")
 

@@ -15,7 +15,7 @@ from ..backoff import full_jitter
 from ..broker import Delivery, Subscription
 from ..chain import fold_publish
 from ..clock import moment_ms
-from ..envelope import Envelope, Receipt
+from ..envelope import ALONE_FROM, Envelope, Receipt
 from ..errors import InvalidJob, MessageTooLarge, PublishError
 from ..layer import AnyLayer
 from ..outcome import Bury, Ending, Snooze
@@ -25,7 +25,6 @@ from ..waits import first_of
 from .burials import PATIENCE_S, Burials
 from .following import entered, failure_of, following, waited, with_deadline
 from .said import Run, at_debug, say_postponed, what
-from .suspects import ALONE_FROM
 
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 

@@ -10,7 +10,7 @@ import msgspec
 from ..attempt import Attempt
 from ..attemptlog import duration, log_attempt, when
 from ..broker import Delivery
-from ..envelope import Envelope
+from ..envelope import ALONE_FROM, Envelope
 from ..outcome import Bury, Done, Ending, Expired, ExpiredOnArrival, Retry, Snooze, Suspect, Undecodable, WorkerLost
 from ..texts import named, one_line
 from ..tracebacks import exc_info
@@ -44,7 +44,7 @@ def say(run: Run, ending: Ending) -> None:
             logger.error("%s is buried in %s: %s", what(run.envelope), dead, ending.reason)
         case Suspect():
             crashes = run.envelope.crashes + 1
-            level = logging.WARNING if crashes > 1 else logging.DEBUG  # neighbours of a crash come back once
+            level = logging.WARNING if crashes >= ALONE_FROM else logging.DEBUG  # neighbours of a crash come back once
             logger.log(level, "%s came back; workers that may have died of it: %d", what(run.envelope), crashes)
         case Retry(delay_s):
             ended = "ended" if run.error is None else "failed"

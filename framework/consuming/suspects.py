@@ -19,8 +19,6 @@ from .slots import Held, Slots
 
 logger = logging.getLogger("leveret.consumer")
 
-ALONE_FROM = 2
-"""A job with so many crashes runs alone. After one it runs beside the others: a kill returns all its neighbours, too."""
 SHARED_S = 30.0
 """Redeliveries that come so soon after the first one that follows a lost connection are put down to that loss, not to a crash."""
 ALONE_AFTER_S = 60.0
@@ -59,6 +57,7 @@ class Suspects:
         self._start, self._changed, self._give_back = start, changed, give_back
         self._waiting: deque[Held] = deque()
         self._came = asyncio.Event()
+        self._stopped = asyncio.Event()
         self._under_way = False
         self._others_until = float("-inf")
         """No suspect starts before this time of the monotonic clock."""
@@ -96,28 +95,34 @@ class Suspects:
 
     def stop(self) -> None:
         """Give back the suspects that wait."""
+        self._stopped.set()
         while self._waiting:
             self._give_back(self._waiting.popleft().delivery)
 
     async def _run(self) -> None:
-        """Run the suspects one after another; between bursts, the other jobs run for as long."""
+        """Run the suspects in bursts; after each, the other jobs run for as long."""
         try:
             while self._waiting:
-                await self._unless_stopping(self._others_until)
-                self._slots.pause()
-                began = self._clock.monotonic()
-                while self._waiting:
-                    await self._run_alone(self._waiting.popleft())
-                    if self._slots.stopping or self._clock.monotonic() - began >= BURST_S:
-                        break
-                    await self._next()
-                now = self._clock.monotonic()
-                self._others_until = now + min(
-                    now - began, self._slots.hold_s
-                )  # the next suspect may be here, and waits
-                self._slots.resume()
+                if (rests_s := self._others_until - self._clock.monotonic()) > 0:
+                    await first_of(self._stopped.wait(), self._clock.sleep(rests_s))
+                await self._burst()
         finally:
             self._under_way = False
+
+    async def _burst(self) -> None:
+        """Run suspects one after another, each alone, for a second, or for one run that takes longer."""
+        began = self._clock.monotonic()
+        self._slots.pause()
+        try:
+            while self._waiting:
+                await self._run_alone(self._waiting.popleft())
+                if self._slots.stopping or self._clock.monotonic() - began >= BURST_S:
+                    break
+                await self._next()
+        finally:
+            now = self._clock.monotonic()
+            # the next suspect may be here: it waits no longer than a delivery may
+            self._others_until = now + min(now - began, self._slots.hold_s)
             self._slots.resume()
 
     async def _next(self) -> None:
@@ -128,7 +133,9 @@ class Suspects:
 
     async def _run_alone(self, held: Held) -> None:
         """Run a suspect once nothing else runs, or after a stated time; give it back if the worker stops."""
-        await self._unless_stopping(self._clock.monotonic() + ALONE_AFTER_S, lambda: self._slots.running > 0)
+        ends = self._clock.monotonic() + ALONE_AFTER_S
+        while self._slots.running and not self._slots.stopping and (left_s := ends - self._clock.monotonic()) > 0:
+            await first_of(self._changed(), self._clock.sleep(left_s))
         if not held.delivery.live:
             return
         if self._slots.stopping:
@@ -142,8 +149,3 @@ class Suspects:
         self._slots.give_slot(held, self._slots.queues[held.delivery.queue.name])
         if held.task is not None:
             await asyncio.wait([held.task])
-
-    async def _unless_stopping(self, until: float, waits: Callable[[], bool] = lambda: True) -> None:
-        """Wait while `waits()` is true, until a time of the monotonic clock at most, or until the worker stops."""
-        while waits() and not self._slots.stopping and (left_s := until - self._clock.monotonic()) > 0:
-            await first_of(self._changed(), self._clock.sleep(left_s))

@@ -17,28 +17,27 @@ from tests.cli.command import LEVERET, PATIENCE_S, Project, Running, alive, chil
 pytestmark = pytest.mark.fault
 
 
+@contextmanager
+def hangups(action: signal.Handlers) -> Generator[None]:
+    """What is started in the block inherits `action` for SIGHUP: SIG_IGN, as under nohup, or SIG_DFL."""
+    before = signal.signal(signal.SIGHUP, action)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(autouse=True)
-def hangups() -> Generator[None]:
-    """Let workers hear of a lost terminal although the tests run under nohup: processes inherit that a signal is ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
+def hangups_heard() -> Generator[None]:
+    """Let workers hear of a lost terminal although the tests run under nohup."""
+    with hangups(signal.SIG_DFL):
+        yield
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A folder with shop.py and nothing else."""
     return Project(tmp_path)
-
-
-@contextmanager
-def hangups_ignored() -> Generator[None]:
-    """What is started in the block ignores SIGHUP, as under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def workers(running: Running, count: int) -> list[int]:
@@ -148,7 +147,7 @@ def test_a_lost_terminal_lets_what_runs_end_and_exits_with_0(project: Project, p
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_worker_that_ignores_hangups_outlives_its_terminal(project: Project, processes: str) -> None:
     """`nohup leveret work` is started so that it goes on after the log-out: it must not drain at it."""
-    with hangups_ignored(), project.start("work", "-q", "emails", "--processes", processes) as running:
+    with hangups(signal.SIG_IGN), project.start("work", "-q", "emails", "--processes", processes) as running:
         pids = {running.process.pid, *workers(running, int(processes))}
         for pid in pids:
             os.kill(pid, signal.SIGHUP)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from leveret import App, Attempt, Job, Queue
-from leveret.consuming.worker import working
+from leveret.consuming.worker import Working, working
 from leveret.outcome import Kind
 
 images = Queue("images", priorities=False)
@@ -64,6 +64,13 @@ class Shop:
                 await asyncio.sleep(0.005)
 
 
+async def until_counted(work: Working, kind: Kind, count: int, timeout_s: float = 10) -> None:
+    """Wait until so many deliveries have ended as `kind`."""
+    async with asyncio.timeout(timeout_s):
+        while work.consumer.counts[kind] < count:
+            await work.consumer.changed()
+
+
 async def test_after_one_crash_a_job_runs_beside_the_others_and_it_is_noted_that_it_began(tmp_path: Path) -> None:
     """Whatever ran beside a job that killed its worker is innocent, and would wait in line; the guilty one must be known next time."""
     shop = Shop(tmp_path / "jobs.db", 0, 1, 1)
@@ -85,9 +92,7 @@ async def test_after_two_crashes_a_job_runs_alone(tmp_path: Path) -> None:
     async with working(shop.app) as work:
         await asyncio.sleep(0.1)
         shop.gate.set()
-        async with asyncio.timeout(10):
-            while work.consumer.counts[Kind.DONE] < 4:
-                await asyncio.sleep(0.005)
+        await until_counted(work, Kind.DONE, 4)
 
     assert [together for together in shop.together if together & {0, 1}] == [{0}, {1}]
 
@@ -100,9 +105,7 @@ async def test_many_suspects_leave_the_others_their_turns(tmp_path: Path) -> Non
 
     async with working(shop.app) as work:
         shop.gate.set()
-        async with asyncio.timeout(20):
-            while work.consumer.counts[Kind.DONE] < 11:
-                await asyncio.sleep(0.005)
+        await until_counted(work, Kind.DONE, 11, timeout_s=20)
 
     firsts = [min(together) for together in shop.together]
     turns = [place for place, together in enumerate(shop.together) if max(together) >= 7]
@@ -117,9 +120,7 @@ async def test_at_the_limit_a_job_is_buried_without_a_run(tmp_path: Path) -> Non
     await shop.publish()
 
     async with working(shop.app) as work:
-        async with asyncio.timeout(10):
-            while not work.consumer.counts[Kind.WORKER_LOST]:
-                await asyncio.sleep(0.005)
+        await until_counted(work, Kind.WORKER_LOST, 1)
 
     assert shop.together == []
     with closing(sqlite3.connect(shop.path)) as file:
