@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -72,6 +73,29 @@ async def test_a_foreign_producer_publishes_with_one_function(
     )
     assert (first.envelope.priority, first.envelope.headers) == (Priority.HIGH, {"x-tenant": "a"})
     assert (second.envelope.job, second.envelope.body) == ("thumb", b"\xff\x00")
+
+
+async def test_a_publish_that_is_cancelled_leaves_no_lock_to_its_session(postgres_url: str) -> None:
+    """A lock that stays with a connection of a web service's pool would hang each worker of the queue, as long as the pool lives."""
+    connection = await asyncpg.connect(postgres_url)
+    cancelled = 0
+    try:
+        queues = [f"q{number}" for number in range(5000)]
+        for limit_ms in range(1, 31):
+            await connection.execute(f"SET statement_timeout = {limit_ms}")
+            with suppress(asyncpg.QueryCanceledError):
+                await connection.execute("SELECT leveret.wake($1, 'new')", queues)
+                continue
+            cancelled += 1
+        await connection.execute("SET statement_timeout = 0")
+
+        held = await connection.fetchval(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+        )
+
+        assert (cancelled > 0, held) == (True, 0)
+    finally:
+        await connection.close()
 
 
 @pytest.mark.parametrize(

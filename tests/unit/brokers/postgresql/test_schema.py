@@ -10,7 +10,8 @@ from leveret.errors import ConfigurationError
 # A migration that a release has never changes: whoever applied it would be refused. Change the schema by another one. Until its
 # release, a migration's text may change, and its checksum here with it.
 _CHECKSUMS = {
-    "0001_jobs": "e28a9c054c7dee09286516333ae63209f0a189f6f1815e6a7dad4a1f8b70f415",
+    "0001_jobs": "8aaa8ed1965996c5786a89af256e7724a76cebc9632d1e4c1d603c8a45005103",
+    "0002_outbox": "7a39a33cf59cb692617356bd29826657209dcfffc4057bc43e241dbe186fa64c",
 }
 
 
