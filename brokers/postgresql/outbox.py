@@ -142,8 +142,10 @@ class PostgresLine:
         """As `Line.forget`."""
         count = _FORGOTTEN_AT_ONCE
         while count == _FORGOTTEN_AT_ONCE:
-            async with self._doing(TRANSACTION_S) as connection, connection.transaction():
+            async with self._doing(TRANSACTION_S) as connection:
+                await connection.execute(_BEGIN)
                 count = await connection.fetchval(self._sql.forget, self._runtime.settings.inbox_s, _FORGOTTEN_AT_ONCE)
+                await connection.execute("COMMIT")
 
     async def close(self) -> None:
         """As `Line.close`."""
