@@ -125,10 +125,21 @@ async def test_what_makes_no_sense_arrives_byte_for_byte(
     assert (row.ready, row.unsettled, row.dead) == (0, 0, 1)
 
 
-async def test_a_name_that_no_queue_can_have_is_refused_at_its_producer(postgres: Postgres, postgres_url: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("my jobs", "a queue's name must have 1 to 150 characters"),
+        ("jobs.high", "the queue name 'jobs.high' is reserved"),
+        ("jobs.dead", "the queue name 'jobs.dead' is reserved"),
+        ("lv.jobs", "the queue name 'lv.jobs' is reserved"),
+    ],
+)
+async def test_a_name_that_no_queue_can_have_is_refused_at_its_producer(
+    postgres: Postgres, postgres_url: str, name: str, why: str
+) -> None:
     """No worker could ever consume it."""
-    with pytest.raises(asyncpg.InvalidParameterValueError, match="a queue's name must have 1 to 150 characters"):
-        await postgres.query("SELECT leveret.publish('my jobs', 'a', '{}')", url=postgres_url)
+    with pytest.raises(asyncpg.InvalidParameterValueError, match=why):
+        await postgres.query("SELECT leveret.publish($1, 'a', '{}'::text)", name, url=postgres_url)
 
 
 async def test_a_job_of_which_no_notice_told_starts_within_a_second(

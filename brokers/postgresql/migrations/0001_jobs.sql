@@ -145,6 +145,9 @@ BEGIN
     IF queue IS NULL OR queue !~ '^[A-Za-z0-9_.-]{1,150}$' THEN
         RAISE EXCEPTION 'a queue''s name must have 1 to 150 characters of [A-Za-z0-9_.-], not %', quote_nullable(queue)
             USING ERRCODE = 'invalid_parameter_value';
+    ELSIF queue ~ '^lv\.|\.(low|normal|high|urgent|dead|suspects)$' THEN
+        RAISE EXCEPTION 'the queue name % is reserved: a level is given by level =>', quote_literal(queue)
+            USING ERRCODE = 'invalid_parameter_value';
     ELSIF delay_s IS NULL OR NOT delay_s BETWEEN 0 AND 4147200 THEN
         RAISE EXCEPTION 'a delay must be between 0 and 4147200 seconds (48 days), not %', quote_nullable(delay_s)
             USING ERRCODE = 'invalid_parameter_value';

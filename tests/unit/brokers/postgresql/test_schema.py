@@ -10,7 +10,7 @@ from leveret.errors import ConfigurationError
 # A migration that a release has never changes: whoever applied it would be refused. Change the schema by another one. Until its
 # release, a migration's text may change, and its checksum here with it.
 _CHECKSUMS = {
-    "0001_jobs": "8aaa8ed1965996c5786a89af256e7724a76cebc9632d1e4c1d603c8a45005103",
+    "0001_jobs": "17a8a0891513847f6b5110718b2e4a1942035f2c7e45e6c7d9c5c0a9771c7bdb",
     "0002_outbox": "7a39a33cf59cb692617356bd29826657209dcfffc4057bc43e241dbe186fa64c",
 }
 
