@@ -174,7 +174,7 @@ class PostgresLine:
             if meaning in {"busy", "refused", "full", "wrong"}:
                 await self._rollback()
             else:
-                self._link.abandon()
+                self._link.lost(error)
             if isinstance(error, (BrokerUnavailable, ConfigurationError)):
                 raise
             said = " ".join(str(error).split()) or "no answer in time"

@@ -215,7 +215,7 @@ class Store:
             raise error
         said = " ".join(str(error).split()) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
         if meaning == "lost":
-            self._link.abandon()
+            self._link.lost(error)
         elif step != "before":
             await self._link.rollback()
         if step == "commit" and meaning == "lost" and turn is not None:

@@ -379,6 +379,36 @@ async def test_a_store_finds_out_that_no_notice_comes_back(
     assert "every 100 ms" in said
 
 
+@pytest.mark.parametrize("kept", [0, 10])
+async def test_a_pooler_that_forgets_prepared_statements_is_said_once_and_one_that_keeps_them_is_used(
+    postgres: Postgres, postgres_url: str, caplog: pytest.LogCaptureFixture, kept: int
+) -> None:
+    """Each program would lose its connection many times a second, and nobody would hear why."""
+    try:
+        pooler = await postgres.pooler(default_pool_size=2, max_prepared_statements=kept)
+    except RuntimeError:  # PgBouncer before 1.21 has no such setting
+        if kept:
+            pytest.skip("this PgBouncer keeps no prepared statements")
+        pooler = await postgres.pooler(default_pool_size=2)
+    url = pooler.url_of(postgres_url)
+    broker = open_broker(url, RUNTIME)
+    other = await asyncpg.connect(url, statement_cache_size=0)
+    try:
+        await publish(broker, b"1")
+        async with other.transaction():  # has the server's connection that knows the statements
+            await other.execute("SELECT 1")
+            await publish(broker, b"2")
+        async with other.transaction():
+            await other.execute("SELECT 1")
+            await publish(broker, b"3")
+    finally:
+        await other.close()
+        await broker.close()
+
+    said = [record.getMessage() for record in caplog.records if "write ?prepared=off into the URL" in record.message]
+    assert len(said) == (0 if kept else 1)
+
+
 async def test_the_admin_names_who_keeps_the_vacuum_from_its_work(
     postgres: Postgres, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
