@@ -138,6 +138,10 @@ class Link:
         self.direct = await connection.fetchval("SELECT pg_backend_pid()") == connection.get_server_pid()
         encoding = await connection.fetchval("SELECT current_setting('server_encoding')")
         await connection.execute("COMMIT")
+        if (
+            self.direct
+        ):  # for a claim, which is a statement alone: one that waited until its turn is over would cost the lease
+            await connection.execute("SET lock_timeout = '2s'")
         if encoding != "UTF8":
             msg = f"the database of {self.address} has the encoding {encoding}; leveret needs a database with UTF8"
             raise ConfigurationError(msg)

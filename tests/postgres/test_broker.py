@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from leveret.broker import Broker
 from leveret.brokers.postgresql import admin as admin_module
-from leveret.brokers.postgresql import open_admin, open_broker
+from leveret.brokers.postgresql import open_admin, open_broker, store
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
@@ -178,6 +178,34 @@ async def test_a_publish_that_commits_late_is_not_passed_over(
     assert (await sink.next()).envelope.body == b"late"
     assert time.monotonic() - committed < 1.1 + 1.0  # a slow machine's second
     await late.close()
+
+
+async def test_a_lock_costs_no_lease(opened: Opened, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's VACUUM FULL lets every job that runs meanwhile run once more, at another worker."""
+    monkeypatch.setattr(store, "TURN_S", 6.0)
+    for name in ("POLL_S", "LOOK_S"):  # a notice, and nothing else, leads to the next turn: it only claims
+        monkeypatch.setattr(store, name, 600.0)
+    holder = await asyncpg.connect(postgres_url)
+    broker = opened()
+    try:
+        consumption, sink = await consume(broker, QUEUE)
+        await publish(opened(), b"1")
+        held = await sink.next()
+        async with asyncio.timeout(PATIENCE_S):
+            while not await holder.fetch("SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"):
+                await asyncio.sleep(0.01)
+        await holder.execute("BEGIN; LOCK leveret.claims IN ACCESS EXCLUSIVE MODE")
+        await publish(opened(), b"2")
+        async with asyncio.timeout(PATIENCE_S):
+            while ready(consumption) and not sink.losses:
+                await asyncio.sleep(0.01)
+        await holder.execute("ROLLBACK")
+        held.done()
+        await sink.next()
+    finally:
+        await holder.close()
+
+    assert (sink.losses, held.live) == (0, True)
 
 
 async def test_two_consumptions_of_a_process_both_look_from_the_start(
