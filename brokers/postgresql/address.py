@@ -56,6 +56,21 @@ class Address(msgspec.Struct, frozen=True):
     prepared: bool = True
     """Whether statements may stay prepared on a connection; not behind a pooler that forgets them."""
 
+    def each(self) -> list[Address]:
+        """Return an address for each host of the URL."""
+        parts = urlsplit(self.dsn)
+        login, at, hosts = parts.netloc.rpartition("@")
+        query = dict(parse_qsl(parts.query))
+        names = query.get("host", "").split(",")
+        if len(names) > 1:
+            ports = query.get("port", "").split(",")
+            ports *= len(names) if len(ports) == 1 else 1
+            queries = [urlencode({**query, "host": one, "port": port}) for one, port in zip(names, ports, strict=False)]
+            found = [parts._replace(query=one) for one in queries]
+        else:
+            found = [parts._replace(netloc=f"{login}{at}{host}") for host in hosts.split(",")]
+        return [msgspec.structs.replace(self, dsn=one.geturl()) for one in found]
+
     def missing_files(self) -> list[str]:
         """Return the parameters that name a file of a certificate which isn't there."""
         files = parse_qsl(urlsplit(self.dsn).query)
@@ -107,7 +122,24 @@ def address_of(url: str) -> Address:
 
 
 async def connect(address: Address, timeout_s: float, *, prepared: bool, name: str) -> Connection:
-    """Return a new connection; ConfigurationError where waiting won't help, else BrokerUnavailable."""
+    """Return a new connection; ConfigurationError where waiting won't help, else BrokerUnavailable.
+
+    Of several hosts each is tried twice: a host that is gone gives no answer, and mustn't use up the time of the next one.
+    """
+    hosts = address.each()
+    if len(hosts) == 1:
+        return await _connect(hosts[0], timeout_s, prepared=prepared, name=name)
+    refused: dict[str, str] = {}
+    for share in (1 / 3, 2 / 3):
+        for host in hosts:
+            try:
+                return await _connect(host, timeout_s * share / len(hosts), prepared=prepared, name=name)
+            except BrokerUnavailable as error:
+                refused[host.dsn] = str(error)
+    raise BrokerUnavailable("; ".join(refused.values()))
+
+
+async def _connect(address: Address, timeout_s: float, *, prepared: bool, name: str) -> Connection:
     try:
         connection = await asyncpg.connect(
             address.dsn,

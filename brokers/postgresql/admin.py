@@ -182,13 +182,14 @@ class _Open(AbstractAsyncContextManager[DeadLetters, None]):
 class PostgresAdmin:
     """An `Admin` on the schema at `address`.
 
-    Every call ends within the setting `connect_timeout_s`: BrokerUnavailable if no server answers, or the tables stay locked.
+    Every call ends within the setting `connect_timeout_s`: BrokerUnavailable if the tables stay locked, and at once if no server can be
+    reached.
     """
 
     def __init__(self, address: Address, runtime: Runtime) -> None:
         self._address = address
         self._runtime = runtime
-        self._store = Store(address, runtime, name="leveret admin")
+        self._store = Store(address, runtime, name="leveret admin", patient=False)
         self.statements = Statements(address.schema)
 
     def sql(self, text: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 import asyncpg
+import msgspec
 
 from leveret.errors import ConfigurationError, LeveretError
 from leveret.runtime import Runtime
@@ -137,6 +138,10 @@ class Link:
         self.direct = await connection.fetchval("SELECT pg_backend_pid()") == connection.get_server_pid()
         encoding = await connection.fetchval("SELECT current_setting('server_encoding')")
         await connection.execute("COMMIT")
+        if (
+            self.direct
+        ):  # for a claim, which is a statement alone: one that waited until its turn is over would cost the lease
+            await connection.execute("SET lock_timeout = '2s'")
         if encoding != "UTF8":
             msg = f"the database of {self.address} has the encoding {encoding}; leveret needs a database with UTF8"
             raise ConfigurationError(msg)
@@ -151,6 +156,14 @@ class Link:
         if self._connection is not None:
             self._connection.terminate()
             self._connection = None
+
+    def lost(self, error: Exception) -> None:
+        """Drop the connection that this error ended. If a pooler forgot a prepared statement, the next one prepares none."""
+        forgotten = isinstance(error, (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError))
+        if forgotten and self.address.prepared:
+            self.address = msgspec.structs.replace(self.address, prepared=False)
+            log.warning("the pooler at %s keeps no prepared statements: write ?prepared=off into the URL", self.address)
+        self.abandon()
 
     async def rollback(self) -> None:
         """End a transaction that failed, with the marks that it may have set; drop the connection if that fails."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
@@ -32,7 +33,7 @@ class PostgresMigrator:
 
     async def pending(self) -> Sequence[str]:
         """Return the names of the migrations that the database lacks, in order."""
-        async with self._connected() as connection:
+        async with self._connected() as connection, asyncio.timeout(self._runtime.settings.connect_timeout_s):
             return [migration.name for migration in await schema.pending(connection, self._address.schema)]
 
     async def migrate(self, say: Callable[[str], None]) -> None:
@@ -56,7 +57,8 @@ class PostgresMigrator:
             msg = f"{self.what}: the role lacks a right: {error}; migrate as the owner of the schema (with --url)"
             raise ConfigurationError(msg) from error
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-            msg = f"{self.what}: {' '.join(str(error).split())}; what was applied stays, so run it again"
+            said = " ".join(str(error).split()) or "no answer in time"
+            msg = f"{self.what}: {said}; what was applied stays, so run it again"
             raise BrokerUnavailable(msg) from error
         finally:
             connection.terminate()

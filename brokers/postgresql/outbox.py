@@ -142,8 +142,10 @@ class PostgresLine:
         """As `Line.forget`."""
         count = _FORGOTTEN_AT_ONCE
         while count == _FORGOTTEN_AT_ONCE:
-            async with self._doing(TRANSACTION_S) as connection, connection.transaction():
+            async with self._doing(TRANSACTION_S) as connection:
+                await connection.execute(_BEGIN)
                 count = await connection.fetchval(self._sql.forget, self._runtime.settings.inbox_s, _FORGOTTEN_AT_ONCE)
+                await connection.execute("COMMIT")
 
     async def close(self) -> None:
         """As `Line.close`."""
@@ -172,7 +174,7 @@ class PostgresLine:
             if meaning in {"busy", "refused", "full", "wrong"}:
                 await self._rollback()
             else:
-                self._link.abandon()
+                self._link.lost(error)
             if isinstance(error, (BrokerUnavailable, ConfigurationError)):
                 raise
             said = " ".join(str(error).split()) or "no answer in time"

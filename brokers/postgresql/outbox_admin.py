@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PAGE: Final = 100
+_BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '2s'"
 _NOW_MS: Final = "floor(extract(epoch FROM clock_timestamp()) * 1000)"
 _DEPTHS: Final = (
     "SELECT coalesce(w.queue, d.queue), coalesce(w.jobs, 0), w.oldest_s, coalesce(d.jobs, 0)"  # noqa: S608 - columns of ours
@@ -116,24 +118,32 @@ class _Letters:
 
 @final
 class PostgresOutboxAdmin:
-    """An `OutboxAdmin` on the schema at `address`."""
+    """An `OutboxAdmin` on the schema at `address`.
+
+    Every call ends within the setting `connect_timeout_s`: BrokerUnavailable if no server answers, or the tables stay locked.
+    """
 
     def __init__(self, address: Address, runtime: Runtime) -> None:
         self._link = Link(address, runtime, "", lambda _: None, name="leveret outbox admin")
+        self._limit_s = runtime.settings.connect_timeout_s
 
     async def run(self, call: Callable[[Connection, Callable[[str], str]], Awaitable[T]]) -> T:
         """Run `call` in a transaction, with what returns a statement for the schema."""
         schema = self._link.address.schema
         try:
-            connection = await self._link.connection(listen=False)
-            async with connection.transaction():
-                return await call(connection, lambda text: in_schema(schema, text))
-        except Exception as error:
-            meaning = meaning_of(error)
+            async with asyncio.timeout(self._limit_s):
+                connection = await self._link.connection(listen=False)
+                await connection.execute(_BEGIN)
+                result = await call(connection, lambda text: in_schema(schema, text))
+                await connection.execute("COMMIT")
+        except BaseException as error:
+            self._link.abandon()  # ends the transaction, also of a server that gives no answer
+            meaning = meaning_of(error) if isinstance(error, Exception) else None
             if meaning is None or isinstance(error, (BrokerUnavailable, ConfigurationError)):
                 raise
             msg = f"the outbox {self._link.address}: {' '.join(str(error).split()) or 'no answer in time'}"
             raise (ConfigurationError if meaning == "wrong" else BrokerUnavailable)(msg) from error
+        return result
 
     async def depths(self) -> list[OutboxDepth]:
         """As `OutboxAdmin.depths`."""

@@ -250,9 +250,16 @@ async def _build(connection: Connection, schema: str, migration: Migration) -> b
 
 
 async def _read_applied(connection: Connection, schema: str) -> dict[int, Applied]:
-    # behind a pooler, only the statements of one transaction reach the same server
-    async with connection.transaction(readonly=True):
-        return await _applied(connection, schema)
+    # behind a pooler, only the statements of one transaction reach the same server. No block of asyncpg's: one that is cancelled waits
+    # for its ROLLBACK, so a time-out would wait for a server that is gone
+    await connection.execute("BEGIN READ ONLY")
+    try:
+        applied = await _applied(connection, schema)
+    except ConfigurationError:
+        await connection.execute("ROLLBACK")
+        raise
+    await connection.execute("COMMIT")
+    return applied
 
 
 async def _applied(connection: Connection, schema: str) -> dict[int, Applied]:

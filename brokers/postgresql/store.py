@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 import asyncpg
 
-from leveret.errors import ConfigurationError
+from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.runtime import Runtime
 
 from ..turns import Claimed, Taker, Turn, Turns
@@ -50,9 +50,11 @@ _BUSY_PAUSE_S = 0.02
 class Store:
     """The schema at `address`, which one loop of this process uses: the `Driver` of its `turns`."""
 
-    def __init__(self, address: Address, runtime: Runtime, *, name: str = "leveret") -> None:
+    def __init__(self, address: Address, runtime: Runtime, *, name: str = "leveret", patient: bool = True) -> None:
         self.turns = Turns(str(address), runtime, log, self, not_yet=f"{address} wasn't reached yet")
         self._clock = runtime.clock
+        self._patient = patient
+        """Whether a server that can't be reached is tried again until the deadlines of the writes."""
         self._sql = Statements(address.schema)
         self._link = Link(address, runtime, self._sql.channel, self._noticed, name=name)
         self._news = asyncio.Event()
@@ -213,7 +215,7 @@ class Store:
             raise error
         said = " ".join(str(error).split()) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
         if meaning == "lost":
-            self._link.abandon()
+            self._link.lost(error)
         elif step != "before":
             await self._link.rollback()
         if step == "commit" and meaning == "lost" and turn is not None:
@@ -224,6 +226,8 @@ class Store:
         self._start_over()
         if meaning == "wrong":
             turns.give_up(error if isinstance(error, ConfigurationError) else self._wrong(error, said))
+        elif step == "before" and isinstance(error, BrokerUnavailable) and not self._patient:
+            turns.give_up(error)
         elif meaning == "lease":
             lost = str(getattr(error, "detail", ""))
             for taker in turns.takers.all:
@@ -266,7 +270,7 @@ class Store:
     async def _look(self, connection: Connection) -> None:
         looks = self.turns.looks()
         if looks:
-            await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = '2s'")
             for look in looks:
                 look.result = await look.call(connection)
             await connection.execute("COMMIT")

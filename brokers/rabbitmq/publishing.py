@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import struct
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -63,7 +64,7 @@ def encoded(route: Route, envelope: Envelope, room: int = 131_072) -> bytes:
             properties = encode(shortened(envelope), route.priority)
         if envelope.errors and len(properties) > limit:
             properties = encode(msgspec.structs.replace(envelope, errors=""), route.priority)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, struct.error) as error:
         raise InvalidJob(
             _says(route, envelope.job, f"AMQP can't carry its properties: {error}"), job_id=envelope.job_id
         ) from error

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
 
 from leveret.broker import QueueState, Sink, Subscription
-from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
 
 from .claimed import Claimed
 from .takers import Taker, Window
@@ -101,7 +101,7 @@ class Consumption(Taker):
         """Call `queues_changed` of the sink."""
         self._sink.queues_changed()
 
-    def cannot(self, error: ConfigurationError, /) -> None:
+    def cannot(self, error: LeveretError, /) -> None:
         """Fail the consumption with `error`."""
         if not self._error.done():
             self._error.set_exception(error)

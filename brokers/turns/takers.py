@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, final
 
-from leveret.errors import ConfigurationError
+from leveret.errors import LeveretError
 from leveret.job import Queue
 
 from .. import leases
@@ -53,8 +53,8 @@ class Taker:
     def changed(self) -> None:
         """Hear that the taker's queues are consumed, or aren't any more."""
 
-    def cannot(self, error: ConfigurationError, /) -> None:
-        """Hear that the store can't be used, and that waiting won't help."""
+    def cannot(self, error: LeveretError, /) -> None:
+        """Hear that the store can't be used, and isn't tried again."""
 
 
 @final

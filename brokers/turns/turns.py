@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, final
 from leveret.backoff import full_jitter
 from leveret.broker import PublisherState, PublisherStateName
 from leveret.envelope import Envelope
-from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError, PublishTimeout
+from leveret.errors import BrokerUnavailable, LeveretError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
@@ -262,7 +262,8 @@ class Turns:
         write.refuse(self._late(write, maybe=maybe))
 
     def _late(self, write: Write, *, maybe: bool) -> PublishTimeout:
-        why = "the write is under way" if maybe else self.why or "its deadline passed before it could be written"
+        away = self.why or self.publishing.why
+        why = "the write is under way" if maybe else away or "its deadline passed before it could be written"
         return PublishTimeout(
             f"{write.about} wasn't confirmed in time by {self.where}: {why}", job_id=write.job_id, maybe_published=maybe
         )
@@ -284,7 +285,8 @@ class Turns:
         if self._in:
             return 0.0
         if self._stop_by is not None:
-            return min(self._stop_by, self._not_before) - now
+            self._drop_late(now)
+            return min(self._stop_by, self._not_before) - now if self._work else 0.0
         if self._not_before > now:
             return self._not_before - now
         if self._work:
@@ -302,10 +304,13 @@ class Turns:
                 return True
             return bool(self._work) and time.monotonic() < self._stop_by
 
-    def prepare(self, now: float) -> None:
-        """Begin a turn: drop the writes whose deadlines passed, and take in new takers."""
+    def _drop_late(self, now: float) -> None:
         # a write whose deadline passed is never taken, even if the busy loop hasn't expired it yet
         self._work.writes = [write for write in self._work.writes if write.state == PENDING and write.deadline > now]
+
+    def prepare(self, now: float) -> None:
+        """Begin a turn: drop the writes whose deadlines passed, and take in new takers."""
+        self._drop_late(now)
         takers = self.takers.all
         takers += [write.taker for write in self._work.writes if isinstance(write, Open) and write.taker not in takers]
 
@@ -401,8 +406,8 @@ class Turns:
         self._fail(failed, lambda write: self._unavailable(write, why))
         self._say(0.0)
 
-    def give_up(self, error: ConfigurationError) -> None:
-        """Fail everything with `error`: the store can't be used, and waiting won't help."""
+    def give_up(self, error: LeveretError) -> None:
+        """Fail everything with `error`, without another try."""
         takers = self.takers.end()
         self._can_write("blocked", str(error))
         self._fail(self._work.writes, lambda write: error if write.job_id is None else _unusable(write, error))
@@ -474,7 +479,7 @@ class Turns:
         self._driver.tell(_refuse, [(write, error(write)) for write in writes])
 
 
-def _unusable(write: Write, error: ConfigurationError) -> BrokerUnavailable:
+def _unusable(write: Write, error: LeveretError) -> BrokerUnavailable:
     """Return the error of a publish, a retry or a burial to a store that can't be used: publishers handle `PublishError` only."""
     unavailable = BrokerUnavailable(str(error), job_id=write.job_id)
     unavailable.__cause__ = error

@@ -146,6 +146,40 @@ async def test_what_the_broker_never_takes_becomes_a_dead_letter_and_blocks_noth
     assert "MessageTooLarge" in dead[1]["headers"]
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("created_s", -1), ("headers", '{"x":' * 700 + "1" + "}" * 700)], ids=["time", "depth"]
+)
+async def test_a_row_of_a_wrong_program_ends_no_relay(shop: Shop, column: str, value: object) -> None:
+    """A relay that ends on a row ends on it again after each restart, and all jobs behind it stay."""
+    await shop.publish(shop.order(1))
+    async with shop.connected() as connection:
+        await connection.execute(f"UPDATE leveret.outbox SET {column} = $1", value)
+    await shop.publish(shop.order(2))
+
+    async with shop.app.relay(), shop.app.worker():
+        await eventually(lambda: shop.ran == [2], lambda: shop.ran)
+        await shop.empty()
+
+    async with shop.connected() as connection:
+        [dead] = await connection.fetch("SELECT headers FROM leveret.outbox_dead")
+    assert "AMQP can't carry its properties" in dead["headers"]
+
+
+async def test_a_relay_works_behind_a_pooler(shop: Shop, postgres: Postgres) -> None:
+    """Whose database can only be reached through PgBouncer would have jobs that nobody relays."""
+    pooler = await postgres.pooler(default_pool_size=2)
+    pooled = Shop(shop.app.broker_url() or "", f"{pooler.url_of(shop.outbox)}?prepared=off", queue=shop.queue)
+    ids = await shop.publish(*(shop.order(n) for n in range(1200)))
+
+    async with pooled.app.relay(), shop.app.worker():
+        await eventually(lambda: len(shop.ran) == 1200, lambda: len(shop.ran))
+        late = await shop.publish(shop.order(1200))
+        await eventually(lambda: len(shop.ran) == 1201, lambda: len(shop.ran))
+
+    assert shop.ran == list(range(1201))
+    assert shop.ids == Counter([*ids, *late])
+
+
 async def test_a_killed_relay_loses_nothing(shop: Shop, tmp_path: Path) -> None:
     """A relay dies between the broker's confirm and its commit, and its jobs are gone or stay locked."""
     (tmp_path / "relayed.py").write_text("from leveret import App\napp = App('shop')\n")

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ import pytest_asyncio
 
 from leveret.broker import Broker
 from leveret.brokers.postgresql import admin as admin_module
-from leveret.brokers.postgresql import open_admin, open_broker
+from leveret.brokers.postgresql import open_admin, open_broker, store
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
@@ -74,6 +75,29 @@ async def test_a_foreign_producer_publishes_with_one_function(
     assert (second.envelope.job, second.envelope.body) == ("thumb", b"\xff\x00")
 
 
+async def test_a_publish_that_is_cancelled_leaves_no_lock_to_its_session(postgres_url: str) -> None:
+    """A lock that stays with a connection of a web service's pool would hang each worker of the queue, as long as the pool lives."""
+    connection = await asyncpg.connect(postgres_url)
+    cancelled = 0
+    try:
+        queues = [f"q{number}" for number in range(5000)]
+        for limit_ms in range(1, 31):
+            await connection.execute(f"SET statement_timeout = {limit_ms}")
+            with suppress(asyncpg.QueryCanceledError):
+                await connection.execute("SELECT leveret.wake($1, 'new')", queues)
+                continue
+            cancelled += 1
+        await connection.execute("SET statement_timeout = 0")
+
+        held = await connection.fetchval(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+        )
+
+        assert (cancelled > 0, held) == (True, 0)
+    finally:
+        await connection.close()
+
+
 @pytest.mark.parametrize(
     ("call", "body", "problem"),
     [
@@ -101,10 +125,21 @@ async def test_what_makes_no_sense_arrives_byte_for_byte(
     assert (row.ready, row.unsettled, row.dead) == (0, 0, 1)
 
 
-async def test_a_name_that_no_queue_can_have_is_refused_at_its_producer(postgres: Postgres, postgres_url: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("my jobs", "a queue's name must have 1 to 150 characters"),
+        ("jobs.high", "the queue name 'jobs.high' is reserved"),
+        ("jobs.dead", "the queue name 'jobs.dead' is reserved"),
+        ("lv.jobs", "the queue name 'lv.jobs' is reserved"),
+    ],
+)
+async def test_a_name_that_no_queue_can_have_is_refused_at_its_producer(
+    postgres: Postgres, postgres_url: str, name: str, why: str
+) -> None:
     """No worker could ever consume it."""
-    with pytest.raises(asyncpg.InvalidParameterValueError, match="a queue's name must have 1 to 150 characters"):
-        await postgres.query("SELECT leveret.publish('my jobs', 'a', '{}')", url=postgres_url)
+    with pytest.raises(asyncpg.InvalidParameterValueError, match=why):
+        await postgres.query("SELECT leveret.publish($1, 'a', '{}'::text)", name, url=postgres_url)
 
 
 async def test_a_job_of_which_no_notice_told_starts_within_a_second(
@@ -143,6 +178,34 @@ async def test_a_publish_that_commits_late_is_not_passed_over(
     assert (await sink.next()).envelope.body == b"late"
     assert time.monotonic() - committed < 1.1 + 1.0  # a slow machine's second
     await late.close()
+
+
+async def test_a_lock_costs_no_lease(opened: Opened, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's VACUUM FULL lets every job that runs meanwhile run once more, at another worker."""
+    monkeypatch.setattr(store, "TURN_S", 6.0)
+    for name in ("POLL_S", "LOOK_S"):  # a notice, and nothing else, leads to the next turn: it only claims
+        monkeypatch.setattr(store, name, 600.0)
+    holder = await asyncpg.connect(postgres_url)
+    broker = opened()
+    try:
+        consumption, sink = await consume(broker, QUEUE)
+        await publish(opened(), b"1")
+        held = await sink.next()
+        async with asyncio.timeout(PATIENCE_S):
+            while not await holder.fetch("SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"):
+                await asyncio.sleep(0.01)
+        await holder.execute("BEGIN; LOCK leveret.claims IN ACCESS EXCLUSIVE MODE")
+        await publish(opened(), b"2")
+        async with asyncio.timeout(PATIENCE_S):
+            while ready(consumption) and not sink.losses:
+                await asyncio.sleep(0.01)
+        await holder.execute("ROLLBACK")
+        held.done()
+        await sink.next()
+    finally:
+        await holder.close()
+
+    assert (sink.losses, held.live) == (0, True)
 
 
 async def test_two_consumptions_of_a_process_both_look_from_the_start(
@@ -342,6 +405,36 @@ async def test_a_store_finds_out_that_no_notice_comes_back(
 
     [said] = [record.getMessage() for record in caplog.records if "passes no notices" in record.message]
     assert "every 100 ms" in said
+
+
+@pytest.mark.parametrize("kept", [0, 10])
+async def test_a_pooler_that_forgets_prepared_statements_is_said_once_and_one_that_keeps_them_is_used(
+    postgres: Postgres, postgres_url: str, caplog: pytest.LogCaptureFixture, kept: int
+) -> None:
+    """Each program would lose its connection many times a second, and nobody would hear why."""
+    try:
+        pooler = await postgres.pooler(default_pool_size=2, max_prepared_statements=kept)
+    except RuntimeError:  # PgBouncer before 1.21 has no such setting
+        if kept:
+            pytest.skip("this PgBouncer keeps no prepared statements")
+        pooler = await postgres.pooler(default_pool_size=2)
+    url = pooler.url_of(postgres_url)
+    broker = open_broker(url, RUNTIME)
+    other = await asyncpg.connect(url, statement_cache_size=0)
+    try:
+        await publish(broker, b"1")
+        async with other.transaction():  # has the server's connection that knows the statements
+            await other.execute("SELECT 1")
+            await publish(broker, b"2")
+        async with other.transaction():
+            await other.execute("SELECT 1")
+            await publish(broker, b"3")
+    finally:
+        await other.close()
+        await broker.close()
+
+    said = [record.getMessage() for record in caplog.records if "write ?prepared=off into the URL" in record.message]
+    assert len(said) == (0 if kept else 1)
 
 
 async def test_the_admin_names_who_keeps_the_vacuum_from_its_work(

@@ -89,6 +89,19 @@ async def test_two_schemas_of_one_database_know_nothing_of_each_other(url: str) 
         assert await pending(connection, "one", _ALL) == [_HINT, _INDEX]
 
 
+async def test_only_the_rights_on_functions_of_ours_are_taken_from_others(url: str) -> None:
+    """In a schema with other programs' functions, such as `public`, those programs would stand still after a `migrate`."""
+    async with connected(url) as connection:
+        await connection.execute("CREATE FUNCTION public.theirs() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+
+        await migrate(connection, "public")
+
+        allowed = await connection.fetch(
+            "SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND has_function_privilege('public', oid, 'EXECUTE')"
+        )
+        assert [row["proname"] for row in allowed] == ["theirs"]
+
+
 async def test_an_older_schema_is_one_line_with_the_command(url: str) -> None:
     """A program that went on would fail at a statement, in the middle of a job."""
     async with connected(url) as connection:

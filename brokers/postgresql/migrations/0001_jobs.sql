@@ -81,11 +81,12 @@ CREATE FUNCTION {schema}.wake(queues text[], what text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 DECLARE
     name text;
+    key bigint;
 BEGIN
     FOR name IN SELECT DISTINCT q FROM unnest(queues) AS q LOOP
-        IF pg_try_advisory_lock(waiting(name)) THEN
-            PERFORM pg_advisory_unlock(waiting(name));
-        ELSE
+        key := waiting(name);
+        -- one expression: a cancel between the two would leave the lock to the session, and workers would hang where they mark that they wait
+        IF NOT (pg_try_advisory_lock(key) AND pg_advisory_unlock(key)) THEN
             PERFORM pg_notify('leveret_' || md5('{schema}'), what);
             RETURN;
         END IF;
@@ -143,6 +144,9 @@ DECLARE
 BEGIN
     IF queue IS NULL OR queue !~ '^[A-Za-z0-9_.-]{1,150}$' THEN
         RAISE EXCEPTION 'a queue''s name must have 1 to 150 characters of [A-Za-z0-9_.-], not %', quote_nullable(queue)
+            USING ERRCODE = 'invalid_parameter_value';
+    ELSIF queue ~ '^lv\.|\.(low|normal|high|urgent|dead|suspects)$' THEN
+        RAISE EXCEPTION 'the queue name % is reserved: a level is given by level =>', quote_literal(queue)
             USING ERRCODE = 'invalid_parameter_value';
     ELSIF delay_s IS NULL OR NOT delay_s BETWEEN 0 AND 4147200 THEN
         RAISE EXCEPTION 'a delay must be between 0 and 4147200 seconds (48 days), not %', quote_nullable(delay_s)
@@ -314,5 +318,10 @@ BEGIN
     RETURN (SELECT greatest(0, d.due_ms - now_ms) FROM delayed d ORDER BY d.due_ms, d.seq LIMIT 1);
 END $$;
 
--- Whoever may use the schema may not yet publish: that is granted by itself.
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC;
+-- Whoever may use the schema may not yet publish: that is granted by itself. Others' functions in the schema keep their rights.
+REVOKE ALL ON FUNCTION
+    {schema}.waiting, {schema}.wake, {schema}.add_jobs, {schema}.hold, {schema}.claim, {schema}.settle, {schema}.give_back,
+    {schema}.release, {schema}.move_due,
+    {schema}.publish(text, text, bytea, text, double precision, text, text, text, jsonb),
+    {schema}.publish(text, text, text, text, double precision, text, text, text, jsonb)
+FROM PUBLIC;

@@ -40,6 +40,8 @@ CREATE FUNCTION {schema}.add_outbox(
 ) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp SET jit = off AS $$
 #variable_conflict use_column
+DECLARE
+    key bigint := waiting('lv.outbox');
 BEGIN
     INSERT INTO outbox (
         queue, level, delay_ms, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers,
@@ -52,9 +54,7 @@ BEGIN
                 correlation_ids, reply_tos, headers, queue_types, priorities)
          AS r(queue, level, delay_ms, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to,
               headers, queue_type, priorities);
-    IF pg_try_advisory_lock(waiting('lv.outbox')) THEN
-        PERFORM pg_advisory_unlock(waiting('lv.outbox'));
-    ELSE
+    IF NOT (pg_try_advisory_lock(key) AND pg_advisory_unlock(key)) THEN
         PERFORM pg_notify('leveret_outbox_' || md5('{schema}'), 'new');
     END IF;
 END $$;
@@ -131,4 +131,5 @@ BEGIN
     RETURN is_first;
 END $$;
 
-REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC;
+REVOKE ALL ON FUNCTION {schema}.add_outbox, {schema}.take_outbox, {schema}.settle_outbox, {schema}.forget_once, {schema}.once
+FROM PUBLIC;

@@ -14,11 +14,12 @@ import pytest
 
 from leveret.broker import Posted, Subscription
 from leveret.brokers.rows import BODY, Row, pack
-from leveret.brokers.turns import Claimed, Consumption, Run, Taker, Turn, Turns, Window
+from leveret.brokers.turns import Claimed, Consumption, Run, Taker, Turn, Turns, Window, turns
 from leveret.clock import ManualClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
+from leveret.settings import Settings
 from tests.contract.harness import PATIENCE_S, Recorder, make_envelope, ready, soon, timed
 
 QUEUE = Queue("jobs", priorities=False)
@@ -457,6 +458,19 @@ async def test_closing_writes_what_is_left_and_then_refuses(shelf: Shelf) -> Non
         await publish(shelf, b"2")
 
     assert (shelf.rows, delivery.live, shelf.turns.publishing.name) == ({}, False, "closed")
+
+
+async def test_closing_without_work_does_not_wait_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A web service, or a command, would need seconds to end during an outage, for nothing."""
+    monkeypatch.setattr(turns, "CLOSE_S", 1000.0)
+    shelf = Shelf(
+        Runtime(app="unit", clock=ManualClock(), settings=Settings(reconnect_base_s=1e6, reconnect_cap_s=1e6))
+    )
+    shelf.fault = lambda _: Away("nobody answers")
+    with pytest.raises(PublishTimeout, match="nobody answers"):
+        await publish(shelf, b"1", time.monotonic() + 0.1)
+
+    await asyncio.wait_for(shelf.turns.close(), PATIENCE_S)
 
 
 async def test_a_store_without_work_waits_for_ever(shelf: Shelf) -> None:

@@ -33,6 +33,27 @@ def test_of_several_hosts_the_one_that_takes_writes_is_used(url: str, attributes
     assert (value if found else None) == attributes
 
 
+@pytest.mark.parametrize(
+    ("url", "each"),
+    [
+        ("postgresql://u:p@one:1,two/shop", ["postgresql://u:p@one:1/shop", "postgresql://u:p@two/shop"]),
+        ("postgresql://[::1]:1,[::2]/shop", ["postgresql://[::1]:1/shop", "postgresql://[::2]/shop"]),
+        ("postgresql://one/shop", ["postgresql://one/shop"]),
+        ("postgresql:///shop?host=one", ["postgresql:/shop?host=one"]),
+        (
+            "postgresql:///shop?host=one,two&port=1",
+            ["postgresql:/shop?host=one&port=1", "postgresql:/shop?host=two&port=1"],
+        ),
+        ("postgresql:///shop?host=a,b&port=1,2", ["postgresql:/shop?host=a&port=1", "postgresql:/shop?host=b&port=2"]),
+    ],
+)
+def test_each_host_is_an_address(url: str, each: list[str]) -> None:
+    """A host that is tried at another's port is never found."""
+    found = [one.dsn.replace("target_session_attrs=read-write", "").rstrip("?&") for one in address_of(url).each()]
+
+    assert found == each
+
+
 def test_the_password_is_printed_nowhere() -> None:
     """An address is part of errors and log lines."""
     address = address_of("postgresql://shop:hunter2@db/shop?sslpassword=hunter2")

@@ -10,8 +10,8 @@ from leveret.errors import ConfigurationError
 # A migration that a release has never changes: whoever applied it would be refused. Change the schema by another one. Until its
 # release, a migration's text may change, and its checksum here with it.
 _CHECKSUMS = {
-    "0001_jobs": "e28a9c054c7dee09286516333ae63209f0a189f6f1815e6a7dad4a1f8b70f415",
-    "0002_outbox": "06229cd82d367aef49a18e050d2bc34d561ab9fe74fa91c96ac78ddb5162250e",
+    "0001_jobs": "17a8a0891513847f6b5110718b2e4a1942035f2c7e45e6c7d9c5c0a9771c7bdb",
+    "0002_outbox": "7a39a33cf59cb692617356bd29826657209dcfffc4057bc43e241dbe186fa64c",
 }
 
 
