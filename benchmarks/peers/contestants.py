@@ -22,8 +22,23 @@ BOTH = ("quorum", "classic")
 """leveret's queue types; its classic queues have six priorities."""
 PEERS = ("quorum", "plain")
 """What peers are measured on: plain is a classic queue without priorities, on which they are a little faster."""
-KINDS = ("quorum", "classic", "plain", "sqlite")
 Commands = list[list[str]]
+
+
+class Server(NamedTuple):
+    """A kind of server on which contestants are measured."""
+
+    name: str
+    kinds: tuple[str, ...]
+    """Its kinds of queues; each belongs to one server."""
+    module: str = ""
+    """The module of this folder that starts one; empty: there is no server, and a measure makes what it needs."""
+
+
+RABBITMQ = Server("RabbitMQ", (*BOTH, "plain"), "on_rabbitmq")
+SQLITE = Server("SQLite", ("sqlite",))
+SERVERS = (RABBITMQ, SQLITE)
+KINDS = tuple(kind for server in SERVERS for kind in server.kinds)
 
 
 class Contestant(NamedTuple):
@@ -37,6 +52,7 @@ class Contestant(NamedTuple):
     settings: str
     commands: Callable[[int], Commands] | None = None
     """The commands that start so many worker processes; None: a program that measures itself (Node, C)."""
+    server: Server = RABBITMQ
     kinds: tuple[str, ...] = BOTH
     """Queue types."""
     imports: tuple[str, ...] = ()
@@ -238,10 +254,13 @@ HUEY = Contestant(
     ("huey",),
     "SqliteHuey(fsync=True), WAL, results off, one worker thread; it has no batch API and pops a job before it runs",
     _huey,
-    kinds=("sqlite",),
+    SQLITE,
+    SQLITE.kinds,
 )
-RABBIT = (LEVERET, AIO_PIKA, CELERY, DRAMATIQ, TASKIQ, FASTSTREAM, NODE, C)
-SQLITE = (LEVERET._replace(kinds=("sqlite",)), HUEY)
+CONTESTANTS = (
+    *(LEVERET, AIO_PIKA, CELERY, DRAMATIQ, TASKIQ, FASTSTREAM, NODE, C),
+    *(LEVERET._replace(server=SQLITE, kinds=SQLITE.kinds), HUEY),
+)
 
 
 def missing(contestant: Contestant) -> str | None:

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.contestants import AIO_PIKA, HUEY, LEVERET, NODE, RABBIT, C, Contestant
+from benchmarks.peers.contestants import AIO_PIKA, CONTESTANTS, HUEY, LEVERET, NODE, C, Contestant
 from benchmarks.peers.measures import UNITS, Unit, entrants
 
 LABELS = {"classic": "classic priority", "plain": "classic"}
@@ -61,7 +61,9 @@ class Figures:
 
     def best(self, unit: str, metric: str, *, rising: bool, allow: Allow) -> tuple[str, str, str] | None:
         """Return the key of the best peer, on the queue type that it is faster on."""
-        keys = [(unit, peer.name, kind) for peer in RABBIT if peer.peer for kind in peer.kinds if allow(peer, kind)]
+        keys = [
+            (unit, peer.name, kind) for peer in CONTESTANTS if peer.peer for kind in peer.kinds if allow(peer, kind)
+        ]
         found = {key: value for key in keys if (value := self.median(key, metric)) is not None}
         return (max if rising else min)(found, key=lambda key: found[key]) if found else None
 
@@ -295,7 +297,7 @@ def goals(figures: Figures) -> list[Goal]:
 def show_goals(console: Console, figures: Figures) -> None:
     """Print the list of what was to be reached, as docs/performance.md has it; without a peer only what was measured."""
     every = goals(figures)
-    peers = {peer.name for peer in RABBIT if peer.peer}
+    peers = {peer.name for peer in CONTESTANTS if peer.peer}
     rows = (
         every
         if any(name in peers for _, name, _ in figures.rounds)

@@ -22,7 +22,7 @@ UNIT = {unit.name: unit for unit in UNITS}
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run the program; a broker that it looks for is an error."""
     monkeypatch.setattr(sys, "argv", ["peers", *arguments])
-    monkeypatch.setattr(program, "open_node", lambda _: pytest.fail("nothing was to be measured"))
+    monkeypatch.setattr(program, "open_server", lambda *_: pytest.fail("nothing was to be measured"))
     try:
         return program.main()
     except SystemExit as ended:
@@ -38,7 +38,7 @@ def result(*rows: tuple[Unit, Contestant, str, dict[str, float] | str]) -> dict[
     return {
         "date": "2026-01-01",
         "machine": machine,
-        "rabbitmq": "4",
+        "servers": {"RabbitMQ": "4"},
         "versions": {},
         "rounds": 1,
         "toy": False,
