@@ -1,4 +1,4 @@
-"""leveret beside its peers, on one RabbitMQ node, rounds interleaved: tables, ratios, JSON, a plot.
+"""leveret beside its peers, on one node of each server, rounds interleaved: tables, ratios, JSON, a plot.
 
 make bench-peers BENCH_ARGS="--rounds 3 --only leveret,celery --measure publish,consume"
 .venv/bin/python -m benchmarks.peers --toy        leveret and raw aio-pika, a few jobs each: whether it all still runs
@@ -16,7 +16,7 @@ import signal
 import string
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack, closing
 from datetime import datetime, timezone
 from pathlib import Path
@@ -71,7 +71,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--kind",
         default="",
-        help="one queue type alone: quorum, classic (with priorities), plain (classic without: the peers), sqlite",
+        help="some kinds of queue, with commas between: quorum, classic (with priorities), plain (classic without: the peers), sqlite, postgresql",
     )
     parser.add_argument("--jobs", type=int, default=20_000, help="a throughput measurement")
     parser.add_argument("--one-by-one", type=int, default=1000, help="most jobs that are awaited one by one")
@@ -101,7 +101,7 @@ def options() -> argparse.Namespace:
     names = list(dict.fromkeys(one.name for one in CONTESTANTS))
     for option, said, known in (
         ("--measure", set(listed(given.measure)) - set(MEASURES), MEASURES),
-        ("--kind", {given.kind} - {"", *KINDS}, KINDS),
+        ("--kind", set(listed(given.kind)) - set(KINDS), KINDS),
         ("--only", {part for part in listed(given.only) if not any(part in name.lower() for name in names)}, names),
     ):
         if said:
@@ -166,13 +166,20 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def turns(given: argparse.Namespace, here: Iterable[Contestant]) -> Turns:
-    """Return what is asked for, as far as there is who does it."""
-    wanted = listed(given.measure) or MEASURES
+def turns(given: argparse.Namespace, here: Iterable[Contestant], without: Collection[Server] = ()) -> Turns:
+    """Return what is asked for, as far as there is who does it, and on what."""
+    wanted, kinds = listed(given.measure) or MEASURES, listed(given.kind)
     every = [
-        (unit, [(one, kind) for one, kind in entrants(unit) if one in here and given.kind in ("", kind)])
+        (
+            unit,
+            [
+                (one, kind)
+                for one, kind in entrants(unit)
+                if one in here and one.server not in without and (not kinds or kind in kinds)
+            ],
+        )
         for unit in UNITS
-        if unit.measure in wanted
+        if unit.measure in wanted and not any(server in without for server in unit.beside)
     ]
     return [(unit, who) for unit, who in every if who]
 
@@ -277,16 +284,18 @@ def main() -> int:
     for name, why in absent.items():
         console.print(f"skipped: {name}: {why}", highlight=False, markup=False)
     here = [one for one in chosen if one.name not in absent]
-    todo, servers = turns(given, here), dict[Server, Running]()
+    todo, servers, without = turns(given, here), dict[Server, Running](), list[Server]()
     with ExitStack() as stack:
         for server in SERVERS:
-            if server.module and any(one.server == server for _, who in todo for one, _ in who):
+            if server.module and any(
+                server in unit.beside or any(one.server == server for one, _ in who) for unit, who in todo
+            ):
                 running = open_server(console, server)
                 if running is None:
-                    here = [one for one in here if one.server != server]
+                    without.append(server)
                 else:
                     servers[server] = stack.enter_context(closing(running))
-        todo = turns(given, here)
+        todo = turns(given, here, without)
         if not todo:
             console.print(
                 "nothing to measure: nobody of --only who is here takes part in --measure on --kind",

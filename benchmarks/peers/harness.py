@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
@@ -34,8 +34,13 @@ class Refused(Exception):
     """There is no figure, and the message says why."""
 
 
-def _run(command: list[str], env: dict[str, str], timeout_s: float) -> dict[str, Any]:
+def _run(command: Sequence[str], env: dict[str, str], timeout_s: float) -> dict[str, Any]:
     """Run a program that prints JSON as its last line."""
+    return json.loads(_output(command, env, timeout_s).splitlines()[-1])
+
+
+def _output(command: Sequence[str], env: dict[str, str], timeout_s: float) -> str:
+    """Run a program, and return what it prints."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -51,7 +56,13 @@ def _run(command: list[str], env: dict[str, str], timeout_s: float) -> dict[str,
     if process.returncode:
         msg = f"{' '.join(command[:4])} … ended with {process.returncode}: {' '.join(err.split())[-400:]}"
         raise Refused(msg)
-    return json.loads(out.splitlines()[-1])
+    return out
+
+
+def prepare(contestant: Contestant, url: str, kind: str) -> None:
+    """Make the contestant's tables in an empty database."""
+    for command in contestant.prepare:
+        _output(command, environment(contestant, url=url, kind=kind), 60)
 
 
 def publish(
@@ -97,6 +108,12 @@ def import_ms(contestant: Contestant, url: str, kind: str) -> float:
     modules = ", ".join((contestant.module, *contestant.imports))
     code = f"import time; begun = time.perf_counter(); import {modules}; print((time.perf_counter() - begun) * 1e3)"
     return float(json.dumps(_run([sys.executable, "-c", code], environment(contestant, url=url, kind=kind), 60)))
+
+
+def outbox(jobs: int, urls: dict[str, str]) -> dict[str, float]:
+    """Run `benchmarks.outbox` once, on servers that run already."""
+    command = [sys.executable, "-m", "benchmarks.outbox", "--jobs", str(jobs), "--rounds", "1", "--json"]
+    return _run(command, {**os.environ, **urls}, 300)
 
 
 class Worker:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 from benchmarks.peers.contestants import (
     CONTESTANTS,
     HUEY,
+    LEVERET,
     NODE,
+    POSTGRESQL,
     RABBITMQ,
     SQLITE,
     C,
@@ -20,7 +22,7 @@ from benchmarks.peers.contestants import (
     Server,
     allocations_library,
 )
-from benchmarks.peers.harness import Refused, Worker, embedded_file, import_ms, program, publish
+from benchmarks.peers.harness import Refused, Worker, embedded_file, import_ms, outbox, program, publish
 from benchmarks.peers.servers import Queue, Running
 from benchmarks.peers.shape import PREFETCH
 
@@ -57,8 +59,10 @@ class Unit(NamedTuple):
     """Most rounds: it takes long, and hardly varies or isn't compared."""
     compared: str = "as fast"
     """What follows a ratio of the first metric: 1.33 × as fast, 0.76 × the p50."""
-    server: Server = RABBITMQ
+    servers: tuple[Server, ...] = (RABBITMQ,)
     """Whose contestants take part."""
+    beside: tuple[Server, ...] = ()
+    """Servers that are needed beside the contestant's."""
 
 
 RATE = {"per_s": "/s", "cpu_us": "CPU µs"}
@@ -80,7 +84,7 @@ def publishing(how: str, size: int = 200) -> Callable[[Context, Contestant, str]
 
     def run(context: Context, contestant: Contestant, kind: str) -> Row:
         queue = context.queue(contestant, kind)
-        jobs = sized(context.arguments.jobs * contestant.times, size)
+        jobs = sized(int(context.arguments.jobs * contestant.times), size)
         jobs = min(jobs, context.arguments.one_by_one) if how == "one" else jobs
         row = publish(contestant, queue.url, kind, how, jobs, size=size)
         queue.expect(int(row["sent"]))
@@ -101,7 +105,7 @@ def consuming(processes: int, size: int = 200) -> Callable[[Context, Contestant,
     def run(context: Context, contestant: Contestant, kind: str) -> Row:
         queue = context.queue(contestant, kind)
         jobs = max(
-            sized(context.arguments.jobs * contestant.times, size), 2 * PREFETCH * (processes - 1) + 200
+            sized(int(context.arguments.jobs * contestant.times), size), 2 * PREFETCH * (processes - 1) + 200
         )  # each process gets some
         if contestant.commands is None:
             jobs = int(publish(contestant, queue.url, kind, "many", jobs, size=size)["sent"])
@@ -194,7 +198,8 @@ def failing(context: Context, contestant: Contestant, kind: str) -> Row:
 
 def memory(context: Context, contestant: Contestant, kind: str) -> Row:
     """Resident memory of the worker process: after one job and 2 s, and after many more."""
-    queue, jobs = context.queue(contestant, kind), context.arguments.memory_jobs
+    queue = context.queue(contestant, kind)
+    jobs = int(context.arguments.memory_jobs * min(1, contestant.times))
     queue.fill(1)
     with Worker(contestant, queue.url, kind) as worker:
         worker.wait(1)
@@ -244,9 +249,18 @@ def importing(context: Context, contestant: Contestant, kind: str) -> Row:
     return {"import_ms": import_ms(contestant, context.servers[contestant.server].url, kind)}
 
 
+def relaying(context: Context, contestant: Contestant, kind: str) -> Row:
+    """Publish within a transaction into an outbox, and relay it; beside `publish_many` to the same broker."""
+    urls = {
+        "LEVERET_TEST_AMQP": context.servers[RABBITMQ].url,
+        "LEVERET_TEST_POSTGRES": context.servers[POSTGRESQL].url,
+    }
+    return outbox(context.arguments.jobs, urls)
+
+
 def sqlite(context: Context, contestant: Contestant, kind: str) -> Row:
     """Publish into a new file, then consume it."""
-    jobs = context.arguments.sqlite_jobs * contestant.times
+    jobs = int(context.arguments.sqlite_jobs * contestant.times)
     with embedded_file(context.arguments.folder) as url:
         path = Path(url.removeprefix("sqlite:///"))
         sent = publish(contestant, url, kind, "many", jobs)
@@ -298,14 +312,19 @@ def _workers_or_c(contestant: Contestant, kind: str) -> bool:
     return contestant is not NODE and kind == contestant.kinds[0]
 
 
+def _leveret(contestant: Contestant, kind: str) -> bool:
+    return contestant.name == LEVERET.name
+
+
 def _delays(contestant: Contestant, kind: str) -> bool:
     return kind in contestant.delays
 
 
+BROKERS = (RABBITMQ, POSTGRESQL)
 UNITS = (
-    Unit("publish", "publish one by one", RATE, publishing("one"), _anyone, rising=True),
-    Unit("publish", "publish pipelined", RATE, publishing("many"), _anyone, rising=True),
-    Unit("consume", "consume, one process", RATE, consuming(1), _anyone, rising=True),
+    Unit("publish", "publish one by one", RATE, publishing("one"), _anyone, rising=True, servers=BROKERS),
+    Unit("publish", "publish pipelined", RATE, publishing("many"), _anyone, rising=True, servers=BROKERS),
+    Unit("consume", "consume, one process", RATE, consuming(1), _anyone, rising=True, servers=BROKERS),
     Unit("consume", "consume, two processes", RATE, consuming(2), _workers, rising=True),
     Unit(
         "allocations",
@@ -316,7 +335,7 @@ UNITS = (
         most=1,
         compared="the allocations",
     ),
-    Unit("latency", "latency at 200/s", LATE, latency(200), _workers_or_c, compared="the p50"),
+    Unit("latency", "latency at 200/s", LATE, latency(200), _workers_or_c, compared="the p50", servers=BROKERS),
     Unit("latency", "latency at 2 000/s", LATE, latency(2000), _one_kind, most=3, compared="the p50"),
     Unit("start", "import", {"import_ms": "ms"}, importing, _one_kind, compared="the time"),
     Unit("start", "start to first job", {"start_ms": "ms"}, start, _one_kind, compared="the time"),
@@ -328,6 +347,7 @@ UNITS = (
         _one_kind,
         most=1,
         compared="the memory",
+        servers=BROKERS,
     ),
     Unit("delayed", "delayed by 5 s, spread out, lateness", LATE, spread, _delays, compared="the p50"),
     Unit("delayed", "delayed by 5 s, lateness", LATE, delayed, _delays, compared="the p50"),
@@ -364,7 +384,23 @@ UNITS = (
         sqlite,
         _anyone,
         rising=True,
-        server=SQLITE,
+        servers=(SQLITE,),
+    ),
+    Unit(
+        "relay",
+        "relay of an outbox",
+        {
+            "share": "of publish_many",
+            "per_s": "relay /s",
+            "cpu_us": "relay CPU µs",
+            "publish_per_s": "publish_many /s",
+            "within_per_s": "in a transaction /s",
+        },
+        relaying,
+        _leveret,
+        rising=True,
+        servers=(POSTGRESQL,),
+        beside=(RABBITMQ,),
     ),
 )
 MEASURES = tuple(dict.fromkeys(unit.measure for unit in UNITS))
@@ -373,5 +409,5 @@ MEASURES = tuple(dict.fromkeys(unit.measure for unit in UNITS))
 def entrants(unit: Unit) -> list[tuple[Contestant, str]]:
     """Return who takes part, with each queue type."""
     return [
-        (one, kind) for one in CONTESTANTS if one.server == unit.server for kind in one.kinds if unit.enters(one, kind)
+        (one, kind) for one in CONTESTANTS if one.server in unit.servers for kind in one.kinds if unit.enters(one, kind)
     ]
