@@ -18,11 +18,26 @@ UNKNOWN_LEVEL: Final = 0
 LEVEL_NAMES: Final = {UNKNOWN_LEVEL: str(UNKNOWN_LEVEL)} | {number: name for name, number in LEVEL_NUMBERS.items()}
 """The names of the levels, as rows are read."""
 
-BEGIN: Final = (
-    "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s';"
-    " SET LOCAL statement_timeout = '60s'; SET LOCAL idle_in_transaction_session_timeout = '20s'"
+_SETTINGS: Final = {
+    "synchronous_commit": "on",
+    "lock_timeout": "'2s'",
+    "statement_timeout": "'60s'",
+    "idle_in_transaction_session_timeout": "'20s'",  # a server that lost its client lets the locks go
+}
+_BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
+SET: Final = "; ".join(
+    f"SET {name} = {value}"
+    for name, value in (_SETTINGS | {"default_transaction_isolation": "'read committed'"}).items()
 )
-"""Begins a transaction. Nothing of a session is relied on, and a server that lost its client lets the locks go."""
+"""Sets up a session of a connection to the server itself; then a statement alone is a transaction with these settings too."""
+
+
+def begin(*, direct: bool) -> str:
+    """Return what begins a transaction. Behind a pooler nothing of a session is relied on."""
+    return (
+        _BEGIN if direct else "; ".join([_BEGIN, *(f"SET LOCAL {name} = {value}" for name, value in _SETTINGS.items())])
+    )
+
 
 _TYPES = ["text", "text", "bigint", "text", "text", "text", "text", "bytea", "bigint", "text", "text", "text", "text"]
 _ARRAYS = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(_TYPES, 1))

@@ -19,11 +19,11 @@ import asyncpg
 from leveret.errors import ConfigurationError
 from leveret.runtime import Runtime
 
-from ..turns import Claimed, Taker, Turn, Turns
+from ..turns import WINDOW, Claimed, Taker, Turn, Turns
 from .address import Address
 from .cursors import Cursors
-from .link import Link, meaning_of
-from .statements import BEGIN, LEVEL_NAMES, LEVEL_NUMBERS, UNKNOWN_LEVEL, Statements, columns
+from .link import Link, meaning_of, reported
+from .statements import LEVEL_NAMES, LEVEL_NUMBERS, UNKNOWN_LEVEL, Statements, columns
 
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
@@ -41,9 +41,15 @@ LOOK_S = 0.5
 TURN_S = 10.0
 """How long a turn may take, seconds, and a second more for each MB of bodies; then the connection is given up."""
 _BYTES_A_SECOND = 1 << 20
+_WRITES_AT_ONCE = WINDOW // 2
+"""At most this many writes are in a transaction, so that a publisher can make as many while the server works."""
 _MOVED_AT_ONCE = 1000
 _SAY_AFTER_S = 1.0
 _BUSY_PAUSE_S = 0.02
+
+
+_Step: TypeAlias = Literal["before", "within", "commit", "alone"]
+"""How far a turn came: before its transaction, within it, at its commit, or in the one statement that it is."""
 
 
 @final
@@ -124,7 +130,7 @@ class Store:
         try:
             async with asyncio.timeout(2.0):
                 if leases and (connection := self._link.opened):
-                    await connection.execute(BEGIN)
+                    await connection.execute(self._link.begin)
                     for lease in leases:
                         await connection.execute(self._sql.release, lease, False)
                     await connection.execute("COMMIT")
@@ -159,7 +165,7 @@ class Store:
         self._told = False
         turns.prepare(time.monotonic())
         turn: Turn | None = None
-        step: Literal["before", "within", "commit"] = "before"
+        step: _Step = "before"
         try:
             async with asyncio.timeout(TURN_S) as limit:
                 connection = await self._link.connection(listen=turns.takers.taking)
@@ -172,11 +178,14 @@ class Store:
                     step = "commit"  # each claim is a transaction by itself
                     turn = turns.take()
                     await self._claim_all(connection, turn)
+                elif self._only_publishes():
+                    step = "alone"
+                    turn = self._take(limit)
+                    turn.gather()
+                    await self._add_jobs(connection, turn)
                 else:
-                    await connection.execute(BEGIN)
-                    turn = turns.take()
-                    size = sum(write.size for write in turn.writes)
-                    limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
+                    await connection.execute(self._link.begin)
+                    turn = self._take(limit)
                     await self._transact(connection, turn)
                     step = "commit"
                     await connection.execute("COMMIT")
@@ -184,6 +193,12 @@ class Store:
             await self._failed(error, turn, step)
         else:
             self._committed(turn)
+
+    def _take(self, limit: asyncio.Timeout) -> Turn:
+        turn = self.turns.take(_WRITES_AT_ONCE)
+        size = sum(write.size for write in turn.writes)
+        limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
+        return turn
 
     def _committed(self, turn: Turn) -> None:
         self._names |= turn.names
@@ -205,7 +220,7 @@ class Store:
     def _longest_s(self) -> float:
         return POLL_S if self._link.listens else POLL_WITHOUT_NOTICES_S
 
-    async def _failed(self, error: Exception, turn: Turn | None, step: Literal["before", "within", "commit"]) -> None:
+    async def _failed(self, error: Exception, turn: Turn | None, step: _Step) -> None:
         """End a turn that failed, by what its error means."""
         turns = self.turns
         meaning = meaning_of(error)
@@ -216,6 +231,8 @@ class Store:
             self._link.abandon()
         elif step != "before":
             await self._link.rollback()
+        if step == "alone":
+            step = "within" if reported(error) else "commit"
         if step == "commit" and meaning == "lost" and turn is not None:
             turns.doubt(turn, f"the connection was lost during the commit: {said}")
             for taker in turns.takers.all:  # what was claimed isn't known here, and is freed with the old lease
@@ -280,11 +297,8 @@ class Store:
         await self._settle(connection, turn)
         if turn.names:
             await connection.execute(self._sql.add_queues, sorted(turn.names))
-        now_ms = self._clock.now() * 1000
         if turn.jobs:
-            await connection.execute(self._sql.add_jobs, *columns(turn.jobs, now_ms))
-            if any(row[2] is not None for row in turn.jobs):
-                self._next_due = 0.0
+            await self._add_jobs(connection, turn)
         if turn.letters:
             await connection.execute(self._sql.add_letters, *columns(turn.letters, None))
         for begin in turn.begins:
@@ -301,6 +315,15 @@ class Store:
         if takers.taking:
             await self._move_due(connection)
             await self._claim_all(connection, turn)
+
+    async def _add_jobs(self, connection: Connection, turn: Turn) -> None:
+        await connection.execute(self._sql.add_jobs, *columns(turn.jobs, self._clock.now() * 1000))
+        if any(row[2] is not None for row in turn.jobs):
+            self._next_due = 0.0
+
+    def _only_publishes(self) -> bool:
+        """Whether a turn has to add jobs and no more, which is one statement on a connection to the server itself."""
+        return self._link.direct and not (self.turns.takers.all or self._leftover) and self.turns.publishes_only
 
     def _only_claims(self, now: float) -> bool:
         """Whether a turn without work has to claim and no more, which a connection to the server itself does without a transaction block."""
