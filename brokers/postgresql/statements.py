@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from leveret.job import LEVELS
 
-from ..rows import COLUMNS, Row
+from ..rows import COLUMNS, JOB_ID, Row
 from .schema import in_schema
 
 LEVEL_NUMBERS: Final = {level.value: number for number, level in enumerate(LEVELS, 1)}
@@ -41,6 +41,15 @@ def begin(*, direct: bool) -> str:
 
 _TYPES = ["text", "text", "bigint", "text", "text", "text", "text", "bytea", "bigint", "text", "text", "text", "text"]
 _ARRAYS = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(_TYPES, 1))
+_ALIKE: Final = (0, 1, 4, 5, 8, 9)
+"""The places in a row of what jobs that are published together mostly have in common."""
+_ADDED = ", ".join(
+    f"CASE cardinality(${place}::{kind}[]) WHEN 1 THEN array_fill((${place}::{kind}[])[1], ARRAY[cardinality(${JOB_ID + 1}::text[])])"
+    f" ELSE ${place}::{kind}[] END"
+    if place - 1 in _ALIKE
+    else f"${place}::{kind}[]"
+    for place, kind in enumerate(_TYPES, 1)
+)
 _FIELDS = ", ".join(COLUMNS[2:])
 _LEVEL_NAMES = ", ".join(f"'{level}'" for level in LEVEL_NUMBERS)
 LEVEL: Final = f"coalesce((ARRAY[{_LEVEL_NAMES}])[level], level::text)"
@@ -59,6 +68,7 @@ class Statements:
         self.channel = "leveret_" + hashlib.md5(sql("{schema}").encode(), usedforsecurity=False).hexdigest()
         """The channel of `wake`."""
         self.add_jobs = sql(f"SELECT {{schema}}.add_jobs({_ARRAYS})")
+        self.add_shortened = sql(f"SELECT {{schema}}.add_jobs({_ADDED})")
         self.add_letters = sql(
             f"INSERT INTO {{schema}}.dead (queue, level, buried_ms, {_FIELDS})"  # noqa: S608 - columns of ours
             f" SELECT r.queue, array_position(ARRAY[{_LEVEL_NAMES}], r.level), r.buried_ms, r.{_FIELDS.replace(', ', ', r.')}"
@@ -77,13 +87,35 @@ class Statements:
             "SELECT id FROM {schema}.workers w WHERE server_start = pg_postmaster_start_time() AND id <> ALL($1)"
             " AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = w.backend AND coalesce(a.backend_start = w.backend_start, true))"
         )
-        self.settle = sql("SELECT {schema}.settle($1, $2, $3, $4)")
-        self.give_back = sql("SELECT {schema}.give_back($1, $2)")
-        self.freed = sql("SELECT {schema}.wake($1, 'freed')")
+        self._settle = sql("SELECT {schema}.settle")
+        self._give_back = sql("SELECT {schema}.give_back")
+        self._wake = sql("SELECT {schema}.wake")
         self.begin = sql("UPDATE {schema}.claims SET begun = true WHERE seq = $1 AND worker = $2")
         self.release = sql("SELECT {schema}.release($1, $2)")
         self.move_due = sql("SELECT {schema}.move_due($1)")
         self.claim = sql("SELECT * FROM {schema}.claim($1, $2, $3, $4, $5, $6)")
+
+    # Texts without parameters, which are sent together with BEGIN. Numbers and names of queues need no escape.
+
+    def settle(self, lease: int | None, queues: Iterable[str], levels: Iterable[int], seqs: Iterable[int]) -> str:
+        """Return what deletes finished jobs."""
+        return f"{self._settle}({lease}, {_names(queues)}, {_numbers(levels)}, {_numbers(seqs)})"
+
+    def give_back(self, lease: int | None, seqs: Iterable[int]) -> str:
+        """Return what frees jobs that haven't begun."""
+        return f"{self._give_back}({lease}, {_numbers(seqs)})"
+
+    def freed(self, queues: Iterable[str]) -> str:
+        """Return what tells the workers that jobs of these queues are free again."""
+        return f"{self._wake}({_names(queues)}, 'freed')"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return "'{" + ",".join(map(str, values)) + "}'"
+
+
+def _names(values: Iterable[str]) -> str:
+    return "'{\"" + '","'.join(values) + "\"}'"
 
 
 _OUTBOX_TYPES = [*_TYPES, "text", "boolean"]
@@ -120,3 +152,18 @@ def columns(rows: Sequence[Row], now_ms: float | None) -> Iterable[Sequence[Any]
     if now_ms is not None:
         when = tuple(None if due_ms is None else max(0, round(due_ms - now_ms)) for due_ms in when)
     return queue, level, when, *rest
+
+
+def shortened(found: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Return columns for `add_shortened`: one without values is empty, one with the same value everywhere has it once.
+
+    The driver needs 0.3 µs of CPU for each element of an array, whatever it is.
+    """
+    return [_short(column) if place in _ALIKE or column[0] is None else column for place, column in enumerate(found)]
+
+
+def _short(column: Sequence[Any]) -> Sequence[Any]:
+    first = column[0]
+    if column.count(first) != len(column):
+        return column
+    return () if first is None else (first,)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 import asyncpg
@@ -23,7 +24,7 @@ from ..turns import WINDOW, Claimed, Taker, Turn, Turns
 from .address import Address
 from .cursors import Cursors
 from .link import Link, meaning_of, reported
-from .statements import LEVEL_NAMES, LEVEL_NUMBERS, UNKNOWN_LEVEL, Statements, columns
+from .statements import LEVEL_NAMES, LEVEL_NUMBERS, UNKNOWN_LEVEL, Statements, columns, shortened
 
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
@@ -44,6 +45,8 @@ _BYTES_A_SECOND = 1 << 20
 _WRITES_AT_ONCE = WINDOW // 2
 """At most this many writes are in a transaction, so that a publisher can make as many while the server works."""
 _MOVED_AT_ONCE = 1000
+_PLACE = itemgetter(3, 4)
+"""The queue and the level of a row of `claim`."""
 _SAY_AFTER_S = 1.0
 _BUSY_PAUSE_S = 0.02
 
@@ -184,9 +187,11 @@ class Store:
                     turn.gather()
                     await self._add_jobs(connection, turn)
                 else:
-                    await connection.execute(self._link.begin)
+                    if begun := self._leases_due(time.monotonic()):
+                        await connection.execute(self._link.begin)
+                    step = "within"
                     turn = self._take(limit)
-                    await self._transact(connection, turn)
+                    await self._transact(connection, turn, begun=begun)
                     step = "commit"
                     await connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - asyncpg's errors have several bases; `meaning_of` sorts them
@@ -289,12 +294,16 @@ class Store:
             await connection.execute("COMMIT")
             self.turns.looked(looks)
 
-    async def _transact(self, connection: Connection, turn: Turn) -> None:
-        """Do all the work of a turn, in the transaction that the caller began."""
-        takers = self.turns.takers
-        await self._hold(connection, turn)
+    async def _transact(self, connection: Connection, turn: Turn, *, begun: bool) -> None:
+        """Do all the work of a turn in a transaction; `begun` says that it was begun, since leases come first."""
+        takers, statements = self.turns.takers, [self._link.begin]
+        if begun:
+            await self._hold(connection, turn)
+            statements.clear()
         turn.gather()
-        await self._settle(connection, turn)
+        statements += self._settlements(turn)
+        if statements:  # at once: while the server settles, the loop runs the jobs that the last turn claimed
+            await connection.execute("; ".join(statements))
         if turn.names:
             await connection.execute(self._sql.add_queues, sorted(turn.names))
         if turn.jobs:
@@ -317,7 +326,7 @@ class Store:
             await self._claim_all(connection, turn)
 
     async def _add_jobs(self, connection: Connection, turn: Turn) -> None:
-        await connection.execute(self._sql.add_jobs, *columns(turn.jobs, self._clock.now() * 1000))
+        await connection.execute(self._sql.add_shortened, *shortened(columns(turn.jobs, self._clock.now() * 1000)))
         if any(row[2] is not None for row in turn.jobs):
             self._next_due = 0.0
 
@@ -327,9 +336,14 @@ class Store:
 
     def _only_claims(self, now: float) -> bool:
         """Whether a turn without work has to claim and no more, which a connection to the server itself does without a transaction block."""
-        if not self._link.direct or self._link.fresh or self._leftover:
-            return False
-        return not self.turns.takers.due(now) and now < min(self._next_look, self._next_due)
+        return self._link.direct and not self._leases_due(now) and now < self._next_due
+
+    def _leases_due(self, now: float) -> bool:
+        """Whether a turn has to see to leases."""
+        takers = self.turns.takers
+        if self._leftover or (takers.all and (self._link.fresh or takers.due(now))):
+            return True
+        return self._link.direct and takers.taking and now >= self._next_look
 
     async def _hold(self, connection: Connection, turn: Turn) -> None:
         """Get the leases that are missing, raise the beats, and free what dead workers hold."""
@@ -363,20 +377,18 @@ class Store:
         await connection.execute(self._sql.release, lease, died)
         self._cursors.start_over()
 
-    async def _settle(self, connection: Connection, turn: Turn) -> None:
-        """Delete the rows of finished jobs, and free those that were given back."""
+    def _settlements(self, turn: Turn) -> list[str]:
+        """Return the statements that delete the rows of finished jobs, and free those that were given back."""
+        sql, found = self._sql, list[str]()
         for lease, deliveries in turn.gone.items():
-            await connection.execute(
-                self._sql.settle,
-                lease.id,
-                [delivery.queue.name for delivery in deliveries],
-                [self._number(delivery) for delivery in deliveries],
-                [delivery.seq for delivery in deliveries],
-            )
+            names = [delivery.queue.name for delivery in deliveries]
+            levels = [self._number(delivery) for delivery in deliveries]
+            found.append(sql.settle(lease.id, names, levels, [delivery.seq for delivery in deliveries]))
         for lease, deliveries in turn.given_back.items():
-            await connection.execute(self._sql.give_back, lease.id, [delivery.seq for delivery in deliveries])
-            await connection.execute(self._sql.freed, sorted({delivery.queue.name for delivery in deliveries}))
+            found.append(sql.give_back(lease.id, [delivery.seq for delivery in deliveries]))
+            found.append(sql.freed({delivery.queue.name for delivery in deliveries}))
             self._cursors.start_over()
+        return found
 
     def _number(self, delivery: Claimed) -> int:
         return UNKNOWN_LEVEL if delivery.seq in self._strange else LEVEL_NUMBERS[delivery.window.level]
@@ -419,7 +431,7 @@ class Store:
         )
         if marked is not None:
             self._marks[taker] = [] if rows else sorted(set(queues))
-        claimed = {place: list(found) for place, found in groupby(rows, lambda row: (row[3], row[4]))}
+        claimed = {place: list(found) for place, found in groupby(rows, _PLACE)}
         for (queue, level), found in claimed.items():
             window, free = wanted.get((queue, level)) or wanted[queue, "normal"]
             if level != window.level:

@@ -238,6 +238,30 @@ async def test_a_lost_answer_of_a_commit_says_that_the_job_may_be_published(
         await broker.close()
 
 
+async def test_jobs_that_are_published_together_keep_what_each_has(opened: Opened) -> None:
+    """What all have in common is sent once: a job must not get another's level, name or headers by it."""
+    alike = [make_envelope(QUEUE, b"1"), make_envelope(QUEUE, b"1")]
+    various = [
+        make_envelope(QUEUE, b"2", priority=Priority.HIGH, headers={"x-tenant": "a"}, app=None),
+        make_envelope(QUEUE, b"3", job="thumb", content_type="application/msgpack", correlation_id="line"),
+        make_envelope(QUEUE, b"4", reply_to="there", content_encoding="utf-8", created_s=1),
+    ]
+    broker = opened()
+    await publish(broker, b"connected")
+
+    for envelopes in (alike, various):
+        posts = [broker.post(QUEUE, timed(envelope, soon())) for envelope in envelopes]
+        for each in posts:
+            assert each is not None
+            await each.wait()
+            assert each.error() is None
+
+    _, sink = await consume(broker, QUEUE)
+    came = {delivery.envelope.job_id: delivery.envelope for delivery in await sink.take(6)}
+    for sent in alike + various:
+        assert timed(came[sent.job_id], 0.0) == timed(sent, 0.0)
+
+
 async def test_a_publish_that_the_server_ended_is_done_again(
     opened: Opened, postgres: Postgres, postgres_url: str
 ) -> None:
