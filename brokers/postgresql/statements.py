@@ -41,6 +41,7 @@ def begin(*, direct: bool) -> str:
 
 _TYPES = ["text", "text", "bigint", "text", "text", "text", "text", "bytea", "bigint", "text", "text", "text", "text"]
 _ARRAYS = ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(_TYPES, 1))
+_SCALARS = ", ".join(f"ARRAY[${place}::{kind}]" for place, kind in enumerate(_TYPES, 1))
 _ALIKE: Final = (0, 1, 4, 5, 8, 9)
 """The places in a row of what jobs that are published together mostly have in common."""
 _ADDED = ", ".join(
@@ -68,6 +69,7 @@ class Statements:
         self.channel = "leveret_" + hashlib.md5(sql("{schema}").encode(), usedforsecurity=False).hexdigest()
         """The channel of `wake`."""
         self.add_jobs = sql(f"SELECT {{schema}}.add_jobs({_ARRAYS})")
+        self.add_job = sql(f"SELECT {{schema}}.add_jobs({_SCALARS})")
         self.add_shortened = sql(f"SELECT {{schema}}.add_jobs({_ADDED})")
         self.add_letters = sql(
             f"INSERT INTO {{schema}}.dead (queue, level, buried_ms, {_FIELDS})"  # noqa: S608 - columns of ours
