@@ -39,7 +39,7 @@ from benchmarks.peers.contestants import (
 )
 from benchmarks.peers.harness import Refused
 from benchmarks.peers.measures import MEASURES, UNITS, Context, Unit, entrants
-from benchmarks.peers.report import Figures, draw, show, show_goals
+from benchmarks.peers.report import Figures, draw, show, show_beside, show_goals
 from benchmarks.peers.servers import Running
 from leveret.settings import redact
 from tests.nodes import Unavailable
@@ -246,6 +246,7 @@ def finish(result: dict[str, Any], plot: Path | None) -> None:
         console.print(line, highlight=False, markup=False)
     show(console, figures)
     if not result["toy"]:
+        show_beside(console, figures)
         show_goals(console, figures)
     if plot is not None:
         why = draw(figures, " ".join(heading), plot)

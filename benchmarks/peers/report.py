@@ -30,6 +30,7 @@ from benchmarks.peers.contestants import (
 )
 from benchmarks.peers.measures import UNITS, Unit, entrants
 
+_METRICS = {unit.name: unit.metrics for unit in UNITS}
 LABELS = {"classic": "classic priority", "plain": "classic", "sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
 Key = tuple[str, str, str]
@@ -368,6 +369,32 @@ def goals_on_postgresql(figures: Figures) -> list[Goal]:
     rows.itself("relay of an outbox", "relay of an outbox", "share", 0.5, at_least=True)
     rows.found[-1] = rows.found[-1]._replace(beside="× publish_many to the same RabbitMQ")
     return rows.found
+
+
+def show_beside(console: Console, figures: Figures) -> None:
+    """Print the contestants on PostgreSQL as docs/performance.md has them: a row each, medians."""
+    kind = POSTGRESQL.kinds[0]
+    columns = {
+        "one by one /s": ("publish one by one", "{per_s}"),
+        "publish_many /s (CPU µs)": ("publish pipelined", "{per_s} ({cpu_us})"),
+        "consumed, one process /s (CPU µs)": ("consume, one process", "{per_s} ({cpu_us})"),
+        "latency at 200/s, p50 / p99 ms": ("latency at 200/s", "{p50_ms} / {p99_ms}"),
+        "idle MB / after many jobs": ("memory", "{idle_mb} / {after_mb}"),
+    }
+    table = Table(title="Beside its peers on PostgreSQL", title_justify="left", title_style="bold", box=box.MARKDOWN)
+    for heading in ("", *columns):
+        table.add_column(heading)
+    for contestant in CONTESTANTS:
+        cells: list[str] = []
+        for unit, text in columns.values():
+            key = unit, contestant.name, kind
+            medians = {metric: figures.median(key, metric) for metric in _METRICS[unit]}
+            known = {metric: _short(median) for metric, median in medians.items() if median is not None}
+            cells.append(text.format(**known) if known else "–")
+        if contestant.server == POSTGRESQL and any(cell != "–" for cell in cells):
+            table.add_row(contestant.name, *cells)
+    if table.row_count > 1:
+        console.print(table)
 
 
 def show_goals(console: Console, figures: Figures) -> None:

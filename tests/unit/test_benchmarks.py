@@ -1,6 +1,7 @@
 """benchmarks/peers: what it refuses, what it writes, and that docs/performance.md says what it says. Nothing is measured here."""
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.peers import __main__ as program
 from benchmarks.peers.contestants import (
@@ -23,7 +25,7 @@ from benchmarks.peers.contestants import (
     Contestant,
 )
 from benchmarks.peers.measures import UNITS, Unit
-from benchmarks.peers.report import Figures, Goal, goals, goals_on_postgresql, tables
+from benchmarks.peers.report import Figures, Goal, goals, goals_on_postgresql, show_beside, tables
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
@@ -181,6 +183,20 @@ def test_nobody_is_compared_with_a_peer_on_another_server() -> None:
         ("publish pipelined", 2),
         ("publish pipelined, PostgreSQL", 3),
     ]
+
+
+def test_the_table_of_the_docs_has_a_row_for_each_who_was_measured() -> None:
+    """A page that is typed off by hand has other figures than the run; and a refused round must not look like a 0."""
+    figures = Figures()
+    rate = {"per_s": 12345.6, "cpu_us": 9.87}
+    figures.add(UNIT["publish pipelined"], LEVERET, "postgresql", rate)
+    figures.add(UNIT["publish pipelined"], LEVERET, "quorum", rate)
+    figures.add(UNIT["publish pipelined"], PGQUEUER, "postgresql", "the queue holds 7")
+    figures.add(UNIT["publish pipelined"], PROCRASTINATE, "postgresql", rate)
+    with io.StringIO() as file:
+        show_beside(Console(file=file, width=200), figures)
+        rows = [[cell.strip() for cell in line.split("|")] for line in file.getvalue().splitlines() if "12," in line]
+    assert rows == [["", name, "–", "12,346 (9.87)", "–", "–", "–", ""] for name in ("leveret", "Procrastinate")]
 
 
 def test_a_worker_on_postgresql_may_have_more_memory_than_one_on_rabbitmq() -> None:
