@@ -78,10 +78,10 @@ fuzz: $(DEV)  ## ten million octets of noise and of damaged frames into the pars
 examples: $(V)-examples/stamp  ## each example, in an environment with what the examples need
 	$(V)-examples/bin/python examples/run_all.py
 
-bench: $(V)/stamp-plot  ## leveret on RabbitMQ and SQLite beside raw aio-pika: tables, and a plot in build/bench.svg
+bench: $(V)/stamp-plot  ## leveret on RabbitMQ, PostgreSQL and SQLite beside raw aio-pika: tables, and a plot in build/bench.svg
 	$(BIN)/python -m benchmarks.peers --only leveret,aio-pika --measure publish,consume,latency,sqlite --out build/bench.json $(BENCH_ARGS)
 
-bench-peers: $(V)-peers/stamp  ## leveret beside Celery, Dramatiq, Taskiq, FastStream, Node and C; results in benchmarks/results
+bench-peers: $(V)-peers/stamp  ## leveret beside Celery, Dramatiq, Taskiq, FastStream, Node and C, and on PostgreSQL Procrastinate, PgQueuer and SAQ; results in benchmarks/results
 	$(V)-peers/bin/python -m benchmarks.peers $(BENCH_ARGS)
 
 clean:  ## remove what the verbs made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import AsyncGenerator
@@ -91,6 +92,7 @@ async def main() -> None:
     parser.add_argument("--jobs", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--relays", type=int, default=1, help="in this process, so that they share a core")
+    parser.add_argument("--json", action="store_true", help="print the medians as JSON")
     given = parser.parse_args()
     jobs = [Mail(n) for n in range(given.jobs)]
     direct, within, relayed, cpu = list[float](), list[float](), list[float](), list[float]()
@@ -111,6 +113,16 @@ async def main() -> None:
                 cpu.append(busy_us)
                 await purge(app)
         await connection.close()
+    if given.json:
+        found = {
+            "share": [one / other for one, other in zip(relayed, direct, strict=True)],
+            "per_s": relayed,
+            "cpu_us": cpu,
+            "publish_per_s": direct,
+            "within_per_s": within,
+        }
+        print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
+        return
     print(f"{given.jobs} jobs of about 100 bytes, median of {given.rounds} rounds (lowest to highest), jobs per second")
     for name, rates in (("publish_many", direct), ("publish_many in a transaction", within), ("relay", relayed)):
         print(f"{name:30} {statistics.median(rates):8.0f}  ({min(rates):.0f} to {max(rates):.0f})")

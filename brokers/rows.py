@@ -26,6 +26,7 @@ COLUMNS: Final = (
 )  # fmt: skip
 """The columns that `unpack` takes, in their order. A `Row` has one more, after the level: when the job is due, or when it was buried."""
 
+_PRIORITIES: Final[Mapping[object, Priority]] = {priority.value: priority for priority in Priority}
 
 # Types that a foreign producer's headers may hold and JSON doesn't have.
 _NOT_JSON: dict[str, tuple[type, Callable[[Any], str], Callable[[str], object]]] = {
@@ -108,8 +109,8 @@ def unpack(row: Sequence[Any]) -> tuple[Envelope, str | None]:
         except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             problem = problem or f"the headers can't be read: {error}"
     try:
-        fields["priority"] = Priority(level)  # the column decides, not a header
-    except ValueError:
+        fields["priority"] = _PRIORITIES[level]  # the column decides, not a header
+    except (KeyError, TypeError):
         problem = (
             problem
             or f"its level {level!r:.80} is unknown; the levels are {', '.join(known.value for known in Priority)}"

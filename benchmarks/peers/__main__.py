@@ -1,4 +1,4 @@
-"""leveret beside its peers, on one RabbitMQ node, rounds interleaved: tables, ratios, JSON, a plot.
+"""leveret beside its peers, on one node of each server, rounds interleaved: tables, ratios, JSON, a plot.
 
 make bench-peers BENCH_ARGS="--rounds 3 --only leveret,celery --measure publish,consume"
 .venv/bin/python -m benchmarks.peers --toy        leveret and raw aio-pika, a few jobs each: whether it all still runs
@@ -8,7 +8,7 @@ make bench-peers BENCH_ARGS="--rounds 3 --only leveret,celery --measure publish,
 from __future__ import annotations
 
 import argparse
-import asyncio
+import importlib
 import json
 import os
 import platform
@@ -16,6 +16,8 @@ import signal
 import string
 import sys
 import time
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack, closing
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -23,16 +25,26 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from benchmarks.peers.contestants import AIO_PIKA, HUEY, KINDS, LEVERET, RABBIT, ROOT, Contestant, missing
-from benchmarks.peers.harness import Broker, Refused
+from benchmarks.peers.contestants import (
+    AIO_PIKA,
+    CONTESTANTS,
+    KINDS,
+    LEVERET,
+    PACKAGE,
+    ROOT,
+    SERVERS,
+    Contestant,
+    Server,
+    missing,
+)
+from benchmarks.peers.harness import Refused
 from benchmarks.peers.measures import MEASURES, UNITS, Context, Unit, entrants
-from benchmarks.peers.report import Figures, draw, show, show_goals
+from benchmarks.peers.report import Figures, draw, show, show_beside, show_goals
+from benchmarks.peers.servers import Running
 from leveret.settings import redact
 from tests.nodes import Unavailable
-from tests.rabbit.node import Node, Rabbit, find_rabbit
 
 RESULTS = ROOT / "benchmarks" / "results"
-CONTESTANTS = (*RABBIT, HUEY)
 Turns = list[tuple[Unit, list[tuple[Contestant, str]]]]
 """Each kind of work, with who does it on which queue type."""
 TOY = {
@@ -59,7 +71,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--kind",
         default="",
-        help="one queue type alone: quorum, classic (with priorities), plain (classic without: the peers), sqlite",
+        help="some kinds of queue, with commas between: quorum, classic (with priorities), plain (classic without: the peers), sqlite, postgresql",
     )
     parser.add_argument("--jobs", type=int, default=20_000, help="a throughput measurement")
     parser.add_argument("--one-by-one", type=int, default=1000, help="most jobs that are awaited one by one")
@@ -86,10 +98,10 @@ def options() -> argparse.Namespace:
         for name, value in TOY.items():
             if getattr(given, name) == parser.get_default(name):
                 setattr(given, name, value)
-    names = [one.name for one in CONTESTANTS]
+    names = list(dict.fromkeys(one.name for one in CONTESTANTS))
     for option, said, known in (
         ("--measure", set(listed(given.measure)) - set(MEASURES), MEASURES),
-        ("--kind", {given.kind} - {"", *KINDS}, KINDS),
+        ("--kind", set(listed(given.kind)) - set(KINDS), KINDS),
         ("--only", {part for part in listed(given.only) if not any(part in name.lower() for name in names)}, names),
     ):
         if said:
@@ -127,10 +139,12 @@ def machine() -> dict[str, str]:
 def describe(result: dict[str, Any]) -> str:
     """Return a run's conditions as one line."""
     on = result["machine"]
+    found = result.get("servers", {"RabbitMQ": result.get("rabbitmq")})  # earlier results name one server
+    servers = ", ".join(f"{name} {version}" for name, version in found.items())
     versions = "; ".join(result["versions"].values())
     return (
         f"{result['date']}: {on['processor']}, {on['cpus']} CPUs shared by broker and clients (load {on['load']} at the start), {on['system']}, "
-        f"Python {on['python']}, RabbitMQ {result['rabbitmq']}; {versions}; {result['rounds']} interleaved rounds, {result['arguments']['jobs']} jobs"
+        f"Python {on['python']}, {servers or 'no server'}; {versions}; {result['rounds']} interleaved rounds, {result['arguments']['jobs']} jobs"
     )
 
 
@@ -152,26 +166,37 @@ def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def turns(given: argparse.Namespace, here: set[str], *, rabbit: bool = True) -> Turns:
-    """Return what is asked for, as far as there is who does it."""
-    wanted = listed(given.measure) or MEASURES
+def turns(given: argparse.Namespace, here: Iterable[Contestant], without: Collection[Server] = ()) -> Turns:
+    """Return what is asked for, as far as there is who does it, and on what."""
+    wanted, kinds = listed(given.measure) or MEASURES, listed(given.kind)
     every = [
-        (unit, [(one, kind) for one, kind in entrants(unit) if one.name in here and given.kind in ("", kind)])
+        (
+            unit,
+            [
+                (one, kind)
+                for one, kind in entrants(unit)
+                if one in here and one.server not in without and (not kinds or kind in kinds)
+            ],
+        )
         for unit in UNITS
-        if unit.measure in wanted and (rabbit or unit.sqlite)
+        if unit.measure in wanted and not any(server in without for server in unit.beside)
     ]
     return [(unit, who) for unit, who in every if who]
 
 
 def measure(
-    console: Console, broker: Broker | None, given: argparse.Namespace, todo: Turns, absent: dict[str, str]
+    console: Console,
+    servers: dict[Server, Running],
+    given: argparse.Namespace,
+    todo: Turns,
+    absent: dict[str, str],
 ) -> tuple[dict[str, Any], Path | None]:
     """Run every unit in every round, each contestant in turn; after each round what there is is written. Return it, and where it was written."""
-    here = [one for one in CONTESTANTS if any(one.name == who.name for _, each in todo for who, _ in each)]
+    here = [one for one in CONTESTANTS if any(one == who for _, each in todo for who, _ in each)]
     result: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine(),
-        "rabbitmq": broker.version if broker is not None else "none",
+        "servers": {server.name: running.version for server, running in servers.items()},
         "versions": {one.name: one.versions for one in here},
         "settings": {one.name: one.settings for one in here},
         "skipped": absent,
@@ -179,43 +204,34 @@ def measure(
         "toy": given.toy,
         "arguments": {key: value for key, value in vars(given).items() if isinstance(value, (int, float, str))},
     }
-    figures, used, path = Figures(), set[tuple[Contestant, str]](), None
-    try:
-        for number in range(given.rounds):
-            for unit, who in todo:
-                if number >= unit.most:
-                    continue
-                for contestant, kind in who:
-                    if not unit.sqlite:
-                        used.add((contestant, kind))
-                    begun = time.monotonic()
-                    row: dict[str, float] | str
-                    try:
-                        row = unit.run(Context(broker, given), contestant, kind)  # type: ignore[arg-type]
-                    except Refused as refused:
-                        row = str(refused)
-                    figures.add(unit, contestant, kind, row)
-                    said = (
-                        row
-                        if isinstance(row, str)
-                        else ", ".join(f"{value:,.1f} {unit.metrics[key]}" for key, value in row.items())
-                    )
-                    console.print(
-                        f"{number + 1}/{given.rounds} {unit.name}: {contestant.name}, {kind}: {said}  [{time.monotonic() - begun:.1f} s]",
-                        highlight=False,
-                        markup=False,
-                    )
-            result["figures"] = figures.as_json()
-            if figures:
-                path = path or output(
-                    given, result
-                )  # now, not before: whoever ran at the same time has its name by now
-                if path is not None:
-                    write(path, result)
-    finally:
-        if broker is not None:
-            for contestant, kind in used:
-                broker.delete(contestant, kind)
+    figures, path = Figures(), None
+    for number in range(given.rounds):
+        for unit, who in todo:
+            if number >= unit.most:
+                continue
+            for contestant, kind in who:
+                begun = time.monotonic()
+                row: dict[str, float] | str
+                try:
+                    row = unit.run(Context(servers, given), contestant, kind)
+                except Refused as refused:
+                    row = str(refused)
+                figures.add(unit, contestant, kind, row)
+                said = (
+                    row
+                    if isinstance(row, str)
+                    else ", ".join(f"{value:,.1f} {unit.metrics[key]}" for key, value in row.items())
+                )
+                console.print(
+                    f"{number + 1}/{given.rounds} {unit.name}: {contestant.name}, {kind}: {said}  [{time.monotonic() - begun:.1f} s]",
+                    highlight=False,
+                    markup=False,
+                )
+        result["figures"] = figures.as_json()
+        if figures:
+            path = path or output(given, result)  # now, not before: whoever ran at the same time has its name by now
+            if path is not None:
+                write(path, result)
     return result, path
 
 
@@ -230,24 +246,23 @@ def finish(result: dict[str, Any], plot: Path | None) -> None:
         console.print(line, highlight=False, markup=False)
     show(console, figures)
     if not result["toy"]:
+        show_beside(console, figures)
         show_goals(console, figures)
     if plot is not None:
         why = draw(figures, " ".join(heading), plot)
         console.print(why or f"plot: {plot}", highlight=False, markup=False, soft_wrap=True)
 
 
-def open_node(console: Console) -> Node | Rabbit | None:
-    """Find RabbitMQ, or start one, and say which; None where there is none."""
-    node: Node | Rabbit
+def open_server(console: Console, server: Server) -> Running | None:
+    """Find the server, or start one, and say which; None where there is none."""
     try:
-        found = find_rabbit()
-        node = found if isinstance(found, Rabbit) else Node(found)
-        if isinstance(node, Node):
-            asyncio.run(node.start())
+        running: Running = importlib.import_module(f"{PACKAGE}.{server.module}").start()
     except Unavailable as error:
-        console.print(f"no RabbitMQ here, SQLite only: {error}", highlight=False, markup=False)
+        console.print(f"no {server.name} here, so nothing of it: {error}", highlight=False, markup=False)
         return None
-    return node
+    whose = "started for this run" if running.ours else "running already"
+    console.print(f"{server.name} {running.version} at {redact(running.url)}, {whose}", highlight=False, markup=False)
+    return running
 
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -269,12 +284,19 @@ def main() -> int:
     absent = {one.name: why for one in chosen if (why := missing(one))}
     for name, why in absent.items():
         console.print(f"skipped: {name}: {why}", highlight=False, markup=False)
-    here = {one.name for one in chosen} - set(absent)
-    todo, node, broker = turns(given, here), None, None
-    try:
-        if any(not unit.sqlite for unit, _ in todo):
-            node = open_node(console)
-            todo = turns(given, here, rabbit=node is not None)
+    here = [one for one in chosen if one.name not in absent]
+    todo, servers, without = turns(given, here), dict[Server, Running](), list[Server]()
+    with ExitStack() as stack:
+        for server in SERVERS:
+            if server.module and any(
+                server in unit.beside or any(one.server == server for one, _ in who) for unit, who in todo
+            ):
+                running = open_server(console, server)
+                if running is None:
+                    without.append(server)
+                else:
+                    servers[server] = stack.enter_context(closing(running))
+        todo = turns(given, here, without)
         if not todo:
             console.print(
                 "nothing to measure: nobody of --only who is here takes part in --measure on --kind",
@@ -282,14 +304,7 @@ def main() -> int:
                 markup=False,
             )
             return 2
-        if node is not None:
-            broker = Broker(node.url)
-            whose = "started for this run" if isinstance(node, Node) else "running already"
-            console.print(f"RabbitMQ {broker.version} at {redact(node.url)}, {whose}", highlight=False, markup=False)
-        result, path = measure(console, broker, given, todo, absent)
-    finally:
-        if node is not None:
-            asyncio.run(node.close())
+        result, path = measure(console, servers, given, todo, absent)
     if not Figures.of_json(result["figures"]):
         console.print("no figure in any round, so nothing is written", highlight=False, markup=False)
     elif path is not None:

@@ -22,8 +22,24 @@ BOTH = ("quorum", "classic")
 """leveret's queue types; its classic queues have six priorities."""
 PEERS = ("quorum", "plain")
 """What peers are measured on: plain is a classic queue without priorities, on which they are a little faster."""
-KINDS = ("quorum", "classic", "plain", "sqlite")
 Commands = list[list[str]]
+
+
+class Server(NamedTuple):
+    """A kind of server on which contestants are measured."""
+
+    name: str
+    kinds: tuple[str, ...]
+    """Its kinds of queues; each belongs to one server."""
+    module: str = ""
+    """The module of this folder that starts one; empty: there is no server, and a measure makes what it needs."""
+
+
+RABBITMQ = Server("RabbitMQ", (*BOTH, "plain"), "on_rabbitmq")
+SQLITE = Server("SQLite", ("sqlite",))
+POSTGRESQL = Server("PostgreSQL", ("postgresql",), "on_postgresql")
+SERVERS = (RABBITMQ, SQLITE, POSTGRESQL)
+KINDS = tuple(kind for server in SERVERS for kind in server.kinds)
 
 
 class Contestant(NamedTuple):
@@ -37,14 +53,15 @@ class Contestant(NamedTuple):
     settings: str
     commands: Callable[[int], Commands] | None = None
     """The commands that start so many worker processes; None: a program that measures itself (Node, C)."""
+    server: Server = RABBITMQ
     kinds: tuple[str, ...] = BOTH
     """Queue types."""
     imports: tuple[str, ...] = ()
     """What else a worker on RabbitMQ imports, later than its app."""
     peer: bool = False
     """Whether it may be the best peer."""
-    times: int = 1
-    """How many times the others' jobs it is given where rates are measured: a second's work, not the first tenth of one."""
+    times: float = 1
+    """How many times the others' jobs it is given where rates are measured: a few seconds' work, not the first tenth of one and not minutes."""
     queues: tuple[str, ...] = ()
     """Endings of the queues that it declares beside the one."""
     delays: tuple[str, ...] = ()
@@ -57,6 +74,10 @@ class Contestant(NamedTuple):
     """The shortest wait of a retry."""
     wake: str = ""
     """An exchange that a message is sent to for its last acks to leave: an idle worker keeps them until its event loop wakes."""
+    prepare: tuple[tuple[str, ...], ...] = ()
+    """The commands that make its tables."""
+    waiting: str = ""
+    """What its server is asked for the number of jobs that wait or run: a query. RabbitMQ knows by itself."""
 
     @property
     def module(self) -> str:
@@ -136,6 +157,20 @@ def _faststream(processes: int) -> Commands:
     ]
 
 
+def _procrastinate(processes: int) -> Commands:
+    options = ("--concurrency", "100", "--delete-jobs", "always")
+    return [_python("procrastinate", "--app", f"{PACKAGE}.with_procrastinate.app", "worker", *options)] * processes
+
+
+def _pgqueuer(processes: int) -> Commands:
+    options = ("--batch-size", "200", "--log-level", "ERROR")
+    return [_python("pgqueuer", "run", f"{PACKAGE}.with_pgqueuer:worker", *options)] * processes
+
+
+def _saq(processes: int) -> Commands:
+    return [_python("saq", f"{PACKAGE}.with_saq.settings", "--workers", str(processes))]
+
+
 def _huey(processes: int) -> Commands:
     return [
         _python("huey.bin.huey_consumer", f"{PACKAGE}.with_huey.huey", "-w", "1", "-k", "thread", "-q", "-g", "TERM")
@@ -145,7 +180,7 @@ def _huey(processes: int) -> Commands:
 LEVERET = Contestant(
     "leveret",
     "with_leveret.py",
-    ("leveret", "pamqp", "msgspec", "uvloop"),
+    ("leveret", "pamqp", "asyncpg", "msgspec", "uvloop"),
     "Tracing (no SDK), Retries, a RateLimit that never binds, Timeout; `leveret work`, concurrency 100, prefetch 200; publish_many; retries wait 0.25 s",
     _leveret,
     times=5,
@@ -238,10 +273,58 @@ HUEY = Contestant(
     ("huey",),
     "SqliteHuey(fsync=True), WAL, results off, one worker thread; it has no batch API and pops a job before it runs",
     _huey,
-    kinds=("sqlite",),
+    SQLITE,
+    SQLITE.kinds,
 )
-RABBIT = (LEVERET, AIO_PIKA, CELERY, DRAMATIQ, TASKIQ, FASTSTREAM, NODE, C)
-SQLITE = (LEVERET._replace(kinds=("sqlite",)), HUEY)
+LEVERET_ON_POSTGRESQL = LEVERET._replace(
+    server=POSTGRESQL,
+    kinds=POSTGRESQL.kinds,
+    prepare=((*_python("leveret", "migrate", f"{PACKAGE}.with_leveret:app"),),),
+    waiting="SELECT count(*) FROM leveret.jobs",
+)
+PROCRASTINATE = Contestant(
+    "Procrastinate",
+    "with_procrastinate.py",
+    ("procrastinate", "psycopg", "psycopg-pool"),
+    "PsycopgConnector, pool of 4 to 20, `procrastinate worker` with concurrency 100, delete_jobs=always, notices; batch_defer_async of 1 000",
+    _procrastinate,
+    POSTGRESQL,
+    POSTGRESQL.kinds,
+    peer=True,
+    times=0.1,
+    prepare=((*_python("procrastinate", "--app", f"{PACKAGE}.with_procrastinate.app", "schema", "--apply"),),),
+    waiting="SELECT count(*) FROM procrastinate_jobs",
+)
+PGQUEUER = Contestant(
+    "PgQueuer",
+    "with_pgqueuer.py",
+    ("pgqueuer", "asyncpg", "orjson"),
+    "AsyncpgDriver, durable tables, `pgq autovac`, `pgq run` with batch size 200 on uvloop, orjson; enqueue of 1 000",
+    _pgqueuer,
+    POSTGRESQL,
+    POSTGRESQL.kinds,
+    peer=True,
+    prepare=((*_python("pgqueuer", "install"),), (*_python("pgqueuer", "autovac"),)),
+    waiting="SELECT count(*) FROM pgqueuer",
+)
+SAQ = Contestant(
+    "SAQ",
+    "with_saq.py",
+    ("saq", "psycopg", "psycopg-pool", "orjson"),
+    "pool of 4 to 20, concurrency 100, notices, ttl=-1 (finished jobs are deleted), orjson; it has no batch API: 1 000 enqueue() in flight",
+    _saq,
+    POSTGRESQL,
+    POSTGRESQL.kinds,
+    peer=True,
+    times=0.1,
+    prepare=((*_python(f"{PACKAGE}.with_saq"),),),
+    waiting="SELECT count(*) FROM saq_jobs",
+)
+CONTESTANTS = (
+    *(LEVERET, AIO_PIKA, CELERY, DRAMATIQ, TASKIQ, FASTSTREAM, NODE, C),
+    *(LEVERET._replace(server=SQLITE, kinds=SQLITE.kinds), HUEY),
+    *(LEVERET_ON_POSTGRESQL, PROCRASTINATE, PGQUEUER, SAQ),
+)
 
 
 def missing(contestant: Contestant) -> str | None:
@@ -319,6 +402,7 @@ def environment(
         **inherited,
         **counting,
         "BENCH_URL": url,
+        "PGDSN": url,  # where `pgq` looks
         "BENCH_KIND": kind,
         "BENCH_QUEUE": queue(contestant, kind),
         "BENCH_MODE": mode,

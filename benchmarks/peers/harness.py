@@ -1,4 +1,4 @@
-"""Starts contestants, fills their queues, watches them run, and refuses a figure when a job is missing."""
+"""Starts contestants, watches them run, and refuses a figure when a job is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
@@ -21,7 +21,6 @@ from urllib.parse import unquote, urlsplit
 from pamqp.commands import Basic
 
 from benchmarks.peers.contestants import MADE, NODE, PACKAGE, ROOT, C, Contestant, environment, queue
-from benchmarks.peers.fill import Wire
 from benchmarks.peers.shape import Ran
 from tests.rabbit.raw import connect
 
@@ -35,86 +34,13 @@ class Refused(Exception):
     """There is no figure, and the message says why."""
 
 
-class Broker:
-    """The RabbitMQ node that all are measured on."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._templates: dict[tuple[str, str, int], tuple[Basic.Properties, bytes]] = {}
-        wire = Wire(url)
-        self.version = str(wire.server["version"])
-        wire.close()
-
-    def depth(self, name: str) -> int | None:
-        """Return how many messages are ready."""
-
-        async def ask() -> int | None:
-            async with connect(self.url) as raw:
-                return await raw.count(name)
-
-        return asyncio.run(ask())
-
-    def expect_depth(self, name: str, expected: int) -> None:
-        """Refuse unless the queue comes to hold exactly that many within 15 s."""
-        end = time.monotonic() + 15
-        while (found := self.depth(name) or 0) != expected:
-            if time.monotonic() > end:
-                msg = f"{name} holds {found} messages, not {expected}"
-                raise Refused(msg)
-            time.sleep(0.05)
-
-    def purge(self, name: str) -> None:
-        """Empty the queue, if it exists."""
-
-        async def do() -> None:
-            async with connect(self.url) as raw:
-                if await raw.count(name) is not None:
-                    async with raw.channel() as channel:
-                        await channel.queue_purge(name)
-
-        asyncio.run(do())
-
-    def delete(self, contestant: Contestant, kind: str) -> None:
-        """Delete what the contestant declared."""
-        name = queue(contestant, kind)
-
-        async def do() -> None:
-            async with connect(self.url) as raw:
-                for ending in ("", *contestant.queues):
-                    await raw.delete(name + ending)
-                await raw.delete_exchange(name)
-
-        asyncio.run(do())
-
-    def fill(self, contestant: Contestant, kind: str, jobs: int, size: int = 200) -> None:
-        """Put so many of the contestant's own messages into its queue: one that it published, copied."""
-        key = (contestant.name, kind, size)
-        name = queue(contestant, kind)
-        if key not in self._templates:
-            self.purge(name)
-            publish(contestant, self.url, kind, "one", 1, size=size)
-            self.expect_depth(name, 1)
-
-            async def take() -> tuple[Basic.Properties, bytes]:
-                async with connect(self.url) as raw:
-                    (found,) = await raw.take_all(name)
-                    # what the queue adds to a message that it gives out isn't there when it is first delivered
-                    kept = {
-                        key: value
-                        for key, value in (found.properties.headers or {}).items()
-                        if key != "x-delivery-count"
-                    }
-                    found.properties.headers = kept or None
-                    return found.properties, found.body
-
-            self._templates[key] = asyncio.run(take())
-        wire = Wire(self.url)
-        wire.fill(name, *self._templates[key], jobs)
-        wire.close()
-
-
-def _run(command: list[str], env: dict[str, str], timeout_s: float) -> dict[str, Any]:
+def _run(command: Sequence[str], env: dict[str, str], timeout_s: float) -> dict[str, Any]:
     """Run a program that prints JSON as its last line."""
+    return json.loads(_output(command, env, timeout_s).splitlines()[-1])
+
+
+def _output(command: Sequence[str], env: dict[str, str], timeout_s: float) -> str:
+    """Run a program, and return what it prints."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -130,7 +56,13 @@ def _run(command: list[str], env: dict[str, str], timeout_s: float) -> dict[str,
     if process.returncode:
         msg = f"{' '.join(command[:4])} … ended with {process.returncode}: {' '.join(err.split())[-400:]}"
         raise Refused(msg)
-    return json.loads(out.splitlines()[-1])
+    return out
+
+
+def prepare(contestant: Contestant, url: str, kind: str) -> None:
+    """Make the contestant's tables in an empty database."""
+    for command in contestant.prepare:
+        _output(command, environment(contestant, url=url, kind=kind), 60)
 
 
 def publish(
@@ -176,6 +108,12 @@ def import_ms(contestant: Contestant, url: str, kind: str) -> float:
     modules = ", ".join((contestant.module, *contestant.imports))
     code = f"import time; begun = time.perf_counter(); import {modules}; print((time.perf_counter() - begun) * 1e3)"
     return float(json.dumps(_run([sys.executable, "-c", code], environment(contestant, url=url, kind=kind), 60)))
+
+
+def outbox(jobs: int, urls: dict[str, str]) -> dict[str, float]:
+    """Run `benchmarks.outbox` once, on servers that run already."""
+    command = [sys.executable, "-m", "benchmarks.outbox", "--jobs", str(jobs), "--rounds", "1", "--json"]
+    return _run(command, {**os.environ, **urls}, 300)
 
 
 class Worker:

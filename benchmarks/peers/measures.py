@@ -5,12 +5,25 @@ from __future__ import annotations
 import sqlite3
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.peers.contestants import HUEY, NODE, RABBIT, SQLITE, C, Contestant, allocations_library, queue
-from benchmarks.peers.harness import Broker, Refused, Worker, embedded_file, import_ms, program, publish
+from benchmarks.peers.contestants import (
+    CONTESTANTS,
+    HUEY,
+    LEVERET,
+    NODE,
+    POSTGRESQL,
+    RABBITMQ,
+    SQLITE,
+    C,
+    Contestant,
+    Server,
+    allocations_library,
+)
+from benchmarks.peers.harness import Refused, Worker, embedded_file, import_ms, outbox, program, publish
+from benchmarks.peers.servers import Queue, Running
 from benchmarks.peers.shape import PREFETCH
 
 Row = dict[str, float]
@@ -19,8 +32,14 @@ Row = dict[str, float]
 class Context(NamedTuple):
     """Where and how large."""
 
-    broker: Broker
+    servers: Mapping[Server, Running]
     arguments: Namespace
+
+    def queue(self, contestant: Contestant, kind: str) -> Queue:
+        """Return the contestant's queue, without jobs."""
+        queue = self.servers[contestant.server].queue(contestant, kind)
+        queue.clear()
+        return queue
 
 
 class Unit(NamedTuple):
@@ -40,7 +59,10 @@ class Unit(NamedTuple):
     """Most rounds: it takes long, and hardly varies or isn't compared."""
     compared: str = "as fast"
     """What follows a ratio of the first metric: 1.33 × as fast, 0.76 × the p50."""
-    sqlite: bool = False
+    servers: tuple[Server, ...] = (RABBITMQ,)
+    """Whose contestants take part."""
+    beside: tuple[Server, ...] = ()
+    """Servers that are needed beside the contestant's."""
 
 
 RATE = {"per_s": "/s", "cpu_us": "CPU µs"}
@@ -61,13 +83,12 @@ def publishing(how: str, size: int = 200) -> Callable[[Context, Contestant, str]
     """Publish and check that the queue holds all of it."""
 
     def run(context: Context, contestant: Contestant, kind: str) -> Row:
-        name = queue(contestant, kind)
-        context.broker.purge(name)
-        jobs = sized(context.arguments.jobs * contestant.times, size)
+        queue = context.queue(contestant, kind)
+        jobs = sized(int(context.arguments.jobs * contestant.times), size)
         jobs = min(jobs, context.arguments.one_by_one) if how == "one" else jobs
-        row = publish(contestant, context.broker.url, kind, how, jobs, size=size)
-        context.broker.expect_depth(name, int(row["sent"]))
-        context.broker.purge(name)
+        row = publish(contestant, queue.url, kind, how, jobs, size=size)
+        queue.expect(int(row["sent"]))
+        queue.clear()
         return {key: row[key] for key in RATE}
 
     return run
@@ -82,25 +103,24 @@ def consuming(processes: int, size: int = 200) -> Callable[[Context, Contestant,
     """Consume what waits; from the first handler's start to the last's."""
 
     def run(context: Context, contestant: Contestant, kind: str) -> Row:
-        broker, name = context.broker, queue(contestant, kind)
-        broker.purge(name)
+        queue = context.queue(contestant, kind)
         jobs = max(
-            sized(context.arguments.jobs * contestant.times, size), 2 * PREFETCH * (processes - 1) + 200
+            sized(int(context.arguments.jobs * contestant.times), size), 2 * PREFETCH * (processes - 1) + 200
         )  # each process gets some
         if contestant.commands is None:
-            jobs = int(publish(contestant, broker.url, kind, "many", jobs, size=size)["sent"])
-            broker.expect_depth(name, jobs)
-            row = program(contestant, broker.url, kind, "consume", jobs, size=size)
+            jobs = int(publish(contestant, queue.url, kind, "many", jobs, size=size)["sent"])
+            queue.expect(jobs)
+            row = program(contestant, queue.url, kind, "consume", jobs, size=size)
             found = {key: row[key] for key in RATE}
         else:
-            broker.fill(contestant, kind, jobs, size)
-            broker.expect_depth(name, jobs)
-            with Worker(contestant, broker.url, kind, processes=processes, size=size) as worker:
+            queue.fill(jobs, size)
+            queue.expect(jobs)
+            with Worker(contestant, queue.url, kind, processes=processes, size=size) as worker:
                 worker.wait(jobs)
                 cpu_ns = worker.cpu_ns()
                 found = {"per_s": jobs / ((worker.last_ns - worker.first_ns) / 1e9), "cpu_us": cpu_ns / jobs / 1e3}
                 worker.finish(jobs)
-        broker.expect_depth(name, 0)
+        queue.expect(0)
         return found
 
     return run
@@ -110,21 +130,20 @@ def latency(per_s: int) -> Callable[[Context, Contestant, str], Row]:
     """Publish at a steady rate to an idle worker; from the call of publish to the handler's start."""
 
     def run(context: Context, contestant: Contestant, kind: str) -> Row:
-        broker, name, seconds = context.broker, queue(contestant, kind), context.arguments.seconds
-        broker.purge(name)
+        queue, seconds = context.queue(contestant, kind), context.arguments.seconds
         jobs = int(per_s * seconds)
         if contestant is C:
-            row = program(C, broker.url, kind, "latency", jobs, seconds)
+            row = program(C, queue.url, kind, "latency", jobs, seconds)
             late, reached = row["late_ns"], row["per_s"]
         else:
-            with Worker(contestant, broker.url, kind, mode="samples") as worker:
-                publish(contestant, broker.url, kind, "one", 1)
+            with Worker(contestant, queue.url, kind, mode="samples") as worker:
+                publish(contestant, queue.url, kind, "one", 1)
                 worker.wait(1)
-                reached = publish(contestant, broker.url, kind, "paced", jobs, seconds)["per_s"]
+                reached = publish(contestant, queue.url, kind, "paced", jobs, seconds)["per_s"]
                 worker.wait(jobs + 1)
                 late = worker.samples()[1:]
                 worker.finish(jobs + 1)
-        broker.expect_depth(name, 0)
+        queue.expect(0)
         if reached < 0.95 * per_s and not context.arguments.toy:  # a toy is too short for rates
             msg = f"it publishes {reached:.0f}/s, not {per_s}/s"
             raise Refused(msg)
@@ -150,16 +169,15 @@ def due(context: Context, contestant: Contestant, kind: str) -> Row:
 
 
 def _late(context: Context, contestant: Contestant, kind: str, how: str, jobs: int, seconds: float) -> Row:
-    broker, name = context.broker, queue(contestant, kind)
-    broker.purge(name)
-    with Worker(contestant, broker.url, kind, mode="samples") as worker:
-        publish(contestant, broker.url, kind, "one", 1)
+    queue = context.queue(contestant, kind)
+    with Worker(contestant, queue.url, kind, mode="samples") as worker:
+        publish(contestant, queue.url, kind, "one", 1)
         worker.wait(1)
-        sent = int(publish(contestant, broker.url, kind, how, jobs, seconds)["sent"])
+        sent = int(publish(contestant, queue.url, kind, how, jobs, seconds)["sent"])
         worker.wait(sent + 1)
         late = worker.samples()[sent + 1 - jobs :]  # those that warmed up ran first
         worker.finish(sent + 1)
-    broker.expect_depth(name, 0)
+    queue.expect(0)
     if (early := -min(late) / 1e9) > 0.05:
         msg = f"a job ran {early:.2f} s before it was due"
         raise Refused(msg)
@@ -168,74 +186,81 @@ def _late(context: Context, contestant: Contestant, kind: str, how: str, jobs: i
 
 def failing(context: Context, contestant: Contestant, kind: str) -> Row:
     """Let every job fail once; from the first run to the last success, and the same without the nominal delay."""
-    broker, name, jobs = context.broker, queue(contestant, kind), context.arguments.fails
-    broker.purge(name)
-    broker.fill(contestant, kind, jobs)
-    with Worker(contestant, broker.url, kind, mode="fails") as worker:
+    queue, jobs = context.queue(contestant, kind), context.arguments.fails
+    queue.fill(jobs)
+    with Worker(contestant, queue.url, kind, mode="fails") as worker:
         worker.wait(jobs)
         seconds = (worker.last_ns - worker.first_ns) / 1e9
         worker.finish(jobs)
-    broker.expect_depth(name, 0)
+    queue.expect(0)
     return {"net_s": seconds - contestant.retry_delay_s, "seconds": seconds}
 
 
 def memory(context: Context, contestant: Contestant, kind: str) -> Row:
     """Resident memory of the worker process: after one job and 2 s, and after many more."""
-    broker, name, jobs = context.broker, queue(contestant, kind), context.arguments.memory_jobs
-    broker.purge(name)
-    broker.fill(contestant, kind, 1)
-    with Worker(contestant, broker.url, kind) as worker:
+    queue = context.queue(contestant, kind)
+    jobs = int(context.arguments.memory_jobs * min(1, contestant.times))
+    queue.fill(1)
+    with Worker(contestant, queue.url, kind) as worker:
         worker.wait(1)
         time.sleep(2)
         idle = worker.rss_mb()
         for begun in range(0, jobs, 20_000):
-            broker.fill(contestant, kind, min(20_000, jobs - begun))
+            queue.fill(min(20_000, jobs - begun))
             worker.wait(1 + begun)  # the broker never holds more than two such fills
         worker.wait(1 + jobs)
         time.sleep(2)
         after = worker.rss_mb()
         worker.finish(1 + jobs)
-    broker.expect_depth(name, 0)
+    queue.expect(0)
     return {"idle_mb": idle, "after_mb": after}
 
 
 def allocating(context: Context, contestant: Contestant, kind: str) -> Row:
     """Calls of malloc, calloc and realloc a consumed job, Python's own allocator off; what its free lists serve isn't in it."""
-    broker, name, jobs = context.broker, queue(contestant, kind), min(context.arguments.jobs, 2000)
+    jobs = min(context.arguments.jobs, 2000)
     if not allocations_library():
         msg = "allocations.c doesn't build here: it needs cc and glibc"
         raise Refused(msg)
-    broker.purge(name)
-    broker.fill(contestant, kind, jobs)
-    with Worker(contestant, broker.url, kind, mode="allocations") as worker:
+    queue = context.queue(contestant, kind)
+    queue.fill(jobs)
+    with Worker(contestant, queue.url, kind, mode="allocations") as worker:
         worker.wait(jobs)
         found = worker.allocations / (jobs - 1)
         worker.finish(jobs)
-    broker.expect_depth(name, 0)
+    queue.expect(0)
     return {"allocations": found}
 
 
 def start(context: Context, contestant: Contestant, kind: str) -> Row:
     """From the start of the worker's command to the start of its first job's handler."""
-    broker, name = context.broker, queue(contestant, kind)
-    broker.purge(name)
-    broker.fill(contestant, kind, 1)
-    with Worker(contestant, broker.url, kind) as worker:
+    queue = context.queue(contestant, kind)
+    queue.fill(1)
+    with Worker(contestant, queue.url, kind) as worker:
         worker.wait(1)
         found = (worker.first_ns - worker.begun_ns) / 1e6
         worker.finish(1)
-    broker.expect_depth(name, 0)
+    queue.expect(0)
     return {"start_ms": found}
 
 
 def importing(context: Context, contestant: Contestant, kind: str) -> Row:
     """Import the app with its broker."""
-    return {"import_ms": import_ms(contestant, context.broker.url, kind)}
+    return {"import_ms": import_ms(contestant, context.servers[contestant.server].url, kind)}
+
+
+def relaying(context: Context, contestant: Contestant, kind: str) -> Row:
+    """Publish within a transaction into an outbox, and relay it; beside `publish_many` to the same broker."""
+    urls = {
+        "LEVERET_TEST_AMQP": context.servers[RABBITMQ].url,
+        "LEVERET_TEST_POSTGRES": context.servers[POSTGRESQL].url,
+    }
+    return outbox(context.arguments.jobs, urls)
 
 
 def sqlite(context: Context, contestant: Contestant, kind: str) -> Row:
     """Publish into a new file, then consume it."""
-    jobs = context.arguments.sqlite_jobs * contestant.times
+    jobs = int(context.arguments.sqlite_jobs * contestant.times)
     with embedded_file(context.arguments.folder) as url:
         path = Path(url.removeprefix("sqlite:///"))
         sent = publish(contestant, url, kind, "many", jobs)
@@ -287,14 +312,19 @@ def _workers_or_c(contestant: Contestant, kind: str) -> bool:
     return contestant is not NODE and kind == contestant.kinds[0]
 
 
+def _leveret(contestant: Contestant, kind: str) -> bool:
+    return contestant.name == LEVERET.name
+
+
 def _delays(contestant: Contestant, kind: str) -> bool:
     return kind in contestant.delays
 
 
+BROKERS = (RABBITMQ, POSTGRESQL)
 UNITS = (
-    Unit("publish", "publish one by one", RATE, publishing("one"), _anyone, rising=True),
-    Unit("publish", "publish pipelined", RATE, publishing("many"), _anyone, rising=True),
-    Unit("consume", "consume, one process", RATE, consuming(1), _anyone, rising=True),
+    Unit("publish", "publish one by one", RATE, publishing("one"), _anyone, rising=True, servers=BROKERS),
+    Unit("publish", "publish pipelined", RATE, publishing("many"), _anyone, rising=True, servers=BROKERS),
+    Unit("consume", "consume, one process", RATE, consuming(1), _anyone, rising=True, servers=BROKERS),
     Unit("consume", "consume, two processes", RATE, consuming(2), _workers, rising=True),
     Unit(
         "allocations",
@@ -305,7 +335,7 @@ UNITS = (
         most=1,
         compared="the allocations",
     ),
-    Unit("latency", "latency at 200/s", LATE, latency(200), _workers_or_c, compared="the p50"),
+    Unit("latency", "latency at 200/s", LATE, latency(200), _workers_or_c, compared="the p50", servers=BROKERS),
     Unit("latency", "latency at 2 000/s", LATE, latency(2000), _one_kind, most=3, compared="the p50"),
     Unit("start", "import", {"import_ms": "ms"}, importing, _one_kind, compared="the time"),
     Unit("start", "start to first job", {"start_ms": "ms"}, start, _one_kind, compared="the time"),
@@ -317,6 +347,7 @@ UNITS = (
         _one_kind,
         most=1,
         compared="the memory",
+        servers=BROKERS,
     ),
     Unit("delayed", "delayed by 5 s, spread out, lateness", LATE, spread, _delays, compared="the p50"),
     Unit("delayed", "delayed by 5 s, lateness", LATE, delayed, _delays, compared="the p50"),
@@ -353,14 +384,30 @@ UNITS = (
         sqlite,
         _anyone,
         rising=True,
-        sqlite=True,
+        servers=(SQLITE,),
+    ),
+    Unit(
+        "relay",
+        "relay of an outbox",
+        {
+            "share": "of publish_many",
+            "per_s": "relay /s",
+            "cpu_us": "relay CPU µs",
+            "publish_per_s": "publish_many /s",
+            "within_per_s": "in a transaction /s",
+        },
+        relaying,
+        _leveret,
+        rising=True,
+        servers=(POSTGRESQL,),
+        beside=(RABBITMQ,),
     ),
 )
 MEASURES = tuple(dict.fromkeys(unit.measure for unit in UNITS))
 
 
-def entrants(unit: Unit, contestants: tuple[Contestant, ...] = RABBIT) -> list[tuple[Contestant, str]]:
+def entrants(unit: Unit) -> list[tuple[Contestant, str]]:
     """Return who takes part, with each queue type."""
     return [
-        (one, kind) for one in (SQLITE if unit.sqlite else contestants) for kind in one.kinds if unit.enters(one, kind)
+        (one, kind) for one in CONTESTANTS if one.server in unit.servers for kind in one.kinds if unit.enters(one, kind)
     ]

@@ -1,7 +1,7 @@
 """One publishing process: `python -m benchmarks.peers.publish MODULE HOW JOBS [SECONDS]`; prints JSON.
 
-HOW: one (awaited one by one) | many (pipelined, or threads) | paced (JOBS over SECONDS) | spread (the same, delayed by SECONDS) |
-delayed (each by SECONDS) | due (JOBS that fall due evenly within 1 s, which begins after SECONDS).
+HOW: one (awaited one by one) | many (pipelined, or threads) | fill (the same without a warm-up) | paced (JOBS over SECONDS) |
+spread (the same, delayed by SECONDS) | delayed (each by SECONDS) | due (JOBS that fall due evenly within 1 s, which begins after SECONDS).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ async def run(module: str, how: str, jobs: int, seconds: float) -> dict[str, flo
         else:
             work = (
                 lanes.many(jobs)
-                if how == "many"
+                if how in ("many", "fill")
                 else {"paced": paced, "spread": spread, "delayed": delayed, "due": due}[how](lanes, jobs, seconds)
             )
             await work

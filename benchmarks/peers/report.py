@@ -13,11 +13,28 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers.contestants import AIO_PIKA, HUEY, LEVERET, NODE, RABBIT, C, Contestant
+from benchmarks.peers.contestants import (
+    AIO_PIKA,
+    CONTESTANTS,
+    HUEY,
+    LEVERET,
+    NODE,
+    PGQUEUER,
+    POSTGRESQL,
+    PROCRASTINATE,
+    RABBITMQ,
+    SAQ,
+    C,
+    Contestant,
+    Server,
+)
 from benchmarks.peers.measures import UNITS, Unit, entrants
 
-LABELS = {"classic": "classic priority", "plain": "classic"}
+_METRICS = {unit.name: unit.metrics for unit in UNITS}
+LABELS = {"classic": "classic priority", "plain": "classic", "sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
+Key = tuple[str, str, str]
+"""A row of a table: unit, contestant and kind of queue."""
 Rounds = list[dict[str, float] | None]
 """A row a round; None where it was refused."""
 Allow = Callable[[Contestant, str], bool]
@@ -28,8 +45,8 @@ class Figures:
     """All rounds of a run."""
 
     def __init__(self) -> None:
-        self.rounds: dict[tuple[str, str, str], Rounds] = {}
-        self.refused: dict[tuple[str, str, str], str] = {}
+        self.rounds: dict[Key, Rounds] = {}
+        self.refused: dict[Key, str] = {}
 
     def __bool__(self) -> bool:
         """Tell whether any round has a figure."""
@@ -42,16 +59,16 @@ class Figures:
         if isinstance(row, str):
             self.refused[key] = row
 
-    def values(self, key: tuple[str, str, str], metric: str) -> list[float]:
+    def values(self, key: Key, metric: str) -> list[float]:
         """Return a metric's value in each round that has one."""
         return [row[metric] for row in self.rounds.get(key, []) if row is not None]
 
-    def median(self, key: tuple[str, str, str], metric: str) -> float | None:
+    def median(self, key: Key, metric: str) -> float | None:
         """Return the median, or None where fewer than half of the rounds have a figure."""
         values = self.values(key, metric)
         return statistics.median(values) if values and 2 * len(values) >= len(self.rounds[key]) else None
 
-    def ratio(self, one: tuple[str, str, str], other: tuple[str, str, str], metric: str) -> float | None:
+    def ratio(self, one: Key, other: Key, metric: str) -> float | None:
         """Return one / other: the median over the rounds, which is steadier than a ratio of medians."""
         if self.median(one, metric) is None or self.median(other, metric) is None:
             return None
@@ -59,9 +76,11 @@ class Figures:
         ratios = [a[metric] / b[metric] for a, b in both if a is not None and b is not None and b[metric]]
         return statistics.median(ratios) if ratios else None
 
-    def best(self, unit: str, metric: str, *, rising: bool, allow: Allow) -> tuple[str, str, str] | None:
+    def best(self, unit: str, metric: str, *, rising: bool, allow: Allow) -> Key | None:
         """Return the key of the best peer, on the queue type that it is faster on."""
-        keys = [(unit, peer.name, kind) for peer in RABBIT if peer.peer for kind in peer.kinds if allow(peer, kind)]
+        keys = [
+            (unit, peer.name, kind) for peer in CONTESTANTS if peer.peer for kind in peer.kinds if allow(peer, kind)
+        ]
         found = {key: value for key in keys if (value := self.median(key, metric)) is not None}
         return (max if rising else min)(found, key=lambda key: found[key]) if found else None
 
@@ -108,19 +127,32 @@ class Figures:
         return figures
 
 
-def _anyone(peer: Contestant, kind: str) -> bool:
-    return True
+def _on(server: Server) -> Allow:
+    """Return which peers count on a server: no contestant is compared with one on another."""
+    return lambda _, kind: kind in server.kinds
+
+
+def tables(figures: Figures) -> list[tuple[str, Unit, Server, list[Key]]]:
+    """Return a title, what is measured, where, and the rows of each table: one a unit and server."""
+    every = [
+        (
+            unit.name if server == unit.servers[0] else f"{unit.name}, {server.name}",
+            unit,
+            server,
+            [key for key in figures.rounds if key[0] == unit.name and key[2] in server.kinds],
+        )
+        for unit in UNITS
+        for server in unit.servers
+    ]
+    return [table for table in every if table[3]]
 
 
 def show(console: Console, figures: Figures) -> None:
-    """Print a table a unit: medians with minimum and maximum, and what leveret is to each."""
-    for unit in UNITS:
-        keys = [key for key in figures.rounds if key[0] == unit.name]
-        if not keys:
-            continue
+    """Print a table a unit and server: medians with minimum and maximum, and what leveret is to each."""
+    for title, unit, server, keys in tables(figures):
         first = next(iter(unit.metrics))
-        best = figures.best(unit.name, first, rising=unit.rising, allow=_anyone)
-        table = Table(title=unit.name, title_justify="left", title_style="bold")
+        best = figures.best(unit.name, first, rising=unit.rising, allow=_on(server))
+        table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("")
         table.add_column("queue")
         for heading in unit.metrics.values():
@@ -143,7 +175,7 @@ def show(console: Console, figures: Figures) -> None:
                 cells.append(f"{_short(statistics.median(values))}{spread}")
             ours = (unit.name, LEVERET.name, kind)
             if ours not in figures.rounds:
-                ours = (unit.name, LEVERET.name, "quorum")
+                ours = (unit.name, LEVERET.name, server.kinds[0])
             cells.append(_times(figures.ratio(ours, key, first) if key != ours else None, unit.compared))
             if best is not None:
                 cells.append("the best" if key == best else _times(figures.ratio(key, best, first), unit.compared))
@@ -196,41 +228,65 @@ def _beside(value: float, bound: float) -> str:
     )
 
 
-def goals(figures: Figures) -> list[Goal]:
-    """Return every goal with what was measured."""
-    found: list[Goal] = []
+class Goals:
+    """Collects goals for leveret on one kind of queue. Best peers are those that `allow` allows."""
 
-    def ours(unit: str, kind: str = "quorum") -> tuple[str, str, str]:
-        return unit, LEVERET.name, kind
+    def __init__(self, figures: Figures, kind: str, allow: Allow) -> None:
+        self.found: list[Goal] = []
+        self._figures = figures
+        self._kind = kind
+        self._allow = allow
+
+    def ours(self, unit: str, kind: str = "") -> Key:
+        """Return the row of leveret."""
+        return unit, LEVERET.name, kind or self._kind
 
     def against(
+        self,
         what: str,
         unit: str,
         other: Contestant,
         bound: float,
-        kind: str = "quorum",
+        kind: str = "",
         metric: str = "per_s",
         *,
         at_least: bool = True,
     ) -> None:
-        ratio = figures.ratio(ours(unit, kind), (unit, other.name, kind), metric)
-        found.append(Goal(what, ratio, f"× {other.name}", bound, at_least))
+        """Compare with another on the same kind of queue."""
+        ratio = self._figures.ratio(self.ours(unit, kind), (unit, other.name, kind or self._kind), metric)
+        self.found.append(Goal(what, ratio, f"× {other.name}", bound, at_least))
 
     def against_best(
-        what: str, unit: str, bound: float, metric: str = "per_s", *, rising: bool = True, allow: Allow = _anyone
+        self,
+        what: str,
+        unit: str,
+        bound: float,
+        metric: str = "per_s",
+        *,
+        rising: bool = True,
+        allow: Allow | None = None,
     ) -> None:
-        best = figures.best(unit, metric, rising=rising, allow=allow)
+        """Compare with the best peer, on the kind of queue on which that is better."""
+        allow = allow or self._allow
+        best = self._figures.best(unit, metric, rising=rising, allow=allow)
         if best is None:
-            found.append(Goal(what, None, "× the best peer", bound, rising))
+            self.found.append(Goal(what, None, "× the best peer", bound, rising))
             return
-        beside = f"× {best[1]} ({LABELS.get(best[2], best[2])}){figures.lacking(unit, metric, allow)}"
-        found.append(Goal(what, figures.ratio(ours(unit), best, metric), beside, bound, rising))
+        where = f" ({LABELS.get(best[2], best[2])})" if self._kind in RABBITMQ.kinds else ""
+        beside = f"× {best[1]}{where}{self._figures.lacking(unit, metric, allow)}"
+        self.found.append(Goal(what, self._figures.ratio(self.ours(unit), best, metric), beside, bound, rising))
 
     def itself(
-        what: str, unit: str, metric: str, bound: float, kind: str = "quorum", *, at_least: bool = False
+        self, what: str, unit: str, metric: str, bound: float, kind: str = "", *, at_least: bool = False
     ) -> None:
-        found.append(Goal(what, figures.median(ours(unit, kind), metric), "", bound, at_least))
+        """Compare with nobody."""
+        self.found.append(Goal(what, self._figures.median(self.ours(unit, kind), metric), "", bound, at_least))
 
+
+def goals(figures: Figures) -> list[Goal]:
+    """Return every goal on RabbitMQ and SQLite with what was measured."""
+    rows = Goals(figures, "quorum", _on(RABBITMQ))
+    ours, against, against_best, itself, found = rows.ours, rows.against, rows.against_best, rows.itself, rows.found
     one, many, consume, two = (
         "publish one by one",
         "publish pipelined",
@@ -292,28 +348,82 @@ def goals(figures: Figures) -> list[Goal]:
     return found
 
 
+def goals_on_postgresql(figures: Figures) -> list[Goal]:
+    """Return every goal on PostgreSQL with what was measured."""
+    rows = Goals(figures, POSTGRESQL.kinds[0], _on(POSTGRESQL))
+    many, work, one = "publish pipelined", "consume, one process", "publish one by one"
+    rows.against("consume", work, PGQUEUER, 2)
+    rows.against("CPU of a consumed job", work, PGQUEUER, 0.4, metric="cpu_us", at_least=False)
+    for peer in (SAQ, PROCRASTINATE):
+        rows.against("consume", work, peer, 15)
+    rows.against("publish_many", many, PGQUEUER, 1.2)
+    for peer in (SAQ, PROCRASTINATE):
+        rows.against("publish_many", many, peer, 4)
+    rows.against_best(one, one, 1)
+    for metric in ("p50_ms", "p99_ms"):
+        rows.against_best(f"latency at 200/s, {metric[:3]}", "latency at 200/s", 1, metric, rising=False)
+    for metric, when in (("idle_mb", "idle"), ("after_mb", "after many jobs")):
+        here, there = (figures.median(rows.ours("memory", kind), metric) for kind in ("", "quorum"))
+        more = here - there if here is not None and there is not None else None
+        rows.found.append(Goal(f"memory of a worker, {when}, MB", more, "above RabbitMQ's", 8, at_least=False))
+    rows.itself("relay of an outbox", "relay of an outbox", "share", 0.5, at_least=True)
+    rows.found[-1] = rows.found[-1]._replace(beside="× publish_many to the same RabbitMQ")
+    return rows.found
+
+
+def show_beside(console: Console, figures: Figures) -> None:
+    """Print the contestants on PostgreSQL as docs/performance.md has them: a row each, medians."""
+    kind = POSTGRESQL.kinds[0]
+    columns = {
+        "one by one /s": ("publish one by one", "{per_s}"),
+        "publish_many /s (CPU µs)": ("publish pipelined", "{per_s} ({cpu_us})"),
+        "consumed, one process /s (CPU µs)": ("consume, one process", "{per_s} ({cpu_us})"),
+        "latency at 200/s, p50 / p99 ms": ("latency at 200/s", "{p50_ms} / {p99_ms}"),
+        "idle MB / after many jobs": ("memory", "{idle_mb} / {after_mb}"),
+    }
+    table = Table(title="Beside its peers on PostgreSQL", title_justify="left", title_style="bold", box=box.MARKDOWN)
+    for heading in ("", *columns):
+        table.add_column(heading)
+    for contestant in CONTESTANTS:
+        cells: list[str] = []
+        for unit, text in columns.values():
+            key = unit, contestant.name, kind
+            medians = {metric: figures.median(key, metric) for metric in _METRICS[unit]}
+            known = {metric: _short(median) for metric, median in medians.items() if median is not None}
+            cells.append(text.format(**known) if known else "–")
+        if contestant.server == POSTGRESQL and any(cell != "–" for cell in cells):
+            table.add_row(contestant.name, *cells)
+    if table.row_count > 1:
+        console.print(table)
+
+
 def show_goals(console: Console, figures: Figures) -> None:
-    """Print the list of what was to be reached, as docs/performance.md has it; without a peer only what was measured."""
-    every = goals(figures)
-    peers = {peer.name for peer in RABBIT if peer.peer}
+    """Print the lists of what was to be reached, as docs/performance.md has them."""
+    _list(console, figures, "What was to be reached", goals(figures), RABBITMQ)
+    _list(console, figures, "What was to be reached on PostgreSQL", goals_on_postgresql(figures), POSTGRESQL)
+
+
+def _list(console: Console, figures: Figures, title: str, every: list[Goal], server: Server) -> None:
+    """Print the goals of a server; without a peer there only what was measured."""
+    peers = {peer.name for peer in CONTESTANTS if peer.peer and peer.server == server}
     rows = (
         every
-        if any(name in peers for _, name, _ in figures.rounds)
+        if any(name in peers and kind in server.kinds for _, name, kind in figures.rounds)
         else [goal for goal in every if goal.reached is not None]
     )
-    table = Table(title="What was to be reached", title_justify="left", title_style="bold", box=box.MARKDOWN)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.MARKDOWN)
     for heading in ("leveret", "reached", "beside", "hoped for", "verdict"):
         table.add_column(heading, justify="right" if heading in ("reached", "hoped for") else "left")
     for goal in rows:
         table.add_row(*goal.cells)
     if rows:
         console.print(table)
-    if len(rows) < len(every):
-        console.print(
-            f"{len(every) - len(rows)} more goals need what wasn't measured here: `make bench-peers` measures all",
-            highlight=False,
-            markup=False,
-        )
+        if len(rows) < len(every):
+            console.print(
+                f"{len(every) - len(rows)} more goals need what wasn't measured here: `make bench-peers` measures all",
+                highlight=False,
+                markup=False,
+            )
 
 
 def draw(figures: Figures, title: str, path: Path) -> str | None:
@@ -325,7 +435,7 @@ def draw(figures: Figures, title: str, path: Path) -> str | None:
     plt = importlib.import_module("matplotlib.pyplot")
 
     shown = [key for key in figures.rounds if any(row is not None for row in figures.rounds[key])]
-    drawn = [unit for unit in UNITS if any(key[0] == unit.name for key in shown)]
+    drawn = [table for table in tables(figures) if any(key in shown for key in table[3])]
     if not drawn:
         return "no plot: no figures"
     columns = 3
@@ -333,9 +443,9 @@ def draw(figures: Figures, title: str, path: Path) -> str | None:
     figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 3.4 * lines), squeeze=False, layout="constrained")
     for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
-    for unit, axis in zip(drawn, axes.flat, strict=False):
+    for (name, unit, _, rows), axis in zip(drawn, axes.flat, strict=False):
         metric, heading = next(iter(unit.metrics.items()))
-        keys = [key for key in shown if key[0] == unit.name]
+        keys = [key for key in rows if key in shown]
         medians = [statistics.median(figures.values(key, metric)) for key in keys]
         low = [median - min(figures.values(key, metric)) for median, key in zip(medians, keys, strict=True)]
         high = [max(figures.values(key, metric)) - median for median, key in zip(medians, keys, strict=True)]
@@ -343,9 +453,9 @@ def draw(figures: Figures, title: str, path: Path) -> str | None:
         axis.barh(
             range(len(keys)), medians, xerr=[low, high], color=colours, error_kw={"elinewidth": 1, "ecolor": "#334155"}
         )
-        axis.set_yticks(range(len(keys)), [f"{name}, {LABELS.get(kind, kind)}" for _, name, kind in keys], fontsize=8)
+        axis.set_yticks(range(len(keys)), [f"{who}, {LABELS.get(kind, kind)}" for _, who, kind in keys], fontsize=8)
         axis.invert_yaxis()
-        axis.set_title(f"{unit.name}: {heading} ({'more' if unit.rising else 'less'} is better)", fontsize=9)
+        axis.set_title(f"{name}: {heading} ({'more' if unit.rising else 'less'} is better)", fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(textwrap.fill(title, 220), fontsize=8)

@@ -1,4 +1,4 @@
-"""leveret: its standard chain, `leveret work`; the broker follows from the URL (RabbitMQ or SQLite)."""
+"""leveret: its standard chain, `leveret work`; the broker follows from the URL (RabbitMQ, PostgreSQL or SQLite)."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from leveret.runtime import Runtime
 
 from . import schema
 from .address import Address, connect
+from .statements import SET, begin
 
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
@@ -89,6 +90,15 @@ def meaning_of(error: Exception) -> Meaning | None:
     return "full" if isinstance(error, asyncpg.PostgresError) else None
 
 
+def reported(error: Exception) -> bool:
+    """Whether the server reported the error: then a statement that was its own transaction was not committed.
+
+    A server that ends a connection reports why, and asyncpg's error of the loss has that as its cause.
+    """
+    said = error.__cause__ if isinstance(error, asyncpg.ConnectionDoesNotExistError) else error
+    return isinstance(said, asyncpg.PostgresError) and not isinstance(said, asyncpg.PostgresConnectionError)
+
+
 @final
 class Link:
     """A connection to the database at `address`, opened at first use and anew after a loss. `notice` is called with each notice."""
@@ -101,6 +111,8 @@ class Link:
         """Whether the connection is new, until its user sets it to False."""
         self.direct = False
         """Whether the connection is to the server itself: its backend is the same for the whole connection."""
+        self.begin = begin(direct=False)
+        """What begins a transaction on the connection."""
         self.listens = False
         """Whether notices arrive. If they don't, polling finds what is new."""
         self._runtime = runtime
@@ -138,10 +150,9 @@ class Link:
         self.direct = await connection.fetchval("SELECT pg_backend_pid()") == connection.get_server_pid()
         encoding = await connection.fetchval("SELECT current_setting('server_encoding')")
         await connection.execute("COMMIT")
-        if (
-            self.direct
-        ):  # for a claim, which is a statement alone: one that waited until its turn is over would cost the lease
-            await connection.execute("SET lock_timeout = '2s'")
+        self.begin = begin(direct=self.direct)
+        if self.direct:
+            await connection.execute(SET)
         if encoding != "UTF8":
             msg = f"the database of {self.address} has the encoding {encoding}; leveret needs a database with UTF8"
             raise ConfigurationError(msg)

@@ -10,9 +10,9 @@ from .consumption import Consumption
 from .driver import Driver
 from .takers import Taker, Takers, Window
 from .turn import Turn
-from .turns import Turns
+from .turns import WINDOW, Turns
 from .writes import Call, Close, Look, Open, Run, Write
 
 __all__ = [
-    "Call", "Claimed", "Close", "Consumption", "Driver", "Look", "Open", "Run", "Taker", "Takers", "Turn", "Turns", "Window", "Write",
+    "WINDOW", "Call", "Claimed", "Close", "Consumption", "Driver", "Look", "Open", "Run", "Taker", "Takers", "Turn", "Turns", "Window", "Write",
 ]  # fmt: skip

@@ -333,15 +333,21 @@ class Turns:
         if not self._said:
             self._failing_since = None
 
-    def take(self) -> Turn:
-        """Take the writes of one transaction; from here on a deadline can't cancel them."""
+    @property
+    def publishes_only(self) -> bool:
+        """Whether publishes wait to be written, and nothing else."""
+        work = self._work
+        return bool(work) and not (work.done or work.back) and all(isinstance(write, Publish) for write in work.writes)
+
+    def take(self, most: float = math.inf) -> Turn:
+        """Take the writes of one transaction, at most so many; from here on a deadline can't cancel them."""
         taken: list[Write] = []
         size = 0
         now = time.monotonic()  # waiting for the store may have taken a while
         with self.lock:
             for write in self._work.writes:
                 size += write.size
-                if taken and (size > BATCH_BYTES or self._alone):
+                if taken and (size > BATCH_BYTES or self._alone or len(taken) >= most):
                     break
                 if write.state == PENDING and write.deadline > now:
                     write.state = TAKEN

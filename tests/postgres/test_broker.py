@@ -301,6 +301,81 @@ async def test_a_lost_answer_of_a_commit_says_that_the_job_may_be_published(
         await broker.close()
 
 
+async def test_jobs_that_are_published_together_keep_what_each_has(opened: Opened) -> None:
+    """What all have in common is sent once: a job must not get another's level, name or headers by it."""
+    alike = [make_envelope(QUEUE, b"1"), make_envelope(QUEUE, b"1")]
+    various = [
+        make_envelope(QUEUE, b"2", priority=Priority.HIGH, headers={"x-tenant": "a"}, app=None),
+        make_envelope(QUEUE, b"3", job="thumb", content_type="application/msgpack", correlation_id="line"),
+        make_envelope(QUEUE, b"4", reply_to="there", content_encoding="utf-8", created_s=1),
+    ]
+    broker = opened()
+    await publish(broker, b"connected")
+
+    for envelopes in (alike, various):
+        posts = [broker.post(QUEUE, timed(envelope, soon())) for envelope in envelopes]
+        for each in posts:
+            assert each is not None
+            await each.wait()
+            assert each.error() is None
+
+    _, sink = await consume(broker, QUEUE)
+    came = {delivery.envelope.job_id: delivery.envelope for delivery in await sink.take(6)}
+    for sent in alike + various:
+        assert timed(came[sent.job_id], 0.0) == timed(sent, 0.0)
+
+
+async def test_a_publish_that_the_server_ended_is_done_again(
+    opened: Opened, postgres: Postgres, postgres_url: str
+) -> None:
+    """A server that ends its connections, as before a restart, says so before the commit: a publisher need not ask itself whether the job is there."""
+    broker = opened()
+    await publish(broker, b"before")
+    holder = await asyncpg.connect(postgres_url)
+    try:
+        await holder.execute("BEGIN; LOCK TABLE leveret.jobs IN SHARE MODE")
+        publishing = asyncio.create_task(publish(broker, b"1"))
+        waits = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        async with asyncio.timeout(PATIENCE_S):
+            while not (waiting := await postgres.query(waits, url=postgres_url)):
+                await asyncio.sleep(0.01)
+
+        await postgres.terminate(waiting[0]["pid"])
+        await holder.execute("ROLLBACK")
+
+        await publishing
+    finally:
+        holder.terminate()
+    [[found]] = await postgres.query("SELECT count(*) FROM leveret.jobs WHERE body = '1'", url=postgres_url)
+    assert found == 1
+
+
+async def test_a_publish_is_durable_whatever_the_database_says(
+    opened: Opened, postgres: Postgres, postgres_url: str
+) -> None:
+    """Services set `synchronous_commit = off` for their own speed: a confirmed job would be lost in a crash of the server."""
+    name = urlsplit(postgres_url).path[1:]
+    theirs = {"synchronous_commit": "off", "default_transaction_isolation": "serializable", "lock_timeout": "0"}
+    for setting, value in theirs.items():
+        await postgres.query(f"ALTER DATABASE {name} SET {setting} = '{value}'")
+    await postgres.query("CREATE TABLE seen (commit text, isolation text, locks text)", url=postgres_url)
+    note = """CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO public.seen SELECT current_setting('synchronous_commit'), current_setting('transaction_isolation'), current_setting('lock_timeout');
+        RETURN NULL;
+    END $$"""
+    await postgres.query(note, url=postgres_url)
+    await postgres.query("CREATE TRIGGER note AFTER INSERT ON leveret.jobs EXECUTE FUNCTION note()", url=postgres_url)
+    broker = opened()
+
+    await publish(broker, b"alone")
+    _, sink = await consume(broker, QUEUE)
+    await publish(broker, b"beside a consumer")
+    await sink.take(2)
+
+    rows = await postgres.query("SELECT DISTINCT * FROM seen", url=postgres_url)
+    assert [tuple(row) for row in rows] == [("on", "read committed", "2s")]
+
+
 async def test_a_server_that_is_away_is_told_and_waited_for(
     opened: Opened, postgres: Postgres, postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

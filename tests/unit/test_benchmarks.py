@@ -1,6 +1,7 @@
 """benchmarks/peers: what it refuses, what it writes, and that docs/performance.md says what it says. Nothing is measured here."""
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -8,11 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.peers import __main__ as program
-from benchmarks.peers.contestants import CELERY, DRAMATIQ, LEVERET, TASKIQ, Contestant
+from benchmarks.peers.contestants import (
+    CELERY,
+    CONTESTANTS,
+    DRAMATIQ,
+    LEVERET,
+    PGQUEUER,
+    POSTGRESQL,
+    PROCRASTINATE,
+    RABBITMQ,
+    TASKIQ,
+    Contestant,
+)
 from benchmarks.peers.measures import UNITS, Unit
-from benchmarks.peers.report import Figures, Goal, goals
+from benchmarks.peers.report import Figures, Goal, goals, goals_on_postgresql, show_beside, tables
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
@@ -22,7 +35,7 @@ UNIT = {unit.name: unit for unit in UNITS}
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run the program; a broker that it looks for is an error."""
     monkeypatch.setattr(sys, "argv", ["peers", *arguments])
-    monkeypatch.setattr(program, "open_node", lambda _: pytest.fail("nothing was to be measured"))
+    monkeypatch.setattr(program, "open_server", lambda *_: pytest.fail("nothing was to be measured"))
     try:
         return program.main()
     except SystemExit as ended:
@@ -38,7 +51,7 @@ def result(*rows: tuple[Unit, Contestant, str, dict[str, float] | str]) -> dict[
     return {
         "date": "2026-01-01",
         "machine": machine,
-        "rabbitmq": "4",
+        "servers": {"RabbitMQ": "4"},
         "versions": {},
         "rounds": 1,
         "toy": False,
@@ -146,6 +159,66 @@ def test_delays_are_compared_with_all_that_wait_in_the_broker() -> None:
     assert [(found.reached, found.beside, found.verdict) for found in every] == [
         (7.0, "× Celery (quorum)", "MISSED")
     ] * 2
+
+
+def test_nobody_is_compared_with_a_peer_on_another_server() -> None:
+    """A queue in a database and one in a broker promise different things: the best of both would be the best of neither."""
+    unit, figures = UNIT["publish pipelined"], Figures()
+    for peer, kind, rate in (
+        (LEVERET, "quorum", 90.0),
+        (TASKIQ, "quorum", 10.0),
+        (LEVERET, "postgresql", 60.0),
+        (PGQUEUER, "postgresql", 20.0),
+        (PROCRASTINATE, "postgresql", 30.0),
+    ):
+        figures.add(unit, peer, kind, {"per_s": rate, "cpu_us": 1.0})
+    assert goal(figures, "× Taskiq").reached == 9.0
+    there = {found.beside: found.cells[1:] for found in goals_on_postgresql(figures) if found.what == "publish_many"}
+    assert there == {
+        "× PgQueuer": ("3.00", "× PgQueuer", "≥ 1.2", "reached"),
+        "× Procrastinate": ("2.00", "× Procrastinate", "≥ 4", "MISSED"),
+        "× SAQ": ("–", "× SAQ", "≥ 4", "not measured"),
+    }
+    assert [(title, len(rows)) for title, _, _, rows in tables(figures)] == [
+        ("publish pipelined", 2),
+        ("publish pipelined, PostgreSQL", 3),
+    ]
+
+
+def test_the_table_of_the_docs_has_a_row_for_each_who_was_measured() -> None:
+    """A page that is typed off by hand has other figures than the run; and a refused round must not look like a 0."""
+    figures = Figures()
+    rate = {"per_s": 12345.6, "cpu_us": 9.87}
+    figures.add(UNIT["publish pipelined"], LEVERET, "postgresql", rate)
+    figures.add(UNIT["publish pipelined"], LEVERET, "quorum", rate)
+    figures.add(UNIT["publish pipelined"], PGQUEUER, "postgresql", "the queue holds 7")
+    figures.add(UNIT["publish pipelined"], PROCRASTINATE, "postgresql", rate)
+    with io.StringIO() as file:
+        show_beside(Console(file=file, width=200), figures)
+        rows = [[cell.strip() for cell in line.split("|")] for line in file.getvalue().splitlines() if "12," in line]
+    assert rows == [["", name, "–", "12,346 (9.87)", "–", "–", "–", ""] for name in ("leveret", "Procrastinate")]
+
+
+def test_a_worker_on_postgresql_may_have_more_memory_than_one_on_rabbitmq() -> None:
+    """The goal is a difference of two rows of one run: a row that is missing is no difference of 0."""
+    figures = Figures()
+
+    def more() -> list[str]:
+        return [found.cells[1] for found in goals_on_postgresql(figures) if found.what.startswith("memory")]
+
+    figures.add(UNIT["memory"], LEVERET, "postgresql", {"idle_mb": 33.5, "after_mb": 38.0})
+    assert more() == ["–", "–"]
+    figures.add(UNIT["memory"], LEVERET, "quorum", {"idle_mb": 27.0, "after_mb": 27.5})
+    assert more() == ["6.50", "10.5"]
+
+
+def test_without_a_server_the_rest_is_measured() -> None:
+    """A machine without RabbitMQ must still measure PostgreSQL, and not begin a relay that has no broker."""
+    asked = argparse.Namespace(measure="publish,relay", kind="postgresql,quorum")
+    assert [unit.measure for unit, _ in program.turns(asked, CONTESTANTS)] == ["publish", "publish", "relay"]
+    left = program.turns(asked, CONTESTANTS, without=[RABBITMQ])
+    assert [unit.measure for unit, _ in left] == ["publish", "publish"]
+    assert {one.server for _, who in left for one, _ in who} == {POSTGRESQL}
 
 
 def test_a_value_shows_on_which_side_of_its_bound_it_is() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -53,6 +54,8 @@ class Shelf:
         self.workers: list[int] = []
         self.commits: list[int] = []
         """The number of writes, by transaction."""
+        self.most = math.inf
+        """The largest number of writes in a transaction."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.at_gate = asyncio.Event()
@@ -92,7 +95,7 @@ class Shelf:
         if not (turns.waiting or turns.takers.due(now)):
             turns.rest()
             return
-        turn = turns.take()
+        turn = turns.take(self.most)
         try:
             self.at_gate.set()
             await self.gate.wait()
@@ -330,6 +333,18 @@ async def test_posts_share_a_transaction_and_each_ends(shelf: Shelf) -> None:
     assert [(each.ended, each.error()) for each in posts] == [(True, None)] * 3
     assert shelf.bodies == [b"1", b"2", b"3"]
     assert shelf.commits == [3]
+
+
+async def test_more_posts_than_a_transaction_takes_go_into_the_next_in_their_order(shelf: Shelf) -> None:
+    """A transaction of all that may be unconfirmed leaves a publisher nothing to do until the commit, and then the store nothing."""
+    shelf.most = 2
+    posts = [post(shelf, body) for body in (b"1", b"2", b"3", b"4", b"5")]
+
+    for each in posts:
+        await each.wait()
+
+    assert shelf.bodies == [b"1", b"2", b"3", b"4", b"5"]
+    assert shelf.commits == [2, 2, 1]
 
 
 async def test_a_post_ends_by_its_deadline_and_is_not_written_later(shelf: Shelf) -> None:

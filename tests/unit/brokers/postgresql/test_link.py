@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from leveret.brokers.postgresql.link import LEASE_LOST, meaning_of
+from leveret.brokers.postgresql.link import LEASE_LOST, meaning_of, reported
 from leveret.errors import BrokerUnavailable, ConfigurationError
 
 
@@ -52,3 +52,20 @@ def of_server(sqlstate: str, message: str = "no") -> Exception:
 def test_each_error_has_one_meaning(error: Exception, meaning: str | None) -> None:
     """A lock that is taken for a lost connection ends it; a lost one that is taken for a bad value fails jobs that are good."""
     assert meaning_of(error) == meaning
+
+
+def test_only_what_the_server_reports_tells_that_nothing_was_committed() -> None:
+    """A publish whose answer is lost may be there: done again without a word, the job would be there twice."""
+    lost = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+    ended = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation: terminating")
+    ended.__cause__ = of_server("57P01")
+
+    assert [reported(error) for error in (of_server("55P03"), ended)] == [True, True]
+    unknown = (
+        lost,
+        of_server("08P01"),
+        TimeoutError(),
+        ConnectionResetError("reset"),
+        asyncpg.InterfaceError("closed"),
+    )
+    assert not any(reported(error) for error in unknown)
