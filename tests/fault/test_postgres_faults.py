@@ -22,7 +22,7 @@ from leveret.job import Queue
 from leveret.runtime import Runtime
 from tests.conftest import StartPostgres
 from tests.contract.harness import consume, make_envelope, soon, timed
-from tests.fault.bench import Bench, eventually
+from tests.fault.bench import PATIENCE_S, Bench, Worker, eventually
 from tests.fault.clock import OffClock
 from tests.fault.load import Load
 from tests.postgres.node import Node, Postgres, migrate
@@ -78,6 +78,9 @@ async def test_a_killed_workers_jobs_run_elsewhere_in_time(
     assert max(float(words[4]) for words in again) - killed < within_s + SLOW_S
 
 
+_OF_THE_DEAD = "SELECT count(*) FROM leveret.workers UNION ALL SELECT count(*) FROM leveret.claims WHERE crashes > 0"
+
+
 @dataclass(frozen=True)
 class Strike:
     """A kill: of a worker's process, or of the server (None), which is back at `until_s`; both of the machine's monotonic clock."""
@@ -103,24 +106,34 @@ def unexcused(lines: Iterable[list[str]], strikes: list[Strike]) -> list[str]:
     return [job for job, ran in runs.items() if not all(any(one.excuses(*run) for one in strikes) for run in ran[:-1])]
 
 
-async def kill_one(made: Bench, process: int, kill: Callable[[], None]) -> tuple[Strike, float]:
-    """Kill a worker while it runs jobs; return the strike, and after how many seconds the last of them ran elsewhere."""
+async def kill_one(node: Node, made: Bench, victim: Worker) -> tuple[Strike, float]:
+    """Kill a worker while it runs jobs, and wait until all that it held is done: a job that two kills hit would run alone, later.
+
+    Return the strike, and after how many seconds the last of the jobs that ran began again elsewhere.
+    """
+    process = victim.process.pid
+
+    def runs(verb: str, since_s: float, *, elsewhere: bool) -> dict[str, float]:
+        lines = ((words[1], int(words[3]), float(words[4])) for words in made.recorder.lines(verb))
+        return {job: at_s for job, of, at_s in lines if (of != process) is elsewhere and at_s > since_s}
 
     def running() -> set[str]:
-        mine = [words for words in made.recorder.lines() if int(words[3]) == process]
-        return {words[1] for words in mine if words[0] == "start"} - {words[1] for words in mine if words[0] == "end"}
+        return (
+            runs("start", 0, elsewhere=False).keys()
+            - runs("end", 0, elsewhere=False).keys()
+            - runs("end", 0, elsewhere=True).keys()
+        )
 
     await eventually(lambda: bool(running()), lambda: made.logs)
     at_s = time.monotonic()
-    await asyncio.to_thread(kill)
+    await asyncio.to_thread(victim.kill9)
     strike, left = Strike(process, at_s, time.monotonic()), running()
-
-    def again() -> dict[str, float]:
-        starts = ((words, float(words[4])) for words in made.recorder.lines("start") if words[1] in left)
-        return {words[1]: start_s for words, start_s in starts if int(words[3]) != process and start_s > at_s}
-
-    await eventually(lambda: again().keys() == left, lambda: f"{left - again().keys()} of {process}; {made.logs}")
-    return strike, max(again().values(), default=at_s) - at_s
+    await eventually(lambda: left <= runs("end", at_s, elsewhere=True).keys(), lambda: f"{left}; {made.logs}")
+    again = runs("start", at_s, elsewhere=True)
+    async with asyncio.timeout(PATIENCE_S):
+        while [row[0] for row in await node.query(_OF_THE_DEAD)] != [3, 0]:
+            await asyncio.sleep(0.05)
+    return strike, max((again[job] for job in left), default=at_s) - at_s
 
 
 async def test_kills_of_four_workers_and_of_the_server_lose_nothing(node: Node, bench: MakeBench) -> None:
@@ -140,10 +153,10 @@ async def test_kills_of_four_workers_and_of_the_server_lose_nothing(node: Node, 
                 strikes.append(Strike(None, at_s, time.monotonic()))
             else:
                 killed = workers.pop(rng.randrange(4))
-                strike, wait_s = await kill_one(made, killed.process.pid, killed.kill9)
+                strike, wait_s = await kill_one(node, made, killed)
                 strikes.append(strike)
                 waits_s.append(wait_s)
-                workers.append(made.start())
+                workers.append(await made.working())
         await eventually(lambda: len(load.confirmed) >= JOBS, lambda: str(load.counts()), timeout_s=90)
     await made.until_empty()
 
@@ -155,9 +168,7 @@ async def test_kills_of_four_workers_and_of_the_server_lose_nothing(node: Node, 
     assert max(waits_s) < 2 + SLOW_S
 
 
-async def test_each_job_starts_in_time_although_the_listening_connection_is_cut(
-    postgres_url: str, bench: MakeBench
-) -> None:
+async def test_each_job_starts_in_time_although_the_listening_connection_is_cut(postgres_url: str) -> None:
     """A notice that was sent meanwhile is gone: a job that waited for the next one would wait for the next publish."""
     queue = Queue("jobs")
     async with FaultProxy(urlsplit(postgres_url).port or 0) as link:

@@ -19,7 +19,7 @@ TWO_HOURS_S = 7200.0
 DELAY_S = 0.5
 
 
-@pytest.fixture(params=["quorum", "postgresql"])
+@pytest.fixture(params=["quorum", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def url(request: pytest.FixtureRequest) -> str:
     """The URL of each broker that several machines share."""
     if request.param == "postgresql":
