@@ -10,7 +10,8 @@ from leveret.errors import ConfigurationError
 # A migration that a release has never changes: whoever applied it would be refused. Change the schema by another one. Until its
 # release, a migration's text may change, and its checksum here with it.
 _CHECKSUMS = {
-    "0001_jobs": "e28a9c054c7dee09286516333ae63209f0a189f6f1815e6a7dad4a1f8b70f415",
+    "0001_jobs": "7eeb1da9a6a218206f0e1f028c6b5985ece9d2ea05c422cdd8b200ea665cb7be",
+    "0002_outbox": "0d1f1f50af8f58f673f405f383afb140557854b7052af722b8a9eb8ea4894274",
 }
 
 
