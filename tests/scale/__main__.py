@@ -34,6 +34,7 @@ SMALL, BIG = 10_000, 10_000_000
 ROUNDS, MANY = 10, 2000
 """How often so many jobs are published, to measure it."""
 RATE = 1000
+RUSH = 20_000
 HELD_S = 600.0
 NAP_S = 60
 """autovacuum_naptime of a new server."""
@@ -145,50 +146,68 @@ class Stream:
 
 async def bloat(node: Node, folder: Path, part: float, report: Report) -> None:
     """Hold a snapshot under a steady load, and see what goes when it ends."""
-    seconds, nap_s = max(15.0, HELD_S * part), _nap_s(part)
+    seconds, nap_s = max(10.0, HELD_S * part), _nap_s(part)
     async with site(node, folder) as where, where.worker():
         async with Stream(where) as stream:
-            calm_ms, held_ms = list[float](), list[float]()
             await stream.run(2.0)
-            where.counting.slowest_s()
-            async with where.claims(calm_ms):
-                calm = await stream.run(max(5.0, seconds / 10))
-            report.add(Figure("jobs run without a snapshot", calm, "jobs/s"))
-            report.add(Figure("from publish to handler without a snapshot, slowest", where.counting.slowest_s(), "s"))
-            report.add(Figure("a claim without a snapshot, p99", percentile(calm_ms, 0.99), "ms"))
+            await _calm(where, stream, max(5.0, seconds / 10), report)
             holder = await asyncpg.connect(where.url)
             await holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM leveret.jobs")
             await stream.run(seconds * 3 / 4)
-            where.counting.slowest_s()
-            async with where.claims(held_ms):
-                held = await stream.run(seconds / 4)
-            behind = stream.published - where.counting.runs
-            report.add(Figure(f"jobs run after {seconds:.0f} s with a snapshot", held, "jobs/s", at_least=0.95 * RATE))
-            report.add(Figure("jobs that wait then", behind, "", at_most=RATE))
-            report.add(Figure("from publish to handler then, slowest", where.counting.slowest_s(), "s"))
-            report.add(Figure("a claim then, p99", percentile(held_ms, 0.99), "ms", at_most=50.0))
-            report.add(Figure("a claim then, slowest", max(held_ms), "ms"))
+            await _held(where, stream, seconds / 4, report)
         published = stream.published
         await where.until_runs(published, 120)
-        dead, peak = await where.dead_rows(), await where.size_mib()
-        report.add(Figure("dead rows at the snapshot's end", dead, ""))
+        rush, published = await _rush(where), published + RUSH
+        peak = await where.size_mib()
+        report.add(Figure("dead rows at the snapshot's end", await where.dead_rows(), ""))
         report.add(Figure("tables at the snapshot's end", peak, "MiB"))
         await holder.close()
-        gone_s = await _until_cleared(where, 3 * nap_s + 60)
-        left = await where.dead_rows()
+        gone_s, left = await _until_cleared(where, 3 * nap_s + 60), await where.dead_rows()
         report.add(Figure("dead rows after the vacuum", left, "", at_most=3 * FEW, timed=False))
         report.add(Figure("the dead rows were gone after", gone_s, "s", at_most=nap_s + 15))
+        later, published = await _rush(where), published + RUSH
+        report.add(Figure(f"a rush of {RUSH:,} jobs with the snapshot", rush, "jobs/s"))
+        report.add(Figure("the same rush : one after the vacuum", rush / later, "", at_least=0.5))
         async with Stream(where) as stream:
             await stream.run(seconds)
-        await where.until_runs(published + stream.published, 120)
-        again = await where.size_mib()
-        goal = 1.1 * peak  # what was added and not yet cleared
+        published += stream.published
+        await where.until_runs(published, 120)
+        again, goal = await where.size_mib(), 1.1 * peak  # what was added, and isn't cleared yet
         report.add(Figure("tables after as many jobs once more", again, "MiB", at_most=goal, timed=False))
-        report.add(
-            Figure(
-                "jobs that didn't run", published + stream.published - where.counting.runs, "", at_most=0, timed=False
-            )
-        )
+        missing = published - where.counting.runs
+        report.add(Figure("jobs that didn't run", missing, "", at_most=0, timed=False))
+
+
+async def _calm(where: Site, stream: Stream, seconds: float, report: Report) -> None:
+    took_ms = list[float]()
+    where.counting.slowest_s()
+    async with where.claims(took_ms):
+        rate = await stream.run(seconds)
+    report.add(Figure("jobs run without a snapshot", rate, "jobs/s"))
+    report.add(Figure("from publish to handler, slowest", where.counting.slowest_s(), "s"))
+    report.add(Figure("a claim, p99", percentile(took_ms, 0.99), "ms"))
+
+
+async def _held(where: Site, stream: Stream, seconds: float, report: Report) -> None:
+    took_ms = list[float]()
+    where.counting.slowest_s()
+    async with where.claims(took_ms):
+        rate = await stream.run(seconds)
+    behind = stream.published - where.counting.runs
+    report.add(Figure("jobs run at the end of the time with a snapshot", rate, "jobs/s", at_least=0.95 * RATE))
+    report.add(Figure("jobs that wait then", behind, "", at_most=RATE))
+    report.add(Figure("from publish to handler then, slowest", where.counting.slowest_s(), "s"))
+    report.add(Figure("a claim then, p99", percentile(took_ms, 0.99), "ms", at_most=50.0))
+    report.add(Figure("a claim then, slowest", max(took_ms), "ms"))
+
+
+async def _rush(where: Site) -> float:
+    """Publish and run jobs as fast as it goes; return how many a second."""
+    runs, began = where.counting.runs, time.monotonic()
+    async with where.counting.app.publisher() as publisher:
+        await where.publish(publisher, RUSH)
+    await where.until_runs(runs + RUSH)
+    return RUSH / (time.monotonic() - began)
 
 
 async def _until_cleared(where: Site, limit_s: float) -> float:
