@@ -34,7 +34,9 @@ RUNTIME = Runtime(app="fault")
 MakeBench = Callable[..., Bench]
 
 JOBS = int(os.environ.get("LEVERET_KILL_JOBS", "1000"))
-"""Under how many jobs workers and server are killed; 10 000 and more are published faster, and ten workers killed instead of four."""
+"""Under how many jobs workers and server are killed; from 10 000 on, ten workers are killed instead of four."""
+RATE = 500 if JOBS >= 10_000 else 100
+"""How many jobs are published a second meanwhile."""
 SLOW_S = 2.0
 """What a slow machine may add to a promised time, seconds."""
 
@@ -137,7 +139,7 @@ async def test_kills_of_four_workers_and_of_the_server_lose_nothing(node: Node, 
     workers = [await made.working() for _ in range(4)]
     strikes, waits_s = list[Strike](), list[float]()
     script = (["worker"] * (5 if many else 2) + ["server"]) * 2
-    async with Load(made, rate=500 if many else 100, seconds=0.2) as load:
+    async with Load(made, rate=RATE, seconds=0.2) as load:
         for number, victim in enumerate(script, 1):
             enough = number * JOBS // (len(script) + 1)
             await eventually(lambda: len(load.confirmed) >= enough, lambda: str(load.counts()), timeout_s=90)  # noqa: B023 - awaited at once
@@ -194,7 +196,7 @@ async def test_a_promoted_synchronous_standby_has_all_that_was_confirmed(
     standby = await primary.standby(synchronous=True)
     made = bench(primary.url_with(standby))
     await made.working()
-    async with Load(made, rate=100) as load:
+    async with Load(made, rate=RATE) as load:
         await asyncio.sleep(1.0)
         await primary.kill9()
         killed = time.monotonic()
