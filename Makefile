@@ -24,7 +24,7 @@ endif
 # setuptools warns of what pyproject.toml has chosen (strict editable); errors are still shown.
 LINK = PYTHONWARNINGS=ignore
 
-.PHONY: help install demo check lint types test test-python test-pythons fault test-matrix fuzz transactions soak examples bench bench-peers clean
+.PHONY: help install demo check lint types test test-python test-pythons fault test-matrix fuzz transactions scale-postgres soak examples bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -68,6 +68,9 @@ test-matrix: $(DEV)  ## contract and faults on RabbitMQ 3.10, 4.0 and 4.3 (and a
 
 transactions: $(DEV)  ## 100 000 random transactions that publish jobs, with each library, against a model; half an hour
 	$(BIN)/python -m tests.transactions.model $(TRANSACTIONS_ARGS)
+
+scale-postgres: $(DEV)  ## PostgreSQL with 10 million jobs waiting, a held snapshot, a day's jobs: figures, also in build/scale.json; about an hour
+	$(BIN)/python -m tests.scale $(SCALE_ARGS)
 
 soak: $(V)/stamp-plot  ## 20 minutes of load on three nodes while all that can break does: counts in build/soak.json, a chart in build/soak.svg
 	$(BIN)/python -m tests.soak $(SOAK_ARGS)

@@ -26,7 +26,7 @@ def bench(tmp_path: Path) -> Generator[Callable[..., Bench]]:
         sys.stdout.write(one.logs)  # shown where the test failed
 
 
-@pytest.fixture(params=["sqlite", "postgresql", "quorum", "classic"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres), "quorum", "classic"])
 def any_bench(request: pytest.FixtureRequest, bench: Callable[..., Bench], tmp_path: Path) -> Bench:
     """A bench on each durable broker and kind of queue."""
     if request.param == "sqlite":

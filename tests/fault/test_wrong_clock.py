@@ -2,18 +2,16 @@
 
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from leveret import App, Attempt, Job, Queue, Retry
-from leveret.clock import SystemClock
 from leveret.consuming.worker import working
 from leveret.publishing.publisher import Publisher
 from leveret.runtime import Runtime
 from tests.fault.bench import eventually
-from tests.rabbit.node import Rabbit
+from tests.fault.clock import OffClock
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 
@@ -21,18 +19,19 @@ TWO_HOURS_S = 7200.0
 DELAY_S = 0.5
 
 
-class OffClock(SystemClock):
-    """The machine's clock, as it would be `off_s` later."""
-
-    def __init__(self, off_s: float) -> None:
-        self.now: Callable[[], float] = lambda: time.time() + off_s
+@pytest.fixture(params=["quorum", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of each broker that several machines share."""
+    if request.param == "postgresql":
+        return str(request.getfixturevalue("postgres_url"))
+    return str(request.getfixturevalue("rabbit").url)
 
 
 @pytest.mark.parametrize("off_s", [-TWO_HOURS_S, TWO_HOURS_S])
 @pytest.mark.parametrize("whose", ["publisher", "worker"])
-async def test_a_delay_and_a_retry_take_as_long_as_they_were_asked_to(rabbit: Rabbit, whose: str, off_s: float) -> None:
+async def test_a_delay_and_a_retry_take_as_long_as_they_were_asked_to(url: str, whose: str, off_s: float) -> None:
     """R42: one virtual machine that woke up with an old clock, and its jobs run two hours late, or all at once."""
-    app, queue = App("shop", broker=rabbit.url), Queue(f"clock-{uuid.uuid4().hex[:12]}", priorities=False)
+    app, queue = App("shop", broker=url), Queue(f"clock-{uuid.uuid4().hex[:12]}", priorities=False)
     runs: list[tuple[float, float]] = []
 
     class Order(Job, name="order", queue=queue):

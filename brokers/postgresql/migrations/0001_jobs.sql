@@ -67,7 +67,9 @@ CREATE TABLE {schema}.dead (
 CREATE INDEX dead_read ON {schema}.dead (reader) WHERE reader IS NOT NULL;
 
 -- Statistics of tables that fill and empty all day are always wrong, so the functions pin their plans: with these settings every
--- scan goes by the primary key, and a plan is made once. `jit` would compile what the settings make look costly.
+-- scan goes by the primary key, and a plan is made once. `jit` would compile what the settings make look costly. A join could still
+-- read the whole index for each row, if the table seems to be empty: to the planner that is as cheap as to look a number up. So rows
+-- are looked up in LATERAL subqueries, which OFFSET 0 keeps apart, and deleted or updated by their `ctid`.
 
 -- A worker that waits for jobs of a queue shares an advisory lock under this number: a mark in a table would be written for each job
 -- at a low rate, and with a snapshot held its dead rows would be read by each publish.
@@ -221,16 +223,18 @@ BEGIN
         GET DIAGNOSTICS claimed = ROW_COUNT;
         IF claimed < cardinality(wanted) THEN
             UPDATE claims c SET worker = worker_id, deliveries = c.deliveries + 1, begun = false
-            FROM unnest(wanted) AS w(seq) WHERE c.seq = w.seq AND c.worker IS NULL;
+            WHERE c.ctid = ANY (ARRAY(
+                SELECT f.ctid FROM unnest(wanted) AS w(seq)
+                CROSS JOIN LATERAL (SELECT ctid FROM claims WHERE seq = w.seq AND worker IS NULL OFFSET 0) f
+            ));
         END IF;
         RETURN QUERY
             SELECT j.seq, c.deliveries, c.crashes, j.queue,
                 coalesce((ARRAY['urgent', 'high', 'normal', 'low'])[j.level], j.level::text), j.job_id, j.job, j.content_type,
                 j.content_encoding, j.body, j.created_s, j.app, j.correlation_id, j.reply_to, j.headers
             FROM unnest(wanted) WITH ORDINALITY AS w(seq, place)
-            JOIN claims c ON c.seq = w.seq
-            JOIN jobs j ON j.queue = of_queue AND j.level = levels[i] AND j.seq = w.seq
-            WHERE c.worker = worker_id
+            CROSS JOIN LATERAL (SELECT * FROM claims WHERE seq = w.seq AND worker = worker_id OFFSET 0) c
+            CROSS JOIN LATERAL (SELECT * FROM jobs WHERE queue = of_queue AND level = levels[i] AND seq = w.seq OFFSET 0) j
             ORDER BY w.place;
         any_found := any_found OR FOUND;
     END LOOP;
@@ -251,10 +255,15 @@ SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off S
 SET join_collapse_limit = 1 SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 BEGIN
     PERFORM hold(worker_id);
-    DELETE FROM jobs j USING unnest(queues, levels, seqs) AS s(queue, level, seq)
-    WHERE j.queue = s.queue AND j.level = s.level AND j.seq = s.seq
-        AND (SELECT c.worker FROM claims c WHERE c.seq = s.seq) = worker_id;
-    DELETE FROM claims c USING unnest(seqs) AS s(seq) WHERE c.seq = s.seq AND c.worker = worker_id;
+    DELETE FROM jobs WHERE ctid = ANY (ARRAY(
+        SELECT j.ctid FROM unnest(queues, levels, seqs) AS s(queue, level, seq)
+        CROSS JOIN LATERAL (SELECT ctid FROM jobs WHERE queue = s.queue AND level = s.level AND seq = s.seq OFFSET 0) j
+        WHERE (SELECT c.worker FROM claims c WHERE c.seq = s.seq) = worker_id
+    ));
+    DELETE FROM claims WHERE ctid = ANY (ARRAY(
+        SELECT c.ctid FROM unnest(seqs) AS s(seq)
+        CROSS JOIN LATERAL (SELECT ctid FROM claims WHERE seq = s.seq AND worker = worker_id OFFSET 0) c
+    ));
 END $$;
 
 -- Free jobs that haven't begun; they keep their places.
@@ -265,8 +274,10 @@ SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off S
 SET join_collapse_limit = 1 SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 BEGIN
     PERFORM hold(worker_id);
-    UPDATE claims c SET worker = NULL, deliveries = c.deliveries - 1
-    FROM unnest(seqs) AS s(seq) WHERE c.seq = s.seq AND c.worker = worker_id;
+    UPDATE claims SET worker = NULL, deliveries = deliveries - 1 WHERE ctid = ANY (ARRAY(
+        SELECT c.ctid FROM unnest(seqs) AS s(seq)
+        CROSS JOIN LATERAL (SELECT ctid FROM claims WHERE seq = s.seq AND worker = worker_id OFFSET 0) c
+    ));
 END $$;
 
 -- Delete a worker's entry and free what it holds; `died` says that its jobs may have killed it. False if somebody uses the entry now.
@@ -299,9 +310,9 @@ DECLARE
     filled text[];
 BEGIN
     WITH due AS (
-        SELECT d.due_ms, d.seq FROM delayed d WHERE d.due_ms <= now_ms ORDER BY d.due_ms, d.seq LIMIT at_most FOR UPDATE SKIP LOCKED
+        SELECT d.ctid FROM delayed d WHERE d.due_ms <= now_ms ORDER BY d.due_ms, d.seq LIMIT at_most FOR UPDATE SKIP LOCKED
     ), moved AS (
-        DELETE FROM delayed d USING due WHERE d.due_ms = due.due_ms AND d.seq = due.seq RETURNING d.*
+        DELETE FROM delayed d WHERE d.ctid = ANY (ARRAY(SELECT due.ctid FROM due)) RETURNING d.*
     ), added AS (
         INSERT INTO jobs (
             queue, level, job_id, job, content_type, content_encoding, body, created_s, app, correlation_id, reply_to, headers

@@ -85,7 +85,8 @@ BEGIN
             s.content_encoding, s.body, s.created_s, s.app, s.correlation_id, s.reply_to, s.headers
         FROM (
             SELECT o.*, t.place, sum(octet_length(o.body)) OVER (ORDER BY t.place) AS bytes
-            FROM unnest(taken) WITH ORDINALITY AS t(seq, place) JOIN outbox o ON o.seq = t.seq
+            FROM unnest(taken) WITH ORDINALITY AS t(seq, place)
+            CROSS JOIN LATERAL (SELECT * FROM outbox WHERE seq = t.seq OFFSET 0) o
         ) s
         WHERE s.place = 1 OR s.bytes <= at_most_bytes
         ORDER BY s.place;
@@ -98,7 +99,9 @@ SET search_path = {schema}, pg_temp
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET enable_material = off
 SET join_collapse_limit = 1 SET plan_cache_mode = force_generic_plan SET jit = off AS $$
 BEGIN
-    DELETE FROM outbox o USING unnest(seqs) AS s(seq) WHERE o.seq = s.seq;
+    DELETE FROM outbox WHERE ctid = ANY (ARRAY(
+        SELECT o.ctid FROM unnest(seqs) AS s(seq) CROSS JOIN LATERAL (SELECT ctid FROM outbox WHERE seq = s.seq OFFSET 0) o
+    ));
 END $$;
 
 -- Delete at most `at_most` entries of the inbox that are older than `keep_s`, and return how many.

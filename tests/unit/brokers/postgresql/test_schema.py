@@ -10,8 +10,8 @@ from leveret.errors import ConfigurationError
 # A migration that a release has never changes: whoever applied it would be refused. Change the schema by another one. Until its
 # release, a migration's text may change, and its checksum here with it.
 _CHECKSUMS = {
-    "0001_jobs": "17a8a0891513847f6b5110718b2e4a1942035f2c7e45e6c7d9c5c0a9771c7bdb",
-    "0002_outbox": "7a39a33cf59cb692617356bd29826657209dcfffc4057bc43e241dbe186fa64c",
+    "0001_jobs": "2ef9d84692e34b6ccbdff1d7bd58ec92ce4fc1410e1bdf3dcd6a1b4882e30607",
+    "0002_outbox": "4986ae5861d1507434c3bfa57bc78bdda4a0be26460579a8f408a3f0324d3643",
 }
 
 

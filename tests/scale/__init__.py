@@ -1,0 +1,1 @@
+"""The PostgreSQL broker at scale: see `__main__`."""
