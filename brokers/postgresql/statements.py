@@ -101,15 +101,19 @@ class Statements:
 
     def settle(self, lease: int | None, queues: Iterable[str], levels: Iterable[int], seqs: Iterable[int]) -> str:
         """Return what deletes finished jobs."""
-        return f"{self._settle}({lease}, {_names(queues)}, {_numbers(levels)}, {_numbers(seqs)})"
+        return f"{self._settle}({_number(lease)}, {_names(queues)}, {_numbers(levels)}, {_numbers(seqs)})"
 
     def give_back(self, lease: int | None, seqs: Iterable[int]) -> str:
         """Return what frees jobs that haven't begun."""
-        return f"{self._give_back}({lease}, {_numbers(seqs)})"
+        return f"{self._give_back}({_number(lease)}, {_numbers(seqs)})"
 
     def freed(self, queues: Iterable[str]) -> str:
         """Return what tells the workers that jobs of these queues are free again."""
         return f"{self._wake}({_names(queues)}, 'freed')"
+
+
+def _number(value: int | None) -> str:
+    return "NULL" if value is None else str(value)
 
 
 def _numbers(values: Iterable[int]) -> str:
