@@ -46,13 +46,21 @@ _DELAYED = (
 )
 _DEAD = "SELECT count(*) FROM {schema}.dead WHERE queue = $1"
 _KNOWN = "SELECT EXISTS (SELECT FROM {schema}.queues WHERE name = $1)"
+# In the order of the index, and from behind the last batch: the rows of the batches before are still there, until a vacuum.
 _PURGE = (
-    "WITH free AS (SELECT j.level, j.seq FROM {schema}.jobs j WHERE j.queue = $1"
-    " AND (SELECT c.worker FROM {schema}.claims c WHERE c.seq = j.seq) IS NULL LIMIT $2 FOR UPDATE SKIP LOCKED),"
-    " gone AS (DELETE FROM {schema}.claims c USING free WHERE c.seq = free.seq),"
-    " deleted AS (DELETE FROM {schema}.jobs j USING free WHERE j.queue = $1 AND j.level = free.level AND j.seq = free.seq RETURNING 1)"
-    " SELECT count(*) FROM deleted"
+    "WITH free AS (SELECT j.ctid, j.level, j.seq FROM {schema}.jobs j"
+    " WHERE j.queue = $1 AND (j.level, j.seq) > ($3::smallint, $4::bigint)"
+    " AND (SELECT c.worker FROM {schema}.claims c WHERE c.seq = j.seq) IS NULL"
+    " ORDER BY j.level, j.seq LIMIT $2 FOR UPDATE SKIP LOCKED),"
+    " gone AS (DELETE FROM {schema}.claims WHERE ctid = ANY (ARRAY(SELECT c.ctid FROM free"
+    " CROSS JOIN LATERAL (SELECT ctid FROM {schema}.claims WHERE seq = free.seq OFFSET 0) c))),"
+    " deleted AS (DELETE FROM {schema}.jobs WHERE ctid = ANY (ARRAY(SELECT free.ctid FROM free)))"
+    " SELECT count(*) OVER (), level, seq FROM free ORDER BY level DESC, seq DESC LIMIT 1"
 )
+_BY_INDEX = (
+    "SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL plan_cache_mode = force_generic_plan"
+)
+_START = (0, 0)
 _PAGE_OF_DEAD = (
     "WITH page AS (SELECT seq FROM {schema}.dead WHERE queue = $2 AND reader IS NULL AND seq > $3 AND seq <= $4"  # noqa: S608 - columns of ours
     " ORDER BY seq LIMIT $5 FOR UPDATE SKIP LOCKED)"
@@ -272,18 +280,24 @@ class PostgresAdmin:
 
     async def purge(self, queue: Queue) -> int:
         """As `Admin.purge`, some thousands of jobs per transaction, so that workers get their turns in between."""
+        behind = _START
 
-        async def delete(connection: Connection) -> int:
+        async def delete(connection: Connection) -> tuple[int, int, int]:
             await connection.execute(self.statements.move_due, _PURGED_AT_ONCE)
-            count: int = await connection.fetchval(self.sql(_PURGE), queue.name, _PURGED_AT_ONCE)
-            return count
+            await connection.execute(_BY_INDEX)
+            last = await connection.fetchrow(self.sql(_PURGE), queue.name, _PURGED_AT_ONCE, *behind)
+            return (0, *_START) if last is None else (last[0], last[1], last[2])
 
         purged = 0
         while True:
-            count = await self.run(f"the purge of queue {queue.name!r}", delete)
+            count, *place = await self.run(f"the purge of queue {queue.name!r}", delete)
             purged += count
-            if count < _PURGED_AT_ONCE:
+            if count == _PURGED_AT_ONCE:
+                behind = (place[0], place[1])
+            elif behind == _START:
                 return purged
+            else:  # once more: jobs fell due, or were freed, behind the batches before
+                behind = _START
 
     def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
         """As `Admin.dead`; if this process dies, its letters are free again as the jobs of a dead worker are."""

@@ -531,3 +531,25 @@ async def test_the_admin_names_who_keeps_the_vacuum_from_its_work(
     assert ", since 20" in note
     await reader.close()
     await admin.close()
+
+
+async def test_a_purge_of_many_batches_leaves_what_is_held_and_nothing_else(
+    opened: Opened, postgres: Postgres, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch begins behind the last one, so that millions take minutes: what falls due behind that place mustn't stay."""
+    monkeypatch.setattr(admin_module, "_PURGED_AT_ONCE", 10)
+    queue = Queue("plain", priorities=False)
+    broker, admin = opened(), open_admin(postgres_url, RUNTIME)
+    await publish(broker, b"1", b"2", b"3", queue=queue)
+    _, sink = await consume(broker, queue, prefetch=3)
+    held = await sink.take(3)
+    rows = "INSERT INTO leveret.{} (queue, level, body{}) SELECT 'plain', 1 + n % 4, ''{} FROM generate_series(1, 35) n"
+    await postgres.query(rows.format("jobs", "", ""), url=postgres_url)
+    await postgres.query(rows.format("delayed", ", due_ms", ", 0"), url=postgres_url)
+
+    purged = await admin.purge(queue)
+
+    row = await depth(admin, queue)
+    assert (purged, row.ready, row.delayed, row.unsettled) == (70, 0, 0, 3)
+    assert all(delivery.live for delivery in held)
+    await admin.close()
