@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
 from typing import Protocol
 
@@ -19,6 +20,11 @@ from tests.rabbit.raw import Raw, connect
 # a clock says more of the machine's load than of an example: two processes of tests share it, and whatever else runs
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+
+# a shell without job control lets what it starts in the background ignore ^C, and so would each command of a test
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StartNode(Protocol):

@@ -187,24 +187,35 @@ class Relay:
         if tried is not None:
             self._pauses[tried].ends = deadline + 1  # not tried by the other line too
         if jobs:
-            return [self._write(waiting) for waiting in jobs]
+            return await self._write(jobs)
         if tried is not None:
             del self._pauses[tried]
         else:
             await first_of(line.wait(), self._stop.wait())
         return ()
 
-    def _write(self, waiting: Waiting) -> _Sent:
-        sent = _Sent(waiting)
-        queue, envelope = waiting.queue, waiting.envelope
-        if queue is not None and waiting.problem is None:
+    async def _write(self, jobs: Sequence[Waiting]) -> Sequence[_Sent]:
+        """Publish jobs; return once each that is due is written, so that the next batch overtakes none."""
+        batch = [_Sent(waiting) for waiting in jobs]
+        late: dict[str, _Sent] = {}
+        """By queue: the last job that waits for a connection or a window, behind which the queue's next jobs have to wait."""
+        for sent in batch:
+            queue, envelope = sent.waiting.queue, sent.waiting.envelope
+            if queue is None or sent.waiting.problem is not None:
+                continue
+            is_due = envelope.due_ms is None
             try:
-                sent.publish = None if envelope.due_ms is not None else self._broker.post(queue, envelope)
+                sent.publish = self._broker.post(queue, envelope) if is_due and queue.name not in late else None
             except PublishError as error:
                 sent.error = error
-            else:
-                sent.publish = sent.publish or asyncio.create_task(self._broker.publish(queue, envelope))
-        return sent
+                continue
+            if sent.publish is None:
+                sent.publish = asyncio.create_task(self._broker.publish(queue, envelope))
+                if is_due:
+                    late[queue.name] = sent
+        for sent in late.values():
+            await _confirmed(sent)
+        return batch
 
     async def _end(self, line: Line, batch: Sequence[_Sent]) -> None:
         """Wait for the confirms, and settle the batch."""

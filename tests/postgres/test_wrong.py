@@ -85,7 +85,10 @@ async def test_a_certificate_is_checked_and_a_wrong_one_is_one_line(
     wrong = await migrate(f"{node.url}?sslmode=verify-full&sslrootcert={tmp_path}/others.crt")
     other_name = await migrate(f"{named}?sslmode=verify-full&sslrootcert={tmp_path}/ours.crt")
 
-    assert right == (2, f"leveret: the broker {node.url.replace(password, '***')} (schema leveret) lacks 0001_jobs")
+    assert right == (
+        2,
+        f"leveret: the broker {node.url.replace(password, '***')} (schema leveret) lacks 0001_jobs, 0002_outbox",
+    )
     assert wrong[0] == other_name[0] == 2
     assert "certificate verify failed" in wrong[1]
     assert "certificate is not valid for 'localhost'" in other_name[1]

@@ -88,9 +88,11 @@ def test_a_project_that_is_installed_is_the_users_code_too(write: Write) -> None
 @pytest.mark.parametrize("error", ["AppRegistryNotReady", "ImproperlyConfigured"])
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_django_project_without_its_setup_is_told_where_and_what_to_call(
-    write: Write, error: str, listed: bool
+    write: Write, error: str, listed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Django's own text says nothing of django.setup(), and its line lies in Django."""
+    for module in [module for module in sys.modules if module.partition(".")[0] == "django"]:
+        monkeypatch.delitem(sys.modules, module)  # the real one, which another test has imported
     name = "handlers.py" if listed else "app.py"
     folder = write(
         **{
