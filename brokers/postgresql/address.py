@@ -43,6 +43,7 @@ _LIBPQ: Final = {
     "target_session_attrs",
     "user",
 }
+_SESSIONS: Final = ("any", "primary", "standby", "prefer-standby", "read-write", "read-only")
 _FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 _MIN_SERVER: Final = 14
 
@@ -116,6 +117,8 @@ def address_of(url: str) -> Address:
     check_name(schema)
     if prepared not in {"on", "off"}:
         raise refused(f"has prepared={prepared}: it must be on or off")
+    if (session := query.get("target_session_attrs", "any")) not in _SESSIONS:
+        raise refused(f"has target_session_attrs={session}: it must be one of {', '.join(_SESSIONS)}")
     if "," in f"{hosts}{query.get('host', '')}":
         query.setdefault("target_session_attrs", "read-write")
     return Address(parts._replace(query=urlencode(query)).geturl(), schema, prepared == "on")

@@ -76,6 +76,10 @@ def test_the_password_is_printed_nowhere() -> None:
         ("postgresql://shop:ter2@[x/shop", "percent-encoded"),
         ("postgresql://shop:ter2@db/shop?shema=x", "has the unknown parameter 'shema'; known are application_name,"),
         ("postgresql://shop:ter2@db/shop?prepared=no", "has prepared=no: it must be on or off"),
+        (
+            "postgresql://shop:ter2@db/shop?target_session_attrs=rw",
+            "has target_session_attrs=rw: it must be one of any, primary",
+        ),
         ("postgresql://shop:ter2@db/shop?schema=a.b", "the schema 'a.b': its name needs"),
     ],
 )
