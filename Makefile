@@ -60,8 +60,8 @@ test-pythons:  ## unit, property and memory/SQLite contract tests on each Python
 test-python: $(TESTS)
 	$(BIN)/pytest tests/unit tests/property tests/contract -m "not fault and not rabbit and not postgres" -q $(PYTEST_ARGS)
 
-fault: $(DEV)  ## the tests that kill workers, links and brokers
-	$(BIN)/pytest -m "fault and not cluster" $(PYTEST_ARGS)
+fault: $(DEV)  ## the tests that kill workers, links and brokers: about 15 minutes, in two processes
+	PYTEST_XDIST_AUTO_NUM_WORKERS=2 $(BIN)/pytest -m "fault and not cluster" -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-matrix: $(DEV)  ## contract and faults on RabbitMQ 3.10, 4.0 and 4.3 (and a cluster), PostgreSQL 15 and 17 (and PgBouncer): a table, also in build/matrix.md; over an hour
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
