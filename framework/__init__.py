@@ -10,16 +10,22 @@ from .errors import (
     BrokerUnavailable,
     ConfigurationError,
     InvalidJob,
+    JobAborted,
+    JobExpired,
+    JobFailed,
     LeveretError,
     MessageTooLarge,
     PublishError,
     PublishManyError,
     PublishTimeout,
+    ResultError,
+    ResultUnavailable,
+    StoreUnavailable,
     Unroutable,
     UnsupportedTopology,
 )
 from .headers import HeaderValue
-from .job import Job, JobMeta, Priority, Queue
+from .job import Job, JobMeta, Keep, Priority, Queue
 from .layer import Consume, ConsumeLayer, Layer, Publish, PublishLayer
 from .options import Outgoing, OutgoingOptions, PublishOptions
 from .outcome import Bury, Done, Expired, Outcome, Retry, Snooze
@@ -49,7 +55,11 @@ __all__ = [
     "HeaderValue",
     "InvalidJob",
     "Job",
+    "JobAborted",
+    "JobExpired",
+    "JobFailed",
     "JobMeta",
+    "Keep",
     "Layer",
     "LeveretError",
     "MessageTooLarge",
@@ -68,9 +78,12 @@ __all__ = [
     "Queue",
     "QueueState",
     "Receipt",
+    "ResultError",
+    "ResultUnavailable",
     "Retry",
     "Settings",
     "Snooze",
+    "StoreUnavailable",
     "Transaction",
     "Unroutable",
     "UnsupportedTopology",

@@ -50,6 +50,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How many workers may have died while they ran this job; 0 again once a run has ended."""
     version: int = 1
     """Version of the contract that encoded the job."""
+    publish: int = 0
+    """64 random bits, signed, that tell this publish from others of the same id; 0 for a job of which no store keeps anything."""
     first_seen_ms: int | None = None
     """When the job was first delivered, Unix ms; None before that."""
     due_ms: int | None = None

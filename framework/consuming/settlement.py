@@ -19,6 +19,7 @@ from ..headers import MOST
 from ..job import Job
 from ..layer import AnyLayer
 from ..outcome import (
+    Aborted,
     Bury,
     CutOff,
     Done,
@@ -140,7 +141,7 @@ class Settlement:
                     elif (republishing := self.settle(run, ending)) is not None:
                         return self._republished(republishing, run, ending)
                     else:
-                        if isinstance(ending, (Done, Expired, Repeated)):
+                        if isinstance(ending, (Done, Aborted, Expired, Repeated)):
                             self._settled(key_of(delivery.envelope))
                         say(run, ending)
             if self._observe is not None:
@@ -260,7 +261,7 @@ class Settlement:
         """
         delivery, envelope = run.delivery, run.envelope
         match ending:
-            case Done() | Repeated():
+            case Done() | Aborted() | Repeated():
                 delivery.done()
             case Expired(keep):
                 if keep:
