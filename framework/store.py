@@ -152,6 +152,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return Key(self.job_id, self.publish)
 
     @property
+    def rank(self) -> tuple[int, int, Stage]:
+        """The place in the life of the publish."""
+        return self.passes, self.attempt, STAGES[self.state]
+
+    @property
     def ended(self) -> bool:
         """Whether the state is done, failed, aborted or expired. A replay from the dead letters may still run it again."""
         return STAGES[self.state] == 2

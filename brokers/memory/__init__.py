@@ -5,13 +5,18 @@ A job's path: `broker` puts the job into the `store`, and `consumption` takes it
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from leveret.admin import Admin
 from leveret.runtime import Runtime
 
 from .broker import MemoryBroker
 from .store import MemoryStore, memory_store
 
-__all__ = ["MemoryBroker", "MemoryStore", "open_admin", "open_broker"]
+if TYPE_CHECKING:
+    from leveret.store import Store
+
+__all__ = ["MemoryBroker", "MemoryStore", "open_admin", "open_broker", "open_store"]
 
 
 def open_broker(url: str, runtime: Runtime) -> MemoryBroker:
@@ -24,3 +29,10 @@ def open_admin(url: str, runtime: Runtime) -> Admin:
     from .admin import MemoryAdmin
 
     return MemoryAdmin(memory_store(url), runtime)
+
+
+def open_store(url: str, runtime: Runtime) -> Store:
+    """Return a job store on the records of `url`."""
+    from .jobs import MemoryJobs, memory_records
+
+    return MemoryJobs(memory_records(url), url, runtime)

@@ -1,0 +1,81 @@
+"""The stores under test, and the levers that break and heal them."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, cast
+from uuid import uuid4
+
+import pytest
+
+from leveret.runtime import Runtime
+from leveret.schemes import broker_module
+from leveret.settings import Settings
+from leveret.store import Store
+
+PATIENCE_S = 15.0
+"""How long a test waits for an event on a loaded machine, seconds; a passing test never waits this long."""
+ANSWER_S = 0.3
+"""How long a store tries that can't be reached, as the tests set it."""
+
+
+class StoreHarness(ABC):
+    """The records of one test."""
+
+    marks: ClassVar[tuple[pytest.MarkDecorator, ...]] = ()
+    tells: ClassVar[bool]
+    """Whether the store hears of others' ends, and calls who watches."""
+
+    @classmethod
+    @abstractmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
+        """Return a harness for one test."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.opened: list[Store]
+
+    async def start(self) -> None:
+        """Make what the test needs before it opens a store."""
+        self.opened = []
+
+    def open(self) -> Store:
+        """Return another store."""
+        runtime = Runtime(app="contract", settings=Settings(connect_timeout_s=ANSWER_S))
+        store = cast("Store", getattr(broker_module(self.url), "open_store")(self.url, runtime))  # noqa: B009
+        self.opened.append(store)
+        return store
+
+    @abstractmethod
+    async def break_(self) -> None:
+        """Let no store answer."""
+
+    @abstractmethod
+    async def heal(self) -> None:
+        """Undo `break_`."""
+
+    async def close(self) -> None:
+        """Undo everything."""
+        await self.heal()
+
+
+class MemoryStoreHarness(StoreHarness):
+    """Records in memory, under a unique name; their own switch breaks them."""
+
+    tells = True
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
+        """Return a harness for one test."""
+        return cls(f"memory://{uuid4().hex}")
+
+    async def break_(self) -> None:
+        importlib.import_module("leveret.brokers.memory.jobs").memory_records(self.url).refuse()
+
+    async def heal(self) -> None:
+        importlib.import_module("leveret.brokers.memory.jobs").memory_records(self.url).accept()
+
+
+HARNESSES: dict[str, type[StoreHarness]] = {"memory": MemoryStoreHarness}
