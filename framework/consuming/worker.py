@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, cast
@@ -11,10 +11,9 @@ from typing import Any, Protocol, cast
 import msgspec
 
 from ..broker import Broker, Consumption
-from ..envelope import Receipt
 from ..errors import ConfigurationError
 from ..layer import AnyLayer
-from ..publishing.publisher import Publisher
+from ..publishing.publisher import Publisher, Waits
 from ..publishing.sender import Sender
 from ..runtime import Runtime
 from ..settings import redact_url
@@ -104,7 +103,7 @@ async def working(
     lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
     observe: Callable[[Ended], None] | None = None,
     threads: Executor | None = None,
-    wait: Callable[[Coroutine[Any, Any, Receipt]], Receipt] | None = None,
+    wait: Waits | None = None,
 ) -> AsyncGenerator[Working, None]:
     """Run a worker of `app` until the block is left, and then drain it. Setting `hurry` ends the grace early.
 
@@ -139,7 +138,9 @@ async def working(
         enter = lifespan or app.lifespan
         resources = await stack.enter_async_context(enter()) if enter is not None else None
         layers = app.layers
-        publisher = Publisher(app.sender(broker, runtime), wait)
+        sender = app.sender(broker, runtime)
+        stack.push_async_callback(sender.close)
+        publisher = Publisher(sender, wait)
         consumer = Consumer(
             broker,
             handlers,

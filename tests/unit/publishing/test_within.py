@@ -10,9 +10,11 @@ import pytest
 from leveret import (
     App,
     Attempt,
+    BlockingHandle,
     BlockingPublisher,
     BrokerUnavailable,
     Envelope,
+    Handle,
     InvalidJob,
     Job,
     Outgoing,
@@ -134,8 +136,8 @@ async def test_the_job_goes_into_the_transaction_and_nowhere_else() -> None:
     async with opened(layer, store=store) as publisher:
         receipt = await publisher.publish(Order(7), connection=session, job_id="seven")
 
-    assert receipt == Receipt("seven", "uncommitted")
-    assert layer.receipts == [receipt]
+    assert receipt == Handle("seven", "uncommitted")
+    assert layer.receipts == [Receipt("seven", "uncommitted")]
     [added] = session.session.added
     assert (added.job_id, added.body, added.headers) == ("seven", b'{"n":7}', {"x-tenant-id": "acme"})
     assert store.state(Runtime(app="within").clock).version == MemoryStore().state(Runtime(app="within").clock).version
@@ -295,7 +297,7 @@ def test_a_blocking_publish_uses_the_connection_in_its_own_thread(
     receipt = publisher.publish(Order(1), connection=session, job_id="1")
     many = publisher.publish_many([Order(2), Outgoing(Order(3), job_id="3")], connection=session)
 
-    assert receipt == Receipt("1", "uncommitted")
+    assert receipt == BlockingHandle("1", "uncommitted")
     assert [one.state for one in many] == ["uncommitted", "uncommitted"]
     assert [one.body for one in session.added] == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
     assert session.threads == {threading.current_thread()}
