@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sqlite3
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, cast
@@ -78,4 +79,26 @@ class MemoryStoreHarness(StoreHarness):
         importlib.import_module("leveret.brokers.memory.jobs").memory_records(self.url).accept()
 
 
-HARNESSES: dict[str, type[StoreHarness]] = {"memory": MemoryStoreHarness}
+class SqliteStoreHarness(StoreHarness):
+    """A SQLite file; another connection's lock breaks it."""
+
+    tells = True
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
+        """Return a harness for one test."""
+        return cls(f"sqlite:///{folder / 'jobs.db'}")
+
+    _blocker: sqlite3.Connection | None = None
+
+    async def break_(self) -> None:
+        self._blocker = sqlite3.connect(self.url.removeprefix("sqlite:///"), timeout=PATIENCE_S, isolation_level=None)
+        self._blocker.execute("BEGIN EXCLUSIVE")
+
+    async def heal(self) -> None:
+        if self._blocker is not None:
+            self._blocker.close()
+            self._blocker = None
+
+
+HARNESSES: dict[str, type[StoreHarness]] = {"memory": MemoryStoreHarness, "sqlite": SqliteStoreHarness}
