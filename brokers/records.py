@@ -8,11 +8,11 @@ from typing import Any, Final, TypeAlias
 from leveret.store import STAGES, Change, Key, Record, Verdict
 
 Entry: TypeAlias = tuple[
-    str, int, str, str, str, int, int, int, int, int | None, int, int, str, str, str, bytes | None, bytes | None
+    str, int, str, str, str, int, int, int, int, int, str, str, str, bytes | None, bytes | None
 ]  # fmt: skip
 ENTERED: Final = (
-    "job_id", "publish", "queue", "job", "state", "stage", "passes", "attempt", "created_ms", "started_ms", "at_ms", "keep_until_ms",
-    "content_type", "error", "reason", "result", "body",
+    "job_id", "publish", "queue", "job", "state", "stage", "passes", "attempt", "at_ms", "keep_until_ms", "content_type", "error", "reason",
+    "result", "body",
 )  # fmt: skip
 """The columns that a change brings, in the order of an `Entry`."""
 COLUMNS: Final = (
@@ -31,8 +31,8 @@ def storable(text: str) -> str:
     return text
 
 
-def entry_of(change: Change, keep_until_ms: int) -> Entry:
-    """Return what a change brings."""
+def entry_of(change: Change, keep_ms: int) -> Entry:
+    """Return what a change brings. `keep_ms` is a moment or a time, as the store's statements take it."""
     return (
         change.job_id,
         change.publish,
@@ -43,9 +43,7 @@ def entry_of(change: Change, keep_until_ms: int) -> Entry:
         change.passes,
         change.attempt,
         change.at_ms,
-        change.at_ms if change.state == "running" else None,
-        change.at_ms,
-        keep_until_ms,
+        keep_ms,
         storable(change.content_type),
         storable(change.error),
         storable(change.reason),

@@ -65,8 +65,9 @@ _TRIM = (
 
 def _inserts(clash: str) -> tuple[tuple[int, str], ...]:
     # few different statements, which SQLite needn't parse again
-    row = f"({', '.join('?' * len(ENTERED))})"
-    start = f"INSERT INTO records AS r ({', '.join(ENTERED)}) VALUES "  # noqa: S608 - columns of ours
+    columns = (*ENTERED, "created_ms", "started_ms")
+    row = f"({', '.join('?' * len(columns))})"
+    start = f"INSERT INTO records AS r ({', '.join(columns)}) VALUES "  # noqa: S608 - columns of ours
     return tuple((count, f"{start}{', '.join([row] * count)} {clash}") for count in (256, 64, 8, 1))
 
 
@@ -76,7 +77,10 @@ _WRITES, _BEGINS = _inserts(_WRITE), _inserts(_BEGIN)
 def _enter(
     changes: Sequence[Change], inserts: Iterable[tuple[int, str]], now_ms: int, file: sqlite3.Connection
 ) -> None:
-    rows = [entry_of(change, now_ms + round(change.keep_s * 1000)) for change in changes]
+    rows = [
+        (*entry_of(one, now_ms + round(one.keep_s * 1000)), one.at_ms, one.at_ms if one.state == "running" else None)
+        for one in changes
+    ]
     start = 0
     for count, statement in inserts:
         while len(rows) - start >= count:
