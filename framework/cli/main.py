@@ -43,6 +43,7 @@ def cli() -> None:
       LEVERET_BROKER       amqp://user:password@host/vhost
                            or sqlite:///jobs.db
       LEVERET_OUTBOX       postgresql://user:password@host/db
+      LEVERET_STORE        postgresql://user:password@host/db
       LEVERET_CONCURRENCY  jobs at once per process and queue:
                            100,emails=50
       LEVERET_LOG          debug (adds tracebacks), info,

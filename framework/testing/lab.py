@@ -107,7 +107,7 @@ async def opened(
     async def given() -> AsyncGenerator[Any, None]:
         yield resources
 
-    with app.captured(Capture(open_broker, runtime, lab.add_published)):
+    with app.captured(Capture(open_broker, lambda: None, runtime, lab.add_published)):
         app.import_modules()
         async with app.publisher() as lab.publisher:
             if not app.handlers():
