@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import msgspec
 
@@ -17,12 +17,17 @@ from ..layer import AnyLayer
 from ..publishing.publisher import Publisher
 from ..publishing.sender import Sender
 from ..runtime import Runtime
+from ..schemes import NO_STORE
 from ..settings import redact_url
 from .consumer import Consumer
 from .handler import Handler, check_limits
 from .limits import Concurrency, limits_of
 from .settlement import Ended
 from .state import Watch, Worker
+
+if TYPE_CHECKING:
+    from ..store import Store
+    from .recording import Recording
 
 GRACE_S = 30.0
 """The default of the grace: the seconds that a stopping worker waits for its handlers."""
@@ -73,6 +78,10 @@ class Service(Protocol):
 
     def open_broker(self, runtime: Runtime) -> Broker:
         """Make the broker."""
+        ...
+
+    def open_store(self, runtime: Runtime) -> Store | None:
+        """Make the job store; None if the app has none."""
         ...
 
     def sender(self, broker: Broker, runtime: Runtime) -> Sender:
@@ -136,6 +145,7 @@ async def working(
         check_limits(handler, broker.features(handler.queue))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
+        recording = await _recording(app, handlers, runtime, stack)
         enter = lifespan or app.lifespan
         resources = await stack.enter_async_context(enter()) if enter is not None else None
         layers = app.layers
@@ -151,6 +161,7 @@ async def working(
             around_sync=app.around_sync,
             observe=observe,
             threads=threads,
+            recording=recording,
         )
         stack.callback(publisher.close)
         # If a later queue fails to open, the first one may already have delivered.
@@ -166,6 +177,32 @@ async def working(
             hint = ", a second signal cuts them off" if hurry is not None else ""
             watch.stop(f"running jobs have {grace_s:g} s to finish{hint}")
             work.drained = await consumer.drain(consumption, grace_s, hurry)
+
+
+async def _recording(
+    app: Service, handlers: Sequence[Handler], runtime: Runtime, stack: AsyncExitStack
+) -> Recording | None:
+    """Return what enters the jobs of `handlers` into the app's job store; None if none of their classes has `keep`."""
+    kept = [handler for handler in handlers if handler.spec.keep is not None]
+    if not kept:
+        return None
+    from ..results.recorder import Recorder
+    from .recording import Recording
+    from .returns import check_returns
+
+    for handler in kept:
+        check_returns(handler)
+    store = app.open_store(runtime)
+    if store is None:
+        msg = f"handler {kept[0].name}: {kept[0].job_class.__name__} has keep=, but {NO_STORE}"
+        raise ConfigurationError(msg)
+    stack.push_async_callback(store.close)
+    recorder = Recorder(store, runtime)
+    stack.push_async_callback(recorder.close)
+    recording = Recording(recorder, handlers, runtime)
+    stack.callback(recording.stop)
+    await recorder.check()
+    return recording
 
 
 def _queues_of(handlers: Sequence[Handler]) -> Sequence[str]:
