@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import Literal
 
 import msgspec
 
@@ -85,7 +85,6 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return msgspec.structs.replace(self, headers={**self.headers, **check_headers(headers)})
 
 
-@final
 class Receipt(msgspec.Struct, frozen=True, gc=False):
     """The result of a publish: the job's id, and what is known of the job."""
 
