@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -33,7 +33,6 @@ from .job import Job
 from .layer import AnyLayer, Layer, check_layers, instrumentation
 from .options import Outgoing
 from .outbox import Outbox
-from .outcome import Outcome
 from .publishing.publisher import Publisher, PublisherBlock
 from .publishing.sender import Sender
 from .runtime import Runtime, Shared
@@ -50,7 +49,9 @@ if TYPE_CHECKING:
 
 _J = TypeVar("_J", bound=Job)
 _R = DefaultTypeVar("_R", default=Any)
-_Says = TypeVar("_Says", bound=Outcome | Awaitable[Outcome | None] | None)
+_Says = TypeVar(
+    "_Says"
+)  # whether it fits the job's result is checked when a worker starts: a bound would refuse right handlers
 _Emits = TypeVar("_Emits", bound=Job | Outgoing | None)
 
 

@@ -138,8 +138,7 @@ class Recorder:
             return "go"
         verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._starts.append(_Start(change, self._clock.monotonic(), verdict))
-        if self._starter is None:
-            self._starter = asyncio.get_running_loop().create_task(self._start_all())
+        self._wake_starter()
         return await verdict
 
     async def end(self, change: Change, *, required: bool = False) -> bool:
@@ -163,6 +162,18 @@ class Recorder:
             if last.heard is None:
                 last.heard = asyncio.get_running_loop().create_future()
             await asyncio.wait([last.heard])
+
+    async def asked(self, keys: Sequence[Key]) -> Sequence[Key]:
+        """Return those of `keys` that are asked to end; none if the store doesn't answer."""
+        try:
+            return await self._limited(self._store.asked(keys), CALL_S)
+        except (StoreUnavailable, ConfigurationError):
+            return ()  # what is written meanwhile says so in the log
+        except Exception as bug:  # noqa: BLE001 - a fault of a store ends no job
+            logger.error(  # noqa: TRY400 - one line
+                "the job store %s couldn't say which jobs are to end: %s", self._store.what, redact(named(bug))
+            )
+            return ()
 
     async def flush(self, within_s: float = WAIT_S) -> bool:
         """Wait until everything is written, for at most `within_s`; return whether it is."""
@@ -200,26 +211,29 @@ class Recorder:
         """Write in a later step of the loop, so that whatever comes in this one shares a call."""
         if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write_all())
+            self._writer.add_done_callback(self._stopped_writing)
             if self._trims is None:
                 self._trim_later()
 
+    def _stopped_writing(self, task: asyncio.Task[None]) -> None:
+        self._writer = None
+        if task.cancelled() and (self._queue or self._kept):  # by the end of a whole program, whose worker still drains
+            self._wake()
+
     async def _write_all(self) -> None:
         failed = 0
-        try:
-            while self._queue or self._kept:
-                if failed:
-                    base_s, cap_s = _RETRY_S
-                    wait_s = full_jitter(failed, base_s=base_s, cap_s=cap_s, rng=self._rng)
-                    await first_of(self._clock.sleep(wait_s), self._closing.wait())
-                last = self._closing.is_set()
-                if await self._write(self._batch()):
-                    failed = 0
-                elif last:
-                    break
-                else:
-                    failed += 1
-        finally:
-            self._writer = None
+        while self._queue or self._kept:
+            if failed:
+                base_s, cap_s = _RETRY_S
+                wait_s = full_jitter(failed, base_s=base_s, cap_s=cap_s, rng=self._rng)
+                await first_of(self._clock.sleep(wait_s), self._closing.wait())
+            last = self._closing.is_set()
+            if await self._write(self._batch()):
+                failed = 0
+            elif last:
+                break
+            else:
+                failed += 1
 
     def _batch(self) -> Sequence[_Entry]:
         """Take the next entries of the queue, and after them of what is kept, which stays there until it is written."""
@@ -325,32 +339,38 @@ class Recorder:
             del self._kept[change.key]
             self._kept_bytes -= _size(change)
 
+    def _wake_starter(self) -> None:
+        """Ask for verdicts in a later step of the loop, so that all runs of a claim share a call."""
+        if self._starter is None:
+            self._starter = asyncio.get_running_loop().create_task(self._start_all())
+            self._starter.add_done_callback(self._stopped_starting)
+
+    def _stopped_starting(self, _: asyncio.Task[None]) -> None:
+        self._starter = None
+        if self._starts:
+            self._wake_starter()
+
     async def _start_all(self) -> None:
-        try:
-            while self._starts:
-                self._starting, self._starts = self._starts[:_MOST_BATCH], self._starts[_MOST_BATCH:]
-                began = self._clock.monotonic()
-                late = self._release_at(self._starting[0].since, began)
-                try:
-                    verdicts = await self._limited(
-                        self._store.begin([start.change for start in self._starting]), CALL_S
-                    )
-                    for start, verdict in zip(self._starting, verdicts, strict=True):
-                        _tell(start.verdict, verdict)
-                    self.written += len(verdicts)
-                    self._answered(began)
-                except (StoreUnavailable, ConfigurationError) as error:
-                    self._unwell(said_by(error))
-                except Exception as bug:  # noqa: BLE001 - a fault of a store holds up no job
-                    self._unwell(named(bug))
-                except BaseException:
-                    self._release()
-                    raise
-                finally:
-                    late.cancel()
-                    self._starting = ()
-        finally:
-            self._starter = None
+        while self._starts:
+            self._starting, self._starts = self._starts[:_MOST_BATCH], self._starts[_MOST_BATCH:]
+            began = self._clock.monotonic()
+            late = self._release_at(self._starting[0].since, began)
+            try:
+                verdicts = await self._limited(self._store.begin([start.change for start in self._starting]), CALL_S)
+                for start, verdict in zip(self._starting, verdicts, strict=True):
+                    _tell(start.verdict, verdict)
+                self.written += len(verdicts)
+                self._answered(began)
+            except (StoreUnavailable, ConfigurationError) as error:
+                self._unwell(said_by(error))
+            except Exception as bug:  # noqa: BLE001 - a fault of a store holds up no job
+                self._unwell(named(bug))
+            except BaseException:
+                self._release()
+                raise
+            finally:
+                late.cancel()
+                self._starting = ()
 
     def _go(self, change: Change) -> None:
         """Note a run that begins without a verdict."""

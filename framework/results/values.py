@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -34,12 +34,12 @@ class Values:
             MSGPACK: msgspec.msgpack.Decoder(result, dec_hook=dec_hook).decode,
         }
 
-    def encode(self, value: object, content_type: Literal["application/json", "application/msgpack"]) -> bytes:
-        """Return `value` as bytes that decode as a result. Raises WrongResult."""
+    def encode(self, value: object, content_type: str) -> bytes:
+        """Return `value` as bytes that decode as a result; `content_type` is that of JSON or MessagePack. Raises WrongResult."""
         try:
             encoded = self._encoders[content_type](value)
         except (Exception, CancelledError) as error:
-            msg = f"the result {value!r:.80} can't be encoded: {named(error)}"
+            msg = f"the result, of the type {type(value).__qualname__}, can't be encoded: {named(error)}"
             raise WrongResult(msg) from error
         self.decode(encoded, content_type)
         return encoded

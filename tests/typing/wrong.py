@@ -1,6 +1,6 @@
 """Misuses: each marked line must be an error, in both checkers unless it names one; no other line may be."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import timedelta, timezone
 from typing import Unpack, assert_never
 
@@ -152,14 +152,6 @@ async def not_a_job(job: Plain) -> None: ...
 async def another_job(job: SendInvoice) -> None: ...
 @app.handler(job=RenderPdf)  # wrong: another job
 async def another_job_2(job: SendInvoice, attempt: Attempt[Shop]) -> None: ...
-@app.handler  # wrong: results aren't kept
-async def returns_int(job: SendInvoice) -> int: raise NotImplementedError
-@app.handler  # wrong: results aren't kept
-def returns_str(job: SendInvoice) -> str: raise NotImplementedError
-@app.handler  # wrong: a class of outcome
-def returns_class(job: SendInvoice) -> type[Bury]: raise NotImplementedError
-@app.handler  # wrong: a generator
-def generates(job: SendInvoice) -> Iterator[None]: raise NotImplementedError
 @app.handler  # wrong: no job
 async def no_job() -> None: ...
 @app.handler  # wrong: a third parameter

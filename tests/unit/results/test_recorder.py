@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from typing import Any, cast
 
 import pytest
@@ -44,8 +45,13 @@ async def turns() -> None:
 
 
 @pytest.fixture
-def recording() -> Recording:
-    return Recording()
+async def recording() -> AsyncGenerator[Recording]:
+    """A recorder whose tasks end with the test."""
+    recording = Recording()
+    yield recording
+    recording.store.answer = at_once
+    recording.store.goes_on.set()
+    await recording.recorder.close()
 
 
 async def test_what_comes_in_one_turn_is_one_call(recording: Recording) -> None:
@@ -278,6 +284,20 @@ async def test_a_close_does_not_wait_for_a_store_that_is_down(
         caplog.records[-1].getMessage()
         == "the job store tests://store didn't take the last changes of 2 jobs: nobody listens at tests://store"
     )
+
+
+async def test_what_waits_outlives_the_end_of_the_program(recording: Recording) -> None:
+    """asyncio.run cancels every task when its program ends; a worker that still drains would wait for its store for ever."""
+    before = asyncio.all_tasks()
+    recording.recorder.note(change("id-1"))
+    begins = asyncio.ensure_future(recording.recorder.begin(change("id-2", "running")))
+    await asyncio.sleep(0)
+    for task in asyncio.all_tasks() - before - {begins}:
+        task.cancel()
+
+    assert await begins == "go"
+    assert await recording.recorder.flush()
+    assert ("id-1", "done") in recording.store.written
 
 
 async def test_old_records_are_deleted_while_nothing_is_written(recording: Recording) -> None:
