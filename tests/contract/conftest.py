@@ -72,6 +72,9 @@ _ALWAYS_POOLED = {
     "test_a_settlement_that_cannot_be_confirmed_leaves_the_delivery_unsettled",
     "test_a_lost_connection_neither_cancels_a_handler_nor_repeats_it",
     "test_many_letters_are_replayed_at_once_and_each_arrives_once",
+    "test_a_life_in_order_is_followed",
+    "test_verdicts_come_in_the_order_of_the_changes",
+    "test_thousands_of_publishes_are_asked_for_at_once",
 }
 """The cases that `make test` runs through PgBouncer; the others are marked `pooler`."""
 
@@ -85,7 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            pooled = item.callspec.params.get("unopened") == "postgresql-pgbouncer"
+            pooled = "postgresql-pgbouncer" in {item.callspec.params.get(name) for name in ("unopened", "kept")}
             if pooled and item.originalname not in _ALWAYS_POOLED:
                 item.add_marker("pooler")
 

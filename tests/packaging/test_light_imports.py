@@ -66,6 +66,7 @@ def test_a_broker_without_rows_imports_nothing_of_stores(broker: str) -> None:
     """A worker on RabbitMQ would pay for what gathers the transactions of a database."""
     stores = {
         "leveret.brokers.leases",
+        "leveret.brokers.records",
         "leveret.brokers.rows",
         "leveret.brokers.turns",
         "leveret.brokers.sqlite",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sqlite3
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, cast
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -14,11 +16,10 @@ from leveret.runtime import Runtime
 from leveret.schemes import broker_module
 from leveret.settings import Settings
 from leveret.store import Store
+from tests.proxy import FaultProxy
 
 PATIENCE_S = 15.0
 """How long a test waits for an event on a loaded machine, seconds; a passing test never waits this long."""
-ANSWER_S = 0.3
-"""How long a store tries that can't be reached, as the tests set it."""
 
 
 class StoreHarness(ABC):
@@ -41,9 +42,9 @@ class StoreHarness(ABC):
         """Make what the test needs before it opens a store."""
         self.opened = []
 
-    def open(self) -> Store:
-        """Return another store."""
-        runtime = Runtime(app="contract", settings=Settings(connect_timeout_s=ANSWER_S))
+    def open(self, limit_s: float = PATIENCE_S) -> Store:
+        """Return another store, whose calls end within `limit_s`."""
+        runtime = Runtime(app="contract", settings=Settings(connect_timeout_s=limit_s))
         store = cast("Store", getattr(broker_module(self.url), "open_store")(self.url, runtime))  # noqa: B009
         self.opened.append(store)
         return store
@@ -78,4 +79,74 @@ class MemoryStoreHarness(StoreHarness):
         importlib.import_module("leveret.brokers.memory.jobs").memory_records(self.url).accept()
 
 
-HARNESSES: dict[str, type[StoreHarness]] = {"memory": MemoryStoreHarness}
+class SqliteStoreHarness(StoreHarness):
+    """A SQLite file; another connection's lock breaks it."""
+
+    tells = True
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
+        """Return a harness for one test."""
+        return cls(f"sqlite:///{folder / 'jobs.db'}")
+
+    _blocker: sqlite3.Connection | None = None
+
+    async def break_(self) -> None:
+        self._blocker = sqlite3.connect(self.url.removeprefix("sqlite:///"), timeout=PATIENCE_S, isolation_level=None)
+        self._blocker.execute("BEGIN EXCLUSIVE")
+
+    async def heal(self) -> None:
+        if self._blocker is not None:
+            self._blocker.close()
+            self._blocker = None
+
+
+class PostgresStoreHarness(StoreHarness):
+    """A database behind a link that freezes."""
+
+    marks = (pytest.mark.postgres,)
+    tells = True
+    options = ""
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
+        """Return a harness for one test."""
+        return cls(request.getfixturevalue("postgres_database"))
+
+    async def start(self) -> None:
+        """Make the link; stores that are opened later use it."""
+        await super().start()
+        self._link = await FaultProxy(urlsplit(self.url).port or 0).__aenter__()
+        self.url = f"{self._link.url_of(self.url)}{self.options}"
+
+    async def break_(self) -> None:
+        self._link.freeze()
+
+    async def heal(self) -> None:
+        self._link.thaw()
+
+    async def close(self) -> None:
+        """Undo everything."""
+        await super().close()
+        await self._link.__aexit__(None, None, None)
+
+
+class PooledStoreHarness(PostgresStoreHarness):
+    """The same through PgBouncer."""
+
+    tells = False
+    options = "?prepared=off"
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
+        """Return a harness for one test."""
+        database = request.getfixturevalue("postgres_database")
+        return cls(request.getfixturevalue("postgres_pooled").url_of(database))
+
+
+HARNESSES: dict[str, type[StoreHarness]] = {
+    "memory": MemoryStoreHarness,
+    "sqlite": SqliteStoreHarness,
+    "postgresql": PostgresStoreHarness,
+    "postgresql-pgbouncer": PooledStoreHarness,
+}

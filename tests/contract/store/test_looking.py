@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 
 from leveret.errors import StoreUnavailable
 from leveret.ids import new_job_id
-from leveret.store import Key, Record, State, Store
+from leveret.store import Key, Record, State, Store, Verdict
 from tests.contract.store.changes import Publish
 from tests.contract.store.conftest import OpenStore
 from tests.contract.store.harness import PATIENCE_S, StoreHarness
@@ -116,6 +117,17 @@ async def test_newest_is_the_publish_that_was_heard_of_last_whatever_its_clock_s
     assert await store.newest(job_id) == first.key
 
 
+async def test_newest_of_a_batch_is_the_last_in_it(store: Store) -> None:
+    """A program that publishes an id twice at once sees the state of either."""
+    job_id = new_job_id()
+    publishes = [Publish(job_id) for _ in range(9)]
+
+    await store.write([one.is_("queued") for one in publishes])
+
+    assert await store.newest(job_id) == publishes[-1].key
+    assert keys(await store.find(job_id)) == [one.key for one in reversed(publishes)]
+
+
 async def test_a_list_has_the_last_created_first_and_no_more_than_asked(store: Store) -> None:
     """An operator sees the oldest jobs, or a terminal full of results."""
     queue = new_job_id()
@@ -213,7 +225,9 @@ async def test_a_record_goes_when_its_time_is_over_and_no_other_does(store: Stor
     short, long = [Publish(keep_s=0.05) for _ in range(3)], Publish()
     await store.write([one.is_("queued") for one in (*short, long)])
 
-    assert await until_gone(store, short) in {3, 0}
+    trimmed = await until_gone(store, short)
+
+    assert trimmed >= 3 or trimmed == 0  # others may have left records whose time is over
 
     (record,) = await store.read([long.key])
     assert record is not None
@@ -281,29 +295,28 @@ async def test_every_call_says_so_while_the_store_does_not_answer_and_works_afte
     """A call hangs, or raises what nobody catches; or the store stays away after the trouble is over."""
     publish = Publish()
     await store.write([publish.is_("queued")])
+    hurried = kept.open(limit_s=1.0)
     await kept.break_()
 
-    for call in (
-        store.write([publish.is_("running")]),
-        store.begin([publish.is_("running")]),
-        store.abort(publish.key),
-        store.drop([publish.key]),
-        store.trim(10),
-    ):
-        with pytest.raises(StoreUnavailable) as refused:
-            async with asyncio.timeout(PATIENCE_S):
-                await call
-        assert "\n" not in str(refused.value)
-
-    await kept.heal()
     async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                assert list(await store.begin([publish.is_("running")])) == ["go"]
-            except StoreUnavailable:
-                await asyncio.sleep(0.05)
-            else:
-                break
+        answers = await asyncio.gather(
+            hurried.write([publish.is_("running")]),
+            hurried.begin([publish.is_("running")]),
+            hurried.abort(publish.key),
+            hurried.drop([publish.key]),
+            hurried.trim(10),
+            return_exceptions=True,
+        )
+
+    assert [type(answer) for answer in answers] == [StoreUnavailable] * 5
+    assert [answer for answer in answers if "\n" in str(answer)] == []
+    await kept.heal()
+    verdicts: Sequence[Verdict] = ()
+    async with asyncio.timeout(2 * PATIENCE_S):
+        while not verdicts:
+            with suppress(StoreUnavailable):
+                verdicts = list(await hurried.begin([publish.is_("running")]))
+    assert verdicts == ["go"]
 
 
 async def test_a_store_can_be_closed_twice_and_says_where_it_is(store: Store) -> None:

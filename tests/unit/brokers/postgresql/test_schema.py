@@ -11,6 +11,8 @@ from leveret.errors import ConfigurationError
 # release, a migration's text may change, and its checksum here with it.
 _CHECKSUMS = {
     "0001_jobs": "e28a9c054c7dee09286516333ae63209f0a189f6f1815e6a7dad4a1f8b70f415",
+    "0002_outbox": "06229cd82d367aef49a18e050d2bc34d561ab9fe74fa91c96ac78ddb5162250e",
+    "0003_records": "2dae00cbde8e3ef3b6c135d31855d2f0b29c84c5b781f1ec914ab76c5aa2c1ba",
 }
 
 
