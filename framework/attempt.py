@@ -15,12 +15,14 @@ from typing_extensions import TypeVar
 
 from .clock import Clock
 from .envelope import Envelope, Receipt
+from .handle import BlockingHandle, Handle
 from .job import Job
 from .options import PublishOptions
 from .texts import one_line
 from .transactions import AsyncTransaction, Transaction
 
 _R_co = TypeVar("_R_co", covariant=True, default=object)
+_T = TypeVar("_T")
 
 logger = logging.getLogger("leveret.job")
 
@@ -29,14 +31,14 @@ class Publishes(Protocol):
     """The part of `Publisher` that an attempt publishes with."""
 
     async def publish(
-        self, job: Job, *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Receipt:
+        self, job: Job[_T], *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Handle[_T]:
         """Publish `job`, as `Publisher.publish` does."""
         ...
 
     def publish_blocking(
-        self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Receipt:
+        self, job: Job[_T], *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> BlockingHandle[_T]:
         """Publish `job` from a thread, as `Publisher.publish_blocking` does."""
         ...
 
@@ -239,8 +241,8 @@ class Attempt(Generic[_R_co]):
         return before
 
     def publish(
-        self, job: Job, *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Coroutine[Any, Any, Receipt]:
+        self, job: Job[_T], *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Coroutine[Any, Any, Handle[_T]]:
         """Publish `job`, as `Publisher.publish` does, over the worker's connection; the job inherits correlation id and trace.
 
         Await the result. A handler that returns before this publish has finished has failed. In a `def` handler, call
@@ -251,8 +253,8 @@ class Attempt(Generic[_R_co]):
         return publish
 
     def publish_blocking(
-        self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Receipt:
+        self, job: Job[_T], *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> BlockingHandle[_T]:
         """Publish `job` from a `def` handler, and return once the broker has confirmed the publish; otherwise as `publish`.
 
         `connection` is as in `BlockingPublisher.publish`. Raises RuntimeError in an `async def` handler, where it would wait for itself.
@@ -290,8 +292,8 @@ class Attempt(Generic[_R_co]):
         return begun
 
     async def _finished(
-        self, begun: Begun, job: Job, connection: AsyncTransaction | None, options: PublishOptions
-    ) -> Receipt:
+        self, begun: Begun, job: Job[_T], connection: AsyncTransaction | None, options: PublishOptions
+    ) -> Handle[_T]:
         try:
             return await self._publisher.publish(job, connection=connection, **options)
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import msgspec
 
 from ..broker import Broker, Consumption
-from ..envelope import Receipt
 from ..errors import ConfigurationError
 from ..layer import AnyLayer
-from ..publishing.publisher import Publisher
+from ..publishing.publisher import Publisher, Waits
 from ..publishing.sender import Sender
 from ..runtime import Runtime
 from ..schemes import NO_STORE
@@ -26,7 +25,6 @@ from .settlement import Ended
 from .state import Watch, Worker
 
 if TYPE_CHECKING:
-    from ..store import Store
     from .recording import Recording
 
 GRACE_S = 30.0
@@ -80,10 +78,6 @@ class Service(Protocol):
         """Make the broker."""
         ...
 
-    def open_store(self, runtime: Runtime) -> Store | None:
-        """Make the job store; None if the app has none."""
-        ...
-
     def sender(self, broker: Broker, runtime: Runtime) -> Sender:
         """Make the sender of the jobs that handlers publish."""
         ...
@@ -113,7 +107,7 @@ async def working(
     lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
     observe: Callable[[Ended], None] | None = None,
     threads: Executor | None = None,
-    wait: Callable[[Coroutine[Any, Any, Receipt]], Receipt] | None = None,
+    wait: Waits | None = None,
 ) -> AsyncGenerator[Working, None]:
     """Run a worker of `app` until the block is left, and then drain it. Setting `hurry` ends the grace early.
 
@@ -145,11 +139,15 @@ async def working(
         check_limits(handler, broker.features(handler.queue))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
-        recording = await _recording(app, handlers, runtime, stack)
+        sender = app.sender(broker, runtime)
+        stack.push_async_callback(sender.close)
+        recording = await _recording(sender, handlers, runtime)
+        if recording is not None:
+            stack.callback(recording.stop)
         enter = lifespan or app.lifespan
         resources = await stack.enter_async_context(enter()) if enter is not None else None
         layers = app.layers
-        publisher = Publisher(app.sender(broker, runtime), wait)
+        publisher = Publisher(sender, wait)
         consumer = Consumer(
             broker,
             handlers,
@@ -179,29 +177,22 @@ async def working(
             work.drained = await consumer.drain(consumption, grace_s, hurry)
 
 
-async def _recording(
-    app: Service, handlers: Sequence[Handler], runtime: Runtime, stack: AsyncExitStack
-) -> Recording | None:
-    """Return what enters the jobs of `handlers` into the app's job store; None if none of their classes has `keep`."""
+async def _recording(sender: Sender, handlers: Sequence[Handler], runtime: Runtime) -> Recording | None:
+    """Return what enters the jobs of `handlers` into the job store of `sender`; None if none of their classes has `keep`."""
     kept = [handler for handler in handlers if handler.spec.keep is not None]
     if not kept:
         return None
-    from ..results.recorder import Recorder
     from .recording import Recording
     from .returns import check_returns
 
     for handler in kept:
         check_returns(handler)
-    store = app.open_store(runtime)
-    if store is None:
+    results = sender.results
+    if results is None:
         msg = f"handler {kept[0].name}: {kept[0].job_class.__name__} has keep=, but {NO_STORE}"
         raise ConfigurationError(msg)
-    stack.push_async_callback(store.close)
-    recorder = Recorder(store, runtime)
-    stack.push_async_callback(recorder.close)
-    recording = Recording(recorder, handlers, runtime)
-    stack.callback(recording.stop)
-    await recorder.check()
+    recording = Recording(results.recorder, handlers, runtime)
+    await results.recorder.check()
     return recording
 
 

@@ -166,6 +166,15 @@ class Recorder:
             )
             return ()
 
+    async def caught_up(self) -> None:
+        """Return once the store has what was noted so far, or doesn't answer."""
+        entries = self._queue or self._flying
+        if entries:
+            last = entries[-1]
+            if last.heard is None:
+                last.heard = asyncio.get_running_loop().create_future()
+            await asyncio.wait([last.heard])
+
     async def flush(self, within_s: float = WAIT_S) -> bool:
         """Wait until everything is written, for at most `within_s`; return whether it is."""
         if tasks := [task for task in (self._writer, self._starter) if task is not None]:
