@@ -141,7 +141,9 @@ async def working(
         stack.push_async_callback(broker.close)
         sender = app.sender(broker, runtime)
         stack.push_async_callback(sender.close)
-        recording = await _recording(handlers, sender, runtime, stack)
+        recording = await _recording(sender, handlers, runtime)
+        if recording is not None:
+            stack.callback(recording.stop)
         enter = lifespan or app.lifespan
         resources = await stack.enter_async_context(enter()) if enter is not None else None
         layers = app.layers
@@ -175,10 +177,8 @@ async def working(
             work.drained = await consumer.drain(consumption, grace_s, hurry)
 
 
-async def _recording(
-    handlers: Sequence[Handler], sender: Sender, runtime: Runtime, stack: AsyncExitStack
-) -> Recording | None:
-    """Return what enters the jobs of `handlers` into the app's job store; None if none of their classes has `keep`."""
+async def _recording(sender: Sender, handlers: Sequence[Handler], runtime: Runtime) -> Recording | None:
+    """Return what enters the jobs of `handlers` into the job store of `sender`; None if none of their classes has `keep`."""
     kept = [handler for handler in handlers if handler.spec.keep is not None]
     if not kept:
         return None
@@ -192,7 +192,6 @@ async def _recording(
         msg = f"handler {kept[0].name}: {kept[0].job_class.__name__} has keep=, but {NO_STORE}"
         raise ConfigurationError(msg)
     recording = Recording(results.recorder, handlers, runtime)
-    stack.callback(recording.stop)
     await results.recorder.check()
     return recording
 

@@ -154,15 +154,6 @@ class Recorder:
         self._wake()
         return await heard
 
-    async def caught_up(self) -> None:
-        """Return once the store has what was noted so far, or doesn't answer."""
-        entries = self._queue or self._flying
-        if entries:
-            last = entries[-1]
-            if last.heard is None:
-                last.heard = asyncio.get_running_loop().create_future()
-            await asyncio.wait([last.heard])
-
     async def asked(self, keys: Sequence[Key]) -> Sequence[Key]:
         """Return those of `keys` that are asked to end; none if the store doesn't answer."""
         try:
@@ -174,6 +165,15 @@ class Recorder:
                 "the job store %s couldn't say which jobs are to end: %s", self._store.what, redact(named(bug))
             )
             return ()
+
+    async def caught_up(self) -> None:
+        """Return once the store has what was noted so far, or doesn't answer."""
+        entries = self._queue or self._flying
+        if entries:
+            last = entries[-1]
+            if last.heard is None:
+                last.heard = asyncio.get_running_loop().create_future()
+            await asyncio.wait([last.heard])
 
     async def flush(self, within_s: float = WAIT_S) -> bool:
         """Wait until everything is written, for at most `within_s`; return whether it is."""

@@ -83,7 +83,8 @@ class Bench(App[None]):
     """An app with its broker, store and clock, and what a test does with them."""
 
     def __init__(self, *, middleware: Sequence[Any] = (), settings: Settings | None = None) -> None:
-        super().__init__("bench", broker=f"memory://{uuid.uuid4().hex}", middleware=middleware, settings=settings)
+        url = f"memory://{uuid.uuid4().hex}"
+        super().__init__("bench", broker=url, middleware=middleware, settings=settings, concurrency=100)
         self.clock = ManualClock()
         self._time = Runtime(app="bench", clock=self.clock, settings=settings or Settings())
         self.store = Hearing(self._time)

@@ -1,6 +1,7 @@
 """What a job store hears of a worker's jobs, and what it decides."""
 
 import asyncio
+import random
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from leveret.errors import ConfigurationError
 from leveret.middleware import Retries, Rule
 from leveret.outcome import Kind
 from leveret.runtime import Runtime
-from leveret.store import Progress, Store
+from leveret.store import Key, Progress, Store
 
 from .kept import Bench, Blocks, Paint, Plain, Resize, Thumbnail, ended, images, queued, turns, until
 
@@ -410,6 +411,41 @@ async def test_a_job_whose_middleware_waits_is_cancelled_before_its_handler() ->
         await ended(work, Kind.ABORTED)
 
     assert not runs
+
+
+async def test_an_abort_that_meets_starts_ends_and_retries_leaves_one_truth() -> None:
+    """The store would say "aborted" of a job that ran to its end, or "done" of one that was cut short."""
+    bench, rng, finished, answers = Bench(), random.Random(22), set[Key](), dict[Key, str]()
+
+    @bench.handler
+    async def paint(job: Paint, attempt: Attempt) -> None:
+        await bench.clock.sleep(rng.uniform(0, 2))
+        if attempt.number == 1 and rng.random() < 0.3:
+            raise Retry(rng.uniform(0, 1))
+        finished.add(Key(attempt.job_id, attempt.envelope.publish))
+
+    async def aborts(key: Key) -> None:
+        await bench.clock.sleep(rng.uniform(0, 4))
+        answers[key] = await bench.store.abort(key)
+
+    async with bench.works() as work, asyncio.TaskGroup() as tasks:
+        keys = [Key(f"id-{n}", publish) for n in range(100) for publish in (1, 2)]  # each id twice
+        for key in keys:
+            await bench.publish(Paint(), key.job_id, publish=key.publish)
+        await bench.store.write([queued(key) for key in keys])
+        for key in keys:
+            if rng.random() < 0.7:
+                tasks.create_task(aborts(key))
+        while work.consumer.counts[Kind.DONE] + work.consumer.counts[Kind.ABORTED] < len(keys) or work.consumer.busy:
+            await bench.passes(0.05)
+
+    states = {key: (await bench.record(key)).state for key in keys}
+    assert set(states.values()) == {"done", "aborted"}
+    assert {key for key, state in states.items() if state == "done"} == finished
+    assert {states[key] for key, answer in answers.items() if answer == "aborted"} == {"aborted"}
+    assert {states[key] for key, answer in answers.items() if answer == "finished"} == {"done"}
+    assert {states[key] for key in keys if key not in answers} == {"done"}
+    assert set(answers.values()) == {"aborted", "asked", "finished"}
 
 
 async def test_the_latest_progress_is_written_twice_a_second() -> None:
