@@ -9,8 +9,9 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
+from pathlib import Path
 from typing import TypeVar, final
 
 from leveret.errors import BrokerUnavailable, LeveretError, PublishTimeout, StoreUnavailable
@@ -20,6 +21,7 @@ from leveret.store import Abort, Change, Key, Progress, Record, State, Verdict
 from ..records import in_order
 from ..turns import Look, Run
 from . import records
+from .schema import empty
 from .store import POLL_S, Store
 
 _T = TypeVar("_T")
@@ -30,11 +32,17 @@ _WATCHED_S = 5.0
 
 @final
 class SqliteJobs:
-    """A `leveret.store.Store` on the SQLite file at `path`. Every call ends within the setting `connect_timeout_s`."""
+    """A `leveret.store.Store` on the SQLite file at `path`, which only `write` and `begin` create.
+
+    Every call ends within the setting `connect_timeout_s`.
+    """
 
     def __init__(self, path: str, url: str, runtime: Runtime) -> None:
         self.what = url
         """As `Store.what`."""
+        self._path = Path(path)
+        self._there = False
+        """Whether the file exists, or will once a write that is under way has created it."""
         self._turns = Store(path, runtime).turns
         self._runtime = runtime
         self._writing = 0
@@ -48,11 +56,12 @@ class SqliteJobs:
 
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
         """As `Store.write`."""
-        await self._write("the write of states", partial(records.write, changes, self._now_ms()))
+        await self._write("the write of states", partial(records.write, changes, self._now_ms()), creates=True)
 
     async def begin(self, changes: Sequence[Change], /) -> Sequence[Verdict]:
         """As `Store.begin`."""
-        return await self._write("the start of jobs", partial(records.begin, changes, self._now_ms()))
+        call = partial(records.begin, changes, self._now_ms())
+        return await self._write("the start of jobs", call, creates=True)
 
     async def read(self, keys: Sequence[Key], /) -> Sequence[Record | None]:
         """As `Store.read`."""
@@ -135,15 +144,21 @@ class SqliteJobs:
         kind = Run if self._writing else Look
         return await self._do(kind, "the read of records", call)
 
-    async def _write(self, about: str, call: Callable[[sqlite3.Connection], _T]) -> _T:
+    async def _write(self, about: str, call: Callable[[sqlite3.Connection], _T], *, creates: bool = False) -> _T:
         self._writing += 1
         try:
-            return await self._do(Run, about, call)
+            return await self._do(Run, about, call, creates=creates)
         finally:
             self._writing -= 1
             self._written += 1
 
-    async def _do(self, kind: type[Run | Look], about: str, call: Callable[[sqlite3.Connection], _T]) -> _T:
+    async def _do(
+        self, kind: type[Run | Look], about: str, call: Callable[[sqlite3.Connection], _T], *, creates: bool = False
+    ) -> _T:
+        self._there = self._there or creates or self._path.exists()
+        if not self._there:
+            with closing(empty()) as file:
+                return call(file)
         deadline = time.monotonic() + self._runtime.settings.connect_timeout_s
         try:
             result: _T = await self._turns.run(kind(about=about, call=call, deadline=deadline))

@@ -86,6 +86,15 @@ def open_file(path: str, *, create: bool) -> sqlite3.Connection:
     return connection
 
 
+def empty() -> sqlite3.Connection:
+    """Return a connection to a file in memory with the schema: what a file that isn't there yet holds."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    for statements in _VERSIONS:
+        for statement in statements:
+            connection.execute(statement)
+    return connection
+
+
 def _may_write(path: Path) -> bool:
     return os.access(path, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 

@@ -21,6 +21,7 @@ from ..cron.schedule import Schedule
 from ..errors import ConfigurationError
 from ..job import Queue
 from ..layer import AnyLayer, RetryWaits, facts_of, is_consume_layer, is_publish_layer, name_of, starts_per_s_of
+from ..schemes import NO_STORE
 from ..settings import redact_url
 
 MOST_WAITS = 32
@@ -60,6 +61,16 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | None
 
 
+class KeepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What the job store keeps of a job; see `Keep`."""
+
+    result_s: float
+    failed_s: float
+    required: bool
+    max_bytes: int
+    body: bool
+
+
 class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A handler with its middleware and limits."""
 
@@ -86,6 +97,8 @@ class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Outermost first."""
     remember: bool
     """Whether a redelivery is settled by an earlier run in the same process."""
+    keep: KeepRecord | None
+    """None: the job has no record, and no result."""
     retries: list[Waits]
     """The first entry that matches applies; empty: any failure buries the job at once."""
 
@@ -130,6 +143,8 @@ class AppRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The middleware around every publish, outermost first."""
     outbox: str | None
     """The outbox's URL, without its password; None if the app has none."""
+    store: str | None
+    """The job store's URL, without its password; None if the app has none."""
 
 
 async def describe(app: App[Any], now: datetime) -> AppRecord:
@@ -149,6 +164,13 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
     bind(app.layers, runtime)
     outbox = app.outbox_url()
     app.open_outbox(runtime)
+    store = app.open_store(runtime)
+    kept = next((handler.spec.name for handler in handlers if handler.spec.keep), None)
+    if store is not None:
+        await store.close()
+    elif kept is not None:
+        msg = f"job {kept!r} has keep=, but {NO_STORE}"
+        raise ConfigurationError(msg)
     broker = app.open_broker(runtime)
     try:
         features = broker.features()
@@ -166,6 +188,7 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
         schedules=[_schedule(schedule, now) for schedule in app.schedules],
         publish_layers=[name_of(layer) for layer in app.layers if _sides(layer).publish],
         outbox=None if outbox is None else redact_url(outbox),
+        store=None if store is None else redact_url(store.what),
     )
 
 
@@ -195,6 +218,7 @@ def _handler(handler: Handler, limits: Limits) -> HandlerRecord:
         expired="dead" if spec.keeps_expired else "drop",
         layers=[_sides(layer) for layer in handler.layers],
         remember=handler.remember,
+        keep=None if spec.keep is None else KeepRecord(**msgspec.structs.asdict(spec.keep)),
         retries=[_waits(waits) for one in facts for waits in one.retries],
     )
 
