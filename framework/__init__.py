@@ -24,6 +24,7 @@ from .errors import (
     Unroutable,
     UnsupportedTopology,
 )
+from .handle import BlockingHandle, Handle
 from .headers import HeaderValue
 from .job import Job, JobMeta, Keep, Priority, Queue
 from .layer import Consume, ConsumeLayer, Layer, Publish, PublishLayer
@@ -36,6 +37,7 @@ from .transactions import AsyncTransaction, Transaction
 if TYPE_CHECKING:
     from .consuming.state import Worker, WorkerState
     from .publishing.blocking import BlockingPublisher
+    from .status import Status
 
 __version__: Final[str] = "0.1.0"
 
@@ -43,6 +45,7 @@ __all__ = [
     "App",
     "AsyncTransaction",
     "Attempt",
+    "BlockingHandle",
     "BlockingPublisher",
     "BrokerUnavailable",
     "Bury",
@@ -52,6 +55,7 @@ __all__ = [
     "Done",
     "Envelope",
     "Expired",
+    "Handle",
     "HeaderValue",
     "InvalidJob",
     "Job",
@@ -83,6 +87,7 @@ __all__ = [
     "Retry",
     "Settings",
     "Snooze",
+    "Status",
     "StoreUnavailable",
     "Transaction",
     "Unroutable",
@@ -104,6 +109,10 @@ if not TYPE_CHECKING:  # with this function in sight, a type checker would accep
             from .consuming import state
 
             return getattr(state, name)
+        if name == "Status":
+            from .status import Status
+
+            return Status
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
 

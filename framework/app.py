@@ -6,9 +6,16 @@ import importlib
 import inspect
 import os
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 
 import msgspec
@@ -26,7 +33,6 @@ from .job import Job
 from .layer import AnyLayer, Layer, check_layers, instrumentation
 from .options import Outgoing
 from .outbox import Outbox
-from .outcome import Outcome
 from .publishing.publisher import Publisher, PublisherBlock
 from .publishing.sender import Sender
 from .runtime import Runtime, Shared
@@ -37,12 +43,15 @@ if TYPE_CHECKING:
     from .consuming.state import Worker
     from .cron.schedule import Schedule
     from .publishing.blocking import BlockingPublisher
+    from .results.results import Results
     from .store import Store
 
 
 _J = TypeVar("_J", bound=Job)
 _R = DefaultTypeVar("_R", default=Any)
-_Says = TypeVar("_Says", bound=Outcome | Awaitable[Outcome | None] | None)
+_Says = TypeVar(
+    "_Says"
+)  # whether it fits the job's result is checked when a worker starts: a bound would refuse right handlers
 _Emits = TypeVar("_Emits", bound=Job | Outgoing | None)
 
 
@@ -289,9 +298,18 @@ class App(Generic[_R]):
 
     def sender(self, broker: Broker, runtime: Runtime) -> Sender:
         """Return the sender of this app's jobs to `broker`."""
+        results = partial(self._open_results, runtime)
         if self._capture is not None:
-            return Sender(broker, self.layers, runtime, self._capture.published)
-        return Sender(broker, self.layers, runtime, outbox=self.open_outbox(runtime))
+            return Sender(broker, self.layers, runtime, self._capture.published, open_results=results)
+        return Sender(broker, self.layers, runtime, outbox=self.open_outbox(runtime), open_results=results)
+
+    def _open_results(self, runtime: Runtime) -> Results | None:
+        store = self.open_store(runtime)
+        if store is None:
+            return None
+        from .results.results import Results  # which only an app with keep= needs
+
+        return Results(store, runtime)
 
     def open_outbox(self, runtime: Runtime) -> Outbox | None:
         """Return the app's outbox, without connecting; None if it has none, ConfigurationError for a wrong URL."""
@@ -438,12 +456,13 @@ class App(Generic[_R]):
     async def _publisher(self) -> AsyncGenerator[Publisher, None]:
         runtime = self.runtime()
         broker = self.open_broker(runtime)
-        publisher = Publisher(self.sender(broker, runtime))
-        try:
+        sender = self.sender(broker, runtime)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(broker.close)
+            stack.push_async_callback(sender.close)
+            publisher = Publisher(sender)
+            stack.callback(publisher.close)
             yield publisher
-        finally:
-            publisher.close()
-            await broker.close()
 
     def publisher(self) -> AbstractAsyncContextManager[Publisher, None]:
         """Return a publisher to enter in a service's lifespan; entering doesn't wait for the broker."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
 from .envelope import JSON, MSGPACK
 from .job import Job, hooks_of
 from .texts import named, said_by
-
-_T_co = TypeVar("_T_co", covariant=True)
 
 _NOT_ENCODED = frozenset({"utf-8", "utf8", "us-ascii", "binary"})
 """Content encodings that change nothing in a JSON or MessagePack body. kombu, Celery and pika programs set one on every message."""
@@ -37,22 +35,21 @@ def encoder(job_class: type[Job], encoding: Literal["json", "msgpack"]) -> Calla
     return (msgspec.json.Encoder if encoding == "json" else msgspec.msgpack.Encoder)(enc_hook=enc_hook).encode
 
 
-class _Decodes(Generic[_T_co]):
-    """Decodes values of one type. Made once per type, since building msgspec's decoder costs more than a decode."""
+class Decoder:
+    """Decodes one job class. Made once per class, since building msgspec's decoder costs more than a decode."""
 
-    __slots__ = ("_by_type", "_name", "_what")
+    __slots__ = ("_by_type", "job_class")
 
-    def __init__(self, job_class: type[Job], kind: Any, what: str, name: str) -> None:
+    def __init__(self, job_class: type[Job]) -> None:
         _, dec_hook = hooks_of(job_class)
-        self._what = what
-        self._name = name
-        self._by_type: dict[str, Callable[[bytes], _T_co]] = {
-            JSON: msgspec.json.Decoder(kind, dec_hook=dec_hook).decode,
-            MSGPACK: msgspec.msgpack.Decoder(kind, dec_hook=dec_hook).decode,
+        self.job_class = job_class
+        self._by_type: dict[str, Callable[[bytes], Job]] = {
+            JSON: msgspec.json.Decoder(job_class, dec_hook=dec_hook).decode,
+            MSGPACK: msgspec.msgpack.Decoder(job_class, dec_hook=dec_hook).decode,
         }
 
-    def decode(self, body: bytes, content_type: str, content_encoding: str | None = None) -> _T_co:
-        """Return the value in `body`, or raise `UndecodableError`.
+    def decode(self, body: bytes, content_type: str, content_encoding: str | None = None) -> Job:
+        """Return the job in `body`, or raise `UndecodableError`.
 
         The content type must be JSON or MessagePack; parameters such as `; charset=utf-8` are allowed. The content encoding
         may be the name of a character set (`utf-8`, `us-ascii`) or `binary`, in any case. Compressed bodies can't be decoded.
@@ -68,30 +65,11 @@ class _Decodes(Generic[_T_co]):
         try:
             return decode(body)
         except msgspec.MsgspecError as error:
-            raise self._undecodable(said_by(error)) from error
+            msg = f"the body can't be decoded as {self.job_class.__name__}: {said_by(error)}"
+            raise UndecodableError(msg) from error
         except RecursionError as error:
-            raise self._undecodable("the value is nested too deeply") from error
+            msg = f"the body can't be decoded as {self.job_class.__name__}: the value is nested too deeply"
+            raise UndecodableError(msg) from error
         except (Exception, CancelledError) as error:
-            raise self._undecodable(named(error)) from error
-
-    def _undecodable(self, why: str) -> UndecodableError:
-        return UndecodableError(f"{self._what} can't be decoded as {self._name}: {why}")
-
-
-class Decoder(_Decodes[Job]):
-    """Decodes the jobs of one class."""
-
-    __slots__ = ("job_class",)
-
-    def __init__(self, job_class: type[Job]) -> None:
-        super().__init__(job_class, job_class, "the body", job_class.__name__)
-        self.job_class = job_class
-
-
-class ResultDecoder(_Decodes[Any]):
-    """Decodes the results of one job class, with the class's hooks; `kind` is R of `Job[R]`."""
-
-    __slots__ = ()
-
-    def __init__(self, job_class: type[Job], kind: Any) -> None:
-        super().__init__(job_class, kind, "the result", kind.__name__ if isinstance(kind, type) else str(kind))
+            msg = f"the body can't be decoded as {self.job_class.__name__}: {named(error)}"
+            raise UndecodableError(msg) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, final
 
 import msgspec
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .store import Abort
 
 R_co = DefaultTypeVar("R_co", covariant=True, default=object)
+_R = TypeVar("_R")
 _T = TypeVar("_T")
 
 
@@ -35,12 +37,16 @@ class Kept(Protocol[R_co]):
         ...
 
 
-class Asks(Protocol[R_co]):
-    """Asks a handle on its event loop, and waits in the thread that calls."""
+class _Asks(Protocol[R_co]):
+    """Asks a handle on its event loop, and waits in the thread that calls, for a little longer than `timeout_s` at most."""
 
-    def __call__(self, ask: Callable[[Handle[R_co]], Coroutine[Any, Any, _T]], timeout_s: float, /) -> _T:
-        """Return what `ask` returns, within `timeout_s`."""
-        ...
+    def __call__(self, ask: Callable[[Handle[R_co]], Coroutine[Any, Any, _T]], timeout_s: float, /) -> _T: ...
+
+
+class _AsksHandle(Protocol):
+    def __call__(
+        self, handle: Handle[_R], ask: Callable[[Handle[_R]], Coroutine[Any, Any, _T]], timeout_s: float, /
+    ) -> _T: ...
 
 
 # A field that is UNSET isn't encoded: the handle of a class without `keep` is the same JSON as a receipt.
@@ -95,9 +101,12 @@ class Handle(Receipt, Generic[R_co], frozen=True, gc=True):
 
 @final
 class BlockingHandle(Receipt, Generic[R_co], frozen=True, gc=True):
-    """A `Handle` for threads and `def` code: its methods block, and otherwise do what the handle's do."""
+    """A `Handle` for threads and `def` code: its methods block, and otherwise do what the handle's do.
 
-    _asks: Asks[R_co] | msgspec.UnsetType = msgspec.UNSET
+    Each method raises TimeoutError if something blocks the event loop of its publisher, and RuntimeError on that loop.
+    """
+
+    _asks: _Asks[R_co] | msgspec.UnsetType = msgspec.UNSET
 
     def __repr__(self) -> str:
         return f"BlockingHandle({self.job_id!r}, {self.state!r})"
@@ -114,10 +123,17 @@ class BlockingHandle(Receipt, Generic[R_co], frozen=True, gc=True):
         """As `Handle.abort`."""
         return self._of()(lambda handle: handle.abort(timeout_s=timeout_s), timeout_s)
 
-    def _of(self) -> Asks[R_co]:
+    def _of(self) -> _Asks[R_co]:
         if self._asks is msgspec.UNSET:
             raise _keeps_nothing(self.job_id)
         return self._asks
+
+
+def blocking(handle: Handle[R_co], asks: _AsksHandle) -> BlockingHandle[R_co]:
+    """Return the blocking twin of a handle; `asks` asks the handle on its event loop."""
+    if handle._kept is msgspec.UNSET:  # pyright: ignore[reportPrivateUsage] - private, so that nobody makes handles by hand
+        return BlockingHandle(handle.job_id, handle.state)
+    return BlockingHandle(handle.job_id, handle.state, partial(asks, handle))
 
 
 STATUS_S = 5.0

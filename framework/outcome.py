@@ -210,7 +210,10 @@ class Aborted(msgspec.Struct, frozen=True):
 
 
 class Repeated(msgspec.Struct, frozen=True):
-    """An earlier run in this process has settled the job, or its settlement also settles this delivery: acked without a run."""
+    """An earlier run has settled the job, or its settlement also settles this delivery: acked without a run.
+
+    This process remembers that run, or the job store has its end.
+    """
 
     kind: ClassVar[Kind] = Kind.REMEMBERED
 

@@ -24,6 +24,12 @@ AT_ONCE = 1000
 """The most publishes in one question: the answer has their results."""
 
 
+def due_after(now: float, pace_s: float) -> float:
+    """Return when to ask again, at most `pace_s` from now: at a time that publishes of about one age share."""
+    grid_s = pace_s / 2
+    return (now + pace_s) // grid_s * grid_s
+
+
 class _Wait(msgspec.Struct, eq=False):
     """A publish whose end is waited for."""
 
@@ -146,9 +152,7 @@ class Waiter:
         now = time.monotonic()
         for key in keys:
             if (wait := self._waits.get(key)) is not None and wait.due < 0:
-                # rounded, so that publishes of about one age are asked for together
-                grid_s = wait.pace_s / 2
-                self._ask_at((now + wait.pace_s) // grid_s * grid_s, key, wait)
+                self._ask_at(due_after(now, wait.pace_s), key, wait)
                 wait.pace_s = min(LONGEST_S, wait.pace_s * 1.5)
 
     def _fail(self, keys: Sequence[Key], error: Exception) -> None:

@@ -14,16 +14,18 @@ from ..app import App, Capture
 from ..broker import Broker
 from ..consuming.worker import Working, working
 from ..context import current_attempt
-from ..envelope import Receipt
 from ..errors import ConfigurationError
+from ..handle import Handle
 from ..job import Job
 from ..options import PublishOptions
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
+from ..store import Store
 from .callers import CallersThread
 from .records import Delayed, Records
 
 _R = TypeVar("_R")
+_T = TypeVar("_T")
 
 IN_HANDLER = "a handler can't wait for the lab to run jobs, because the lab waits for the handler; call drain and run_due in the test"
 UNSET: Any = object()
@@ -44,7 +46,7 @@ class Lab(Records, ABC):
         """The jobs that wait in the broker, the next one first: with a delay, or between two of their runs."""
 
     @abstractmethod
-    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    async def publish(self, job: Job[_T], **options: Unpack[PublishOptions]) -> Handle[_T]:
         """Publish `job` to the lab's broker; otherwise as `Publisher.publish`."""
 
     @abstractmethod
@@ -86,7 +88,7 @@ class AppLab(Lab):
     work: Working | None = None
     """None if the app has no handler."""
 
-    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    async def publish(self, job: Job[_T], **options: Unpack[PublishOptions]) -> Handle[_T]:
         """As `Lab.publish`."""
         return await self.publisher.publish(job, **options)
 
@@ -98,6 +100,7 @@ async def opened(
     resources: Any,
     *,
     open_broker: Callable[[], Broker],
+    open_store: Callable[[], Store],
     runtime: Runtime,
     callers: CallersThread | None = None,
 ) -> AsyncGenerator[None, None]:
@@ -107,7 +110,7 @@ async def opened(
     async def given() -> AsyncGenerator[Any, None]:
         yield resources
 
-    with app.captured(Capture(open_broker, lambda: None, runtime, lab.add_published)):
+    with app.captured(Capture(open_broker, open_store, runtime, lab.add_published)):
         app.import_modules()
         async with app.publisher() as lab.publisher:
             if not app.handlers():
