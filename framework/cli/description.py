@@ -17,11 +17,11 @@ from ..broker import Features
 from ..chain import bind
 from ..consuming.handler import Handler, check_limits
 from ..consuming.limits import Limits, limits_of
+from ..consuming.returns import check_kept
 from ..cron.schedule import Schedule
 from ..errors import ConfigurationError
 from ..job import Queue
 from ..layer import AnyLayer, RetryWaits, facts_of, is_consume_layer, is_publish_layer, name_of, starts_per_s_of
-from ..schemes import NO_STORE
 from ..settings import redact_url
 
 MOST_WAITS = 32
@@ -165,12 +165,7 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
     outbox = app.outbox_url()
     app.open_outbox(runtime)
     store = app.open_store(runtime)
-    kept = next((handler.spec.name for handler in handlers if handler.spec.keep), None)
-    if store is not None:
-        await store.close()
-    elif kept is not None:
-        msg = f"job {kept!r} has keep=, but {NO_STORE}"
-        raise ConfigurationError(msg)
+    check_kept([handler for handler in handlers if handler.spec.keep is not None], stored=store is not None)
     broker = app.open_broker(runtime)
     try:
         features = broker.features()
@@ -179,6 +174,8 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
             check_limits(handler, broker.features(handler.queue))
     finally:
         await broker.close()
+        if store is not None:
+            await store.close()
     return AppRecord(
         app=app.name,
         broker=redact_url(app.broker_url() or ""),

@@ -115,7 +115,12 @@ class Which(msgspec.Struct, frozen=True):
 def which_options(command: Callable[..., _T]) -> Callable[..., _T]:
     """Give a command the filter options; the command receives them as `which`."""
 
-    @click.option("--state", type=click.Choice(list(STAGES)), help="Only jobs in this state.")
+    @click.option(
+        "--state",
+        metavar="STATE",
+        type=click.Choice(list(STAGES)),
+        help=f"Only jobs in this state: {', '.join(STAGES)}.",
+    )
     @click.option("--queue", metavar="NAME", help="Only jobs of this queue.")
     @click.option("--job", metavar="NAME", help="Only jobs with this name, such as image.resize.")
     @functools.wraps(command)
@@ -151,8 +156,7 @@ def list_jobs(target: StoreTarget, which: Which, limit: int, as_json: bool) -> N
                needs to find the job; whole in a pipe
       job      the job's name
       queue    its queue
-      state    queued, delayed, running, retrying, done, failed,
-               aborted or expired; how far it is, while it runs
+      state    its state; while it runs, how far it is
       runs     the number of its last attempt
       since    when the state began, UTC
       text     the last error, the reason or the note;
@@ -341,7 +345,7 @@ def drop(
 
     \b
     Example:
-      leveret jobs drop shop:app --state done --job image.resize
+      leveret jobs drop shop:app --job image.resize
     """  # noqa: D301
     if bool(job_ids) == which.narrow:
         msg = "give ids, or one of --state, --queue and --job"

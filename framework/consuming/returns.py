@@ -5,11 +5,22 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, Union
 
 from ..errors import ConfigurationError
 from ..outcome import OUTCOMES
+from ..schemes import NO_STORE
 from .handler import Handler
+
+
+def check_kept(kept: Sequence[Handler], *, stored: bool) -> None:
+    """Raise ConfigurationError if one of these handlers, whose classes have `keep`, can't have its results kept. `stored`: there is a store."""
+    for handler in kept:
+        check_returns(handler)
+    if kept and not stored:
+        msg = f"handler {kept[0].name}: {kept[0].job_class.__name__} has keep=, but {NO_STORE}"
+        raise ConfigurationError(msg)
 
 
 def check_returns(handler: Handler) -> None:

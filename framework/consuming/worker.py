@@ -16,7 +16,6 @@ from ..layer import AnyLayer
 from ..publishing.publisher import Publisher, Waits
 from ..publishing.sender import Sender
 from ..runtime import Runtime
-from ..schemes import NO_STORE
 from ..settings import redact_url
 from .consumer import Consumer
 from .handler import Handler, check_limits
@@ -183,14 +182,11 @@ async def _recording(sender: Sender, handlers: Sequence[Handler], runtime: Runti
     if not kept:
         return None
     from .recording import Recording
-    from .returns import check_returns
+    from .returns import check_kept
 
-    for handler in kept:
-        check_returns(handler)
     results = sender.results
-    if results is None:
-        msg = f"handler {kept[0].name}: {kept[0].job_class.__name__} has keep=, but {NO_STORE}"
-        raise ConfigurationError(msg)
+    check_kept(kept, stored=results is not None)
+    assert results is not None
     recording = Recording(results.recorder, handlers, runtime)
     await results.recorder.check()
     return recording
