@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from leveret.outcome import Kind
 from leveret.runtime import Runtime
 from leveret.schemes import broker_module
 from tests.contract.harness import depth
+from tests.contract.store.harness import PostgresStoreHarness, SqliteStoreHarness, StoreHarness
 from tests.fault.apps import diary
 from tests.fault.apps.kept import work_of
 from tests.fault.bench import PATIENCE_S, eventually
@@ -132,34 +131,44 @@ async def _unfinished(place: Place) -> int:
         await admin.close()
 
 
-async def test_jobs_go_on_while_their_store_is_locked_and_it_hears_of_all_of_them(tmp_path: Path) -> None:
-    """A backup of the store would stop the jobs, or cost their results."""
-    count, file = 300, tmp_path / "records.db"
-    app: App[None] = App("kept", broker=f"memory://{uuid.uuid4().hex}", store=f"sqlite:///{file}")
-    work = work_of("kept")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def frozen(request: pytest.FixtureRequest, tmp_path: Path) -> StoreHarness:
+    """A store that can be frozen: by another connection's lock on its file, or by a link on which nothing moves."""
+    if request.param == "sqlite":
+        return SqliteStoreHarness(f"sqlite:///{tmp_path}/records.db")
+    return PostgresStoreHarness(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+async def store(frozen: StoreHarness) -> AsyncGenerator[StoreHarness]:
+    """The same, under way."""
+    await frozen.start()
+    yield frozen
+    await frozen.close()
+
+
+async def test_jobs_go_on_while_their_store_is_frozen_and_it_hears_of_all_of_them(store: StoreHarness) -> None:
+    """A backup of the store, or a cut cable, would stop the jobs or cost their results."""
+    count = 300
+    app: App[None] = App("kept", broker=f"memory://{uuid.uuid4().hex}", store=store.url)
+    work = work_of(f"kept-{uuid.uuid4().hex[:12]}")
 
     @app.handler(job=work)
     async def handle(job: Any) -> int:
         n: int = job.n
         return n
 
-    async with app.publisher() as publisher:
-        async with working(app) as worker:
-            first = await publisher.publish(work(n=0))
-            assert await first.result(timeout_s=PATIENCE_S) == 0
-            with closing(sqlite3.connect(file)) as other:
-                other.execute("BEGIN EXCLUSIVE")
-                began = time.monotonic()
-                receipts = await publisher.publish_many([work(n=n) for n in range(1, count + 1)])
-                await eventually(lambda: worker.consumer.counts[Kind.DONE] == count + 1)
-                took_s = time.monotonic() - began
-                other.rollback()
-            last = publisher.handle(receipts[-1].job_id, work)
-            assert await last.result(timeout_s=PATIENCE_S) == count
-        store = app.open_store(RUNTIME)
-        assert store is not None
-        done = await store.list(state="done", limit=2 * count)
-        await store.close()
+    async with app.publisher() as publisher, working(app) as worker:
+        first = await publisher.publish(work(n=0))
+        assert await first.result(timeout_s=PATIENCE_S) == 0
+        await store.break_()
+        began = time.monotonic()
+        receipts = await publisher.publish_many([work(n=n) for n in range(1, count + 1)])
+        await eventually(lambda: worker.consumer.counts[Kind.DONE] == count + 1)
+        took_s = time.monotonic() - began
+        await store.heal()
+        handles = [publisher.handle(receipt.job_id, work) for receipt in receipts]
+        results = await asyncio.gather(*(handle.result(timeout_s=PATIENCE_S) for handle in handles))
 
     assert took_s < 8  # a store that jobs wait for holds up each claim by 10 s
-    assert len(done) == count + 1
+    assert results == list(range(1, count + 1))
