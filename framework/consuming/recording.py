@@ -114,7 +114,7 @@ class Recording:
             return
         for running in self._running.values():
             self._note_progress(running)
-        if self._asking is None:
+        if self._asking is None or self._asking.done():
             self._asking = asyncio.get_running_loop().create_task(self._ask())
         self._timer = self._clock.call_later(LOOK_S, self._look, limit=True)
 
@@ -135,16 +135,13 @@ class Recording:
 
     async def _ask(self) -> None:
         """Ask which runs are to end. An `async def` handler is cancelled, and so is middleware before any handler."""
-        try:
-            asked = set(await self._recorder.asked([key_of(each.envelope) for each in self._running.values()]))
-            for running in list(self._running.values()) if asked else ():
-                tracked = running.tracked
-                if key_of(running.envelope) in asked and not tracked.asked:
-                    tracked.asked = True
-                    if not (tracked.over or (running.in_thread and running.attempt.begun)):
-                        running.task.cancel()
-        finally:
-            self._asking = None
+        asked = set(await self._recorder.asked([key_of(each.envelope) for each in self._running.values()]))
+        for running in list(self._running.values()) if asked else ():
+            tracked = running.tracked
+            if key_of(running.envelope) in asked and not tracked.asked:
+                tracked.asked = True
+                if not (tracked.over or (running.in_thread and running.attempt.begun)):
+                    running.task.cancel()
 
     async def end(self, envelope: Envelope, attempt: Attempt[Any] | None, ending: Ending) -> Ending:
         """Enter what an acknowledgement makes final, before it; return the ending by which the delivery is settled."""
