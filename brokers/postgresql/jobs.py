@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
@@ -27,6 +28,8 @@ _T = TypeVar("_T")
 _READ: Final = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
 _AT_ONCE: Final = 2000
 """For how many publishes a transaction waits at once: it locks their records."""
+_WATCHED_S: Final = 5.0
+"""How long a publish is watched that nobody asks for any more, seconds."""
 
 
 @final
@@ -43,8 +46,9 @@ class PostgresJobs:
         self._one = asyncio.Lock()
         """Held during a call: its waiters get it in the order in which they came."""
         self._tell: Callable[[Sequence[Key]], None] | None = None
-        self._watched: dict[int, Key] = {}
-        """What was asked for last and hadn't ended, by publish."""
+        self._watched: dict[int, tuple[Key, float]] = {}
+        """By publish: what hadn't ended, and when it was last asked for."""
+        self._forget_at = 0.0
         self._closed = False
 
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
@@ -92,9 +96,17 @@ class PostgresJobs:
 
             found += [record_of(row) for row in await self._call(BEGIN if self._tell else _READ, look)]
         if self._tell:
-            ends = {record.key for record in found}
-            self._watched = {key.publish: key for key in keys if key not in ends}
+            self._watch(keys, found)
         return found
+
+    def _watch(self, keys: Sequence[Key], ended: Sequence[Record]) -> None:
+        now = time.monotonic()
+        if now > self._forget_at:
+            self._watched = {number: each for number, each in self._watched.items() if each[1] > now - _WATCHED_S}
+            self._forget_at = now + _WATCHED_S
+        self._watched.update({key.publish: (key, now) for key in keys})
+        for record in ended:
+            self._watched.pop(record.publish, None)
 
     def watch(self, ended: Callable[[Sequence[Key]], None], /) -> None:
         """As `Store.watch`; the connection listens from its next call on."""
@@ -104,7 +116,7 @@ class PostgresJobs:
         """Hear which publishes ended: their numbers, or nothing if there are too many."""
         if self._tell is not None and notice != "lost":
             numbers = map(int, notice.split(",")) if notice else list(self._watched)
-            ended = [key for number in numbers if (key := self._watched.pop(number, None)) is not None]
+            ended = [each[0] for number in numbers if (each := self._watched.pop(number, None)) is not None]
             if ended:
                 self._tell(ended)
 

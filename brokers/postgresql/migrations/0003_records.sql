@@ -122,7 +122,8 @@ END $$;
 
 -- Abort a publish: one that waits ends, one that runs is marked. Returns its state afterwards, null if there is no record.
 CREATE FUNCTION {schema}.abort_record(of_job text, of_publish bigint) RETURNS text
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = {schema}, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     after text;
     channels text[];
@@ -164,7 +165,8 @@ END $$;
 
 -- The publish of this id of which the store heard last for the first time.
 CREATE FUNCTION {schema}.newest_record(of_job text) RETURNS bigint
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
+LANGUAGE sql STABLE SECURITY DEFINER
+SET search_path = {schema}, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
     SELECT r.publish FROM records r WHERE r.job_id = of_job ORDER BY r.seq DESC LIMIT 1
 $$;
 

@@ -80,6 +80,24 @@ async def test_who_watches_is_told_of_the_end(kept: StoreHarness, open_store: Op
     assert keys(await waiter.ended([publish.key])) == [publish.key]
 
 
+async def test_who_asks_for_more_goes_on_watching_the_first(kept: StoreHarness, open_store: OpenStore) -> None:
+    """A process that awaits more jobs than one question holds hears only of the last ones in time."""
+    if not kept.tells:
+        pytest.skip("this store is polled")
+    waiter, worker = open_store(), open_store()
+    first, second = Publish(), Publish()
+    told = Told(first.key)
+    waiter.watch(told)
+    await worker.write([first.is_("running"), second.is_("running")])
+
+    await waiter.ended([first.key])
+    await waiter.ended([second.key])
+    await worker.write([first.is_("done")])
+
+    async with asyncio.timeout(PATIENCE_S):
+        await told.came.wait()
+
+
 async def test_two_who_watch_are_both_told(kept: StoreHarness, open_store: OpenStore) -> None:
     """The second who awaits a job takes the notice from the first."""
     if not kept.tells:

@@ -12,7 +12,7 @@ from leveret.errors import ConfigurationError
 _CHECKSUMS = {
     "0001_jobs": "e28a9c054c7dee09286516333ae63209f0a189f6f1815e6a7dad4a1f8b70f415",
     "0002_outbox": "06229cd82d367aef49a18e050d2bc34d561ab9fe74fa91c96ac78ddb5162250e",
-    "0003_records": "2dae00cbde8e3ef3b6c135d31855d2f0b29c84c5b781f1ec914ab76c5aa2c1ba",
+    "0003_records": "cadd431d272b0b0005c96cc809df17d25bfa595eea8067e917c485809b8ed0ff",
 }
 
 
