@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import sqlite3
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 
+from leveret.brokers.memory.jobs import Records, memory_records
 from leveret.runtime import Runtime
-from leveret.schemes import broker_module
+from leveret.schemes import open_store
 from leveret.settings import Settings
 from leveret.store import Store
 from tests.proxy import FaultProxy
@@ -45,7 +45,7 @@ class StoreHarness(ABC):
     def open(self, limit_s: float = PATIENCE_S) -> Store:
         """Return another store, whose calls end within `limit_s`."""
         runtime = Runtime(app="contract", settings=Settings(connect_timeout_s=limit_s))
-        store = cast("Store", getattr(broker_module(self.url), "open_store")(self.url, runtime))  # noqa: B009
+        store = open_store(self.url, runtime)
         self.opened.append(store)
         return store
 
@@ -66,17 +66,23 @@ class MemoryStoreHarness(StoreHarness):
     """Records in memory, under a unique name; their own switch breaks them."""
 
     tells = True
+    example = "memory://"
 
     @classmethod
     def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
         """Return a harness for one test."""
-        return cls(f"memory://{uuid4().hex}")
+        return cls(f"{cls.example}{uuid4().hex}")
+
+    @property
+    def records(self) -> Records:
+        """The records of the store."""
+        return memory_records(self.url)
 
     async def break_(self) -> None:
-        importlib.import_module("leveret.brokers.memory.jobs").memory_records(self.url).refuse()
+        self.records.refuse()
 
     async def heal(self) -> None:
-        importlib.import_module("leveret.brokers.memory.jobs").memory_records(self.url).accept()
+        self.records.accept()
 
 
 class SqliteStoreHarness(StoreHarness):
@@ -142,11 +148,3 @@ class PooledStoreHarness(PostgresStoreHarness):
         """Return a harness for one test."""
         database = request.getfixturevalue("postgres_database")
         return cls(request.getfixturevalue("postgres_pooled").url_of(database))
-
-
-HARNESSES: dict[str, type[StoreHarness]] = {
-    "memory": MemoryStoreHarness,
-    "sqlite": SqliteStoreHarness,
-    "postgresql": PostgresStoreHarness,
-    "postgresql-pgbouncer": PooledStoreHarness,
-}

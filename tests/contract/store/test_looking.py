@@ -58,11 +58,10 @@ async def test_thousands_of_publishes_are_asked_for_at_once(store: Store) -> Non
     assert {record.key for record in found} == {one.key for one in publishes[::1000]}
 
 
+@pytest.mark.tells
 @pytest.mark.parametrize("state", ["done", "failed", "aborted", "expired"])
-async def test_who_watches_is_told_of_the_end(kept: StoreHarness, open_store: OpenStore, state: State) -> None:
+async def test_who_watches_is_told_of_the_end(open_store: OpenStore, state: State) -> None:
     """A waiter learns of the result up to a second late."""
-    if not kept.tells:
-        pytest.skip("this store is polled")
     waiter, worker = open_store(), open_store()
     publish, other = Publish(), Publish()
     told = Told(publish.key)
@@ -80,10 +79,9 @@ async def test_who_watches_is_told_of_the_end(kept: StoreHarness, open_store: Op
     assert keys(await waiter.ended([publish.key])) == [publish.key]
 
 
-async def test_who_asks_for_more_goes_on_watching_the_first(kept: StoreHarness, open_store: OpenStore) -> None:
+@pytest.mark.tells
+async def test_who_asks_for_more_goes_on_watching_the_first(open_store: OpenStore) -> None:
     """A process that awaits more jobs than one question holds hears only of the last ones in time."""
-    if not kept.tells:
-        pytest.skip("this store is polled")
     waiter, worker = open_store(), open_store()
     first, second = Publish(), Publish()
     told = Told(first.key)
@@ -98,10 +96,9 @@ async def test_who_asks_for_more_goes_on_watching_the_first(kept: StoreHarness, 
         await told.came.wait()
 
 
-async def test_two_who_watch_are_both_told(kept: StoreHarness, open_store: OpenStore) -> None:
+@pytest.mark.tells
+async def test_two_who_watch_are_both_told(open_store: OpenStore) -> None:
     """The second who awaits a job takes the notice from the first."""
-    if not kept.tells:
-        pytest.skip("this store is polled")
     worker, publish = open_store(), Publish()
     await worker.write([publish.is_("running")])
     both = [Told(publish.key), Told(publish.key)]
