@@ -83,7 +83,7 @@ class Tracked(msgspec.Struct, eq=False):
     over: bool = False
     """Whether the handler has ended, and so can't be cancelled any more."""
     progress: tuple[float, str] | None = None
-    """The latest progress, until it is written."""
+    """The latest progress, and its note."""
 
 
 class Attempt(Generic[_R_co]):

@@ -51,11 +51,12 @@ class _Contract(msgspec.Struct, frozen=True):
 class _Running(msgspec.Struct, eq=False):
     """A run that has begun and hasn't ended."""
 
-    envelope: Envelope
-    tracked: Tracked
     attempt: Attempt[Any]
+    tracked: Tracked
     task: asyncio.Task[Any]
     in_thread: bool
+    written: tuple[float, str] | None = None
+    """The progress that was written last."""
 
 
 class Recording:
@@ -104,7 +105,7 @@ class Recording:
         if task is None or self._contracts.get((envelope.queue, envelope.job)) is None:
             return
         attempt.tracked = tracked = Tracked()
-        self._running[tracked] = _Running(envelope, tracked, attempt, task, in_thread)
+        self._running[tracked] = _Running(attempt, tracked, task, in_thread)
         if self._timer is None:
             self._timer = self._clock.call_later(LOOK_S, self._look, limit=True)
 
@@ -114,14 +115,15 @@ class Recording:
             return
         for running in self._running.values():
             self._note_progress(running)
-        if self._asking is None:
+        if self._asking is None or self._asking.done():
             self._asking = asyncio.get_running_loop().create_task(self._ask())
         self._timer = self._clock.call_later(LOOK_S, self._look, limit=True)
 
     def _note_progress(self, running: _Running) -> None:
-        said, running.tracked.progress = running.tracked.progress, None
-        if said is not None:
-            envelope, (fraction, note) = running.envelope, said
+        said = running.tracked.progress  # set by any thread
+        if said is not None and said is not running.written:
+            running.written = said
+            envelope, (fraction, note) = running.attempt.envelope, said
             self._recorder.note(
                 Progress(
                     job_id=envelope.job_id,
@@ -135,16 +137,13 @@ class Recording:
 
     async def _ask(self) -> None:
         """Ask which runs are to end. An `async def` handler is cancelled, and so is middleware before any handler."""
-        try:
-            asked = set(await self._recorder.asked([key_of(each.envelope) for each in self._running.values()]))
-            for running in list(self._running.values()) if asked else ():
-                tracked = running.tracked
-                if key_of(running.envelope) in asked and not tracked.asked:
-                    tracked.asked = True
-                    if not (tracked.over or (running.in_thread and running.attempt.begun)):
-                        running.task.cancel()
-        finally:
-            self._asking = None
+        asked = set(await self._recorder.asked([key_of(each.attempt.envelope) for each in self._running.values()]))
+        for running in list(self._running.values()) if asked else ():
+            tracked = running.tracked
+            if key_of(running.attempt.envelope) in asked and not tracked.asked:
+                tracked.asked = True
+                if not (tracked.over or (running.in_thread and running.attempt.begun)):
+                    running.task.cancel()
 
     async def end(self, envelope: Envelope, attempt: Attempt[Any] | None, ending: Ending) -> Ending:
         """Enter what an acknowledgement makes final, before it; return the ending by which the delivery is settled."""
@@ -210,21 +209,10 @@ class Recording:
             case _:
                 pass
 
-    def _note(self, envelope: Envelope, state: State, keep_s: float, *, error: str = "", reason: str = "") -> None:
-        self._recorder.note(self._change(envelope, state, keep_s, error=error, reason=reason))
+    def _note(self, envelope: Envelope, state: State, keep_s: float, **more: str) -> None:
+        self._recorder.note(self._change(envelope, state, keep_s, **more))
 
-    def _change(
-        self,
-        envelope: Envelope,
-        state: State,
-        keep_s: float,
-        *,
-        result: bytes | None = None,
-        content_type: str = "",
-        error: str = "",
-        reason: str = "",
-        body: bytes | None = None,
-    ) -> Change:
+    def _change(self, envelope: Envelope, state: State, keep_s: float, **more: Any) -> Change:
         return Change(
             job_id=envelope.job_id,
             publish=envelope.publish,
@@ -235,11 +223,7 @@ class Recording:
             attempt=envelope.attempt,
             keep_s=keep_s,
             at_ms=int(self._clock.now() * 1000),
-            result=result,
-            content_type=content_type,
-            error=error,
-            reason=reason,
-            body=body,
+            **more,
         )
 
 

@@ -190,21 +190,24 @@ class Recorder:
             await self.flush(within_s)
         finally:
             self._closed = True
+            dropped_before = self.dropped
             tasks = [task for task in (self._writer, self._starter, self._trimmer) if task is not None]
             for task in tasks:
-                task.cancel()
+                task.cancel()  # what it was at is dropped
             if tasks:
                 await asyncio.wait(tasks, timeout=WAIT_S)
             for entry in self._queue:
                 _tell(entry.heard, False)
-            lost = len(self._kept) + sum(isinstance(entry.what, Change) for entry in self._queue)
+            self.dropped += len(self._kept) + sum(isinstance(entry.what, Change) for entry in self._queue)
             self._queue.clear()
             self._kept.clear()
             self._kept_bytes = 0
-            self.dropped += lost
-            if lost:
+            if lost := self.dropped - dropped_before:
                 logger.warning(
-                    "the job store %s didn't take the last changes of %d jobs: %s", self._store.what, lost, self._why
+                    "the job store %s didn't take the last %d changes of jobs: %s",
+                    self._store.what,
+                    lost,
+                    self._why or "the process ended before its answer",
                 )
 
     def _wake(self) -> None:
@@ -448,19 +451,14 @@ class Recorder:
         self._trims = self._clock.call_later(TRIM_EVERY_S * self._rng.uniform(0.5, 1.5), self._trim, limit=True)
 
     def _trim(self) -> None:
-        if self._well and self._writer is None and self._trimmer is None:
+        if self._well and self._writer is None and (self._trimmer is None or self._trimmer.done()):
             self._trimmer = asyncio.get_running_loop().create_task(self._trim_all())
         self._trim_later()
 
     async def _trim_all(self) -> None:
-        try:
-            with suppress(StoreUnavailable, ConfigurationError):
-                while (
-                    await self._limited(self._store.trim(_MOST_TRIMMED), CALL_S) == _MOST_TRIMMED and not self._writer
-                ):
-                    pass
-        finally:
-            self._trimmer = None
+        with suppress(StoreUnavailable, ConfigurationError):
+            while await self._limited(self._store.trim(_MOST_TRIMMED), CALL_S) == _MOST_TRIMMED and not self._writer:
+                pass
 
 
 def _size(what: Change | Progress) -> int:

@@ -20,7 +20,8 @@ from ..job import Job
 from ..options import PublishOptions
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
-from ..store import Store
+from ..status import Status, status_of
+from ..store import Abort, Store
 from .callers import CallersThread
 from .records import Delayed, Records
 
@@ -28,6 +29,8 @@ _R = TypeVar("_R")
 _T = TypeVar("_T")
 
 IN_HANDLER = "a handler can't wait for the lab to run jobs, because the lab waits for the handler; call drain and run_due in the test"
+RESULT_S = 5.0
+"""Real seconds that a result may take after the last run: the job has ended by then, or never will."""
 UNSET: Any = object()
 """Stands for resources that weren't given, because None is a value."""
 
@@ -48,6 +51,18 @@ class Lab(Records, ABC):
     @abstractmethod
     async def publish(self, job: Job[_T], **options: Unpack[PublishOptions]) -> Handle[_T]:
         """Publish `job` to the lab's broker; otherwise as `Publisher.publish`."""
+
+    @abstractmethod
+    async def status(self, job_id: str, /) -> Status:
+        """Return how a job of a class with `keep` is that was published in this lab, by its id; as `Handle.status`."""
+
+    @abstractmethod
+    async def result(self, handle: Handle[_T], /) -> _T:
+        """Run until no job is left, as `drain`, and return the job's result; raises as `Handle.result`."""
+
+    @abstractmethod
+    async def abort(self, job_id: str, /) -> Abort:
+        """Abort a job of a class with `keep` that was published in this lab, by its id; as `Handle.abort`."""
 
     @abstractmethod
     def advance(self, by: float | timedelta, /) -> None:
@@ -91,6 +106,26 @@ class AppLab(Lab):
     async def publish(self, job: Job[_T], **options: Unpack[PublishOptions]) -> Handle[_T]:
         """As `Lab.publish`."""
         return await self.publisher.publish(job, **options)
+
+    async def status(self, job_id: str, /) -> Status:
+        """As `Lab.status`."""
+        handle = self._handle(job_id)
+        return status_of(job_id, None) if handle is None else await handle.status()
+
+    async def result(self, handle: Handle[_T], /) -> _T:
+        """As `Lab.result`."""
+        await self.drain()
+        return await handle.result(timeout_s=RESULT_S)
+
+    async def abort(self, job_id: str, /) -> Abort:
+        """As `Lab.abort`."""
+        handle = self._handle(job_id)
+        return "unknown" if handle is None else await handle.abort()
+
+    def _handle(self, job_id: str) -> Handle | None:
+        classes = (type(one.job) for one in self._published if one.envelope.job_id == job_id)
+        job_class = next(classes, None)
+        return None if job_class is None else self.publisher.handle(job_id, job_class)
 
 
 @asynccontextmanager

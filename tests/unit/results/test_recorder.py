@@ -282,8 +282,25 @@ async def test_a_close_does_not_wait_for_a_store_that_is_down(
     assert not await required
     assert (
         caplog.records[-1].getMessage()
-        == "the job store tests://store didn't take the last changes of 2 jobs: nobody listens at tests://store"
+        == "the job store tests://store didn't take the last 2 changes of jobs: nobody listens at tests://store"
     )
+
+
+async def test_a_close_counts_what_a_frozen_store_was_at(
+    recording: Recording, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log would say nothing of the states that nobody will ever see."""
+    recording.store.answer = recording.store.hangs
+    recording.recorder.note(change("id-1"))
+    await turns()
+    recording.recorder.note(change("id-2"))
+
+    await recording.recorder.close(within_s=0.01)
+
+    assert recording.recorder.dropped == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "the job store tests://store didn't take the last 2 changes of jobs: the process ended before its answer"
+    ]
 
 
 async def test_what_waits_outlives_the_end_of_the_program(recording: Recording) -> None:

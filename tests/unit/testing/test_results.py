@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from leveret import App, Attempt, Done, Job, JobAborted, Keep, Queue, Retry
-from leveret.testing import attempt, running
+from leveret.testing import attempt, running, running_sync
 
 
 class Draw(Job[int], name="draw", queue=Queue("pictures"), keep=Keep()):
@@ -56,6 +56,33 @@ async def test_a_test_aborts_a_job_that_runs() -> None:
 
         with pytest.raises(JobAborted):
             await handle.result(timeout_s=5)
+
+
+async def test_a_lab_is_asked_by_the_id_of_a_job() -> None:
+    """A test of code that publishes by itself has the ids of its jobs, and no handles."""
+    async with running(app) as lab:
+        first, second = await lab.publish(Draw(7)), await lab.publish(Draw(8), delay_s=60)
+
+        assert await lab.abort(second.job_id) == "aborted"
+        assert await lab.result(first) == 7
+        states = [(await lab.status(job_id)).state for job_id in (first.job_id, second.job_id, "never published")]
+        assert states == ["done", "aborted", "unknown"]
+        assert await lab.abort("never published") == "unknown"
+        with pytest.raises(JobAborted):
+            await lab.result(second)
+
+
+def test_a_lab_without_async_has_results() -> None:
+    """A `TestCase` of Django would see receipts only."""
+    with running_sync(app) as lab:
+        handle = lab.publish(Draw(101), delay_s=5)
+        delayed = lab.status(handle.job_id)
+        lab.advance(5)
+        lab.run_due()
+
+        assert (delayed.state, handle.status().state) == ("delayed", "retrying")
+        assert lab.result(handle) == 101
+        assert lab.abort(handle.job_id) == handle.abort() == "finished"
 
 
 async def test_a_handler_that_is_called_directly_may_say_how_far_it_is() -> None:
