@@ -18,7 +18,8 @@ from leveret.store import STAGES, Abort, Change, Key, Progress, Record, State, V
 from ..records import entry_of, in_order, record_of, storable, verdict_of
 from .address import Address
 from .link import Link, meaning_of
-from .statements import BEGIN, RecordStatements
+from .records import RecordStatements
+from .statements import BEGIN
 
 if TYPE_CHECKING:
     from .link import Connection
@@ -103,10 +104,10 @@ class PostgresJobs:
 
             found += [record_of(row) for row in await self._call(BEGIN if self._tell else _READ, look)]
         if self._tell:
-            self._watch(keys, found)
+            self._remember(keys, found)
         return found
 
-    def _watch(self, keys: Sequence[Key], ended: Sequence[Record]) -> None:
+    def _remember(self, keys: Sequence[Key], ended: Sequence[Record]) -> None:
         now = time.monotonic()
         if now > self._forget_at:
             self._watched = {number: each for number, each in self._watched.items() if each[1] > now - _WATCHED_S}
