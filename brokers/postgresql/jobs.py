@@ -1,4 +1,4 @@
-"""The job store in a PostgreSQL: through one connection for each process, one call after another, each in a transaction.
+"""The job store in a PostgreSQL: through one connection for each process, one call after another.
 
 A waiter leaves its channel in the records, so that only an end that somebody waits for is told. Behind a pooler nobody is told.
 """
@@ -18,13 +18,19 @@ from leveret.store import STAGES, Abort, Change, Key, Progress, Record, State, V
 from ..records import entry_of, in_order, record_of, storable, verdict_of
 from .address import Address
 from .link import Link, meaning_of
-from .statements import BEGIN, RecordStatements
+from .records import RecordStatements
+from .statements import BEGIN
 
 if TYPE_CHECKING:
     from .link import Connection
 
 _T = TypeVar("_T")
 
+_SESSION: Final = (
+    "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = on; SET lock_timeout = '2s';"
+    " SET statement_timeout = '60s'"
+)
+"""What `BEGIN` sets for a transaction, for a connection that is to the server itself."""
 _READ: Final = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
 _AT_ONCE: Final = 2000
 """For how many publishes a transaction waits at once: it locks their records."""
@@ -53,29 +59,31 @@ class PostgresJobs:
 
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
         """As `Store.write`."""
+        rounds = _rounds(changes)
 
         async def enter(connection: Connection) -> None:
-            for places in _rounds(changes):
+            for places in rounds:
                 those = [(place, changes[place]) for place in places]
                 if entries := [_entry(place, one) for place, one in those if isinstance(one, Change)]:
                     await connection.fetch(self._sql.enter, False, *_columns(entries))
                 if notes := [_note(one) for _, one in those if isinstance(one, Progress)]:
                     await connection.fetch(self._sql.progress, *_columns(notes))
 
-        await self._call(BEGIN, enter)
+        await self._call(BEGIN, enter, together=len(rounds) > 1 or len(set(map(type, changes))) > 1)
 
     async def begin(self, changes: Sequence[Change], /) -> Sequence[Verdict]:
         """As `Store.begin`."""
         verdicts: dict[int, Verdict] = {}
+        rounds = _rounds(changes)
 
         async def enter(connection: Connection) -> None:
-            for places in _rounds(changes):
+            for places in rounds:
                 entries = [_entry(place, changes[place]) for place in places]
                 rows = await connection.fetch(self._sql.enter, True, *_columns(entries))
                 for place, row in zip(places, rows, strict=True):
                     verdicts[place] = verdict_of(changes[place], *row)
 
-        await self._call(BEGIN, enter)
+        await self._call(BEGIN, enter, together=len(rounds) > 1)
         return [verdicts[place] for place in range(len(changes))]
 
     async def read(self, keys: Sequence[Key], /) -> Sequence[Record | None]:
@@ -96,10 +104,10 @@ class PostgresJobs:
 
             found += [record_of(row) for row in await self._call(BEGIN if self._tell else _READ, look)]
         if self._tell:
-            self._watch(keys, found)
+            self._remember(keys, found)
         return found
 
-    def _watch(self, keys: Sequence[Key], ended: Sequence[Record]) -> None:
+    def _remember(self, keys: Sequence[Key], ended: Sequence[Record]) -> None:
         now = time.monotonic()
         if now > self._forget_at:
             self._watched = {number: each for number, each in self._watched.items() if each[1] > now - _WATCHED_S}
@@ -178,21 +186,30 @@ class PostgresJobs:
 
         return await self._call(_READ, read)
 
-    async def _call(self, begin: str, call: Callable[[Connection], Awaitable[_T]]) -> _T:
-        """Return what `call` returns, in a transaction for it: behind a pooler, only one transaction reaches the same server."""
+    async def _call(self, begin: str, call: Callable[[Connection], Awaitable[_T]], *, together: bool = False) -> _T:
+        """Return what `call` returns. `together`: its statements have their effects together, or none has.
+
+        Behind a pooler each call is a transaction: the statements of one transaction reach the same server. Otherwise one statement
+        needs none, which saves a start and an end of a job two round trips.
+        """
         if self._closed:
             msg = f"the job store {self.what} is closed"
             raise StoreUnavailable(msg)
         try:
             async with asyncio.timeout(self._limit_s), self._one:
-                return await self._transact(begin, call)
+                return await self._do(begin, call, together=together)
         except TimeoutError as error:
             msg = f"the job store {self.what} didn't answer within {self._limit_s:g} s"
             raise StoreUnavailable(msg) from error
 
-    async def _transact(self, begin: str, call: Callable[[Connection], Awaitable[_T]]) -> _T:
+    async def _do(self, begin: str, call: Callable[[Connection], Awaitable[_T]], *, together: bool) -> _T:
         try:
             connection = await self._link.connection(listen=self._tell is not None)
+            if self._link.fresh and self._link.direct:
+                await connection.execute(_SESSION)
+            self._link.fresh = False
+            if self._link.direct and not together:
+                return await call(connection)
             await connection.execute(begin)
             result = await call(connection)
             await connection.execute("COMMIT")

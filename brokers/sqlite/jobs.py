@@ -163,7 +163,8 @@ class SqliteJobs:
         try:
             result: _T = await self._turns.run(kind(about=about, call=call, deadline=deadline))
         except (PublishTimeout, BrokerUnavailable) as error:
-            raise StoreUnavailable(str(error)) from error
+            msg = f"the job store {self.what} didn't answer: {self._turns.why or error}"
+            raise StoreUnavailable(msg) from error
         return result
 
     def _now_ms(self) -> int:

@@ -80,6 +80,14 @@ def test_a_broker_without_rows_imports_nothing_of_stores(broker: str) -> None:
     assert not _imported_by(broker) & stores
 
 
+@pytest.mark.parametrize("broker", ["memory.broker", "sqlite.broker", "postgresql.broker", "rabbitmq.broker"])
+def test_a_broker_imports_nothing_of_its_job_store(broker: str) -> None:
+    """A worker whose jobs have no results would pay for the store beside its broker."""
+    imported = _imported_by(f"leveret.brokers.{broker}")
+
+    assert not [name for name in imported if name == "leveret.store" or name.endswith((".jobs", ".records"))]
+
+
 def test_publishing_in_transactions_imports_no_library_of_a_users_connection() -> None:
     """A service that uses one of them would need, and pay for, the others."""
     assert not _imported_by("leveret.brokers.postgresql.within") & {"django", "psycopg", "sqlalchemy"}
