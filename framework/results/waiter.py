@@ -93,13 +93,15 @@ class Waiter:
         wait.due = due
         heapq.heappush(self._due, (due, key))
         if self._asker is None:
-            # a task begins in a later step of the loop, so all handles that come in this one share a question
             self._asker = asyncio.get_running_loop().create_task(self._ask_all())
         else:
             self._wake()
 
     async def _ask_all(self) -> None:
         try:
+            await asyncio.sleep(
+                0
+            )  # all handles that come in this step of the loop share a question; an eager task begins in it
             while self._waits:
                 if keys := self._take():
                     await self._ask(keys)
