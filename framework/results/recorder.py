@@ -224,6 +224,7 @@ class Recorder:
             self._wake()
 
     async def _write_all(self) -> None:
+        await asyncio.sleep(0)  # an eager task factory begins at once
         failed = 0
         while self._queue or self._kept:
             if failed:
@@ -354,6 +355,7 @@ class Recorder:
             self._wake_starter()
 
     async def _start_all(self) -> None:
+        await asyncio.sleep(0)  # as above
         while self._starts:
             self._starting, self._starts = self._starts[:_MOST_BATCH], self._starts[_MOST_BATCH:]
             began = self._clock.monotonic()

@@ -5,6 +5,8 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -159,6 +161,46 @@ async def test_a_value_that_cannot_be_encoded_buries_the_job() -> None:
         await ended(work, Kind.BURY)
 
     assert (await bench.record(key)).reason.startswith("the result, of the type lock, can't be encoded: TypeError")
+
+
+async def test_a_hook_that_would_end_the_process_buries_its_job() -> None:
+    """One value would stop the worker, and each worker that gets the job after it."""
+
+    def exits(value: object) -> object:
+        raise SystemExit
+
+    class Lock(Job[Any], name="image.lock", queue=images, keep=Keep(), enc_hook=exits):
+        pass
+
+    bench = Bench()
+
+    @bench.handler
+    async def lock(job: Lock) -> Any:
+        return threading.Lock()
+
+    async with bench.works() as work:
+        key = await bench.publish(Lock())
+        await ended(work, Kind.BURY)
+
+    assert (await bench.record(key)).reason == "SystemExit"
+
+
+async def test_a_cancellation_that_a_handler_leaves_behind_hits_no_result() -> None:
+    """The result would be lost, and the job would run again."""
+    bench = Bench()
+
+    @bench.handler
+    async def resize(job: Resize) -> Thumbnail:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        return Thumbnail(64)
+
+    async with bench.works() as work:
+        key = await bench.publish(Resize())
+        await ended(work, Kind.DONE)
+
+    assert (await bench.record(key)).result == b'{"width":64}'
 
 
 async def test_a_result_that_is_too_large_is_left_out() -> None:
@@ -677,6 +719,30 @@ async def test_a_kept_class_without_a_store_is_refused_at_the_start() -> None:
     with pytest.raises(ConfigurationError, match=r"paint: Paint has keep=, but nothing keeps the results of jobs"):
         async with bench.works():
             pass
+
+
+async def test_a_store_that_refuses_the_worker_is_known_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker would run for days without its store."""
+    bench, entered = Bench(), list[str]()
+
+    @bench.handler
+    async def paint(job: Paint) -> None: ...
+
+    async def refuses(_: str) -> None:
+        msg = "the store tests://store refuses the password"
+        raise ConfigurationError(msg)
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[None]:
+        entered.append("lifespan")
+        yield
+
+    monkeypatch.setattr(bench.store, "newest", refuses, raising=False)
+    with pytest.raises(ConfigurationError, match="refuses the password"):
+        async with working(bench, lifespan=lifespan):
+            pass
+    assert not entered
+    assert bench.store.closed
 
 
 def annotated(job: Any, returns: Any) -> Any:

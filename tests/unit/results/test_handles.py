@@ -1,6 +1,7 @@
 """Handles: what a publisher learns of its jobs from the store, and what it costs those who ask for nothing."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +13,7 @@ import pytest
 
 from leveret import (
     App,
+    Attempt,
     BrokerUnavailable,
     ConfigurationError,
     Envelope,
@@ -33,12 +35,13 @@ from leveret import (
 )
 from leveret.brokers.memory import MemoryBroker, MemoryStore, open_store
 from leveret.headers import pack_headers
+from leveret.publishing import blocking
 from leveret.publishing.sender import Sender
 from leveret.results import results as module
 from leveret.results.results import Results
 from leveret.runtime import Runtime
 from leveret.store import Change, Key, Record, State, Store
-from leveret.testing import attempt
+from leveret.testing import attempt, running
 
 from .levers import Breakable, memory_jobs
 from .stores import at_once, down
@@ -72,6 +75,16 @@ class Index(Job, name="image.index", queue=images, keep=Keep(failed_s=60, body=T
     """A job whose end is kept, and that has no result."""
 
     url: str = ""
+
+
+class Sum(Job[int], name="sum", queue=images, keep=Keep()):
+    """A job that is made of others."""
+
+
+class Term(Job[int], name="term", queue=images, keep=Keep()):
+    """One of them."""
+
+    n: int
 
 
 class Send(Job, name="mail.send", queue=images):
@@ -401,8 +414,11 @@ async def test_a_class_without_keep_has_no_header_and_opens_no_store() -> None:
     ("store", "says"),
     [(None, "this app has no job store. Give App"), ("amqp://shop:hunter2@host/", "keeps no results")],
 )
-async def test_keep_without_a_store_is_refused_at_the_publish(store: str | None, says: str) -> None:
+async def test_keep_without_a_store_is_refused_at_the_publish(
+    monkeypatch: pytest.MonkeyPatch, store: str | None, says: str
+) -> None:
     """The result would be awaited for ever."""
+    monkeypatch.delenv("LEVERET_STORE", raising=False)
     app = App("shop", broker="amqp://localhost:1/", store=store)
     async with app.publisher() as publisher:
         with pytest.raises(InvalidJob, match=says) as refused:
@@ -514,3 +530,47 @@ def test_a_blocking_publisher_has_blocking_handles() -> None:
     assert (queued.state, size.width, finished) == ("queued", 7, "finished")
     with pytest.raises(StoreUnavailable, match="has ended"):
         handle.status()
+
+
+def test_a_blocking_handle_does_not_wait_for_a_loop_that_is_blocked() -> None:
+    """Middleware that blocks the loop of all blocking publishers would hold a request beyond what it said."""
+    app, goes_on = App("shop", broker=f"memory://blocking-{getrandbits(32)}"), threading.Event()
+    with app.blocking_publisher() as publisher:
+        handle = publisher.publish(Measure("a.png"))
+        loop = blocking._background().loop
+        loop.call_soon_threadsafe(goes_on.wait)
+        try:
+            with pytest.raises(TimeoutError, match="something blocks the event loop of this handle's publisher"):
+                handle.abort(timeout_s=0.01)
+        finally:
+            goes_on.set()
+
+        async def on_the_loop() -> None:
+            handle.status()
+
+        with pytest.raises(RuntimeError, match="would wait for itself"):
+            asyncio.run_coroutine_threadsafe(on_the_loop(), loop).result(30)
+
+
+async def _awaits(_: Sum, attempt: Attempt) -> int:
+    handles = [await attempt.publish(Term(n)) for n in range(3)]
+    return sum([await handle.result(timeout_s=30) for handle in handles])
+
+
+def _blocks(_: Sum, attempt: Attempt) -> int:
+    handles = [attempt.publish_blocking(Term(n)) for n in range(3)]
+    return sum(handle.result(timeout_s=30) for handle in handles)
+
+
+@pytest.mark.parametrize("handler", [_awaits, _blocks])
+async def test_a_handler_waits_for_the_jobs_that_it_published(handler: Any) -> None:
+    """A job that is made of others would have to look for their results itself."""
+    app = App("sums")
+    app.handler(handler)
+
+    @app.handler
+    async def term(job: Term) -> int:
+        return job.n
+
+    async with running(app) as lab:
+        assert await lab.result(await lab.publish(Sum())) == 3
