@@ -93,6 +93,8 @@ class PostgresJobs:
     async def ended(self, keys: Sequence[Key], /) -> Sequence[Record]:
         """As `Store.ended`."""
         found: list[Record] = []
+        if self._tell:
+            self._remember(keys)  # before the records say that we wait: a notice may come before the answer
         ordered = sorted(keys)
         for start in range(0, len(ordered), _AT_ONCE):
             those = _columns(ordered[start : start + _AT_ONCE], 2)
@@ -103,18 +105,16 @@ class PostgresJobs:
                 return await connection.fetch(self._sql.read, *those, STAGES["done"])
 
             found += [record_of(row) for row in await self._call(BEGIN if self._tell else _READ, look)]
-        if self._tell:
-            self._remember(keys, found)
+        for record in found:
+            self._watched.pop(record.publish, None)
         return found
 
-    def _remember(self, keys: Sequence[Key], ended: Sequence[Record]) -> None:
+    def _remember(self, keys: Sequence[Key]) -> None:
         now = time.monotonic()
         if now > self._forget_at:
             self._watched = {number: each for number, each in self._watched.items() if each[1] > now - _WATCHED_S}
             self._forget_at = now + _WATCHED_S
         self._watched.update({key.publish: (key, now) for key in keys})
-        for record in ended:
-            self._watched.pop(record.publish, None)
 
     def watch(self, ended: Callable[[Sequence[Key]], None], /) -> None:
         """As `Store.watch`; the connection listens from its next call on."""
