@@ -24,6 +24,7 @@ from tests.rabbit.node import Rabbit, find_rabbit  # noqa: E402
 EXAMPLES = {
     "index_files/try_out.py": ["--limit", "200"],
     "fastapi_service.py": [],
+    "fastapi_reports.py": [],
     "embedded_worker.py": [],
     "django_view.py": [],
     "django_project/try_out.py": [],

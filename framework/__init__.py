@@ -10,16 +10,23 @@ from .errors import (
     BrokerUnavailable,
     ConfigurationError,
     InvalidJob,
+    JobAborted,
+    JobExpired,
+    JobFailed,
     LeveretError,
     MessageTooLarge,
     PublishError,
     PublishManyError,
     PublishTimeout,
+    ResultError,
+    ResultUnavailable,
+    StoreUnavailable,
     Unroutable,
     UnsupportedTopology,
 )
+from .handle import BlockingHandle, Handle
 from .headers import HeaderValue
-from .job import Job, JobMeta, Priority, Queue
+from .job import Job, JobMeta, Keep, Priority, Queue
 from .layer import Consume, ConsumeLayer, Layer, Publish, PublishLayer
 from .options import Outgoing, OutgoingOptions, PublishOptions
 from .outcome import Bury, Done, Expired, Outcome, Retry, Snooze
@@ -30,6 +37,7 @@ from .transactions import AsyncTransaction, Transaction
 if TYPE_CHECKING:
     from .consuming.state import Worker, WorkerState
     from .publishing.blocking import BlockingPublisher
+    from .status import Status
 
 __version__: Final[str] = "0.1.0"
 
@@ -37,6 +45,7 @@ __all__ = [
     "App",
     "AsyncTransaction",
     "Attempt",
+    "BlockingHandle",
     "BlockingPublisher",
     "BrokerUnavailable",
     "Bury",
@@ -46,10 +55,15 @@ __all__ = [
     "Done",
     "Envelope",
     "Expired",
+    "Handle",
     "HeaderValue",
     "InvalidJob",
     "Job",
+    "JobAborted",
+    "JobExpired",
+    "JobFailed",
     "JobMeta",
+    "Keep",
     "Layer",
     "LeveretError",
     "MessageTooLarge",
@@ -68,9 +82,13 @@ __all__ = [
     "Queue",
     "QueueState",
     "Receipt",
+    "ResultError",
+    "ResultUnavailable",
     "Retry",
     "Settings",
     "Snooze",
+    "Status",
+    "StoreUnavailable",
     "Transaction",
     "Unroutable",
     "UnsupportedTopology",
@@ -91,6 +109,10 @@ if not TYPE_CHECKING:  # with this function in sight, a type checker would accep
             from .consuming import state
 
             return getattr(state, name)
+        if name == "Status":
+            from .status import Status
+
+            return Status
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
 

@@ -6,9 +6,16 @@ import importlib
 import inspect
 import os
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 
 import msgspec
@@ -26,22 +33,25 @@ from .job import Job
 from .layer import AnyLayer, Layer, check_layers, instrumentation
 from .options import Outgoing
 from .outbox import Outbox
-from .outcome import Outcome
 from .publishing.publisher import Publisher, PublisherBlock
 from .publishing.sender import Sender
 from .runtime import Runtime, Shared
-from .schemes import broker_module, open_outbox
+from .schemes import broker_module, can_store, open_outbox, open_store
 from .settings import Settings, environment, redact_url
 
 if TYPE_CHECKING:
     from .consuming.state import Worker
     from .cron.schedule import Schedule
     from .publishing.blocking import BlockingPublisher
+    from .results.results import Results
+    from .store import Store
 
 
 _J = TypeVar("_J", bound=Job)
 _R = DefaultTypeVar("_R", default=Any)
-_Says = TypeVar("_Says", bound=Outcome | Awaitable[Outcome | None] | None)
+_Says = TypeVar(
+    "_Says"
+)  # whether it fits the job's result is checked when a worker starts: a bound would refuse right handlers
 _Emits = TypeVar("_Emits", bound=Job | Outgoing | None)
 
 
@@ -88,6 +98,7 @@ class Capture(msgspec.Struct, frozen=True):
     """Where an app's jobs go while a test runs the app."""
 
     open_broker: Callable[[], Broker]
+    open_store: Callable[[], Store | None]
     runtime: Runtime
     published: Callable[[Job, Envelope], None]
     """Called with every job that a publisher sent."""
@@ -105,6 +116,8 @@ class App(Generic[_R]):
         lifespan: A function that returns an async context manager, entered once per worker process and nowhere else.
         outbox: The URL of a PostgreSQL database in which jobs wait that are published with `connection=`, until `leveret relay` has
             published them to the broker; also the place of the inbox of `Attempt.once`. Takes precedence over LEVERET_OUTBOX.
+        store: The URL of the job store, which keeps states and results of the job classes with `keep=`. Takes precedence over
+            LEVERET_STORE. Default: the broker, if it is PostgreSQL, SQLite or memory.
         modules: Names of the modules with the handlers and schedules. `work`, `cron` and `describe` import them; publishers don't.
         around_sync: A function that returns a context manager, entered around each `def` handler, in the handler's thread.
         concurrency: Jobs at once per worker process: a number for the process, which `def` handlers then may use up too, or a
@@ -123,6 +136,7 @@ class App(Generic[_R]):
         broker: str | None = None,
         default_broker: str | None = None,
         outbox: str | None = None,
+        store: str | None = None,
         middleware: Sequence[Layer[None]] = (),
         lifespan: None = None,
         modules: list[str] | tuple[str, ...] = (),
@@ -139,6 +153,7 @@ class App(Generic[_R]):
         broker: str | None = None,
         default_broker: str | None = None,
         outbox: str | None = None,
+        store: str | None = None,
         middleware: Sequence[Layer[_R]] = (),
         modules: list[str] | tuple[str, ...] = (),
         around_sync: Callable[[], AbstractContextManager[object]] | None = None,
@@ -152,6 +167,7 @@ class App(Generic[_R]):
         broker: str | None = None,
         default_broker: str | None = None,
         outbox: str | None = None,
+        store: str | None = None,
         middleware: Sequence[Layer[Any]] = (),
         lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
         modules: list[str] | tuple[str, ...] = (),
@@ -163,7 +179,12 @@ class App(Generic[_R]):
             msg = f"an app's name must be a str of 1 to 64 characters, not {name!r:.80}"
             raise ConfigurationError(msg)
         where = f"app {name!r}"
-        for keyword, url in (("broker", broker), ("default_broker", default_broker), ("outbox", outbox)):
+        for keyword, url in (
+            ("broker", broker),
+            ("default_broker", default_broker),
+            ("outbox", outbox),
+            ("store", store),
+        ):
             if url is not None and not isinstance(url, str):  # pyright: ignore[reportUnnecessaryIsInstance]
                 msg = f"{where}: {keyword} must be a URL, not {url!r:.80}"
                 raise ConfigurationError(msg)
@@ -179,6 +200,7 @@ class App(Generic[_R]):
         self._broker = broker
         self._default_broker = default_broker
         self._outbox = outbox
+        self._store = store
         self._layers = check_layers(middleware, where)
         self._lifespan = lifespan
         self._modules = tuple(modules)
@@ -246,6 +268,13 @@ class App(Generic[_R]):
         """Return the URL of the outbox: the first of `outbox` and LEVERET_OUTBOX that is set; None without any."""
         return self._outbox or environment(os.environ).outbox
 
+    def store_url(self) -> str | None:
+        """Return the URL of the job store: the first of `store`, LEVERET_STORE and a broker that can store; None without any."""
+        url = self._store or environment(os.environ).store
+        if url is None and can_store(broker := self.broker_url()):
+            return broker
+        return url
+
     def concurrency(self, *own: Concurrency) -> Sequence[Concurrency]:
         """Return the limits of a worker that code (`own` after the app's) and LEVERET_CONCURRENCY set; a later one takes precedence.
 
@@ -269,14 +298,30 @@ class App(Generic[_R]):
 
     def sender(self, broker: Broker, runtime: Runtime) -> Sender:
         """Return the sender of this app's jobs to `broker`."""
+        results = partial(self._open_results, runtime)
         if self._capture is not None:
-            return Sender(broker, self.layers, runtime, self._capture.published)
-        return Sender(broker, self.layers, runtime, outbox=self.open_outbox(runtime))
+            return Sender(broker, self.layers, runtime, self._capture.published, open_results=results)
+        return Sender(broker, self.layers, runtime, outbox=self.open_outbox(runtime), open_results=results)
+
+    def _open_results(self, runtime: Runtime) -> Results | None:
+        store = self.open_store(runtime)
+        if store is None:
+            return None
+        from .results.results import Results  # which only an app with keep= needs
+
+        return Results(store, runtime)
 
     def open_outbox(self, runtime: Runtime) -> Outbox | None:
         """Return the app's outbox, without connecting; None if it has none, ConfigurationError for a wrong URL."""
         url = self.outbox_url()
         return None if url is None else open_outbox(url, runtime)
+
+    def open_store(self, runtime: Runtime) -> Store | None:
+        """Return the app's job store, without connecting; None if it has none, ConfigurationError for a wrong URL."""
+        if self._capture is not None:
+            return self._capture.open_store()
+        url = self.store_url()
+        return None if url is None else open_store(url, runtime)
 
     def import_modules(self) -> None:
         """Import `modules`, so that their handlers and schedules register; ConfigurationError names a module that is missing."""
@@ -411,12 +456,13 @@ class App(Generic[_R]):
     async def _publisher(self) -> AsyncGenerator[Publisher, None]:
         runtime = self.runtime()
         broker = self.open_broker(runtime)
-        publisher = Publisher(self.sender(broker, runtime))
-        try:
+        sender = self.sender(broker, runtime)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(broker.close)
+            stack.push_async_callback(sender.close)
+            publisher = Publisher(sender)
+            stack.callback(publisher.close)
             yield publisher
-        finally:
-            publisher.close()
-            await broker.close()
 
     def publisher(self) -> AbstractAsyncContextManager[Publisher, None]:
         """Return a publisher to enter in a service's lifespan; entering doesn't wait for the broker."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Coroutine
 from datetime import datetime, timezone
 from types import CodeType
@@ -14,11 +15,14 @@ from typing_extensions import TypeVar
 
 from .clock import Clock
 from .envelope import Envelope, Receipt
+from .handle import BlockingHandle, Handle
 from .job import Job
 from .options import PublishOptions
+from .texts import one_line
 from .transactions import AsyncTransaction, Transaction
 
 _R_co = TypeVar("_R_co", covariant=True, default=object)
+_T = TypeVar("_T")
 
 logger = logging.getLogger("leveret.job")
 
@@ -27,14 +31,14 @@ class Publishes(Protocol):
     """The part of `Publisher` that an attempt publishes with."""
 
     async def publish(
-        self, job: Job, *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Receipt:
+        self, job: Job[_T], *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Handle[_T]:
         """Publish `job`, as `Publisher.publish` does."""
         ...
 
     def publish_blocking(
-        self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Receipt:
+        self, job: Job[_T], *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> BlockingHandle[_T]:
         """Publish `job` from a thread, as `Publisher.publish_blocking` does."""
         ...
 
@@ -67,6 +71,21 @@ class Begun(msgspec.Struct, eq=False):
         self.unfinished.pop(self, None)
 
 
+_MOST_NOTE = 500
+"""The longest note of a progress, characters."""
+
+
+class Tracked(msgspec.Struct, eq=False):
+    """What a run and the job store tell each other; for a job whose class has `keep`."""
+
+    asked: bool = False
+    """Whether somebody asked to abort the job."""
+    over: bool = False
+    """Whether the handler has ended, and so can't be cancelled any more."""
+    progress: tuple[float, str] | None = None
+    """The latest progress, and its note."""
+
+
 class Attempt(Generic[_R_co]):
     """One run of one job. Plain `Attempt` fits any app; the type of its `resources` is then `object`."""
 
@@ -82,6 +101,7 @@ class Attempt(Generic[_R_co]):
         "_redelivered",
         "_resources",
         "begun",
+        "tracked",
         "unfinished",
     )
 
@@ -97,6 +117,8 @@ class Attempt(Generic[_R_co]):
     _resources: _R_co
     begun: bool
     """For the worker: whether the handler has begun; False while the middleware decides."""
+    tracked: Tracked | None
+    """For the worker: what the run and the job store tell each other; None for a job of which nothing is kept."""
     unfinished: dict[Begun, None] | None
     """For the worker: the publishes that the running handler began and that haven't finished; None if it began none."""
 
@@ -128,6 +150,7 @@ class Attempt(Generic[_R_co]):
         attempt._deadline = float("inf")
         attempt._log = None
         attempt.begun = False
+        attempt.tracked = None
         attempt.unfinished = None
         return attempt
 
@@ -186,6 +209,26 @@ class Attempt(Generic[_R_co]):
             )
         return self._log
 
+    @property
+    def aborting(self) -> bool:
+        """Whether somebody asked to abort the job; for a `def` handler, which can't be cancelled. False for a class without `keep`."""
+        return self.tracked is not None and self.tracked.asked
+
+    def progress(self, fraction: float, note: str = "") -> None:
+        """Say how far the run is, from 0 to 1, for `Handle.status`; in any thread. It never waits, and a store that is down is no error.
+
+        The latest progress is written twice a second. Without effect for a class without `keep`. Raises TypeError or ValueError for
+        a fraction that isn't a number.
+        """
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"progress: fraction must be a number from 0 to 1, not {fraction!r:.80}"
+            raise TypeError(msg)
+        if math.isnan(fraction):
+            msg = "progress: fraction must be a number from 0 to 1, not nan"
+            raise ValueError(msg)
+        if self.tracked is not None:
+            self.tracked.progress = min(1.0, max(0.0, fraction)), one_line(str(note))[:_MOST_NOTE]
+
     def remaining_s(self) -> float:
         """Return the seconds until the earliest `Timeout` ends this run; inf without a `Timeout`."""
         if self._deadline == float("inf"):
@@ -198,8 +241,8 @@ class Attempt(Generic[_R_co]):
         return before
 
     def publish(
-        self, job: Job, *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Coroutine[Any, Any, Receipt]:
+        self, job: Job[_T], *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Coroutine[Any, Any, Handle[_T]]:
         """Publish `job`, as `Publisher.publish` does, over the worker's connection; the job inherits correlation id and trace.
 
         Await the result. A handler that returns before this publish has finished has failed. In a `def` handler, call
@@ -210,8 +253,8 @@ class Attempt(Generic[_R_co]):
         return publish
 
     def publish_blocking(
-        self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Receipt:
+        self, job: Job[_T], *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> BlockingHandle[_T]:
         """Publish `job` from a `def` handler, and return once the broker has confirmed the publish; otherwise as `publish`.
 
         `connection` is as in `BlockingPublisher.publish`. Raises RuntimeError in an `async def` handler, where it would wait for itself.
@@ -249,8 +292,8 @@ class Attempt(Generic[_R_co]):
         return begun
 
     async def _finished(
-        self, begun: Begun, job: Job, connection: AsyncTransaction | None, options: PublishOptions
-    ) -> Receipt:
+        self, begun: Begun, job: Job[_T], connection: AsyncTransaction | None, options: PublishOptions
+    ) -> Handle[_T]:
         try:
             return await self._publisher.publish(job, connection=connection, **options)
         finally:

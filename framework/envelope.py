@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import Literal
 
 import msgspec
 
@@ -50,6 +50,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How many workers may have died while they ran this job; 0 again once a run has ended."""
     version: int = 1
     """Version of the contract that encoded the job."""
+    publish: int = 0
+    """64 random bits, signed, that tell this publish from others of the same id; 0 for a job of which no store keeps anything."""
     first_seen_ms: int | None = None
     """When the job was first delivered, Unix ms; None before that."""
     due_ms: int | None = None
@@ -83,7 +85,6 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return msgspec.structs.replace(self, headers={**self.headers, **check_headers(headers)})
 
 
-@final
 class Receipt(msgspec.Struct, frozen=True, gc=False):
     """The result of a publish: the job's id, and what is known of the job."""
 

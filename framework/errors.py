@@ -9,7 +9,13 @@
     │   ├── Unroutable              no queue took the job: somebody deleted the queue; publish again, which declares it
     │   ├── MessageTooLarge         refused before a byte was sent
     │   └── InvalidJob              the job can't be decoded as its own class, or its options are wrong
-    └── PublishManyError            at least one job of `publish_many` failed; `results` says which
+    ├── PublishManyError            at least one job of `publish_many` failed; `results` says which
+    ├── StoreUnavailable            the job store didn't answer: ask later; the jobs go on
+    └── ResultError                 there is no result, and waiting won't bring one
+        ├── JobFailed               the job is in the dead letters
+        ├── JobAborted              somebody aborted the job
+        ├── JobExpired              the job expired before it could start
+        └── ResultUnavailable       the job is done; its result was too large, or the store never heard of it
 
 A broker maps the errors of its client library into this tree; they never reach the caller unmapped.
 """
@@ -131,3 +137,62 @@ class PublishManyError(LeveretError):
     def results(self) -> list[Receipt | PublishError]:
         """One entry per job, in the order given."""
         return self._results
+
+
+@final
+class StoreUnavailable(LeveretError):
+    """The job store didn't answer in time. The jobs themselves go on: ask later."""
+
+
+class ResultError(LeveretError):
+    """A job has no result, and waiting won't bring one; `job_id` is the job's."""
+
+    def __init__(self, message: str, *, job_id: str) -> None:
+        super().__init__(message)
+        self._job_id = job_id
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self._job_id
+
+
+@final
+class JobFailed(ResultError):
+    """The job failed for good, and is in the dead letters of its queue."""
+
+    def __init__(self, message: str, *, job_id: str, error: str, reason: str, attempt: int) -> None:
+        super().__init__(message, job_id=job_id)
+        self._error = error
+        self._reason = reason
+        self._attempt = attempt
+
+    @property
+    def error(self) -> str:
+        """The class and the message of the last error; empty if the job was buried without one."""
+        return self._error
+
+    @property
+    def reason(self) -> str:
+        """Why the job was buried."""
+        return self._reason
+
+    @property
+    def attempt(self) -> int:
+        """The number of the last attempt."""
+        return self._attempt
+
+
+@final
+class JobAborted(ResultError):
+    """Somebody aborted the job before its end."""
+
+
+@final
+class JobExpired(ResultError):
+    """The job expired before it could start."""
+
+
+@final
+class ResultUnavailable(ResultError):
+    """The job is done, but the store has no result of it; the text says why. The effect of the job is there."""

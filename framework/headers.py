@@ -58,6 +58,7 @@ _FIELDS: tuple[tuple[str, str, type], ...] = (
     ("passes", "lv-pass", int),
     ("crashes", "lv-crashes", int),
     ("version", "lv-version", int),
+    ("publish", "lv-publish", int),
     ("first_seen_ms", "lv-first-seen", int),
     ("due_ms", "lv-due", int),
     ("expires_at_ms", "lv-expires-at", int),
@@ -97,6 +98,8 @@ def pack_headers(envelope: Envelope) -> dict[str, object]:
         table["lv-crashes"] = envelope.crashes
     if envelope.version != 1:
         table["lv-version"] = envelope.version
+    if envelope.publish:
+        table["lv-publish"] = envelope.publish
     if envelope.first_seen_ms is not None:
         table["lv-first-seen"] = envelope.first_seen_ms
     if envelope.due_ms is not None:

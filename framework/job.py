@@ -6,9 +6,10 @@ import enum
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, TypeVar, final
+from typing import Any, Generic, Literal, TypeAlias, TypeGuard, TypeVar, final, get_args, get_origin
 
 import msgspec
+from typing_extensions import TypeVar as DefaultTypeVar
 from typing_extensions import dataclass_transform
 
 
@@ -154,6 +155,45 @@ def _no_dec_hook(kind: Any, value: object) -> object:
     return value
 
 
+DAY_S = 86_400.0
+
+
+@final
+class Keep(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job store keeps of each publish of a job class, and for how long.
+
+    Raises ValueError for a time or a size that isn't above 0.
+    """
+
+    result_s: float = DAY_S
+    """Seconds for which the record of a job that is done, aborted or expired stays, with its result."""
+    failed_s: float = 7 * DAY_S
+    """Seconds for which the record of a job that failed stays, and of one of which nothing more was heard."""
+    required: bool = False
+    """Whether a job that is done stays unacknowledged until the store has its result. If False, the job is acknowledged after 2 s."""
+    max_bytes: int = 1 << 20
+    """The size of the largest result that is kept, in bytes as encoded. A job with a larger one is done; the result is gone."""
+    body: bool = False
+    """Whether the record holds the job's body, too."""
+
+    def __post_init__(self) -> None:
+        for name in ("result_s", "failed_s"):
+            value: object = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST_KEEP_S:
+                msg = f"keep: {name} must be a number of seconds above 0, at most {_MOST_KEEP_S:.0f} (ten years), not {value!r}"
+                raise ValueError(msg)
+        if type(self.max_bytes) is not int or self.max_bytes < 1:
+            msg = f"keep: max_bytes must be a whole number of bytes above 0, not {self.max_bytes!r}"
+            raise ValueError(msg)
+        for name in ("required", "body"):
+            if not isinstance(getattr(self, name), bool):
+                msg = f"keep: {name} must be True or False, not {getattr(self, name)!r}"
+                raise ValueError(msg)
+
+
+_MOST_KEEP_S = 3650 * DAY_S
+
+
 class Spec(msgspec.Struct, frozen=True):
     """The specification of a concrete job class."""
 
@@ -164,6 +204,10 @@ class Spec(msgspec.Struct, frozen=True):
     version: int = 1
     expired: WhenExpired | None = None
     """What becomes of an expired job; None: as its queue says."""
+    keep: Keep | None = None
+    """What a store keeps of each publish; None: nothing."""
+    result: Any = None
+    """The type of the result: R of `Job[R]`; None for a job without a result."""
 
     @property
     def keeps_expired(self) -> bool:
@@ -179,7 +223,7 @@ _dec_hooks: dict[type, DecHook] = {}
 
 @dataclass_transform(field_specifiers=(msgspec.field,))
 class JobMeta(msgspec.StructMeta):
-    """The metaclass of `Job`: takes leveret's eight class keywords, and passes the others to msgspec."""
+    """The metaclass of `Job`: takes leveret's nine class keywords, and passes the others to msgspec."""
 
     def __new__(  # noqa: D102 - the class has the docstring
         mcls: type[_M],
@@ -194,6 +238,7 @@ class JobMeta(msgspec.StructMeta):
         expires_s: float | None = None,
         expired: WhenExpired | None = None,
         version: int = 1,
+        keep: Keep | None = None,
         enc_hook: EncHook | None = None,
         dec_hook: DecHook | None = None,
         tag: bool | str | int | Callable[[str], str | int] | None = None,
@@ -240,11 +285,18 @@ class JobMeta(msgspec.StructMeta):
         if dec_hook is not None:
             _dec_hooks[cls] = _check_hook(class_name, "dec_hook", dec_hook, "type, value")
         if name is None and queue is None:
-            if priority is not Priority.NORMAL or expires_s is not None or expired is not None or version != 1:
-                msg = f"job class {class_name}: priority, expires_s, expired and version need a name and a queue; add name= and queue="
+            if (
+                priority is not Priority.NORMAL
+                or expires_s is not None
+                or expired is not None
+                or version != 1
+                or keep is not None
+            ):
+                msg = f"job class {class_name}: priority, expires_s, expired, keep and version need a name and a queue; add name= and queue="
                 raise TypeError(msg)
             return cls
-        _specs[cls] = _spec(class_name, name, queue, priority, expires_s, expired, version)
+        spec = _spec(class_name, name, queue, priority, expires_s, expired, version)
+        _specs[cls] = _with_result(class_name, spec, keep, _result_of(cls))
         return cls
 
 
@@ -299,8 +351,41 @@ def _spec(
     return Spec(checked, queue, priority, expires_s, version, expired)
 
 
-class Job(msgspec.Struct, metaclass=JobMeta):
+def _result_of(cls: type) -> Any:
+    """Return R of the nearest `Job[R]` among the bases of `cls`; None for a bare `Job`."""
+    for each in cls.__mro__:
+        for base in each.__dict__.get("__orig_bases__", ()):
+            origin = get_origin(base)
+            if isinstance(origin, type) and issubclass(origin, Job) and origin is not each:
+                given = get_args(base)
+                if len(given) != 1:
+                    msg = f"job class {cls.__name__}: {base} doesn't say which is the result; derive from a class with one parameter, such as Job[Thumbnail]"
+                    raise TypeError(msg)
+                return given[0]
+    return None
+
+
+def _with_result(class_name: str, spec: Spec, keep: object, result: Any) -> Spec:
+    if keep is not None and not isinstance(keep, Keep):
+        msg = f"job class {class_name}: keep must be a Keep, not {keep!r:.80}; give keep=Keep()"
+        raise TypeError(msg)
+    if isinstance(result, (TypeVar, DefaultTypeVar)):
+        msg = f"job class {class_name}: its result is the type variable {result}; name a type, such as Job[Thumbnail]"
+        raise TypeError(msg)
+    if keep is None and result is not None:
+        msg = f"job class {class_name}: nothing keeps its result; give keep=Keep(), or derive it from Job without a result"
+        raise TypeError(msg)
+    return msgspec.structs.replace(spec, keep=keep, result=result)
+
+
+R_co = DefaultTypeVar("R_co", covariant=True, default=object)
+"""The result of a job."""
+
+
+class Job(msgspec.Struct, Generic[R_co], metaclass=JobMeta):
     """A job's contract: its fields, and the class keywords below. Other class keywords go to `msgspec.Struct`.
+
+    `Job[R]` has a result of type R, which the handler returns and a job store keeps; it needs `keep`. A bare `Job` has none.
 
     A subclass inherits fields and hooks, but no other keyword. A subclass without `name` and `queue` is abstract and can't be
     published.
@@ -314,9 +399,15 @@ class Job(msgspec.Struct, metaclass=JobMeta):
             the queue's `expired`.
         version: The version of the fields, at least 1. Every publish sends it. A worker runs jobs up to the version of its own
             class; a job of a newer version waits for another worker. Default: 1.
+        keep: What the app's job store keeps of each publish, and for how long: state, progress and result. Default: nothing.
         enc_hook: A function of a value of a type that msgspec can't encode; returns a value that msgspec can encode.
         dec_hook: A function of a type that msgspec can't decode, and of the decoded value; returns an instance of that type.
     """
+
+
+def is_job_class(value: object) -> TypeGuard[type[Job]]:
+    """Return whether `value` is a job class, abstract or not."""
+    return isinstance(value, type) and issubclass(value, Job)
 
 
 def spec_of(job_class: type) -> Spec | None:

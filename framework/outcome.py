@@ -11,7 +11,7 @@ led to such an outcome is its `__cause__`.
 from __future__ import annotations
 
 from enum import Enum
-from typing import ClassVar, Literal, TypeAlias, final
+from typing import Any, ClassVar, Literal, TypeAlias, final
 
 import msgspec
 
@@ -23,6 +23,8 @@ class Kind(Enum):
     """The ways in which a delivery ends; `value` is the word in logs, spans and counts."""
 
     DONE = "done"
+    ABORTED = "aborted"
+    """Somebody aborted the job by its handle: it doesn't run, or not to its end."""
     EXPIRED = "expired"
     EXPIRED_ON_ARRIVAL = "expired on arrival"
     """The job had expired before its first delivery: it waited in the queue, or the clocks of publisher and worker differ."""
@@ -44,9 +46,11 @@ class Kind(Enum):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """The job is finished; a handler that returns None ends its job like this."""
+    """The job is finished; a handler that returns None, or its result, ends its job like this."""
 
     kind: ClassVar[Kind] = Kind.DONE
+    result: Any = None
+    """The result of a `Job[R]`, as the handler returned it."""
 
 
 class Expired(msgspec.Struct, frozen=True):
@@ -199,8 +203,17 @@ class CutOff(msgspec.Struct, frozen=True):
     kind: ClassVar[Kind] = Kind.CUT_OFF
 
 
+class Aborted(msgspec.Struct, frozen=True):
+    """The publish is aborted: acked, and not retried."""
+
+    kind: ClassVar[Kind] = Kind.ABORTED
+
+
 class Repeated(msgspec.Struct, frozen=True):
-    """An earlier run in this process has settled the job, or its settlement also settles this delivery: acked without a run."""
+    """An earlier run has settled the job, or its settlement also settles this delivery: acked without a run.
+
+    This process remembers that run, or the job store has its end.
+    """
 
     kind: ClassVar[Kind] = Kind.REMEMBERED
 
@@ -223,5 +236,5 @@ class WorkerLost(msgspec.Struct, frozen=True):
         return f"worker_lost: {self.crashes} workers died while they ran this job (crash_limit)"
 
 
-Ending: TypeAlias = Outcome | Undecodable | Unknown | NotStarted | CutOff | Repeated | Suspect | WorkerLost
+Ending: TypeAlias = Outcome | Aborted | Undecodable | Unknown | NotStarted | CutOff | Repeated | Suspect | WorkerLost
 """Every way in which a delivery can end in a worker; `Settlement.settle` acts on each."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 from urllib.parse import urlsplit
 
 from .admin import Admin, OutboxAdmin
@@ -15,12 +15,16 @@ from .outbox import Outbox
 from .runtime import Runtime
 from .settings import redact_url
 
+if TYPE_CHECKING:
+    from .store import Store
+
 
 class BrokerModule(Protocol):
     """The functions of a module that serves a URL scheme.
 
     A broker on a database that it doesn't change by itself also has `open_migrator(url, runtime)`. One whose database may have an
-    outbox has `open_outbox(url, runtime)` and `open_outbox_admin(url, runtime)`.
+    outbox has `open_outbox(url, runtime)` and `open_outbox_admin(url, runtime)`. One beside which a job store may be has
+    `open_store(url, runtime)`.
     """
 
     def open_broker(self, url: str, runtime: Runtime) -> Broker:
@@ -99,6 +103,26 @@ def open_outbox_admin(url: str, runtime: Runtime) -> OutboxAdmin:
     return make(url, runtime)
 
 
+def can_store(url: str | None) -> bool:
+    """Return whether the database of the broker at `url` may also be a job store."""
+    return url is not None and getattr(broker_module(url), "open_store", None) is not None
+
+
+def open_store(url: str, runtime: Runtime) -> Store:
+    """Return the job store at `url`, without connecting; ConfigurationError if that can't be one."""
+    make: Callable[[str, Runtime], Store] | None = getattr(broker_module(url), "open_store", None)
+    if make is None:
+        msg = (
+            f"the store {redact_url(url)!r} keeps no results; its URL begins with postgresql://, sqlite:// or memory://"
+        )
+        raise ConfigurationError(msg)
+    return make(url, runtime)
+
+
+NO_STORE = (
+    "nothing keeps the results of jobs: this app has no job store. Give App(store=…) or LEVERET_STORE the URL of one: "
+    "postgresql://host/database, or sqlite:///jobs.db for one host"
+)
 NO_BROKER = (
     "no broker is set; set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
     "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), "

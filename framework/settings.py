@@ -92,6 +92,8 @@ class Environment(msgspec.Struct, frozen=True):
     """LEVERET_BROKER: the broker's URL; "" if the variable is set but empty, which is most likely a lost setting."""
     outbox: str | None
     """LEVERET_OUTBOX: the URL of the database with the app's outbox and inbox."""
+    store: str | None
+    """LEVERET_STORE: the URL of the app's job store."""
     app: str | None
     """LEVERET_APP: module:attribute of the app, for commands that get neither APP nor --app."""
     concurrency: str | None
@@ -105,6 +107,7 @@ def environment(mapping: Mapping[str, str]) -> Environment:
     return Environment(
         broker=mapping.get("LEVERET_BROKER"),
         outbox=mapping.get("LEVERET_OUTBOX") or None,
+        store=mapping.get("LEVERET_STORE") or None,
         app=mapping.get("LEVERET_APP") or None,
         concurrency=mapping.get("LEVERET_CONCURRENCY") or None,
         log_level=mapping.get("LEVERET_LOG") or "info",

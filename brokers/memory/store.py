@@ -295,10 +295,16 @@ _stores: dict[str, MemoryStore] = {}
 _stores_lock = threading.Lock()
 
 
+def named(url: str) -> str:
+    """Return what tells `memory://` or `memory://name` from others; ConfigurationError for any other URL."""
+    if not _URL.match(url):
+        msg = f"the URL {redact_url(url)!r} can't be read: write memory:// or memory://name, with only A-Z a-z 0-9 _ . - in the name"
+        raise ConfigurationError(msg)
+    return url.rstrip("/")
+
+
 def memory_store(url: str) -> MemoryStore:
     """Return this process's store for `url`, `memory://` or `memory://name`; ConfigurationError for any other URL."""
-    if not _URL.match(url):
-        msg = f"the broker's URL {redact_url(url)!r} can't be read: write memory:// or memory://name, with only A-Z a-z 0-9 _ . - in the name"
-        raise ConfigurationError(msg)
+    name = named(url)
     with _stores_lock:
-        return _stores.setdefault(url.rstrip("/"), MemoryStore())
+        return _stores.setdefault(name, MemoryStore())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from leveret.admin import Admin, OutboxAdmin
 from leveret.broker import Broker
 from leveret.migrator import Migrator
@@ -10,7 +12,10 @@ from leveret.runtime import Runtime
 
 from .address import address_of
 
-__all__ = ["open_admin", "open_broker", "open_migrator", "open_outbox", "open_outbox_admin"]
+if TYPE_CHECKING:
+    from leveret.store import Store
+
+__all__ = ["open_admin", "open_broker", "open_migrator", "open_outbox", "open_outbox_admin", "open_store"]
 
 
 def open_broker(url: str, runtime: Runtime) -> Broker:
@@ -46,3 +51,10 @@ def open_migrator(url: str, runtime: Runtime) -> Migrator:
     from .migrator import PostgresMigrator
 
     return PostgresMigrator(address_of(url), runtime)
+
+
+def open_store(url: str, runtime: Runtime) -> Store:
+    """Return a job store in the database of `url`, without connecting; ConfigurationError for a wrong URL."""
+    from .jobs import PostgresJobs
+
+    return PostgresJobs(address_of(url), runtime)

@@ -26,8 +26,10 @@ log = logging.getLogger("leveret.postgresql")
 
 LEASE_LOST = "LV001"
 """The SQLSTATE of the schema's functions if a worker's entry is gone."""
+_ECHO = "echo "
+"""How the notice begins that each connection sends itself."""
 _ECHO_S = 1.0
-"""How long a worker waits for the notice that it sends itself."""
+"""How long it waits for that notice."""
 _CLOSE_S = 1.0
 
 Meaning: TypeAlias = Literal["lost", "busy", "lease", "full", "refused", "wrong"]
@@ -197,7 +199,7 @@ class Link:
     async def _listen(self, connection: Connection) -> None:
         """Listen, and try whether a notice comes back. Behind a pooler LISTEN would reach whoever has the server's connection next."""
         if self.direct:
-            token, came = secrets.token_hex(8), asyncio.Event()
+            token, came = f"{_ECHO}{secrets.token_hex(8)}", asyncio.Event()
             self._echo = token, came
             await connection.add_listener(self._channel, self._on_notice)
             await connection.execute(f"SELECT pg_notify('{self._channel}', '{token}')")
@@ -209,12 +211,12 @@ class Link:
         if not (self.listens or self._said):
             self._said = True
             log.info(
-                "%s passes no notices on, as behind a pooler: workers look for new jobs every 100 ms", self.address
+                "%s passes no notices on, as behind a pooler: what is new is looked for every 100 ms", self.address
             )
 
     def _on_notice(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
         said = str(payload)
         if self._echo is not None and said == self._echo[0]:
             self._echo[1].set()
-        elif said in {"new", "later", "freed"}:
+        elif not said.startswith(_ECHO):
             self._notice(said)

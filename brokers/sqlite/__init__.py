@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from leveret.admin import Admin
 from leveret.broker import Broker
 from leveret.runtime import Runtime
 
 from .broker import SqliteBroker, path_of
 
-__all__ = ["open_admin", "open_broker"]
+if TYPE_CHECKING:
+    from leveret.store import Store
+
+__all__ = ["open_admin", "open_broker", "open_store"]
 
 
 def open_broker(url: str, runtime: Runtime) -> Broker:
@@ -21,3 +26,10 @@ def open_admin(url: str, runtime: Runtime) -> Admin:
     from .admin import SqliteAdmin
 
     return SqliteAdmin(path_of(url), runtime)
+
+
+def open_store(url: str, runtime: Runtime) -> Store:
+    """Return a job store in the file of `url`; the file is opened at first use."""
+    from .jobs import SqliteJobs
+
+    return SqliteJobs(path_of(url), url, runtime)

@@ -25,6 +25,13 @@ _FIELDS = (
     "job_id TEXT NOT NULL, job TEXT NOT NULL, content_type TEXT NOT NULL, content_encoding TEXT, body BLOB NOT NULL,"
     " created_s INTEGER NOT NULL, app TEXT, correlation_id TEXT, reply_to TEXT, headers TEXT"
 )
+# of the job store: `stage` is the place of the state in a pass, see leveret.store.STAGES
+_RECORD = (
+    "job_id TEXT NOT NULL, publish INTEGER NOT NULL, queue TEXT NOT NULL, job TEXT NOT NULL, state TEXT NOT NULL,"
+    " stage INTEGER NOT NULL, passes INTEGER NOT NULL, attempt INTEGER NOT NULL, created_ms INTEGER NOT NULL, started_ms INTEGER,"
+    " at_ms INTEGER NOT NULL, keep_until_ms INTEGER NOT NULL, progress REAL, note TEXT NOT NULL DEFAULT '',"
+    " asked INTEGER NOT NULL DEFAULT 0, content_type TEXT NOT NULL, error TEXT NOT NULL, reason TEXT NOT NULL, result BLOB, body BLOB"
+)
 # Each entry upgrades a file by one version; a released entry is never changed. A job's place in its level is its `seq`. A delayed
 # job has `due_ms`, and gets a new `seq` when it is due. `deliveries` counts the deliveries of the row. `crashes` counts the
 # workers that died after the job had begun; only after a first death is it noted, in `begun`, that a job begins.
@@ -43,6 +50,10 @@ _VERSIONS: tuple[tuple[str, ...], ...] = (
     (
         "ALTER TABLE jobs ADD COLUMN begun INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE jobs ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0",
+    ),
+    (
+        f"CREATE TABLE records (seq INTEGER PRIMARY KEY AUTOINCREMENT, {_RECORD}, UNIQUE (job_id, publish))",
+        "CREATE INDEX records_keep ON records (keep_until_ms)",
     ),
 )
 
@@ -72,6 +83,15 @@ def open_file(path: str, *, create: bool) -> sqlite3.Connection:
             msg = f"the SQLite file {path} or its folder can't be written: {error}"
             raise ConfigurationError(msg) from error
         raise
+    return connection
+
+
+def empty() -> sqlite3.Connection:
+    """Return a connection to a file in memory with the schema: what a file that isn't there yet holds."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    for statements in _VERSIONS:
+        for statement in statements:
+            connection.execute(statement)
     return connection
 
 

@@ -7,7 +7,16 @@ from datetime import datetime, timezone
 import click
 
 from ..process.loading import load_app
-from .description import MOST_WAITS, AppRecord, BrokerRecord, HandlerRecord, QueueRecord, ScheduleRecord, Waits
+from .description import (
+    MOST_WAITS,
+    AppRecord,
+    BrokerRecord,
+    HandlerRecord,
+    KeepRecord,
+    QueueRecord,
+    ScheduleRecord,
+    Waits,
+)
 from .description import describe as describe_app
 from .output import json_option, lines, print_json, print_text, seconds
 from .target import app_options, app_path, run
@@ -45,6 +54,8 @@ def text_of(record: AppRecord) -> str:
         parts.append(f"  every publish passes: {' → '.join(record.publish_layers)} → broker")
     if record.outbox is not None:
         parts.append(f"  a publish with connection= goes to the outbox {record.outbox} → leveret relay → broker")
+    if record.store is not None and any(handler.keep for handler in record.handlers):
+        parts.append(f"  states and results are in {record.store}")
     for queue in record.queues:
         parts += ["", *_queue(queue)]
         for handler in record.handlers:
@@ -94,11 +105,25 @@ def _handler(handler: HandlerRecord) -> list[str]:
         f"    chain    {' → '.join([*chain, handler.handler])}",
         f"    limits   {'; '.join(limits)}",
     ]
+    if handler.keep is not None:
+        text.append(f"    keep     {_keep(handler.keep)}")
     if not handler.retries:
         text.append("    retries  none: a failure buries the job at once")
     for number, waits in enumerate(handler.retries):
         text.append(f"    {'retries ' if number == 0 else '        '} {_waits(waits, alone=len(handler.retries) == 1)}")
     return text
+
+
+def _keep(keep: KeepRecord) -> str:
+    said = [
+        f"a result for {seconds(keep.result_s)}, at most {keep.max_bytes} bytes",
+        f"a failure for {seconds(keep.failed_s)}",
+    ]
+    if keep.body:
+        said.append("the body too")
+    if keep.required:
+        said.append("acknowledged only once the store has the result")
+    return "; ".join(said)
 
 
 def _waits(waits: Waits, *, alone: bool) -> str:

@@ -17,6 +17,7 @@ from ..broker import Features
 from ..chain import bind
 from ..consuming.handler import Handler, check_limits
 from ..consuming.limits import Limits, limits_of
+from ..consuming.returns import check_kept
 from ..cron.schedule import Schedule
 from ..errors import ConfigurationError
 from ..job import Queue
@@ -60,6 +61,16 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | None
 
 
+class KeepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What the job store keeps of a job; see `Keep`."""
+
+    result_s: float
+    failed_s: float
+    required: bool
+    max_bytes: int
+    body: bool
+
+
 class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A handler with its middleware and limits."""
 
@@ -86,6 +97,8 @@ class HandlerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Outermost first."""
     remember: bool
     """Whether a redelivery is settled by an earlier run in the same process."""
+    keep: KeepRecord | None
+    """None: the job has no record, and no result."""
     retries: list[Waits]
     """The first entry that matches applies; empty: any failure buries the job at once."""
 
@@ -130,6 +143,8 @@ class AppRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The middleware around every publish, outermost first."""
     outbox: str | None
     """The outbox's URL, without its password; None if the app has none."""
+    store: str | None
+    """The job store's URL, without its password; None if the app has none."""
 
 
 async def describe(app: App[Any], now: datetime) -> AppRecord:
@@ -149,6 +164,8 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
     bind(app.layers, runtime)
     outbox = app.outbox_url()
     app.open_outbox(runtime)
+    store = app.open_store(runtime)
+    check_kept([handler for handler in handlers if handler.spec.keep is not None], stored=store is not None)
     broker = app.open_broker(runtime)
     try:
         features = broker.features()
@@ -157,6 +174,8 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
             check_limits(handler, broker.features(handler.queue))
     finally:
         await broker.close()
+        if store is not None:
+            await store.close()
     return AppRecord(
         app=app.name,
         broker=redact_url(app.broker_url() or ""),
@@ -166,6 +185,7 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
         schedules=[_schedule(schedule, now) for schedule in app.schedules],
         publish_layers=[name_of(layer) for layer in app.layers if _sides(layer).publish],
         outbox=None if outbox is None else redact_url(outbox),
+        store=None if store is None else redact_url(store.what),
     )
 
 
@@ -195,6 +215,7 @@ def _handler(handler: Handler, limits: Limits) -> HandlerRecord:
         expired="dead" if spec.keeps_expired else "drop",
         layers=[_sides(layer) for layer in handler.layers],
         remember=handler.remember,
+        keep=None if spec.keep is None else KeepRecord(**msgspec.structs.asdict(spec.keep)),
         retries=[_waits(waits) for one in facts for waits in one.retries],
     )
 

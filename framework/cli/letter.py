@@ -62,7 +62,7 @@ class LetterRecord(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, envelope: Envelope) -> LetterRecord:
         """Return the record of `envelope`. Passwords of URLs are hidden in headers and failures; the body is unchanged."""
-        body, readable = _decoded(envelope)
+        body, readable = (None, False) if envelope.content_encoding else decoded(envelope.body, envelope.content_type)
         return cls(
             id=envelope.job_id,
             job=envelope.job,
@@ -130,15 +130,14 @@ def show_letter(record: LetterRecord) -> str:
         before = failure.traceback
     encoding = f", content encoding {record.content_encoding}" if record.content_encoding else ""
     text += ["", f"body         {record.bytes} bytes, {one_line(record.content_type + encoding)}"]
-    return "\n".join([*text, *_body_lines(record)])
+    return "\n".join([*text, *body_lines(record.body, record.body_base64)])
 
 
-def _body_lines(record: LetterRecord) -> list[str]:
-    if record.body_base64 is None:
-        return [
-            f"  {line}" for line in lines(msgspec.json.format(msgspec.json.encode(record.body)).decode()).splitlines()
-        ]
-    raw = base64.b64decode(record.body_base64)
+def body_lines(body: object, body_base64: str | None) -> list[str]:
+    """Return the lines that show a decoded body, or the bytes of one that isn't decoded."""
+    if body_base64 is None:
+        return [f"  {line}" for line in lines(msgspec.json.format(msgspec.json.encode(body)).decode()).splitlines()]
+    raw = base64.b64decode(body_base64)
     rows = [(offset, raw[offset : offset + 16]) for offset in range(0, min(len(raw), _HEAD_BYTES), 16)]
     shown = [f"  {offset:06x}  {row.hex(' '):<47}  {_ascii(row)}" for offset, row in rows]
     return [*shown, f"  … --json prints all {len(raw)} bytes in base64"] if len(raw) > _HEAD_BYTES else shown
@@ -148,17 +147,15 @@ def _ascii(raw: bytes) -> str:
     return "".join(chr(byte) if 32 <= byte < 127 else "." for byte in raw)
 
 
-def _decoded(envelope: Envelope) -> tuple[object, bool]:
+def decoded(body: bytes, content_type: str) -> tuple[object, bool]:
     """Return the decoded body, and whether it can be printed as JSON."""
-    if envelope.content_encoding:
-        return None, False
-    kind = envelope.content_type.partition(";")[0].strip().lower()
+    kind = content_type.partition(";")[0].strip().lower()
     try:
-        body: object = (msgspec.msgpack if kind == MSGPACK else msgspec.json).decode(envelope.body)
-        msgspec.json.encode(body)
+        value: object = (msgspec.msgpack if kind == MSGPACK else msgspec.json).decode(body)
+        msgspec.json.encode(value)
     except (msgspec.MsgspecError, RecursionError, TypeError, ValueError, OverflowError):
         return None, False
-    return body, True
+    return value, True
 
 
 def _plain(value: object) -> object:

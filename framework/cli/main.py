@@ -1,4 +1,4 @@
-"""The command line: `leveret work`, `cron`, `relay`, `publish`, `describe`, `queues`, `dead`, `migrate`; a file per command.
+"""The command line: `leveret work`, `cron`, `relay`, `publish`, `describe`, `queues`, `dead`, `jobs`, `migrate`; a file per command.
 
 Only the command line imports click and rich. `work` hands over to `python -m leveret.process.main`, which imports neither.
 """
@@ -22,6 +22,7 @@ from ..settings import environment, redact
 from .cron import cron
 from .dead import dead
 from .describe import describe
+from .jobs import jobs
 from .migrate import migrate
 from .publish import publish
 from .queues import queues
@@ -43,6 +44,9 @@ def cli() -> None:
       LEVERET_BROKER       amqp://user:password@host/vhost
                            or sqlite:///jobs.db
       LEVERET_OUTBOX       postgresql://user:password@host/db
+      LEVERET_STORE        where results are kept, such as
+                           postgresql://user:password@host/db
+      LEVERET_STORE        postgresql://user:password@host/db
       LEVERET_CONCURRENCY  jobs at once per process and queue:
                            100,emails=50
       LEVERET_LOG          debug (adds tracebacks), info,
@@ -62,7 +66,7 @@ def cli() -> None:
     """  # noqa: D301 - \b keeps click from rewrapping a paragraph
 
 
-for command in (work, cron, relay, publish, describe, queues, dead, migrate):
+for command in (work, cron, relay, publish, describe, queues, dead, jobs, migrate):
     cli.add_command(command)
 
 

@@ -24,8 +24,8 @@ def migrate(app: str | None, url: str | None, check: bool, sql: bool) -> None:
     """Make and upgrade what APP (module:attribute, default LEVERET_APP) needs in a database. Nothing else changes its tables.
 
     Run it before the new version of a program starts. Programs of the version before go on meanwhile. Several at once are safe, and
-    a second run changes nothing. RabbitMQ, SQLite and memory need no migrations. The database of the outbox, if the app has one, is
-    migrated too.
+    a second run changes nothing. RabbitMQ, SQLite and memory need no migrations. The databases of the outbox and of the job store, if
+    the app has them, are migrated too.
 
     --sql prints what `migrate` would run, for other tools. Without an answer from the database it prints all migrations.
 
@@ -67,11 +67,15 @@ def _databases(app_path: str | None, url: str | None) -> tuple[Runtime, dict[str
     known = environment(os.environ)
     if url is None and (app_path := app_path or known.app) is not None:
         app = load_app(app_path, modules=False)
-        runtime, url, outbox = app.runtime(), app.broker_url(), app.outbox_url()
+        runtime, url, outbox, store = app.runtime(), app.broker_url(), app.outbox_url(), app.store_url()
     else:
-        outbox = None if url else known.outbox
+        outbox, store = (None, None) if url else (known.outbox, known.store)
         runtime, url = Runtime(app="leveret"), url or known.broker
     if not url:
         msg = f"{NO_BROKER}; or give an app, such as shop:app, as argument, with --app or in LEVERET_APP"
         raise ConfigurationError(msg)
-    return runtime, {"broker": url} if not outbox or outbox == url else {"broker": url, "outbox": outbox}
+    databases: dict[str, str] = {}
+    for what, database in (("broker", url), ("outbox", outbox), ("store", store)):
+        if database and database not in databases.values():
+            databases[what] = database
+    return runtime, databases

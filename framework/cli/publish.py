@@ -14,7 +14,7 @@ from ..app import App
 from ..codec import Decoder, UndecodableError
 from ..envelope import JSON
 from ..errors import ConfigurationError, InvalidJob, PublishError, PublishTimeout
-from ..job import Job, Priority, spec_of
+from ..job import Job, Priority, is_job_class, spec_of
 from ..outcome import MAX_DELAY_S
 from ..process.loading import load
 from ..settings import redact_url
@@ -123,15 +123,11 @@ def publish(
 
 def _job_class(path: str) -> type[Job]:
     found = load(path, "Class")
-    if isinstance(found, type) and issubclass(found, Job) and spec_of(found) is not None:
+    if is_job_class(found) and spec_of(found) is not None:
         return found
     module = sys.modules[path.partition(":")[0]]
-    jobs = [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Job) and spec_of(value)
-    ]
-    if isinstance(found, type) and issubclass(found, Job):
+    jobs = [name for name, value in vars(module).items() if is_job_class(value) and spec_of(value)]
+    if is_job_class(found):
         msg = f"{path!r} is an abstract job class, without a name and a queue, so it can't be published{near(path.partition(':')[2], jobs)}"
     else:
         msg = f"{path!r} isn't a Job class{near(path.partition(':')[2], jobs)}"

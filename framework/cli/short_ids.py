@@ -35,13 +35,16 @@ def is_too_short(text: str) -> bool:
     return _TOO_SHORT.fullmatch(text) is not None
 
 
-def whole_id(text: str, ids: AbstractSet[str]) -> str:
-    """Return the id that `text` stands for: itself, or the UUID of `ids` that begins with it. ConfigurationError if several do."""
+def whole_id(text: str, ids: AbstractSet[str], what: str = "dead letters") -> str:
+    """Return the id that `text` stands for: itself, or the UUID of `ids` that begins with it. ConfigurationError if several do.
+
+    `what` names those whose ids they are.
+    """
     if text in ids or not may_be_short(text):
         return text
     found = sorted(one for one in ids if _UUID.fullmatch(one) and one.startswith(text))
     if len(found) > 1:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        msg = f"{len(found)} dead letters have an id that begins with {text}: {', '.join(found[:_SHOWN])}{more}; give more of the id"
+        msg = f"{len(found)} {what} have an id that begins with {text}: {', '.join(found[:_SHOWN])}{more}; give more of the id"
         raise ConfigurationError(msg)
     return found[0] if found else text

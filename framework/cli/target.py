@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 import msgspec
@@ -20,8 +20,11 @@ from ..errors import ConfigurationError
 from ..job import Queue
 from ..process.loading import load_app
 from ..runtime import Runtime
-from ..schemes import NO_BROKER, broker_module, open_outbox_admin
+from ..schemes import NO_BROKER, NO_STORE, broker_module, can_store, open_outbox_admin, open_store
 from ..settings import environment, redact_url
+
+if TYPE_CHECKING:
+    from ..store import Store
 
 _T = TypeVar("_T")
 _CLOSE_S = 5.0
@@ -87,6 +90,23 @@ class Target(msgspec.Struct, frozen=True):
             return depth
         msg = f"no queue {name!r} on {redact_url(self.url)}{near(name, self.queues)}"
         raise ConfigurationError(msg)
+
+
+class StoreTarget(msgspec.Struct, frozen=True):
+    """A job store."""
+
+    url: str
+    runtime: Runtime
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[Store, None]:
+        """Open the store, and close it at the end of the block."""
+        store = open_store(self.url, self.runtime)
+        try:
+            yield store
+        finally:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(store.close(), _CLOSE_S)
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -163,6 +183,36 @@ def target_options(command: Callable[..., _T]) -> Callable[..., _T]:
     return with_target
 
 
+def store_options(command: Callable[..., _T]) -> Callable[..., _T]:
+    """Give a command the app as `app_options` does, and --store. The command receives the store of either as `target`."""
+
+    @app_options
+    @click.option("--store", metavar="URL", help="The job store's URL, if there is no app.  [default: LEVERET_STORE]")
+    @functools.wraps(command)
+    def with_store(*args: Any, app: str | None, store: str | None, **options: Any) -> _T:
+        return command(*args, target=_find_store(app, store), **options)
+
+    return with_store
+
+
+def _find_store(app_path: str | None, url: str | None) -> StoreTarget:
+    if app_path is not None and url is not None:
+        msg = "an app and --store can't be combined: an app has its store"
+        raise click.UsageError(msg)
+    known = environment(os.environ)
+    if url is None and (app_path := app_path or known.app) is not None:
+        app = load_app(app_path, modules=False)
+        url, runtime = app.store_url(), app.runtime()
+    else:
+        url = url or known.store or (known.broker if can_store(known.broker) else None)
+        runtime = Runtime(app="leveret")
+    if not url:
+        msg = f"{NO_STORE}; or give an app, such as shop:app, as argument, with --app or in LEVERET_APP, or --store URL"
+        raise ConfigurationError(msg)
+    run(_check_shared(url, runtime))
+    return StoreTarget(url, runtime)
+
+
 def find_target(app_path: str | None, url: str | None, *, modules: bool = True) -> Target:
     """Return the target that the options give, or else the environment; ConfigurationError if there is none or it can't be used."""
     if app_path is not None and url is not None:
@@ -181,16 +231,16 @@ def find_target(app_path: str | None, url: str | None, *, modules: bool = True) 
         msg = f"{NO_BROKER}; or give an app, such as shop:app, as argument, with --app or in LEVERET_APP"
         raise ConfigurationError(msg)
     target = Target(url, runtime, app, queues, outbox)
-    run(_check_shared(target))
+    run(_check_shared(url, runtime))
     return target
 
 
-async def _check_shared(target: Target) -> None:
+async def _check_shared(url: str, runtime: Runtime) -> None:
     """Refuse a broker that exists only inside one process: here, the process of the command."""
-    broker = broker_module(target.url).open_broker(target.url, target.runtime)
+    broker = broker_module(url).open_broker(url, runtime)
     try:
         if not broker.features().shared:
-            msg = f"{redact_url(target.url)} exists only inside the process that opens it, so no command can reach its queues; use sqlite:// or amqp://"
+            msg = f"{redact_url(url)} exists only inside the process that opens it, so no command can reach its jobs; use a shared one, such as sqlite://"
             raise ConfigurationError(msg)
     finally:
         await broker.close()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..attempt import Attempt, make_attempt
 from ..broker import Broker, Consumption, Delivery, Features, Subscription
@@ -17,12 +17,13 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
-from ..envelope import ALONE_FROM
+from ..envelope import ALONE_FROM, Envelope
 from ..ids import is_slot_job_id
 from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
 from ..outcome import (
     OUTCOMES,
+    Aborted,
     Bury,
     CutOff,
     Ending,
@@ -45,6 +46,9 @@ from .routes import Route, contracts, unroutable
 from .settlement import Ended, Lost, Settlement
 from .slots import Gate, Held, QueueHeld, Returned, Slots, in_arrival_order
 from .suspects import Suspects
+
+if TYPE_CHECKING:
+    from .recording import Recording
 
 logger = logging.getLogger("leveret.consumer")
 
@@ -73,8 +77,10 @@ class Consumer:
         around_sync: Callable[[], AbstractContextManager[object]] | None = None,
         observe: Callable[[Ended], None] | None = None,
         threads: Executor | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self._publisher = publisher
+        self._recording = recording
         self._resources = resources
         self._runtime = runtime
         self._clock = runtime.clock
@@ -98,7 +104,7 @@ class Consumer:
         for queue in {handler.queue.name: handler.queue for handler in handlers}.values():
             own = [handler for handler in handlers if handler.queue == queue]
             self._open(queue, own, around_sync, broker.features(queue))
-        self._settlement = Settlement(publish_layers, runtime, observe, self._subscriptions)
+        self._settlement = Settlement(publish_layers, runtime, observe, self._subscriptions, recording)
         self._settlement.replacing.on_refusals_changed = self.queues_changed
         self._remembered = self._settlement.remembered
         self._end = self._settlement.end
@@ -327,11 +333,16 @@ class Consumer:
             self._told_recalled - told,
         )
 
-    async def _instead(self, held: Held, *, is_slot: bool) -> Repeated | NotStarted | None:
+    async def _instead(self, held: Held, *, is_slot: bool) -> Repeated | Aborted | NotStarted | None:
         """Return why a job that has got its slot doesn't run; None if it does."""
+        envelope = held.delivery.envelope
         if is_slot and self._is_repeated(held):
             return Repeated()
-        if held.delivery.envelope.crashes and not await held.delivery.begin():
+        if envelope.publish and self._recording is not None:
+            instead = await self._recording.begin(envelope)
+            if instead is not None:
+                return instead
+        if envelope.crashes and not await held.delivery.begin():
             return NotStarted()
         return None
 
@@ -419,16 +430,21 @@ class Consumer:
         is_slot = (
             envelope.job_id.endswith("Z") and route.handler.remember and is_slot_job_id(envelope.job_id, envelope.app)
         )
+        recording = self._recording if envelope.publish else None
         if queue.gate is not None:
             self._slots.begun(queue)
         try:
-            if (is_slot or envelope.crashes) and (instead := await self._instead(held, is_slot=is_slot)) is not None:
+            if (is_slot or envelope.crashes or recording is not None) and (
+                instead := await self._instead(held, is_slot=is_slot)
+            ) is not None:
                 ending = instead
             else:
                 job = route.decoder.decode(envelope.body, envelope.content_type, envelope.content_encoding)
                 attempt = make_attempt(
                     job, envelope, delivery.redelivered, held.arrived, self._resources, self._publisher, self._clock
                 )
+                if recording is not None:
+                    recording.track(attempt, in_thread=route.in_thread)
                 current_attempt.set(attempt)
                 ending = await route.step(attempt)
                 if not isinstance(ending, OUTCOMES):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -440,14 +456,13 @@ class Consumer:
         except UndecodableError as undecodable:
             ending = Undecodable(f"{undecodable}{contracts(envelope, route, self._runtime.app)}")
         except asyncio.CancelledError as cancelled:
-            if not self._settlement.cut:
-                # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
-                await take_back_cancels()
-            ending = CutOff() if self._stopping else _refused(cancelled)
+            ending = await self._cancelled(attempt, cancelled)
         except BaseException as failed:  # noqa: BLE001 - a SystemExit of a hook, or a panic of a native library: no job stops its worker
             ending = _refused(failed)
         finally:
             self._free(route, queue)
+        if recording is not None:
+            ending = await self._record(recording, envelope, attempt, ending)
         delivery = held.delivery  # a redelivery may have taken its place
         rest = self._end(delivery, attempt, ending, held.arrived)
         try:
@@ -459,6 +474,33 @@ class Consumer:
             task, held.task = held.task, None
             if task is not None:
                 self._forget(task)
+
+    async def _cancelled(self, attempt: Attempt[Any] | None, cancelled: asyncio.CancelledError) -> Ending:
+        """Return how a run ended that was cancelled: by an abort, by a stop, or by user code."""
+        if not self._settlement.cut:
+            # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
+            await take_back_cancels()
+            if attempt is not None and attempt.aborting:
+                return Aborted()
+        return CutOff() if self._stopping else _refused(cancelled)
+
+    async def _record(
+        self, recording: Recording, envelope: Envelope, attempt: Attempt[Any] | None, ending: Ending
+    ) -> Ending:
+        """Enter an ending into the job store; return the ending by which the delivery is settled.
+
+        Once somebody has aborted a job, a failure of its run is its end: nothing is retried or buried.
+        """
+        if attempt is not None and attempt.aborting and isinstance(ending, (Retry, Snooze, Bury)):
+            ending = Aborted()
+        try:
+            if not self._settlement.cut:
+                await take_back_cancels()
+            return await recording.end(envelope, attempt, ending)
+        except asyncio.CancelledError:  # the grace of a stop is over before the store has the ending
+            return CutOff()
+        except BaseException as failed:  # noqa: BLE001 - a SystemExit of a hook that encodes: no job stops its worker
+            return _refused(failed)
 
     async def _settle(self, held: Held, delivery: Delivery, rest: Coroutine[Any, Any, None]) -> None:
         """Await the rest of a settlement, during which the delivery isn't given back."""

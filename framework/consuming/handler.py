@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from math import inf
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -29,6 +29,8 @@ from ..outcome import OUTCOMES, Bury, Done, Expired, ExpiredOnArrival, Outcome, 
 from ..tracebacks import at_thread
 
 _DONE = Done()
+_ABORTED = Bury("somebody aborted the job before this try")
+"""Ends a try in place that would begin after the abort; the consumer makes `Aborted` of it."""
 _OVERDUE = "is past its time limit, but its thread can't be stopped; it keeps its slot, and fails when it returns"
 _GOES_ON = "is cut off, but its thread can't be stopped; it runs until it returns or the process ends"
 
@@ -174,7 +176,7 @@ def innermost(
     """
     keep = handler.spec.keeps_expired
     expired, expired_on_arrival = Expired(keep), ExpiredOnArrival(keep)
-    call = _on_loop(handler) if handler.is_async else _in_thread(handler, threads, around_sync or nullcontext)
+    call = _call_of(handler, threads, around_sync)
     facts = [facts_of(layer, f"handler {handler.name}") for layer in handler.layers]
     limit_s = min((one.limit_s for one in facts if one.limit_s is not None), default=inf)
     watched, monotonic = handler.is_async and limit_s < inf, clock.monotonic
@@ -196,7 +198,7 @@ def innermost(
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                if not attempt.remaining_s() or stopping():
+                if not attempt.remaining_s() or stopping() or attempt.aborting:
                     raise
                 # The end of a whole program (asyncio.run) cancels the worker in the same turn: let the stop begin first.
                 await take_back_cancels()
@@ -225,17 +227,24 @@ def innermost(
             return _DONE
         if isinstance(said, OUTCOMES):
             return said
+        if handler.spec.result is not None and not _is_outcome_class(said):
+            return Done(said)
         raise _no_outcome(said, handler)
 
     return run
 
 
+def _is_outcome_class(said: object) -> TypeGuard[type[Outcome]]:
+    return inspect.isclass(said) and issubclass(said, OUTCOMES)
+
+
 def _no_outcome(said: object, handler: Handler) -> TypeError:
-    """Return the error for a handler that returned something else than None or an outcome."""
-    if inspect.isclass(said) and issubclass(said, OUTCOMES):
+    """Return the error for a handler that returned neither None nor an outcome nor a result."""
+    if _is_outcome_class(said):
         what = f"the class {said.__name__}, not an instance of it"
     else:
-        what = f"{said!r:.80}; results aren't stored, so return None or an outcome"
+        name = handler.job_class.__name__
+        what = f"{said!r:.80}; {name} has no result, so return None or an outcome, or derive {name} from Job[…] with keep=Keep()"
     return TypeError(f"handler {handler.name}{_place(handler)} returned {what}")
 
 
@@ -302,11 +311,37 @@ def _single(group: BaseExceptionGroup[BaseException]) -> Retry | Snooze | Bury |
     return error if isinstance(error, (Retry, Snooze, Bury)) else None
 
 
+def _call_of(
+    handler: Handler, threads: Executor, around_sync: Callable[[], AbstractContextManager[object]] | None
+) -> Callable[[Attempt], Awaitable[Any]]:
+    """Return the call of the function: on the loop, or in a thread."""
+    call = _on_loop(handler) if handler.is_async else _in_thread(handler, threads, around_sync or nullcontext)
+    return call if handler.spec.keep is None else _abortable(call)
+
+
 def _on_loop(handler: Handler) -> Callable[[Attempt], Awaitable[Any]]:
     function = handler.function
     if handler.takes_attempt:
         return lambda attempt: function(attempt.job, attempt)
     return lambda attempt: function(attempt.job)
+
+
+def _abortable(call: Callable[[Attempt], Awaitable[Any]]) -> Callable[[Attempt], Awaitable[Any]]:
+    """Return `call` so that it doesn't begin after an abort, and isn't cancelled by one once it has ended."""
+
+    async def unless_aborted(attempt: Attempt) -> Any:
+        tracked = attempt.tracked
+        if tracked is None:
+            return await call(attempt)
+        if tracked.asked:
+            return _ABORTED
+        tracked.over = False
+        try:
+            return await call(attempt)
+        finally:
+            tracked.over = True
+
+    return unless_aborted
 
 
 def _in_thread(

@@ -11,7 +11,19 @@ from ..attempt import Attempt
 from ..attemptlog import duration, log_attempt, when
 from ..broker import Delivery
 from ..envelope import ALONE_FROM, Envelope
-from ..outcome import Bury, Done, Ending, Expired, ExpiredOnArrival, Retry, Snooze, Suspect, Undecodable, WorkerLost
+from ..outcome import (
+    Aborted,
+    Bury,
+    Done,
+    Ending,
+    Expired,
+    ExpiredOnArrival,
+    Retry,
+    Snooze,
+    Suspect,
+    Undecodable,
+    WorkerLost,
+)
 from ..texts import named, one_line
 from ..tracebacks import exc_info
 from .remembered import Past
@@ -56,6 +68,10 @@ def say(run: Run, ending: Ending) -> None:
         case Expired(keep):
             becomes = f"buried in {dead}" if keep else "dropped"
             log(run, logging.WARNING, "expired", f"{why_expired(run, ending)}; the job is {becomes}")
+        case Aborted() if attempt is None:
+            logger.info("%s is aborted, so it doesn't run", what(run.envelope))
+        case Aborted():
+            log(run, logging.INFO, "aborted", f"aborted {took}")
         case _:
             pass
 

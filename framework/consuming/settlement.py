@@ -7,7 +7,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
@@ -19,6 +19,7 @@ from ..headers import MOST
 from ..job import Job
 from ..layer import AnyLayer
 from ..outcome import (
+    Aborted,
     Bury,
     CutOff,
     Done,
@@ -41,8 +42,12 @@ from .remembered import ACKED, Past, Remembered, key_of
 from .replacing import Replacing
 from .said import Run, log, say, say_cut_off, what, why_expired
 
+if TYPE_CHECKING:
+    from .recording import Recording
+
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 
+_DONE = Done()
 MOST_WINDOW = 5000
 """At most this many settlements are remembered in case that they didn't arrive: about 800 kB."""
 _MOST_UNKNOWN = 1000
@@ -78,6 +83,7 @@ class Settlement:
         runtime: Clock, chance and settings.
         observe: Called with each ending once its delivery is settled.
         subscriptions: The queues of the deliveries, with their prefetch.
+        recording: Hears of retries and burials of jobs whose classes have `keep`; None without such a class.
     """
 
     def __init__(
@@ -86,8 +92,10 @@ class Settlement:
         runtime: Runtime,
         observe: Callable[[Ended], None] | None = None,
         subscriptions: Sequence[Subscription] = (),
+        recording: Recording | None = None,
     ) -> None:
         self._observe = observe
+        self._recording = recording
         self.counts: defaultdict[type[Ending | Lost], int] = defaultdict(int)
         """Endings so far, by their class."""
         self._runtime = runtime
@@ -140,7 +148,7 @@ class Settlement:
                     elif (republishing := self.settle(run, ending)) is not None:
                         return self._republished(republishing, run, ending)
                     else:
-                        if isinstance(ending, (Done, Expired, Repeated)):
+                        if isinstance(ending, (Done, Aborted, Expired, Repeated)):
                             self._settled(key_of(delivery.envelope))
                         say(run, ending)
             if self._observe is not None:
@@ -178,6 +186,8 @@ class Settlement:
             if became is not None:
                 if not isinstance(became, Suspect):  # its copy has the same key
                     self._replaced(run.delivery)
+                if self._recording is not None and run.envelope.publish:
+                    self._recording.replaced(run, ending, became)
                 say(run, became)
             elif self.cut:
                 say_cut_off(run, ending)
@@ -248,7 +258,7 @@ class Settlement:
         if run.attempt is None:
             return None
         if not isinstance(ending, (Retry, Snooze, Bury)):
-            return Past(ending)
+            return Past(_DONE if isinstance(ending, Done) else ending)  # without its result, which nobody asks for
         reason = ending.reason if isinstance(ending, Bury) else ""
         # a copy, since the exception's traceback holds what the handler's frames hold
         return Past(type(ending)(*ending.args), failure_of(run.envelope, run.error, reason, self._clock.now()))
@@ -260,7 +270,7 @@ class Settlement:
         """
         delivery, envelope = run.delivery, run.envelope
         match ending:
-            case Done() | Repeated():
+            case Done() | Aborted() | Repeated():
                 delivery.done()
             case Expired(keep):
                 if keep:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import msgspec
 
 from ..broker import Broker, Consumption
-from ..envelope import Receipt
 from ..errors import ConfigurationError
 from ..layer import AnyLayer
-from ..publishing.publisher import Publisher
+from ..publishing.publisher import Publisher, Waits
 from ..publishing.sender import Sender
 from ..runtime import Runtime
 from ..settings import redact_url
@@ -23,6 +22,9 @@ from .handler import Handler, check_limits
 from .limits import Concurrency, limits_of
 from .settlement import Ended
 from .state import Watch, Worker
+
+if TYPE_CHECKING:
+    from .recording import Recording
 
 GRACE_S = 30.0
 """The default of the grace: the seconds that a stopping worker waits for its handlers."""
@@ -104,7 +106,7 @@ async def working(
     lifespan: Callable[[], AbstractAsyncContextManager[Any]] | None = None,
     observe: Callable[[Ended], None] | None = None,
     threads: Executor | None = None,
-    wait: Callable[[Coroutine[Any, Any, Receipt]], Receipt] | None = None,
+    wait: Waits | None = None,
 ) -> AsyncGenerator[Working, None]:
     """Run a worker of `app` until the block is left, and then drain it. Setting `hurry` ends the grace early.
 
@@ -136,10 +138,15 @@ async def working(
         check_limits(handler, broker.features(handler.queue))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
+        sender = app.sender(broker, runtime)
+        stack.push_async_callback(sender.close)
+        recording = await _recording(sender, handlers, runtime)
+        if recording is not None:
+            stack.callback(recording.stop)
         enter = lifespan or app.lifespan
         resources = await stack.enter_async_context(enter()) if enter is not None else None
         layers = app.layers
-        publisher = Publisher(app.sender(broker, runtime), wait)
+        publisher = Publisher(sender, wait)
         consumer = Consumer(
             broker,
             handlers,
@@ -151,6 +158,7 @@ async def working(
             around_sync=app.around_sync,
             observe=observe,
             threads=threads,
+            recording=recording,
         )
         stack.callback(publisher.close)
         # If a later queue fails to open, the first one may already have delivered.
@@ -166,6 +174,22 @@ async def working(
             hint = ", a second signal cuts them off" if hurry is not None else ""
             watch.stop(f"running jobs have {grace_s:g} s to finish{hint}")
             work.drained = await consumer.drain(consumption, grace_s, hurry)
+
+
+async def _recording(sender: Sender, handlers: Sequence[Handler], runtime: Runtime) -> Recording | None:
+    """Return what enters the jobs of `handlers` into the job store of `sender`; None if none of their classes has `keep`."""
+    kept = [handler for handler in handlers if handler.spec.keep is not None]
+    if not kept:
+        return None
+    from .recording import Recording
+    from .returns import check_kept
+
+    results = sender.results
+    check_kept(kept, stored=results is not None)
+    assert results is not None
+    recording = Recording(results.recorder, handlers, runtime)
+    await results.recorder.check()
+    return recording
 
 
 def _queues_of(handlers: Sequence[Handler]) -> Sequence[str]:

@@ -30,7 +30,8 @@ async def run(app: App[Any]) -> int:
         raise ConfigurationError(msg)
     runtime = app.runtime()
     broker = app.open_broker(runtime)
-    scheduler = Scheduler(app.name, enabled, app.sender(broker, runtime), runtime)
+    sender = app.sender(broker, runtime)
+    scheduler = Scheduler(app.name, enabled, sender, runtime)
     running = asyncio.ensure_future(scheduler.run())
     stop = Stop(scheduler.stop)
     for schedule in enabled:
@@ -48,6 +49,7 @@ async def run(app: App[Any]) -> int:
     finally:
         running.cancel()
         await asyncio.wait({running})
+        await sender.close()
         await broker.close()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import cast
 
+from msgspec.structs import replace
 from typing_extensions import TypeIs
 
 from ..broker import Posted
@@ -43,6 +44,8 @@ class Batch:
         """No result before this index is a `Posted`."""
         self._kept: deque[Envelope | None] = deque()
         """The envelopes of the results from that index on, as far as they are needed for sending again."""
+        self._unnoted: dict[int, Envelope] = {}
+        """The posted jobs whose classes have `keep`, until they are confirmed."""
         self._flying: set[asyncio.Task[None]] = set()
         self._flying_bytes = 0
         self._room: asyncio.Future[None] | None = None
@@ -69,6 +72,9 @@ class Batch:
                     results.append(error)
                     kept.append(None)
                     continue
+                if envelope.publish and sent is not None:
+                    small = len(envelope.body) <= _KEPT_BYTES
+                    self._unnoted[len(results)] = envelope if small else replace(envelope, body=b"")
                 results.append(sent)
                 kept.append(envelope if sent is not None and len(envelope.body) <= _KEPT_BYTES else None)
                 if sent is None:
@@ -97,11 +103,14 @@ class Batch:
                         break
                     await sent.wait()
                 error, envelope = sent.error(), kept[0]
+                unnoted = self._unnoted.pop(at, None) if self._unnoted else None
                 if error is not None and envelope is not None and may_repeat(error, envelope):
                     results[at] = None
                     await self._fly(at, envelope)
                 else:
                     results[at] = error or Receipt(sent.job_id)
+                    if unnoted is not None and error is None:
+                        self._sender.published(unnoted)
             kept.popleft()
             at += 1
         self._known = at

@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any, Never, Self, TypeVar, Unpack, final
 from ..broker import PublisherState
 from ..envelope import Receipt
 from ..errors import BrokerUnavailable, LeveretError, PublishTimeout
+from ..handle import BlockingHandle, Handle, blocking
 from ..job import Job
 from ..options import TIMEOUT_S, PublishOptions, for_outgoing
 from ..texts import is_ours
 from ..tracebacks import show_users_frames
 from ..transactions import Transaction
-from .publisher import check_many
+from .publisher import answered, check_many
 from .within import Handed
 
 if TYPE_CHECKING:
     from ..options import Outgoing
     from .publisher import Publisher
 
+_R = TypeVar("_R")
 _T = TypeVar("_T")
 
 FLUSH_S = 5.0
@@ -227,7 +229,9 @@ class BlockingPublisher:
             msg = f"{'no confirm arrived' if maybe_published else 'nothing was sent'} within {limit:g} s: {cause}"
             raise PublishTimeout(msg, job_id=job_id, maybe_published=maybe_published) from None
 
-    def publish(self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]) -> Receipt:
+    def publish(
+        self, job: Job[_R], *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> BlockingHandle[_R]:
         """Publish `job` and block until the publish is confirmed; otherwise as `Publisher.publish`.
 
         `connection` is a connection of psycopg, SQLAlchemy or Django with an open transaction, or the alias of one of Django's.
@@ -235,9 +239,28 @@ class BlockingPublisher:
         """
         timeout_s, job_id = options.get("timeout_s", TIMEOUT_S), options.get("job_id")
         if connection is None:
-            return self._call(lambda publisher: publisher.publish(job, **options), timeout_s, job_id)
+            return blocking(
+                self._call(lambda publisher: publisher.publish(job, **options), timeout_s, job_id), self._ask
+            )
         handed = Handed(connection)
-        return self._call(lambda publisher: publisher.publish_handed(job, handed, options), timeout_s, job_id, handed)
+        handle = self._call(lambda publisher: publisher.publish_handed(job, handed, options), timeout_s, job_id, handed)
+        return blocking(handle, self._ask)
+
+    def handle(self, job_id: str, job: type[Job[_R]]) -> BlockingHandle[_R]:
+        """As `Publisher.handle`."""
+
+        async def made(publisher: Publisher) -> Handle[_R]:
+            return publisher.handle(job_id, job)
+
+        return blocking(self._call(made, TIMEOUT_S, job_id), self._ask)
+
+    def _ask(self, handle: Handle[_R], ask: Callable[[Handle[_R]], Coroutine[Any, Any, _T]], timeout_s: float) -> _T:
+        """Ask a handle on the background loop."""
+        loop = _background().loop
+        if asyncio._get_running_loop() is loop:
+            msg = "a blocking handle was asked on its publisher's own event loop, where it would wait for itself; use app.publisher() there"
+            raise RuntimeError(msg)
+        return answered(ask(handle), loop, timeout_s)
 
     def publish_many(
         self,

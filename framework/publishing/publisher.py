@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, Never, Unpack, cast, final
+from typing import Any, Never, Protocol, TypeVar, Unpack, cast, final
 
 from ..blocks import AsyncBlock
 from ..broker import PublisherState
 from ..envelope import Receipt
-from ..errors import BrokerUnavailable, InvalidJob, LeveretError, PublishTimeout
-from ..job import Job
+from ..errors import BrokerUnavailable, InvalidJob, LeveretError, PublishTimeout, StoreUnavailable
+from ..handle import BlockingHandle, Handle, blocking
+from ..job import Job, is_job_class
 from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, PublishOptions, for_outgoing, unexpected
 from ..outbox import Inbox
 from ..tracebacks import show_users_frames
@@ -29,6 +31,19 @@ NO_INBOX = (
 )
 _LOOK_S = 1.0
 """Seconds between two looks of a waiting thread at whether its loop still lives."""
+_MARGIN_S = 0.4
+"""What the answer to a blocking handle gets beyond its limit, seconds, before the loop counts as blocked."""
+
+_R = TypeVar("_R")
+_T = TypeVar("_T")
+
+
+class Waits(Protocol):
+    """Runs work on a loop that has no thread, and returns its result."""
+
+    def __call__(self, work: Coroutine[Any, Any, _T], /) -> _T:
+        """Return the result of `work`."""
+        ...
 
 
 @final
@@ -38,10 +53,10 @@ class Publisher:
     Many tasks may share it; their publishes are pipelined.
     """
 
-    def __init__(self, sender: Sender, wait: Callable[[Coroutine[Any, Any, Receipt]], Receipt] | None = None) -> None:
+    def __init__(self, sender: Sender, wait: Waits | None = None) -> None:
         self._sender: Sender | None = sender
         self._wait = wait
-        """Waits for a publish in `publish_blocking`, where the loop has no thread of its own; None: as usual."""
+        """Waits for a publish in `publish_blocking`, and for what its handle asks, where the loop has no thread of its own; None: as usual."""
         self._closed: PublisherState | None = None
         self._loop = asyncio._get_running_loop()
         """The event loop that its connection belongs to; None for a test's attempt that was made outside of a loop."""
@@ -71,9 +86,11 @@ class Publisher:
         return self._sender
 
     async def publish(
-        self, job: Job, *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Receipt:
+        self, job: Job[_R], *, connection: AsyncTransaction | None = None, **options: Unpack[PublishOptions]
+    ) -> Handle[_R]:
         """Publish `job`, and return once the broker has confirmed the publish.
+
+        The receipt is a handle: if the job's class has `keep`, it waits for the result, says how the job is, and aborts it.
 
         A confirmed job runs at least once. Every option is a keyword; `PublishOptions` has their types. None means the default, except for `timeout_s`.
 
@@ -89,7 +106,8 @@ class Publisher:
             resend: Publish the job again, under its id, if the connection is lost before the confirm, for at most `timeout_s`.
                 Each loss may leave one more copy in the queue. Default: False, which raises PublishTimeout.
             connection: A connection of asyncpg, psycopg or SQLAlchemy with an open transaction. The job is published if that
-                transaction is committed; the receipt's `state` is "uncommitted". Needs PostgreSQL as broker or as outbox. After
+                transaction is committed; the receipt's `state` is "uncommitted", and the job store hears of the job when a worker
+                starts it. Needs PostgreSQL as broker or as outbox. After
                 an error, the job isn't in the transaction, and the transaction goes on. Default: the job is published by itself.
             timeout_s: Seconds for the whole publish, including the time to connect. Default: 5.
 
@@ -105,6 +123,18 @@ class Publisher:
             raise unexpected("publish", options, PUBLISH_OPTIONS | {"connection"})
         timeout_s = options.pop("timeout_s", TIMEOUT_S)
         return await self._open(options.get("job_id")).publish(job, options, timeout_s)
+
+    def handle(self, job_id: str, job: type[Job[_R]]) -> Handle[_R]:
+        """Return a handle of the job with this id, published by any process, by the class of the job. Asks nothing yet.
+
+        If the id was published more than once, the handle is of the publish that the store heard of last. Raises InvalidJob for a
+        class without `keep`, or an app without a job store.
+        """
+        given: object = job
+        if not is_job_class(given):
+            msg = f"handle() takes a job's id and its class, not {job!r:.80}"
+            raise TypeError(msg)
+        return self._open(job_id).handle_of(job_id, job)
 
     async def once(self, connection: AsyncTransaction, queue: str, job_id: str) -> bool:
         """As `Attempt.once`."""
@@ -122,13 +152,13 @@ class Publisher:
             raise BrokerUnavailable(msg, job_id=job_id)
         return True if sender.observed else _inbox(sender).once_blocking(connection, queue, job_id)
 
-    async def publish_handed(self, job: Job, connection: Handed, options: PublishOptions) -> Receipt:
+    async def publish_handed(self, job: Job[_R], connection: Handed, options: PublishOptions) -> Handle[_R]:
         """Publish `job` on a connection of another thread, which waits; for the publishes that block."""
         return await Within(self._open(options.get("job_id")), connection).publish(job, options)
 
     def publish_blocking(
-        self, job: Job, *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
-    ) -> Receipt:
+        self, job: Job[_R], *, connection: Transaction | None = None, **options: Unpack[PublishOptions]
+    ) -> BlockingHandle[_R]:
         """Publish `job` on the publisher's loop from another thread, and wait for the confirm; otherwise as `publish`.
 
         With `connection=`, the statement runs in the calling thread. Raises RuntimeError on that loop, which would wait for itself.
@@ -139,6 +169,13 @@ class Publisher:
             raise RuntimeError(msg)
         handed = None if connection is None else Handed(connection)
         publish = self.publish(job, **options) if handed is None else self.publish_handed(job, handed, options)
+        return blocking(self._published(publish, handed, options.get("job_id")), self._ask)
+
+    def _published(
+        self, publish: Coroutine[Any, Any, Handle[_R]], handed: Handed | None, job_id: str | None
+    ) -> Handle[_R]:
+        """Wait for a publish on the publisher's loop."""
+        loop = self._loop
         if self._wait is not None:
             return self._wait(publish)
         if loop is None:
@@ -148,13 +185,26 @@ class Publisher:
         except RuntimeError:  # the loop is closed
             publish.close()
             msg = "nothing was sent: the worker has ended"
-            raise BrokerUnavailable(msg, job_id=options.get("job_id")) from None
+            raise BrokerUnavailable(msg, job_id=job_id) from None
         while not (wait([future], _LOOK_S).done if handed is None else handed.wait(future, _LOOK_S)):
             # the publish has a deadline; only a loop that ended doesn't reach it
             if loop.is_closed():
                 msg = "the worker ended before the publish was confirmed"
-                raise PublishTimeout(msg, job_id=options.get("job_id"), maybe_published=True)
+                raise PublishTimeout(msg, job_id=job_id, maybe_published=True)
         return future.result()
+
+    def _ask(self, handle: Handle[_R], ask: Callable[[Handle[_R]], Coroutine[Any, Any, _T]], timeout_s: float) -> _T:
+        """Ask a handle on the publisher's loop from another thread."""
+        loop, running = self._loop, asyncio._get_running_loop()
+        if running is not None and running is (loop or running):
+            msg = (
+                "a blocking handle would block the event loop that it waits for; in an `async def`, publish with await"
+            )
+            raise RuntimeError(msg)
+        work = ask(handle)
+        if self._wait is not None:
+            return self._wait(work)
+        return answered(work, cast("asyncio.AbstractEventLoop", loop), timeout_s)
 
     async def publish_many(
         self,
@@ -183,6 +233,26 @@ class Publisher:
     ) -> list[Receipt]:
         """Publish `jobs` on a connection of another thread, which waits; for the blocking publisher."""
         return await Within(self._open(), connection).publish_many(jobs, timeout_s)
+
+
+def answered(work: Coroutine[Any, Any, _T], loop: asyncio.AbstractEventLoop, timeout_s: float) -> _T:
+    """Run `work` on another thread's loop, and wait for its end. It ends within `timeout_s` by itself, unless the loop is blocked."""
+    try:
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+    except RuntimeError:  # the loop is closed
+        work.close()
+        msg = "the publisher or worker of this handle has ended"
+        raise StoreUnavailable(msg) from None
+    # what is asked refuses a timeout_s that isn't a number
+    limit = timeout_s + _MARGIN_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else _LOOK_S  # pyright: ignore[reportUnnecessaryIsInstance]
+    try:
+        return future.result(limit)
+    except FutureTimeoutError:
+        if future.done():
+            raise
+        future.cancel()
+        msg = f"no answer within {limit:g} s: something blocks the event loop of this handle's publisher, or that loop has ended"
+        raise TimeoutError(msg) from None
 
 
 def _inbox(sender: Sender) -> Inbox:

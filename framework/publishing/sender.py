@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
@@ -19,16 +19,23 @@ from ..chain import bind, fold_publish
 from ..clock import moment_ms
 from ..context import current_attempt
 from ..envelope import Envelope, Receipt
-from ..errors import InvalidJob, MessageTooLarge, PublishError, PublishTimeout
+from ..errors import ConfigurationError, InvalidJob, MessageTooLarge, PublishError, PublishTimeout
+from ..handle import Handle, Kept
 from ..headers import check_headers, header_bytes, pack_headers
 from ..ids import new_job_id
-from ..job import Job, Priority, Queue, spec_of
+from ..job import Job, Keep, Priority, Queue, Spec, spec_of
 from ..layer import AnyLayer, Publish, is_bypass, is_publish_layer
 from ..options import Outgoing, OutgoingOptions
 from ..outbox import Inbox, has_inbox
 from ..runtime import Runtime
+from ..schemes import NO_STORE
 from ..texts import said_by
 from ..transactions import Transactional, is_transactional
+
+if TYPE_CHECKING:
+    from ..results.results import Results
+
+_R = TypeVar("_R")
 
 logger = logging.getLogger("leveret.publisher")
 
@@ -78,20 +85,22 @@ def _may_be_published(error: PublishError) -> bool:
 class _Contract:
     """The specification and the codec of a job class, looked up once per class."""
 
-    __slots__ = ("decoder", "encode", "spec")
+    __slots__ = ("decoder", "encode", "kept", "spec")
 
-    def __init__(self, job: Job, encoding: Literal["json", "msgpack"]) -> None:
-        spec = spec_of(type(job))
+    def __init__(self, job_class: type[Job], encoding: Literal["json", "msgpack"]) -> None:
+        spec = spec_of(job_class)
         if spec is None:
-            msg = f"{type(job).__name__} is abstract and can't be published; give the class a name= and a queue="
+            msg = f"{job_class.__name__} is abstract and can't be published; give the class a name= and a queue="
             raise InvalidJob(msg)
         self.spec = spec
-        self.encode = codec.encoder(type(job), encoding)
+        self.encode = codec.encoder(job_class, encoding)
+        self.kept: Kept[Any] | None = None
+        """What handles of the class ask; None for a class without `keep`, and where a test runs no job."""
         try:
-            self.decoder = codec.Decoder(type(job))
+            self.decoder = codec.Decoder(job_class)
         # A type that is only imported under TYPE_CHECKING, for example, or a union that msgspec can't decode.
         except Exception as error:
-            msg = f"{spec.name}: a worker can't decode {type(job).__name__}: {error}"
+            msg = f"{spec.name}: a worker can't decode {job_class.__name__}: {error}"
             raise InvalidJob(msg) from error
 
 
@@ -100,6 +109,14 @@ class Sender:
 
     A confirmed publish is durable if the broker is. A publish that raises `PublishTimeout(maybe_published=True)` may have
     arrived; it is safe to repeat under the same id (at least once).
+
+    Args:
+        broker: The broker. `close` leaves it open.
+        layers: The app's middleware.
+        runtime: Settings, clock and chance.
+        observe: Called with every job that was sent; for tests.
+        outbox: What publishes inside a user's transaction, before the broker.
+        open_results: Opens the job store; called once, for the first job whose class has `keep`. None: nothing is recorded.
     """
 
     def __init__(
@@ -109,6 +126,7 @@ class Sender:
         runtime: Runtime,
         observe: Callable[[Job, Envelope], None] | None = None,
         outbox: Transactional | None = None,
+        open_results: Callable[[], Results | None] | None = None,
     ) -> None:
         publishing = [layer for layer in layers if is_publish_layer(layer)]
         bind(publishing, runtime)
@@ -121,10 +139,13 @@ class Sender:
         self._queues: dict[str, Queue] = {}
         self._contracts: dict[type, _Contract] = {}
         self._decoders: dict[tuple[str, str], codec.Decoder] = {}
+        self._keeps: dict[tuple[str, str], Keep] = {}
         self._publishing = publishing
         self._send = fold_publish(publishing, self._to_broker)
         self.transactional: Transactional | None = outbox or (broker if is_transactional(broker) else None)
         """What publishes inside a user's transaction; None if nothing does."""
+        self._open_results = open_results
+        self._results: Results | None = None
         self.inbox: Inbox | None = next((one for one in (outbox, broker) if has_inbox(one)), None)
         """What knows which jobs' effects are committed; None if nothing does."""
 
@@ -138,17 +159,82 @@ class Sender:
         """Return the state of a publisher that is left now."""
         return self.state.then(self._runtime.clock.now(), "closed")
 
-    async def publish(self, job: Job, options: OutgoingOptions, timeout_s: float) -> Receipt:
+    async def publish(self, job: Job[_R], options: OutgoingOptions, timeout_s: float) -> Handle[_R]:
         """Publish one job. Raises `PublishError`."""
         envelope = self.envelope(job, options, time.monotonic() + seconds_of("timeout_s", timeout_s))
-        if not self.bare or (sent := self.post(envelope)) is None:
-            return await self.send(envelope)
-        await sent.wait()
-        if (error := sent.error()) is None:
-            return Receipt(sent.job_id)
-        if not may_repeat(error, envelope):
-            raise error
-        return await self.send(envelope)
+        if self.bare and (sent := self.post(envelope)) is not None:
+            await sent.wait()
+            if (error := sent.error()) is None:
+                if not envelope.publish:
+                    return Handle(sent.job_id)
+                self.published(envelope)
+                return self.handle(job, envelope, Receipt(sent.job_id))
+            if not may_repeat(error, envelope):
+                raise error
+        return self.handle(job, envelope, await self.send(envelope))
+
+    def handle(self, job: Job[_R], envelope: Envelope, receipt: Receipt) -> Handle[_R]:
+        """Return the handle of a publish by its receipt."""
+        if not envelope.publish or (kept := self._contracts[type(job)].kept) is None:
+            return Handle(receipt.job_id, receipt.state)
+        return Handle(receipt.job_id, receipt.state, kept, envelope.publish)
+
+    def handle_of(self, job_id: str, job_class: type[Job[_R]]) -> Handle[_R]:
+        """Return a handle of the newest publish of an id. Raises InvalidJob for a class of which nothing is kept."""
+        contract = self._contract(job_class)
+        if contract.kept is None:
+            msg = f"handle(): nothing is kept of {contract.spec.name}; give {job_class.__name__} keep=Keep()"
+            raise InvalidJob(msg, job_id=job_id)
+        return Handle(job_id, "confirmed", contract.kept)
+
+    def published(self, envelope: Envelope) -> None:
+        """Note for the job store that the broker has confirmed a job whose class has `keep`."""
+        if self._results is not None:
+            self._results.published(envelope, self._keeps[envelope.queue, envelope.job])
+
+    @property
+    def results(self) -> Results | None:
+        """The job store of this sender; None without one. Raises ConfigurationError for a wrong URL."""
+        if self._results is None and self._open_results is not None:
+            self._results = self._open_results()
+        return self._results
+
+    async def close(self) -> None:
+        """Write to the job store what is noted for it, within its deadline, and close it."""
+        if self._results is not None:
+            await self._results.close()
+
+    def _contract(self, job_class: type[Job]) -> _Contract:
+        """Return what is known of a job class. Raises InvalidJob for a class whose jobs can't be published."""
+        contract = self._contracts.get(job_class)
+        if contract is not None:
+            return contract
+        contract = _Contract(job_class, self._settings.encoding)
+        spec, queue = contract.spec, contract.spec.queue
+        known = self._queues.setdefault(queue.name, queue)
+        if known != queue:
+            msg = f"job {spec.name}: {queue!r} and {known!r} are two definitions of the same queue; use the same Queue object for both"
+            raise InvalidJob(msg)
+        if spec.keep is not None:
+            contract.kept = self._kept(job_class, spec)
+            self._keeps[queue.name, spec.name] = spec.keep
+        self._decoders[queue.name, spec.name] = contract.decoder
+        self._contracts[job_class] = contract
+        return contract
+
+    def _kept(self, job_class: type[Job], spec: Spec) -> Kept[Any] | None:
+        if self._open_results is None:
+            return None
+        try:
+            results = self.results
+            kept = None if results is None else results.kept(job_class, spec)
+        except ConfigurationError as error:
+            msg = f"job {spec.name} has keep=, and its store can't be used: {error}"
+            raise InvalidJob(msg) from error
+        if kept is None:
+            msg = f"job {spec.name} has keep=, but {NO_STORE}"
+            raise InvalidJob(msg)
+        return kept
 
     def envelope(self, job: Job, options: OutgoingOptions, deadline: float) -> Envelope:
         """Return the envelope of `job`. Raises InvalidJob or MessageTooLarge, so that no wrong job leaves the process."""
@@ -157,16 +243,7 @@ class Sender:
             hint = "; pass its options to publish() as keywords" if isinstance(job, Outgoing) else ""
             msg = f"publish() takes a Job instance, not {given}{hint}"
             raise InvalidJob(msg)
-        contract = self._contracts.get(type(job))
-        if contract is None:
-            contract = self._contracts[type(job)] = _Contract(job, self._settings.encoding)
-            queue = contract.spec.queue
-            self._decoders[queue.name, contract.spec.name] = contract.decoder
-            known = self._queues.setdefault(queue.name, queue)
-            if known != queue:
-                del self._contracts[type(job)]
-                msg = f"job {contract.spec.name}: {queue!r} and {known!r} are two definitions of the same queue; use the same Queue object for both"
-                raise InvalidJob(msg)
+        contract = self._contracts.get(type(job)) or self._contract(type(job))
         spec = contract.spec
         try:
             return self._checked(job, contract, options, deadline)
@@ -213,7 +290,8 @@ class Sender:
         elif not isinstance(correlation_id, str) or not 0 < len(correlation_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"correlation_id must be a str of 1 to {MAX_ID_BYTES} bytes, not {correlation_id!r:.80}"
             raise InvalidJob(msg, job_id=job_id)
-        return Envelope(
+        # with more than 15 keywords CPython makes a dict for the call, which takes 0.5 µs: so `publish` isn't among them
+        envelope = Envelope(
             job_id=job_id,
             job=spec.name,
             queue=spec.queue.name,
@@ -230,6 +308,9 @@ class Sender:
             deadline=deadline,
             resend="resend" in options and bool(options["resend"]),
         )
+        if spec.keep is None:
+            return envelope
+        return msgspec.structs.replace(envelope, publish=self._runtime.rng.getrandbits(64) - (1 << 63) or 1)
 
     def _encoded(self, job: Job, contract: _Contract, job_id: str) -> bytes:
         settings = self._settings
@@ -307,6 +388,8 @@ class Sender:
             if not may_repeat(error, envelope):
                 raise
             await self._repeat(envelope, error)
+        if envelope.publish:
+            self.published(envelope)
         if self._observe is not None:
             decoder = self._decoders[envelope.queue, envelope.job]
             self._observe(decoder.decode(envelope.body, envelope.content_type), envelope)

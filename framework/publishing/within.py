@@ -13,11 +13,13 @@ from typing import Any, TypeVar, cast
 
 from ..envelope import Envelope, Receipt
 from ..errors import BrokerUnavailable, InvalidJob, PublishError, PublishManyError
+from ..handle import Handle
 from ..job import Job, Queue
 from ..options import PUBLISH_OPTIONS, TIMEOUT_S, Outgoing, OutgoingOptions, PublishOptions, unexpected
 from ..transactions import Add, AsyncTransaction, Transaction, Transactional
 from .sender import Sender, seconds_of
 
+_R = TypeVar("_R")
 _T = TypeVar("_T")
 
 NO_TRANSACTIONS = (
@@ -90,7 +92,7 @@ class Within:
         self._sender = sender
         self._connection = connection
 
-    async def publish(self, job: Job, options: PublishOptions) -> Receipt:
+    async def publish(self, job: Job[_R], options: PublishOptions) -> Handle[_R]:
         """As `Publisher.publish`."""
         if not PUBLISH_OPTIONS.issuperset(options):
             raise unexpected("publish", options, PUBLISH_OPTIONS | {"connection"})
@@ -103,7 +105,7 @@ class Within:
             await add([(sender.queue_of(envelope), envelope)], deadline)
             return _receipt(envelope)
 
-        return await sender.send_to(last, envelope)
+        return sender.handle(job, envelope, await sender.send_to(last, envelope))
 
     async def publish_many(self, jobs: Iterable[Job | Outgoing], timeout_s: float) -> list[Receipt]:
         """As `Publisher.publish_many`, but all or none: one call adds the jobs, after the last has passed the middleware."""

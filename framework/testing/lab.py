@@ -14,18 +14,23 @@ from ..app import App, Capture
 from ..broker import Broker
 from ..consuming.worker import Working, working
 from ..context import current_attempt
-from ..envelope import Receipt
 from ..errors import ConfigurationError
+from ..handle import Handle
 from ..job import Job
 from ..options import PublishOptions
 from ..publishing.publisher import Publisher
 from ..runtime import Runtime
+from ..status import Status, status_of
+from ..store import Abort, Store
 from .callers import CallersThread
 from .records import Delayed, Records
 
 _R = TypeVar("_R")
+_T = TypeVar("_T")
 
 IN_HANDLER = "a handler can't wait for the lab to run jobs, because the lab waits for the handler; call drain and run_due in the test"
+RESULT_S = 5.0
+"""Real seconds that a result may take after the last run: the job has ended by then, or never will."""
 UNSET: Any = object()
 """Stands for resources that weren't given, because None is a value."""
 
@@ -44,8 +49,20 @@ class Lab(Records, ABC):
         """The jobs that wait in the broker, the next one first: with a delay, or between two of their runs."""
 
     @abstractmethod
-    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    async def publish(self, job: Job[_T], **options: Unpack[PublishOptions]) -> Handle[_T]:
         """Publish `job` to the lab's broker; otherwise as `Publisher.publish`."""
+
+    @abstractmethod
+    async def status(self, job_id: str, /) -> Status:
+        """Return how a job of a class with `keep` is that was published in this lab, by its id; as `Handle.status`."""
+
+    @abstractmethod
+    async def result(self, handle: Handle[_T], /) -> _T:
+        """Run until no job is left, as `drain`, and return the job's result; raises as `Handle.result`."""
+
+    @abstractmethod
+    async def abort(self, job_id: str, /) -> Abort:
+        """Abort a job of a class with `keep` that was published in this lab, by its id; as `Handle.abort`."""
 
     @abstractmethod
     def advance(self, by: float | timedelta, /) -> None:
@@ -86,9 +103,29 @@ class AppLab(Lab):
     work: Working | None = None
     """None if the app has no handler."""
 
-    async def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    async def publish(self, job: Job[_T], **options: Unpack[PublishOptions]) -> Handle[_T]:
         """As `Lab.publish`."""
         return await self.publisher.publish(job, **options)
+
+    async def status(self, job_id: str, /) -> Status:
+        """As `Lab.status`."""
+        handle = self._handle(job_id)
+        return status_of(job_id, None) if handle is None else await handle.status()
+
+    async def result(self, handle: Handle[_T], /) -> _T:
+        """As `Lab.result`."""
+        await self.drain()
+        return await handle.result(timeout_s=RESULT_S)
+
+    async def abort(self, job_id: str, /) -> Abort:
+        """As `Lab.abort`."""
+        handle = self._handle(job_id)
+        return "unknown" if handle is None else await handle.abort()
+
+    def _handle(self, job_id: str) -> Handle | None:
+        classes = (type(one.job) for one in self._published if one.envelope.job_id == job_id)
+        job_class = next(classes, None)
+        return None if job_class is None else self.publisher.handle(job_id, job_class)
 
 
 @asynccontextmanager
@@ -98,6 +135,7 @@ async def opened(
     resources: Any,
     *,
     open_broker: Callable[[], Broker],
+    open_store: Callable[[], Store],
     runtime: Runtime,
     callers: CallersThread | None = None,
 ) -> AsyncGenerator[None, None]:
@@ -107,7 +145,7 @@ async def opened(
     async def given() -> AsyncGenerator[Any, None]:
         yield resources
 
-    with app.captured(Capture(open_broker, runtime, lab.add_published)):
+    with app.captured(Capture(open_broker, open_store, runtime, lab.add_published)):
         app.import_modules()
         async with app.publisher() as lab.publisher:
             if not app.handlers():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime, timedelta, timezone
@@ -23,6 +23,7 @@ from ..envelope import Envelope
 from ..errors import ConfigurationError
 from ..runtime import Runtime
 from ..schemes import broker_module
+from ..store import Store as JobStore
 from .callers import CallersThread
 from .lab import AppLab, check_aware, check_outside, opened, utc
 from .records import Delayed
@@ -81,6 +82,10 @@ class Memory(Protocol[_StoreT]):
 
     def MemoryBroker(self, store: _StoreT, runtime: Runtime) -> Broker:  # noqa: N802
         """Return a broker on `store`."""
+        ...
+
+    def private_stores(self, runtime: Runtime) -> Callable[[], JobStore]:
+        """Return a function that opens job stores on records which only these stores share."""
         ...
 
 
@@ -219,6 +224,12 @@ async def memory_lab(
     runtime = Runtime(app=app.name, settings=app.settings, clock=clock, rng=random.Random(0))
     lab = MemoryLab(app, clock, store, in_a_thread=callers is None, cron=cron)
     async with opened(
-        lab, app, resources, open_broker=lambda: broker.MemoryBroker(store, runtime), runtime=runtime, callers=callers
+        lab,
+        app,
+        resources,
+        open_broker=lambda: broker.MemoryBroker(store, runtime),
+        open_store=broker.private_stores(runtime),
+        runtime=runtime,
+        callers=callers,
     ):
         yield lab

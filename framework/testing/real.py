@@ -19,6 +19,7 @@ from ..runtime import Runtime
 from ..schemes import broker_module
 from ..waits import first_of
 from .lab import UNSET, AppLab, Lab, check_outside, opened
+from .memory import memory
 from .records import Delayed, Published
 from .renamed import Names, RenamedBroker
 
@@ -139,6 +140,7 @@ async def _real_lab(url: str, app: App[Any], resources: Any) -> AsyncGenerator[R
             app,
             resources,
             open_broker=lambda: RenamedBroker(module.open_broker(url, runtime), names),
+            open_store=memory().private_stores(runtime),
             runtime=runtime,
         ):
             yield lab

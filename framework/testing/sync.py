@@ -6,17 +6,22 @@ import asyncio
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, Unpack, final
+from typing import Any, TypeVar, Unpack, final
 
 from ..app import App
-from ..envelope import Receipt
+from ..handle import BlockingHandle, Handle, blocking
 from ..job import Job
 from ..options import PublishOptions
+from ..status import Status
+from ..store import Abort
 from ..waits import first_of
 from .callers import CallersThread
-from .lab import IN_HANDLER
+from .lab import IN_HANDLER, RESULT_S
 from .memory import MemoryLab, memory_lab
 from .records import Delayed, Records
+
+_R = TypeVar("_R")
+_T = TypeVar("_T")
 
 
 @final
@@ -41,9 +46,25 @@ class SyncLab(Records):
         """As `Lab.delayed`."""
         return self._lab.delayed
 
-    def publish(self, job: Job, **options: Unpack[PublishOptions]) -> Receipt:
+    def publish(self, job: Job[_T], **options: Unpack[PublishOptions]) -> BlockingHandle[_T]:
         """As `Lab.publish`."""
-        return self._callers.run(self._lab.publish(job, **options))
+        return blocking(self._callers.run(self._lab.publish(job, **options)), self._ask)
+
+    def _ask(self, handle: Handle[_R], ask: Callable[[Handle[_R]], Coroutine[Any, Any, _T]], _timeout_s: float) -> _T:
+        return self._callers.run(ask(handle))
+
+    def status(self, job_id: str, /) -> Status:
+        """As `Lab.status`."""
+        return self._callers.run(self._lab.status(job_id))
+
+    def result(self, handle: BlockingHandle[_T], /) -> _T:
+        """As `Lab.result`."""
+        self.drain()
+        return handle.result(timeout_s=RESULT_S)
+
+    def abort(self, job_id: str, /) -> Abort:
+        """As `Lab.abort`."""
+        return self._callers.run(self._lab.abort(job_id))
 
     def advance(self, by: float | timedelta, /) -> None:
         """As `Lab.advance`; cron functions run in the caller's thread."""

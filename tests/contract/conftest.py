@@ -8,6 +8,7 @@ import os
 import pkgutil
 from collections.abc import AsyncGenerator, Generator, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -72,6 +73,9 @@ _ALWAYS_POOLED = {
     "test_a_settlement_that_cannot_be_confirmed_leaves_the_delivery_unsettled",
     "test_a_lost_connection_neither_cancels_a_handler_nor_repeats_it",
     "test_many_letters_are_replayed_at_once_and_each_arrives_once",
+    "test_a_life_in_order_is_followed",
+    "test_verdicts_come_in_the_order_of_the_changes",
+    "test_thousands_of_publishes_are_asked_for_at_once",
 }
 """The cases that `make test` runs through PgBouncer; the others are marked `pooler`."""
 
@@ -84,13 +88,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            pooled = item.callspec.params.get("unopened") == "postgresql-pgbouncer"
-            if pooled and item.originalname not in _ALWAYS_POOLED:
-                item.add_marker("pooler")
+        if _is_pooled(item) and item.originalname not in _ALWAYS_POOLED:
+            item.add_marker("pooler")
+
+
+def _is_pooled(item: pytest.Item) -> TypeGuard[pytest.Function]:
+    return (
+        isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and "postgresql-pgbouncer" in {item.callspec.params.get(name) for name in ("unopened", "kept")}
+    )
 
 
 def _takes_part(item: pytest.Item) -> bool:
+    if _is_pooled(item) and "kept" in item.callspec.params and item.get_closest_marker("fault"):
+        return False  # ten thousand races take a minute there, and the small ones do the same
     wanted: Sequence[pytest.Mark] = list(item.iter_markers("features"))
     if not wanted or not isinstance(item, pytest.Function):
         return True

@@ -10,6 +10,7 @@ import pytest
 
 from leveret import (
     App,
+    Handle,
     Job,
     MessageTooLarge,
     Outgoing,
@@ -96,7 +97,7 @@ async def test_a_job_too_large_for_the_broker_is_refused_and_costs_no_other_job_
             refused, *others = await shop.tried(publisher, 2_000_000, *[10] * 500)
             assert isinstance(refused, MessageTooLarge)
             assert (refused.size_bytes > 2_000_000, refused.limit_bytes) == (True, 1_000_000)
-            assert [type(other) for other in others] == [Receipt] * 500
+            assert [type(other) for other in others] == [Handle] * 500
             assert await raw.count(shop.queue.name) == 501, "a copy, or a loss"
             began = time.monotonic()
             [again] = await shop.tried(publisher, 2_000_000)

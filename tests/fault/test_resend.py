@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from leveret import App, Job, Outgoing, Publisher, PublishTimeout, Queue, Receipt
+from leveret import App, Handle, Job, Outgoing, Publisher, PublishTimeout, Queue, Receipt
 from tests.rabbit.node import Rabbit
 from tests.rabbit.proxy import FaultProxy
 from tests.rabbit.raw import Raw
@@ -51,7 +51,7 @@ async def test_a_lost_publish_is_repeated_under_its_id_only_where_the_caller_say
         ids = Counter(found.properties.message_id for found in await raw.take_all(_queue.name))
         assert len(ids) == 22, "a lost job"
         if resend:
-            assert [type(end) for end in ends] == [Receipt] * 20
+            assert [type(end) for end in ends] == [Handle] * 20
             assert {end.job_id for end in ends if isinstance(end, Receipt)} < set(ids)
             assert max(ids.values()) == 2, "one loss, one copy"
         else:

@@ -19,11 +19,13 @@ from pathlib import Path
 import pytest
 
 from leveret.admin import Depth
-from leveret.brokers.sqlite import open_admin, open_broker
-from leveret.errors import BrokerUnavailable
+from leveret.brokers.sqlite import open_admin, open_broker, open_store
+from leveret.errors import BrokerUnavailable, StoreUnavailable
 from leveret.job import Queue
 from leveret.runtime import Runtime
+from leveret.store import Key
 from tests.contract.harness import consume, make_envelope, ready, soon, timed
+from tests.contract.store.changes import Publish
 from tests.fault.apps import diary
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(240)]
@@ -351,3 +353,71 @@ def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
         while True:
             ballast.write(b"\0" * 4096)
+
+
+async def test_a_full_disk_refuses_records_and_keeps_those_that_were_written(small_disk: Path) -> None:
+    """A store that is full ends the records of jobs until it is started anew, or loses results that were acknowledged."""
+    store = open_store(f"sqlite:///{small_disk / 'jobs.db'}", RUNTIME)
+    kept: list[Publish] = []
+
+    async def fill_up() -> None:
+        for _ in range(1000):
+            publish = Publish()
+            await store.write([publish.is_("done", result=os.urandom(20_000))])
+            kept.append(publish)
+
+    with pytest.raises(StoreUnavailable, match="full"):
+        await fill_up()
+    with pytest.raises(StoreUnavailable):
+        await store.begin([Publish().is_("running") for _ in range(200)])
+
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)  # noqa: ASYNC221
+    records = await store.read([publish.key for publish in kept])
+    assert {record is not None and record.state for record in records} == {"done"}
+    assert set(await store.begin([Publish().is_("running") for _ in range(200)])) == {"go"}
+    await store.close()
+
+
+_KEEPER = """
+import asyncio, sys
+from leveret.brokers.sqlite import open_store
+from leveret.runtime import Runtime
+from tests.contract.store.changes import Publish
+
+async def main():
+    store = open_store(sys.argv[1], Runtime(app="fault"))
+    while True:
+        batch = [Publish() for _ in range(20)]
+        await store.begin([one.is_("running") for one in batch])
+        await store.write([one.is_("done", result=one.key.job_id.encode()) for one in batch])
+        print(*(f"{one.key.job_id}:{one.key.publish}" for one in batch), flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_kills_lose_no_record_that_was_written(tmp_path: Path) -> None:
+    """A job is acknowledged because its result is in the store, and then nobody has the result."""
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    written: list[Key] = []
+    for _ in range(8):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _KEEPER, url, cwd=_ROOT, stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        lines = [await process.stdout.readline() for _ in range(random.randint(1, 12))]
+        process.kill()
+        lines += (await process.stdout.read()).splitlines(keepends=True)
+        await process.wait()
+        for line in lines:
+            if line.endswith(b"\n"):
+                written += [
+                    Key(job_id, int(publish)) for job_id, publish in (each.split(":") for each in line.decode().split())
+                ]
+
+    store = open_store(url, RUNTIME)
+    records = await store.read(written)
+    await store.close()
+
+    assert len(written) >= 8 * 20
+    assert [record and record.result for record in records] == [key.job_id.encode() for key in written]

@@ -16,15 +16,16 @@ _FILES = sorted(file for folder in _PACKAGES for file in (_ROOT / folder).rglob(
 # shared nouns. `testing` stands beside `process`.
 _NOUNS = "the shared nouns"
 # What the brokers that keep rows in a store share.
-_OF_BROKERS = {"leveret.brokers.leases", "leveret.brokers.rows", "leveret.brokers.turns"}
+_OF_BROKERS = {"leveret.brokers.leases", "leveret.brokers.records", "leveret.brokers.rows", "leveret.brokers.turns"}
 _BELOW = {
-    "cli": {"process", "app", "consuming", "cron", "publishing", _NOUNS},
-    "process": {"app", "consuming", "cron", "publishing", _NOUNS},
-    "testing": {"app", "consuming", "cron", "publishing", _NOUNS},
-    "app": {"consuming", "cron", "publishing", _NOUNS},
-    "consuming": {"publishing", _NOUNS},
-    "cron": {"publishing", _NOUNS},
-    "publishing": {_NOUNS},
+    "cli": {"process", "app", "consuming", "cron", "publishing", "results", _NOUNS},
+    "process": {"app", "consuming", "cron", "publishing", "results", _NOUNS},
+    "testing": {"app", "consuming", "cron", "publishing", "results", _NOUNS},
+    "app": {"consuming", "cron", "publishing", "results", _NOUNS},
+    "consuming": {"publishing", "results", _NOUNS},
+    "cron": {"publishing", "results", _NOUNS},
+    "publishing": {"results", _NOUNS},
+    "results": {_NOUNS},
     _NOUNS: set[str](),
 }
 

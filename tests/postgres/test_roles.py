@@ -14,9 +14,11 @@ import pytest_asyncio
 
 from leveret import App, Attempt, Bury, Job, Queue
 from leveret.admin import Admin
+from leveret.brokers.postgresql import open_store
 from leveret.errors import ConfigurationError, LeveretError
 from leveret.runtime import Runtime
 from leveret.schemes import broker_module, open_migrator
+from leveret.store import Change
 from tests.postgres.node import Postgres
 
 _DOCS = Path(__file__).parents[2] / "docs/operations.md"
@@ -138,9 +140,31 @@ async def test_a_program_that_publishes_by_leveret_may_not_read(database: Databa
     for use in (counts, dead, purge):
         with pytest.raises(ConfigurationError, match="the role lacks a right: permission denied for"):
             await database.admin("shop_web", use)
-    for table in ("jobs", "delayed", "claims", "dead", "workers", "queues"):
+    for table in ("jobs", "delayed", "claims", "dead", "workers", "queues", "records"):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await database.query("shop_web", f"SELECT FROM leveret.{table}")
+
+
+async def test_a_program_that_publishes_sees_the_jobs_whose_ids_it_knows(database: Database) -> None:
+    """A web server that was broken into must not read everybody's results, nor delete them."""
+    url = database.urls["shop_web"]
+    store = open_store(url, Runtime(app="shop"))
+    store.watch(lambda _: None)
+    change = Change(
+        job_id="one", publish=1, queue="plain", job="note", state="queued", passes=0, attempt=1, keep_s=60, at_ms=1
+    )
+    try:
+        await store.write([change])
+        assert await store.newest("one") == change.key
+        assert list(await store.ended([change.key])) == []
+        assert await store.abort(change.key) == "aborted"
+        assert [record and record.state for record in await store.read([change.key])] == ["aborted"]
+        assert await store.trim(10) == 0
+        for refused in (store.list(limit=10), store.find("one"), store.drop([change.key])):
+            with pytest.raises(ConfigurationError, match="permission denied for"):
+                await refused
+    finally:
+        await store.close()
 
 
 async def test_a_worker_works_and_changes_no_tables(database: Database) -> None:

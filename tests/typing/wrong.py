@@ -1,6 +1,6 @@
 """Misuses: each marked line must be an error, in both checkers unless it names one; no other line may be."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import timedelta, timezone
 from typing import Unpack, assert_never
 
@@ -12,12 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, A
 from sqlalchemy.orm import Session, sessionmaker
 from tenacity import stop_after_attempt, wait_fixed
 
-from leveret import App, Attempt, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Job, Outcome, Outgoing, OutgoingOptions, Priority, Publish, PublishOptions, Publisher, Queue, Receipt, Retry, Snooze
+from leveret import App, Attempt, BlockingHandle, BlockingPublisher, Bury, Consume, Done, Envelope, Expired, Handle, Job, Outcome, Outgoing, OutgoingOptions, Priority, Publish, PublishOptions, Publisher, Queue, Receipt, Retry, Snooze
 from leveret.middleware import Bound, Bypass, LayerFacts, RateLimit, Readiness, Retries, RetryWaits, Rule, Runtime, Stated, Timeout
 from leveret.testing import Lab, running, running_sync
 from leveret.testing import attempt as make_attempt
 from leveret import Pubisher  # wrong: no such name, though one name of leveret is made when it is asked for
-from .programs import Pool, RenderPdf, SendDigest, SendInvoice, Shop, close_old_connections, emails, send_invoice, shop
+from .programs import Pool, RenderPdf, Resize, SendDigest, SendInvoice, Shop, Thumbnail, close_old_connections, emails, send_invoice, shop
 
 class Plain(msgspec.Struct):
     order_id: int
@@ -58,6 +58,22 @@ async def publishing(publisher: Publisher, blocking: BlockingPublisher) -> None:
     await app.publisher().publish(invoice)  # wrong: not entered
     with app.publisher() as _: ...  # wrong: async with
     _ = (await publisher.publish(invoice)).state == "lost"  # wrong: no such state
+
+# -- results
+async def results(publisher: Publisher, blocking: BlockingPublisher, handle: Handle[Thumbnail], other: BlockingHandle[Thumbnail]) -> None:
+    await handle.result()  # wrong: for how long
+    await handle.result(30)  # wrong: a keyword
+    handle.status()  # wrong: not awaited
+    (await handle.result(timeout_s=30)).height  # wrong: no such field
+    (await handle.status()).state == "finished"  # wrong: no such state
+    if await handle.abort() == "done": ...  # wrong: no such answer
+    await other.result(timeout_s=30)  # wrong: nothing to await
+    publisher.handle("id", Resize("a.png"))  # wrong: the class
+    publisher.handle(Resize, "id")  # wrong: the id comes first
+    publisher.handle("id", Plain)  # wrong: not a job class
+    _: Handle[Thumbnail] = await publisher.publish(invoice)  # wrong: an invoice has no result
+    await blocking.handle("id", Resize)  # wrong: nothing to await
+class Unkept(Job[Thumbnail], name="x", queue=emails, keep=True): ...  # wrong (pyright only): a Keep
 
 # -- publishing in a transaction
 async def within(
@@ -136,14 +152,6 @@ async def not_a_job(job: Plain) -> None: ...
 async def another_job(job: SendInvoice) -> None: ...
 @app.handler(job=RenderPdf)  # wrong: another job
 async def another_job_2(job: SendInvoice, attempt: Attempt[Shop]) -> None: ...
-@app.handler  # wrong: results aren't kept
-async def returns_int(job: SendInvoice) -> int: raise NotImplementedError
-@app.handler  # wrong: results aren't kept
-def returns_str(job: SendInvoice) -> str: raise NotImplementedError
-@app.handler  # wrong: a class of outcome
-def returns_class(job: SendInvoice) -> type[Bury]: raise NotImplementedError
-@app.handler  # wrong: a generator
-def generates(job: SendInvoice) -> Iterator[None]: raise NotImplementedError
 @app.handler  # wrong: no job
 async def no_job() -> None: ...
 @app.handler  # wrong: a third parameter

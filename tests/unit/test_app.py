@@ -57,3 +57,41 @@ def test_every_function_that_returns_a_context_manager_is_a_lifespan() -> None:
     decorated = asynccontextmanager(life)
     for lifespan in (decorated, Life, partial(Life)):
         assert App[Any]("shop", lifespan=lifespan, around_sync=contextmanager(around)).lifespan is lifespan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        ({"broker": "amqp://host/"}, {}, None),
+        ({"broker": "amqp://host/"}, {"LEVERET_STORE": "sqlite:///env.db"}, "sqlite:///env.db"),
+        (
+            {"broker": "amqp://host/", "store": "sqlite:///code.db"},
+            {"LEVERET_STORE": "sqlite:///env.db"},
+            "sqlite:///code.db",
+        ),
+        ({"broker": "amqp://host/"}, {"LEVERET_STORE": ""}, None),
+        ({}, {}, None),
+    ],
+)
+def test_the_store_is_the_one_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], environment: dict[str, str], expected: str | None
+) -> None:
+    """An operator has the variable; a program that names a store must not have its results elsewhere."""
+    for name in ("LEVERET_BROKER", "LEVERET_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert App("shop", **arguments).store_url() == expected
+
+
+@pytest.mark.parametrize("url", ["amqp://shop:hunter2@host/", "kafka://shop:hunter2@host/"])
+def test_a_store_that_keeps_nothing_is_refused_without_its_password(url: str) -> None:
+    """The results would be looked for in a database that has none; the log must not show how to get in."""
+    app = App("shop", broker="memory://", store=url)
+
+    with pytest.raises(ConfigurationError) as refused:
+        app.open_store(app.runtime())
+
+    assert "postgresql://" in str(refused.value)
+    assert "hunter2" not in str(refused.value)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from leveret import App, Attempt, BrokerUnavailable, Retry
+from leveret import App, Attempt, BrokerUnavailable, Job, Keep, Retry
+from leveret.runtime import Runtime
+from leveret.schemes import open_store
+from leveret.store import Key
 from tests.contract.harness import PATIENCE_S, Harness
 from tests.contract.pipeline.apps import Runs, assert_empty, job_class, make_app, publish
 
@@ -79,3 +82,25 @@ async def test_a_def_handler_publishes_with_the_blocking_publisher_and_never_on_
     assert got == [(1, 1), (1, 2), (2, 1)]
     assert "app.blocking_publisher()" in str(refused[0])
     await assert_empty(harness, queue)
+
+
+async def test_each_confirmed_publish_of_a_kept_class_is_in_the_store(harness: Harness) -> None:
+    """A handle would wait for a publish that the worker doesn't know, or a job that waits would be unknown."""
+    queue, runs, count = harness.queue(), Runs(), 1200  # more than are unconfirmed at once
+
+    class Kept(Job, name="contract.work", queue=queue, keep=Keep()):
+        n: int
+
+    url = f"memory://{queue.name}"
+    async with App("contract", broker=harness.url, store=url).publisher() as publisher:
+        handle = await publisher.publish(Kept(0), timeout_s=PATIENCE_S)
+        jobs = (Kept(n) for n in range(1, count))
+        receipts = await publisher.publish_many(jobs, timeout_s=60)
+        assert (await handle.status()).state == "queued"
+    async with make_app(harness, job_class(queue), runs).worker(queues=[queue.name]):
+        delivered = [(await runs.next()).envelope for _ in range(count)]
+    records = await open_store(url, Runtime(app="contract")).list(limit=2 * count)
+
+    assert {record.job_id for record in records} == {handle.job_id, *(receipt.job_id for receipt in receipts)}
+    assert {record.key for record in records} == {Key(envelope.job_id, envelope.publish) for envelope in delivered}
+    assert {(record.state, record.passes, record.attempt) for record in records} == {("queued", 0, 1)}

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from tenacity import stop_after_attempt, stop_after_delay, wait_exponential_jitter
 
-from leveret import App, Attempt, ConfigurationError, Consume, Envelope, Job, Outcome, Publish, Queue, Receipt
+from leveret import App, Attempt, ConfigurationError, Consume, Envelope, Job, Keep, Outcome, Publish, Queue, Receipt
 from leveret.cli.describe import text_of
-from leveret.cli.description import MOST_WAITS, AppRecord, describe
+from leveret.cli.description import MOST_WAITS, AppRecord, KeepRecord, describe
 from leveret.middleware import RateLimit, Retries, Rule, Timeout
 
 emails = Queue("emails")
@@ -221,6 +221,54 @@ async def test_no_password_is_shown() -> None:
 
     assert record.broker == "amqp://shop:***@rabbit.example/"
     assert "hunter2" not in text_of(record)
+
+
+class Size(Job[int], name="size", queue=plain, keep=Keep(result_s=60, required=True, body=True)):
+    n: int
+
+
+class Count(Job[int], name="count", queue=plain, keep=Keep()):
+    n: int
+
+
+async def test_what_is_kept_of_a_job_and_where_is_shown() -> None:
+    """Nobody knows where results are, and when they go."""
+    app = make_app(broker="amqp://rabbit.example/", store="postgresql://shop:hunter2@db/shop")
+
+    @app.handler
+    async def size(job: Size) -> int:
+        return job.n
+
+    record = await describe(app, NOW)
+
+    keeps = {handler.job: handler.keep for handler in record.handlers}
+    assert keeps["mail"] is None
+    assert keeps["size"] == KeepRecord(result_s=60, failed_s=604_800, required=True, max_bytes=1_048_576, body=True)
+    assert record.store == "postgresql://shop:***@db/shop"
+    text = text_of(record)
+    assert "states and results are in postgresql://shop:***@db/shop" in text
+    assert (
+        "a result for 60 s, at most 1048576 bytes; a failure for 604800 s; the body too; acknowledged only once" in text
+    )
+    assert "states and results" not in text_of(await described())
+
+
+async def test_results_that_nothing_can_keep_are_refused_here() -> None:
+    """A worker that can't start is noticed in the deploy, not before."""
+    nowhere, wrong = App("shop", broker="amqp://rabbit.example/"), App("shop", broker="sqlite:///shop.db")
+
+    @nowhere.handler
+    async def count(job: Count) -> int:
+        return job.n
+
+    @wrong.handler
+    async def count_wrong(job: Count) -> str:
+        return ""
+
+    with pytest.raises(ConfigurationError, match="Count has keep=, but nothing keeps the results of jobs"):
+        await describe(nowhere, NOW)
+    with pytest.raises(ConfigurationError, match="returns str, but the result of Count is int"):
+        await describe(wrong, NOW)
 
 
 async def test_schedules_show_their_next_slots_in_their_zone() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from leveret import App, Attempt, Bury, Job, PublishError, Queue, Receipt
+from leveret import App, Attempt, BlockingHandle, Bury, Job, PublishError, Queue, Receipt
 from leveret.middleware import Retries, Rule
 from leveret.testing import Lab, running
 from leveret.testing import attempt as make_attempt
@@ -57,7 +57,7 @@ async def test_a_def_handler_publishes_and_waits_for_the_confirm() -> None:
 
     lab = await run(handler)
     parent, child = lab.published
-    assert seen == [Receipt("child-1")]
+    assert seen == [BlockingHandle("child-1")]
     assert {type(run.job) for run in lab.done} == {Parent, Child}
     assert child.envelope.correlation_id == parent.envelope.job_id
 

@@ -238,7 +238,7 @@ async def test_a_misspelt_option_is_refused_by_every_call_that_publishes(
         refused.append(str(inside.value))
 
     async def in_a_thread(mail: Mail, **options: Any) -> None:
-        await asyncio.to_thread(blocking.publish, mail, **options)
+        await asyncio.to_thread(lambda: blocking.publish(mail, **options))
 
     async with running(app) as lab:
         await lab.publish(Mail(order_id=7))

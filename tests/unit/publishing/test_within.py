@@ -10,11 +10,14 @@ import pytest
 from leveret import (
     App,
     Attempt,
+    BlockingHandle,
     BlockingPublisher,
     BrokerUnavailable,
     Envelope,
+    Handle,
     InvalidJob,
     Job,
+    Keep,
     Outgoing,
     Publish,
     Publisher,
@@ -28,10 +31,13 @@ from leveret.brokers.memory import MemoryBroker, MemoryStore
 from leveret.layer import AnyLayer
 from leveret.publishing.publisher import PublisherBlock
 from leveret.publishing.sender import Sender
+from leveret.results.results import Results
 from leveret.runtime import Runtime
+from leveret.store import Key, Store
 from leveret.testing import attempt as make_attempt
 from leveret.testing import running, running_sync
 from leveret.transactions import Add, AddBlocking, AsyncTransaction, Transaction
+from tests.unit.results.levers import change, memory_jobs
 
 orders = Queue("orders")
 
@@ -98,14 +104,37 @@ class Database:
 
 
 @asynccontextmanager
-async def opened(*layers: AnyLayer, store: MemoryStore | None = None) -> AsyncGenerator[Publisher]:
+async def opened(
+    *layers: AnyLayer, store: MemoryStore | None = None, results: Store | None = None
+) -> AsyncGenerator[Publisher]:
     """Open a publisher with this outbox."""
     runtime = Runtime(app="within")
     broker = MemoryBroker(store or MemoryStore(), runtime)
-    publisher = Publisher(Sender(broker, layers, runtime, outbox=Database()))
+    kept = None if results is None else Results(results, runtime)
+    sender = Sender(broker, layers, runtime, outbox=Database(), open_results=lambda: kept)
+    publisher = Publisher(sender)
     yield publisher
     publisher.close()
+    await sender.close()
     await broker.close()
+
+
+class Report(Job, name="report.make", queue=orders, keep=Keep()):
+    """A job whose state is kept."""
+
+
+async def test_the_store_hears_of_a_job_in_a_transaction_when_it_starts() -> None:
+    """A job whose transaction was rolled back would wait in the store for ever."""
+    session, results = AsyncSession(), memory_jobs()
+
+    async with opened(results=results) as publisher:
+        handle = await publisher.publish(Report(), connection=session)
+        before = await handle.status()
+        [envelope] = session.session.added
+        await results.write([change(Key(handle.job_id, envelope.publish), "running")])
+        after = await handle.status()
+
+    assert (handle.state, before.state, after.state) == ("uncommitted", "unknown", "running")
 
 
 class Tenant:
@@ -134,8 +163,8 @@ async def test_the_job_goes_into_the_transaction_and_nowhere_else() -> None:
     async with opened(layer, store=store) as publisher:
         receipt = await publisher.publish(Order(7), connection=session, job_id="seven")
 
-    assert receipt == Receipt("seven", "uncommitted")
-    assert layer.receipts == [receipt]
+    assert receipt == Handle("seven", "uncommitted")
+    assert layer.receipts == [Receipt("seven", "uncommitted")]
     [added] = session.session.added
     assert (added.job_id, added.body, added.headers) == ("seven", b'{"n":7}', {"x-tenant-id": "acme"})
     assert store.state(Runtime(app="within").clock).version == MemoryStore().state(Runtime(app="within").clock).version
@@ -295,7 +324,7 @@ def test_a_blocking_publish_uses_the_connection_in_its_own_thread(
     receipt = publisher.publish(Order(1), connection=session, job_id="1")
     many = publisher.publish_many([Order(2), Outgoing(Order(3), job_id="3")], connection=session)
 
-    assert receipt == Receipt("1", "uncommitted")
+    assert receipt == BlockingHandle("1", "uncommitted")
     assert [one.state for one in many] == ["uncommitted", "uncommitted"]
     assert [one.body for one in session.added] == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
     assert session.threads == {threading.current_thread()}

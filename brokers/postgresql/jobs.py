@@ -1,0 +1,258 @@
+"""The job store in a PostgreSQL: through one connection for each process, one call after another.
+
+A waiter leaves its channel in the records, so that only an end that somebody waits for is told. Behind a pooler nobody is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
+
+from leveret.errors import ConfigurationError, LeveretError, StoreUnavailable
+from leveret.runtime import Runtime
+from leveret.store import STAGES, Abort, Change, Key, Progress, Record, State, Verdict
+
+from ..records import entry_of, in_order, record_of, storable, verdict_of
+from .address import Address
+from .link import Link, meaning_of
+from .records import RecordStatements
+from .statements import BEGIN
+
+if TYPE_CHECKING:
+    from .link import Connection
+
+_T = TypeVar("_T")
+
+_SESSION: Final = (
+    "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = on; SET lock_timeout = '2s';"
+    " SET statement_timeout = '60s'"
+)
+"""What `BEGIN` sets for a transaction, for a connection that is to the server itself."""
+_READ: Final = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
+_AT_ONCE: Final = 2000
+"""For how many publishes a transaction waits at once: it locks their records."""
+_WATCHED_S: Final = 5.0
+"""How long a publish is watched that nobody asks for any more, seconds."""
+
+
+@final
+class PostgresJobs:
+    """A `leveret.store.Store` in the schema at `address`. Every call ends within the setting `connect_timeout_s`."""
+
+    def __init__(self, address: Address, runtime: Runtime) -> None:
+        self.what = str(address)
+        """As `Store.what`."""
+        self._sql = RecordStatements(address.schema)
+        self._channel = f"leveret_ended_{secrets.token_hex(8)}"
+        self._link = Link(address, runtime, self._channel, self._noticed, name=f"leveret {runtime.app} store")
+        self._limit_s = runtime.settings.connect_timeout_s
+        self._one = asyncio.Lock()
+        """Held during a call: its waiters get it in the order in which they came."""
+        self._tell: Callable[[Sequence[Key]], None] | None = None
+        self._watched: dict[int, tuple[Key, float]] = {}
+        """By publish: what hadn't ended, and when it was last asked for."""
+        self._forget_at = 0.0
+        self._closed = False
+
+    async def write(self, changes: Sequence[Change | Progress], /) -> None:
+        """As `Store.write`."""
+        rounds = _rounds(changes)
+
+        async def enter(connection: Connection) -> None:
+            for places in rounds:
+                those = [(place, changes[place]) for place in places]
+                if entries := [_entry(place, one) for place, one in those if isinstance(one, Change)]:
+                    await connection.fetch(self._sql.enter, False, *_columns(entries))
+                if notes := [_note(one) for _, one in those if isinstance(one, Progress)]:
+                    await connection.fetch(self._sql.progress, *_columns(notes))
+
+        await self._call(BEGIN, enter, together=len(rounds) > 1 or len(set(map(type, changes))) > 1)
+
+    async def begin(self, changes: Sequence[Change], /) -> Sequence[Verdict]:
+        """As `Store.begin`."""
+        verdicts: dict[int, Verdict] = {}
+        rounds = _rounds(changes)
+
+        async def enter(connection: Connection) -> None:
+            for places in rounds:
+                entries = [_entry(place, changes[place]) for place in places]
+                rows = await connection.fetch(self._sql.enter, True, *_columns(entries))
+                for place, row in zip(places, rows, strict=True):
+                    verdicts[place] = verdict_of(changes[place], *row)
+
+        await self._call(BEGIN, enter, together=len(rounds) > 1)
+        return [verdicts[place] for place in range(len(changes))]
+
+    async def read(self, keys: Sequence[Key], /) -> Sequence[Record | None]:
+        """As `Store.read`."""
+        return in_order(keys, await self._records(self._sql.read, *_columns(keys, 2), 0))
+
+    async def ended(self, keys: Sequence[Key], /) -> Sequence[Record]:
+        """As `Store.ended`."""
+        found: list[Record] = []
+        if self._tell:
+            self._remember(keys)  # before the records say that we wait: a notice may come before the answer
+        ordered = sorted(keys)
+        for start in range(0, len(ordered), _AT_ONCE):
+            those = _columns(ordered[start : start + _AT_ONCE], 2)
+
+            async def look(connection: Connection, those: Sequence[Any] = those) -> list[Any]:
+                if self._link.listens:
+                    await connection.fetch(self._sql.wait, *those, self._channel)
+                return await connection.fetch(self._sql.read, *those, STAGES["done"])
+
+            found += [record_of(row) for row in await self._call(BEGIN if self._tell else _READ, look)]
+        for record in found:
+            self._watched.pop(record.publish, None)
+        return found
+
+    def _remember(self, keys: Sequence[Key]) -> None:
+        now = time.monotonic()
+        if now > self._forget_at:
+            self._watched = {number: each for number, each in self._watched.items() if each[1] > now - _WATCHED_S}
+            self._forget_at = now + _WATCHED_S
+        self._watched.update({key.publish: (key, now) for key in keys})
+
+    def watch(self, ended: Callable[[Sequence[Key]], None], /) -> None:
+        """As `Store.watch`; the connection listens from its next call on."""
+        self._tell = ended
+
+    def _noticed(self, notice: str) -> None:
+        """Hear which publishes ended: their numbers, or nothing if there are too many."""
+        if self._tell is not None and notice != "lost":
+            numbers = map(int, notice.split(",")) if notice else list(self._watched)
+            ended = [each[0] for number in numbers if (each := self._watched.pop(number, None)) is not None]
+            if ended:
+                self._tell(ended)
+
+    async def newest(self, job_id: str, /) -> Key | None:
+        """As `Store.newest`."""
+        [(publish,)] = await self._rows(self._sql.newest, job_id)
+        return None if publish is None else Key(job_id, publish)
+
+    async def abort(self, key: Key, /) -> Abort:
+        """As `Store.abort`."""
+
+        async def abort(connection: Connection) -> Abort:
+            state = await connection.fetchval(self._sql.abort, *key)
+            answers: dict[str | None, Abort] = {None: "unknown", "running": "asked", "aborted": "aborted"}
+            return answers.get(state, "finished")
+
+        return await self._call(BEGIN, abort)
+
+    async def asked(self, keys: Sequence[Key], /) -> Sequence[Key]:
+        """As `Store.asked`."""
+        return [Key(*row) for row in await self._rows(self._sql.asked, *_columns(keys, 2))]
+
+    async def list(
+        self, *, state: State | None = None, queue: str | None = None, job: str | None = None, limit: int
+    ) -> Sequence[Record]:
+        """As `Store.list`."""
+        return await self._records(self._sql.list, state, queue, job, limit)
+
+    async def find(self, job_id: str, /, *, prefix: bool = False, limit: int = 100) -> Sequence[Record]:
+        """As `Store.find`."""
+        return await self._records(self._sql.find, job_id, job_id + chr(0x10FFFF) if prefix else job_id, limit)
+
+    async def drop(self, keys: Sequence[Key], /) -> int:
+        """As `Store.drop`."""
+        return await self._count(self._sql.drop, *_columns(sorted(keys), 2))
+
+    async def trim(self, at_most: int, /) -> int:
+        """As `Store.trim`."""
+        return await self._count(self._sql.trim, at_most)
+
+    async def close(self) -> None:
+        """As `Store.close`."""
+        self._tell, self._closed = None, True
+        await self._link.close()
+
+    async def _count(self, statement: str, *arguments: Any) -> int:
+        async def change(connection: Connection) -> int:
+            count: int = await connection.fetchval(statement, *arguments)
+            return count
+
+        return await self._call(BEGIN, change)
+
+    async def _records(self, statement: str, *arguments: Any) -> Sequence[Record]:
+        return [record_of(row) for row in await self._rows(statement, *arguments)]
+
+    async def _rows(self, statement: str, *arguments: Any) -> Sequence[Any]:
+        async def read(connection: Connection) -> Sequence[Any]:
+            return await connection.fetch(statement, *arguments)
+
+        return await self._call(_READ, read)
+
+    async def _call(self, begin: str, call: Callable[[Connection], Awaitable[_T]], *, together: bool = False) -> _T:
+        """Return what `call` returns. `together`: its statements have their effects together, or none has.
+
+        Behind a pooler each call is a transaction: the statements of one transaction reach the same server. Otherwise one statement
+        needs none, which saves a start and an end of a job two round trips.
+        """
+        if self._closed:
+            msg = f"the job store {self.what} is closed"
+            raise StoreUnavailable(msg)
+        try:
+            async with asyncio.timeout(self._limit_s), self._one:
+                return await self._do(begin, call, together=together)
+        except TimeoutError as error:
+            msg = f"the job store {self.what} didn't answer within {self._limit_s:g} s"
+            raise StoreUnavailable(msg) from error
+
+    async def _do(self, begin: str, call: Callable[[Connection], Awaitable[_T]], *, together: bool) -> _T:
+        try:
+            connection = await self._link.connection(listen=self._tell is not None)
+            if self._link.fresh and self._link.direct:
+                await connection.execute(_SESSION)
+            self._link.fresh = False
+            if self._link.direct and not together:
+                return await call(connection)
+            await connection.execute(begin)
+            result = await call(connection)
+            await connection.execute("COMMIT")
+        except Exception as error:
+            meaning = meaning_of(error)
+            if meaning in {"busy", "refused", "full", "wrong"}:
+                await self._link.rollback()
+            else:
+                self._link.abandon()
+            if meaning is None or isinstance(error, (ConfigurationError, TimeoutError)):
+                raise
+            said = " ".join(str(error).split()) or type(error).__name__
+            msg = said if isinstance(error, LeveretError) else f"{self.what}: {said}"
+            raise (ConfigurationError if meaning == "wrong" else StoreUnavailable)(f"the job store {msg}") from error
+        except BaseException:
+            self._link.abandon()  # cancelled: a statement may be under way
+            raise
+        else:
+            return result
+
+
+def _entry(place: int, one: Change) -> tuple[Any, ...]:
+    return (place, *entry_of(one, round(one.keep_s * 1000)))
+
+
+def _note(one: Progress) -> tuple[Any, ...]:
+    return (*one.key, one.passes, one.attempt, one.fraction, storable(one.note))
+
+
+def _rounds(changes: Sequence[Change | Progress]) -> list[list[int]]:
+    """Return the places of the changes in rounds: one statement changes a record once only. Each round is in the order of the keys."""
+    rounds: list[list[int]] = []
+    seen: dict[Key, int] = {}
+    for place, change in enumerate(changes):
+        count = seen[change.key] = seen.get(change.key, -1) + 1
+        if count == len(rounds):
+            rounds.append([])
+        rounds[count].append(place)
+    for places in rounds:
+        places.sort(key=lambda place: changes[place].key)
+    return rounds
+
+
+def _columns(rows: Sequence[Sequence[Any]], count: int = 0) -> Sequence[Sequence[Any]]:
+    """Return the columns of rows; `count` of them if there are no rows."""
+    return list(zip(*rows, strict=True)) if rows else [()] * count

@@ -1,0 +1,1 @@
+"""States and results of jobs: what writes them to the job store, and what waits for them there. Imported only where a job class has `keep`."""
