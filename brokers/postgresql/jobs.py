@@ -19,18 +19,12 @@ from ..records import entry_of, in_order, record_of, storable, verdict_of
 from .address import Address
 from .link import Link, meaning_of
 from .records import RecordStatements
-from .statements import BEGIN
 
 if TYPE_CHECKING:
     from .link import Connection
 
 _T = TypeVar("_T")
 
-_SESSION: Final = (
-    "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = on; SET lock_timeout = '2s';"
-    " SET statement_timeout = '60s'"
-)
-"""What `BEGIN` sets for a transaction, for a connection that is to the server itself."""
 _READ: Final = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
 _AT_ONCE: Final = 2000
 """For how many publishes a transaction waits at once: it locks their records."""
@@ -69,7 +63,7 @@ class PostgresJobs:
                 if notes := [_note(one) for _, one in those if isinstance(one, Progress)]:
                     await connection.fetch(self._sql.progress, *_columns(notes))
 
-        await self._call(BEGIN, enter, together=len(rounds) > 1 or len(set(map(type, changes))) > 1)
+        await self._call(enter, together=len(rounds) > 1 or len(set(map(type, changes))) > 1)
 
     async def begin(self, changes: Sequence[Change], /) -> Sequence[Verdict]:
         """As `Store.begin`."""
@@ -83,7 +77,7 @@ class PostgresJobs:
                 for place, row in zip(places, rows, strict=True):
                     verdicts[place] = verdict_of(changes[place], *row)
 
-        await self._call(BEGIN, enter, together=len(rounds) > 1)
+        await self._call(enter, together=len(rounds) > 1)
         return [verdicts[place] for place in range(len(changes))]
 
     async def read(self, keys: Sequence[Key], /) -> Sequence[Record | None]:
@@ -104,7 +98,7 @@ class PostgresJobs:
                     await connection.fetch(self._sql.wait, *those, self._channel)
                 return await connection.fetch(self._sql.read, *those, STAGES["done"])
 
-            found += [record_of(row) for row in await self._call(BEGIN if self._tell else _READ, look)]
+            found += [record_of(row) for row in await self._call(look, reads=self._tell is None)]
         for record in found:
             self._watched.pop(record.publish, None)
         return found
@@ -141,7 +135,7 @@ class PostgresJobs:
             answers: dict[str | None, Abort] = {None: "unknown", "running": "asked", "aborted": "aborted"}
             return answers.get(state, "finished")
 
-        return await self._call(BEGIN, abort)
+        return await self._call(abort)
 
     async def asked(self, keys: Sequence[Key], /) -> Sequence[Key]:
         """As `Store.asked`."""
@@ -175,7 +169,7 @@ class PostgresJobs:
             count: int = await connection.fetchval(statement, *arguments)
             return count
 
-        return await self._call(BEGIN, change)
+        return await self._call(change)
 
     async def _records(self, statement: str, *arguments: Any) -> Sequence[Record]:
         return [record_of(row) for row in await self._rows(statement, *arguments)]
@@ -184,9 +178,11 @@ class PostgresJobs:
         async def read(connection: Connection) -> Sequence[Any]:
             return await connection.fetch(statement, *arguments)
 
-        return await self._call(_READ, read)
+        return await self._call(read, reads=True)
 
-    async def _call(self, begin: str, call: Callable[[Connection], Awaitable[_T]], *, together: bool = False) -> _T:
+    async def _call(
+        self, call: Callable[[Connection], Awaitable[_T]], *, reads: bool = False, together: bool = False
+    ) -> _T:
         """Return what `call` returns. `together`: its statements have their effects together, or none has.
 
         Behind a pooler each call is a transaction: the statements of one transaction reach the same server. Otherwise one statement
@@ -197,20 +193,17 @@ class PostgresJobs:
             raise StoreUnavailable(msg)
         try:
             async with asyncio.timeout(self._limit_s), self._one:
-                return await self._do(begin, call, together=together)
+                return await self._do(call, reads=reads, together=together)
         except TimeoutError as error:
             msg = f"the job store {self.what} didn't answer within {self._limit_s:g} s"
             raise StoreUnavailable(msg) from error
 
-    async def _do(self, begin: str, call: Callable[[Connection], Awaitable[_T]], *, together: bool) -> _T:
+    async def _do(self, call: Callable[[Connection], Awaitable[_T]], *, reads: bool, together: bool) -> _T:
         try:
             connection = await self._link.connection(listen=self._tell is not None)
-            if self._link.fresh and self._link.direct:
-                await connection.execute(_SESSION)
-            self._link.fresh = False
             if self._link.direct and not together:
                 return await call(connection)
-            await connection.execute(begin)
+            await connection.execute(_READ if reads else self._link.begin)
             result = await call(connection)
             await connection.execute("COMMIT")
         except Exception as error:
