@@ -503,8 +503,8 @@ def test_a_blocking_publisher_has_blocking_handles() -> None:
     store, app = Elsewhere(url), App("shop", broker=url)
     with app.blocking_publisher() as publisher:
         handle = publisher.publish(Measure("a.png"))
+        queued = handle.status()  # waits until the store has what was noted
         key: Key = store.run(lambda jobs: jobs.newest(handle.job_id))
-        queued = handle.status()
         done = Change(
             job_id=key.job_id,
             publish=key.publish,
