@@ -220,7 +220,7 @@ def test_commands_within_sentences_exist() -> None:
             words = text.split()
             names = [
                 word
-                for word in words[: 2 if words[0] in {"dead", "queues"} else 1]
+                for word in words[: 2 if words[0] in {"dead", "queues", "jobs"} else 1]
                 if word.islower() and not word.startswith("-")
             ]
             options = {option for parameter in _command(names).params for option in parameter.opts}
