@@ -53,6 +53,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = Parser(self)
         self._channels: dict[int, Channel] = {}
+        self._highest = 0
+        """The highest number that a channel had so far."""
         self._channel_max = 2047
         self._out: list[Any] = []
         self._flushing = False
@@ -186,7 +188,7 @@ class Connection(asyncio.Protocol):
             if known is not None:
                 known.on_method(method)
             elif not isinstance(method, (commands.Channel.CloseOk, commands.Channel.Close)):
-                raise _not_open(channel)
+                self._pass_over(channel)
             return
         match method:
             case commands.Connection.Close():
@@ -209,8 +211,9 @@ class Connection(asyncio.Protocol):
         """Pass a confirm to its channel's window."""
         known = self._channels.get(channel)
         if known is None:
-            raise _not_open(channel)
-        known.window.on_confirm(tag, multiple, ack)
+            self._pass_over(channel)
+        else:
+            known.window.on_confirm(tag, multiple, ack)
 
     def on_deliver(
         self, channel: int, consumer: bytes, tag: int, redelivered: bool, properties: bytes, body: bytes
@@ -218,7 +221,8 @@ class Connection(asyncio.Protocol):
         """Pass a delivery to its consumer."""
         known = self._channels.get(channel)
         if known is None:
-            raise _not_open(channel)
+            self._pass_over(channel)
+            return
         deliver = known.consumers.get(consumer)
         if deliver is not None:
             deliver(tag, redelivered, properties, body)
@@ -231,15 +235,23 @@ class Connection(asyncio.Protocol):
         """Pass the answer of a basic.get to its channel."""
         known = self._channels.get(channel)
         if known is None:
-            raise _not_open(channel)
-        known.on_got(tag, redelivered, properties, body)
+            self._pass_over(channel)
+        else:
+            known.on_got(tag, redelivered, properties, body)
 
     def on_return(self, channel: int, code: int, text: str, key: bytes, properties: bytes) -> None:
         """Pass a returned publish to its channel's window."""
         known = self._channels.get(channel)
         if known is None:
-            raise _not_open(channel)
-        known.window.on_return(code, text, key, properties)
+            self._pass_over(channel)
+        else:
+            known.window.on_return(code, text, key, properties)
+
+    def _pass_over(self, channel: int) -> None:
+        """Ignore a frame on a closed channel: RabbitMQ may send it after its close (a delivery). Raise if the number was never open."""
+        if channel > self._highest:
+            msg = f"a frame on channel {channel}, which was never open"
+            raise ProtocolError(504, msg)
 
     async def handshake(self) -> None:
         """Log in, negotiate limits and open the vhost; the caller sets the deadline."""
@@ -315,6 +327,7 @@ class Connection(asyncio.Protocol):
         if number is None:
             raise Closed("connection", 530, f"all {self._channel_max} channels are in use")
         channel = self._channels[number] = Channel(self, number)
+        self._highest = max(self._highest, number)
         try:
             await channel.open(timeout_s)
         except TimeoutError:
@@ -379,10 +392,6 @@ class Connection(asyncio.Protocol):
         finally:  # cancelled, too: nobody else closes it, and as long as its heartbeats go on, its deliveries stay with it
             self.end(Closed("connection", 200, "the connection was closed"))
             self.abort()
-
-
-def _not_open(channel: int) -> ProtocolError:
-    return ProtocolError(504, f"a frame on channel {channel}, which isn't open")
 
 
 def _why(error: Exception | None) -> str:

@@ -677,6 +677,25 @@ async def test_a_channel_that_the_broker_closes_ends_what_waits_on_it_and_nothin
         await ends_with_closed(first.call(commands.Queue.Declare(queue="q"), 5), 404)
 
 
+async def test_what_was_on_its_way_when_the_broker_closed_a_channel_costs_no_other_channel() -> None:
+    """RabbitMQ may send a delivery after the close: one queue's consumer timeout would cost all queues of the worker their connection."""
+    async with talking() as (connection, peer):
+        first, second = await opened(connection, peer), await opened(connection, peer)
+        kept = publish(second)
+        peer.say(
+            commands.Channel.Close(406, "PRECONDITION_FAILED", 0, 0),
+            content(DELIVER, b"x"),
+            ACK_OF_NOTHING,
+            content(commands.Basic.Return(312, "NO_ROUTE", "", "q"), b"x"),
+            content(commands.Basic.GetOk(1, False, "", "q", 0), b"x"),
+            commands.Queue.DeclareOk("q", 0, 0),
+        )
+        peer.say(commands.Basic.Ack(1, False), channel=2)
+        await kept
+        assert first.closed is not None
+        assert (first.closed.code, connection.usable) == (406, True)
+
+
 async def test_a_closed_channels_number_is_used_again() -> None:
     """A worker that opens a channel a reconnect would run out of numbers; an old delivery must not reach the new one."""
     async with talking() as (connection, peer):
