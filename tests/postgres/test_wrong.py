@@ -87,7 +87,7 @@ async def test_a_certificate_is_checked_and_a_wrong_one_is_one_line(
 
     assert right == (
         2,
-        f"leveret: the broker {node.url.replace(password, '***')} (schema leveret) lacks 0001_jobs, 0002_outbox",
+        f"leveret: the broker {node.url.replace(password, '***')} (schema leveret) lacks 0001_jobs, 0002_outbox, 0003_records",
     )
     assert wrong[0] == other_name[0] == 2
     assert "certificate verify failed" in wrong[1]
