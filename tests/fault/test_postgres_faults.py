@@ -177,10 +177,11 @@ async def test_each_job_starts_in_time_although_the_listening_connection_is_cut(
             link.reset()
             cut = time.monotonic()
             await publisher.publish(queue, timed(make_envelope(queue, b"%d" % number), soon()))
-            delivery = await sink.next()
+            while (delivery := await sink.next()).envelope.body != b"%d" % number:
+                assert delivery.redelivered  # the reset took its settlement along
+                delivery.done()
             took_s = time.monotonic() - cut
 
-            assert delivery.envelope.body == b"%d" % number
             assert took_s < 1.1 + SLOW_S
             delivery.done()
         await worker.close()
