@@ -339,7 +339,9 @@ class Consumer:
         if is_slot and self._is_repeated(held):
             return Repeated()
         if envelope.publish and self._recording is not None:
-            instead = await self._recording.begin(envelope)
+            instead = await self._recording.begin(
+                envelope, redelivered=held.delivery.redelivered or envelope.crashes > 0
+            )
             if instead is not None:
                 return instead
         if envelope.crashes and not await held.delivery.begin():

@@ -87,15 +87,19 @@ class Recording:
         if self._asking is not None:
             self._asking.cancel()
 
-    async def begin(self, envelope: Envelope) -> Aborted | Repeated | None:
-        """Enter that a run begins; return why it doesn't, None if it does."""
+    async def begin(self, envelope: Envelope, *, redelivered: bool) -> Aborted | Repeated | None:
+        """Enter that a run begins; return why it doesn't, None if it does.
+
+        Only a redelivery is taken for one whose acknowledgement got lost. Another copy of a publish that has ended runs: somebody
+        may have moved it out of the dead letters by the broker's own tools, and acknowledged without a run it would be lost.
+        """
         contract = self._contracts.get((envelope.queue, envelope.job))
         if contract is None:
             return None
         body = envelope.body if contract.keep.body else None
         change = self._change(envelope, "running", contract.keep.failed_s, body=body)
         verdict = await self._recorder.begin(change)
-        if verdict == "go":
+        if verdict == "go" or (verdict == "ended" and not redelivered):
             return None
         return Aborted() if verdict == "aborted" else Repeated()
 

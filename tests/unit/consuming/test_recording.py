@@ -328,10 +328,29 @@ async def test_a_delivery_of_a_job_that_has_ended_is_settled_without_a_run() -> 
     async with bench.works() as work:
         await bench.publish(Paint())
         await ended(work, Kind.DONE)
-        await bench.publish(Paint())  # the same publish again, as a broker delivers it that lost the acknowledgement
+        await bench.publish(Paint(), crashes=1)  # as it comes again if a worker died before the acknowledgement
         await ended(work, Kind.REMEMBERED)
         await bench.publish(Paint(), passes=1)  # a replay from the dead letters
         await ended(work, Kind.DONE, 2)
+
+    assert len(runs) == 2
+
+
+async def test_a_dead_letter_that_somebody_moves_back_by_hand_runs() -> None:
+    """RabbitMQ's own tools move a message as it is: taken for a copy of the failed run, it would be acknowledged and lost."""
+    bench, runs = Bench(), list[Paint]()
+
+    @bench.handler
+    async def paint(job: Paint) -> None:
+        runs.append(job)
+        if len(runs) == 1:
+            raise Bury("no paint")
+
+    async with bench.works() as work:
+        await bench.publish(Paint())
+        await ended(work, Kind.BURY)
+        await bench.publish(Paint())
+        await ended(work, Kind.DONE)
 
     assert len(runs) == 2
 
