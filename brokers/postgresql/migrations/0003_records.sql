@@ -126,17 +126,27 @@ LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = {schema}, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 DECLARE
     after text;
+    found_at smallint;
     channels text[];
 BEGIN
-    UPDATE records r SET
-        state = CASE r.stage WHEN 0 THEN 'aborted' ELSE r.state END, stage = CASE r.stage WHEN 0 THEN 2 ELSE r.stage END,
-        at_ms = CASE r.stage WHEN 0 THEN floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE r.at_ms END, asked = r.stage = 1
-    WHERE r.job_id = of_job AND r.publish = of_publish AND r.stage < 2
-    RETURNING r.state, r.waiters INTO after, channels;
-    IF after = 'aborted' THEN
-        PERFORM tell_ended(w.channel, ARRAY[of_publish]) FROM unnest(channels) AS w(channel);
-    END IF;
-    RETURN coalesce(after, (SELECT r.state FROM records r WHERE r.job_id = of_job AND r.publish = of_publish));
+    LOOP
+        UPDATE records r SET
+            state = CASE r.stage WHEN 0 THEN 'aborted' ELSE r.state END, stage = CASE r.stage WHEN 0 THEN 2 ELSE r.stage END,
+            at_ms = CASE r.stage WHEN 0 THEN floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint ELSE r.at_ms END, asked = r.stage = 1
+        WHERE r.job_id = of_job AND r.publish = of_publish AND r.stage < 2
+        RETURNING r.state, r.waiters INTO after, channels;
+        IF FOUND THEN
+            IF after = 'aborted' THEN
+                PERFORM tell_ended(w.channel, ARRAY[of_publish]) FROM unnest(channels) AS w(channel);
+            END IF;
+            RETURN after;
+        END IF;
+        SELECT r.state, r.stage INTO after, found_at FROM records r WHERE r.job_id = of_job AND r.publish = of_publish;
+        IF NOT FOUND OR found_at = 2 THEN
+            RETURN after;
+        END IF;
+        -- the record came between the two statements, so the update didn't see it
+    END LOOP;
 END $$;
 
 -- Return the records of these publishes; with `at_least`, those whose stage is at least that.

@@ -12,7 +12,7 @@ from leveret.errors import ConfigurationError
 _CHECKSUMS = {
     "0001_jobs": "2ef9d84692e34b6ccbdff1d7bd58ec92ce4fc1410e1bdf3dcd6a1b4882e30607",
     "0002_outbox": "4986ae5861d1507434c3bfa57bc78bdda4a0be26460579a8f408a3f0324d3643",
-    "0003_records": "cadd431d272b0b0005c96cc809df17d25bfa595eea8067e917c485809b8ed0ff",
+    "0003_records": "c13a542711187cf473e99f1bd5eb4285ed182b982db31ad4c1da6101ea8ec735",
 }
 
 
