@@ -16,7 +16,7 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from ..rows import Row, packed, unpack
+from ..rows import Letter, Row, packed, unpack
 from ..turns import Close, Look, Open, Run, Taker, Write
 from .address import Address
 from .schema import in_schema
@@ -89,19 +89,10 @@ _TAKE_DEAD = "DELETE FROM {schema}.dead WHERE queue = $1 AND seq = $2 AND reader
 
 
 @final
-class _Letter:
+class _Letter(Letter):
     """A row of `dead` that a reader holds."""
 
-    __slots__ = ("envelope", "seq")
-
-    def __init__(self, seq: int, envelope: Envelope) -> None:
-        self.seq = seq
-        self.envelope = envelope
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.envelope.job_id
+    __slots__ = ()
 
 
 @final

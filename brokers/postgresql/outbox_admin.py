@@ -17,7 +17,7 @@ from leveret.headers import pack_headers
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from ..rows import headers_text, unpack
+from ..rows import Letter, headers_text, unpack
 from .address import Address
 from .link import Link, meaning_of
 from .schema import in_schema
@@ -54,19 +54,10 @@ async def _fetch(
 
 
 @final
-class _Letter:
+class _Letter(Letter):
     """A row of `outbox_dead`."""
 
-    __slots__ = ("envelope", "seq")
-
-    def __init__(self, seq: int, envelope: Envelope) -> None:
-        self.seq = seq
-        self.envelope = envelope
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.envelope.job_id
+    __slots__ = ()
 
 
 @final

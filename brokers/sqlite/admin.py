@@ -18,7 +18,7 @@ from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from ..rows import Row, packed, unpack
+from ..rows import Letter, Row, packed, unpack
 from ..turns import Call, Close, Look, Open, Run, Taker, Write
 from .statements import INSERTS, READ
 from .store import Store
@@ -48,19 +48,10 @@ def _changed(statement: str, arguments: tuple[object, ...], file: sqlite3.Connec
 
 
 @final
-class _Letter:
+class _Letter(Letter):
     """A row of `dead` that a reader holds."""
 
-    __slots__ = ("envelope", "seq")
-
-    def __init__(self, seq: int, envelope: Envelope) -> None:
-        self.seq = seq
-        self.envelope = envelope
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.envelope.job_id
+    __slots__ = ()
 
 
 @final
