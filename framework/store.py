@@ -62,20 +62,36 @@ class Key(NamedTuple):
     """64 random bits as a signed number, from the header `lv-publish`; never 0."""
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A new state of one publish."""
-
+class _OfPublish(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     job_id: str
     publish: int
+
+    @property
+    def key(self) -> Key:
+        """The publish."""
+        return Key(self.job_id, self.publish)
+
+
+class _InState(_OfPublish, frozen=True, kw_only=True, gc=False):
     queue: str
     """The logical queue."""
     job: str
     """The registered name of the job."""
     state: State
     passes: int
-    """`Envelope.passes` of the delivery or publish that this state is of."""
+    """`Envelope.passes` of the delivery or publish that the state is of."""
     attempt: int
     """`Envelope.attempt` of it."""
+
+    @property
+    def rank(self) -> tuple[int, int, Stage]:
+        """The place in the life of the publish: only a change of a higher rank than the record's counts."""
+        return self.passes, self.attempt, STAGES[self.state]
+
+
+class Change(_InState, frozen=True, kw_only=True, gc=False):
+    """A new state of one publish."""
+
     keep_s: float
     """Seconds from now for which the record stays, if nothing follows."""
     at_ms: int
@@ -91,43 +107,19 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     body: bytes | None = None
     """The job's body, if its `keep` asks for it."""
 
-    @property
-    def key(self) -> Key:
-        """The publish."""
-        return Key(self.job_id, self.publish)
 
-    @property
-    def rank(self) -> tuple[int, int, Stage]:
-        """The place in the life of the publish: only a change of a higher rank than the record's counts."""
-        return self.passes, self.attempt, STAGES[self.state]
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class Progress(_OfPublish, frozen=True, kw_only=True, gc=False):
     """How far a run is. It changes only a record that is running, in the same pass and attempt."""
 
-    job_id: str
-    publish: int
     passes: int
     attempt: int
     fraction: float
     note: str
 
-    @property
-    def key(self) -> Key:
-        """The publish."""
-        return Key(self.job_id, self.publish)
 
-
-class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class Record(_InState, frozen=True, kw_only=True, gc=False):
     """What a store knows of one publish: the last change that counted, and what came beside it."""
 
-    job_id: str
-    publish: int
-    queue: str
-    job: str
-    state: State
-    passes: int
-    attempt: int
     created_ms: int
     """`at_ms` of the first change of this publish that the store has heard of."""
     started_ms: int | None
@@ -145,16 +137,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     error: str = ""
     reason: str = ""
     body: bytes | None = None
-
-    @property
-    def key(self) -> Key:
-        """The publish."""
-        return Key(self.job_id, self.publish)
-
-    @property
-    def rank(self) -> tuple[int, int, Stage]:
-        """The place in the life of the publish."""
-        return self.passes, self.attempt, STAGES[self.state]
 
     @property
     def ended(self) -> bool:
