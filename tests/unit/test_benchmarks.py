@@ -230,6 +230,7 @@ def test_a_value_shows_on_which_side_of_its_bound_it_is() -> None:
 def test_the_docs_give_the_verdicts_that_the_program_gives() -> None:
     """A goal that was missed and that the page calls reached, or leaves out: each row is what the results say that the page links to, in that order."""
     page = PAGE.read_text(encoding="utf-8")
+    page = page.partition("## Beside its peers on PostgreSQL\n")[0]
     links = dict.fromkeys(re.findall(r"\]\(\.\./(benchmarks/results/[^)]+\.json)\)", page))
     runs = [goals(Figures.of_json(json.loads((ROOT / link).read_text())["figures"])) for link in links]
     expected: list[tuple[str, ...]] = []
@@ -242,3 +243,19 @@ def test_the_docs_give_the_verdicts_that_the_program_gives() -> None:
         expected.append((what, reached, beside, bound, verdict))
     table = page.partition("## What was to be reached\n")[2].partition("|---")[2].partition("\n\n")[0]
     assert [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()[1:]] == expected
+
+
+def test_the_docs_give_the_verdicts_on_postgresql() -> None:
+    """As above, for the section on PostgreSQL and its run."""
+    section = PAGE.read_text(encoding="utf-8").partition("## Beside its peers on PostgreSQL\n")[2].partition("\n## ")[0]
+    [link] = re.findall(r"\]\(\.\./(benchmarks/results/[^)]+\.json)\)", section)
+    figures = Figures.of_json(json.loads((ROOT / link).read_text())["figures"])
+    expected = [
+        (*found.cells[:4], found.verdict.replace("MISSED", "**missed**")) for found in goals_on_postgresql(figures)
+    ]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+    assert [row for row in rows if row[0] in {found[0] for found in expected}] == expected
