@@ -112,7 +112,7 @@ def run(version: Version, suite: str, selection: tuple[str, ...], name: str) -> 
 def part_of(suite: str, selection: tuple[str, ...]) -> tuple[str, ...]:
     """Return what `--subset` runs of a suite: of the contract that of a broker, and of the faults those marked `versions`."""
     if suite == "contract":
-        return ("tests/contract/test_broker.py", *selection[-2:])
+        return ("tests/contract/broker", *selection[-2:])
     return (*selection[:-1], f"{selection[-1]} and versions")
 
 
