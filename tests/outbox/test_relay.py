@@ -23,6 +23,7 @@ from leveret.runtime import Runtime
 from leveret.testing import running
 from tests.outbox.shop import PATIENCE_S, Shop, eventually, publish
 from tests.postgres.node import Postgres
+from tests.proxy import FaultProxy
 
 
 async def test_what_is_committed_runs_and_what_is_rolled_back_does_not(shop: Shop) -> None:
@@ -147,10 +148,16 @@ async def test_what_the_broker_never_takes_becomes_a_dead_letter_and_blocks_noth
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("created_s", -1), ("headers", '{"x":' * 700 + "1" + "}" * 700)], ids=["time", "depth"]
+    ("column", "value", "why"),
+    [
+        ("created_s", -1, "AMQP can't carry its properties"),
+        ("headers", '{"x":' * 700 + "1" + "}" * 700, "AMQP can't carry its properties"),
+        ("added_ms", -(1 << 63), "its added_ms is before 1970"),
+    ],
+    ids=["time", "depth", "long ago"],
 )
-async def test_a_row_of_a_wrong_program_ends_no_relay(shop: Shop, column: str, value: object) -> None:
-    """A relay that ends on a row ends on it again after each restart, and all jobs behind it stay."""
+async def test_a_row_of_a_wrong_program_ends_no_relay(shop: Shop, column: str, value: object, why: str) -> None:
+    """A relay that ends or stands still at a row does so after each restart, and all jobs behind it stay."""
     await shop.publish(shop.order(1))
     async with shop.connected() as connection:
         await connection.execute(f"UPDATE leveret.outbox SET {column} = $1", value)
@@ -162,7 +169,7 @@ async def test_a_row_of_a_wrong_program_ends_no_relay(shop: Shop, column: str, v
 
     async with shop.connected() as connection:
         [dead] = await connection.fetch("SELECT headers FROM leveret.outbox_dead")
-    assert "AMQP can't carry its properties" in dead["headers"]
+    assert why in dead["headers"]
 
 
 async def test_a_relay_works_behind_a_pooler(shop: Shop, postgres: Postgres) -> None:
@@ -221,6 +228,18 @@ async def test_a_broker_that_is_away_costs_no_job(shop: Shop, caplog: pytest.Log
 
     assert await away.waiting() == 3
     assert caplog.text.count("stay in the outbox") == 1
+
+
+async def test_a_relay_that_waits_for_a_frozen_database_stops(shop: Shop) -> None:
+    """A program that must end, as in a deploy, would hang for as long as a connection may take to open, and then be killed."""
+    async with FaultProxy(urlsplit(shop.outbox).port or 0) as link:
+        frozen = Shop(shop.app.broker_url() or "", link.url_of(shop.outbox), connect_timeout_s=10 * PATIENCE_S)
+        async with shop.connected() as locker, asyncio.timeout(PATIENCE_S):
+            await locker.execute("BEGIN; LOCK leveret.outbox IN ACCESS EXCLUSIVE MODE")
+            async with frozen.app.relay():
+                while not await locker.fetch("SELECT FROM pg_locks WHERE NOT granted"):
+                    await asyncio.sleep(0.01)
+                link.freeze()
 
 
 async def test_what_waiting_cannot_mend_ends_the_relay(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
