@@ -115,6 +115,18 @@ async def test_delays_count_from_the_publish_by_the_clock_of_the_server(shop: Sh
     assert expiring.envelope.expires_at_ms == pytest.approx(1000 * expiring.envelope.created_s + 90_000, abs=1000)
 
 
+async def test_a_clock_of_the_server_that_was_set_back_makes_no_delay_longer(shop: Shop) -> None:
+    """A clock that is corrected by an hour would hold up each job that waits in the outbox then by that hour, at the broker."""
+    await shop.publish(Outgoing(shop.order(1), delay_s=60))
+    async with shop.connected() as connection:
+        await connection.execute("UPDATE leveret.outbox SET added_ms = added_ms + 3600000")
+    clock = ManualClock(4_000_000_000.0)
+
+    [job] = await _taken(shop, clock)
+
+    assert job.envelope.due_ms == 1000 * (clock.now() + 60)
+
+
 async def test_the_rest_of_a_delay_passes_at_the_broker(shop: Shop) -> None:
     """A delayed job that runs at once, or never."""
     clock = asyncio.get_running_loop().time
