@@ -186,6 +186,9 @@ def _waiting(row: tuple[Any, ...], now_ms: float, deadline: float) -> Waiting:
     """Return the job of a row: it is due when its delay, which began at the publish, is over."""
     seq, waited_ms, delay_ms, queue_type, priorities = row[:_BEHIND]
     envelope, problem = unpack(row[_BEHIND:])
+    if waited_ms is None:
+        waited_ms, problem = 0, problem or "its added_ms is before 1970, so nobody knows when it is due"
+    waited_ms = max(0, waited_ms)  # the server's clock may have been set back since
     due_ms = None if delay_ms is None or waited_ms >= delay_ms else round(now_ms + delay_ms - waited_ms)
     envelope = msgspec.structs.replace(envelope, due_ms=due_ms, deadline=deadline)
     queue = _queue(envelope.queue, queue_type, priorities)

@@ -132,18 +132,15 @@ async def check(connection: Connection, schema: str, known: Sequence[Migration] 
         what = f"lacks {names(missing)}" if applied else "isn't there yet"
         msg = f"the schema {schema!r} of the database {what}; run `leveret migrate` with the app, such as shop:app, or with --url"
         raise ConfigurationError(msg)
-    lowest_reader = max((one.lowest_reader for one in applied.values()), default=0)
-    if lowest_reader > len(known):
-        msg = (
-            f"the schema {schema!r} of the database is too new: {applied[max(applied)].name} needs a leveret with migration"
-            f" {lowest_reader:04}, and this one knows {len(known)}; upgrade leveret"
-        )
-        raise ConfigurationError(msg)
+    _refuse_newer(known, applied, schema)
 
 
 async def pending(connection: Connection, schema: str, known: Sequence[Migration] | None = None) -> list[Migration]:
-    """Return the migrations that the database lacks, in order; ConfigurationError if it was made by other files."""
-    return _missing(shipped() if known is None else known, await _read_applied(connection, schema), schema)
+    """Return the migrations that the database lacks, in order; ConfigurationError if it was made by other files, or is too new."""
+    known = shipped() if known is None else known
+    applied = await _read_applied(connection, schema)
+    _refuse_newer(known, applied, schema)
+    return _missing(known, applied, schema)
 
 
 async def migrate(
@@ -292,6 +289,16 @@ def _missing(known: Iterable[Migration], applied: dict[int, Applied], schema: st
             )
             raise ConfigurationError(msg)
     return missing
+
+
+def _refuse_newer(known: Sequence[Migration], applied: dict[int, Applied], schema: str) -> None:
+    lowest_reader = max((one.lowest_reader for one in applied.values()), default=0)
+    if lowest_reader > len(known):
+        msg = (
+            f"the schema {schema!r} of the database is too new: {applied[max(applied)].name} needs a leveret with migration"
+            f" {lowest_reader:04}, and this one knows {len(known)}; upgrade leveret"
+        )
+        raise ConfigurationError(msg)
 
 
 def _lock(schema: str) -> int:

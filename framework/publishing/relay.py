@@ -10,9 +10,9 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Protocol, final
+from typing import Any, Protocol, TypeVar, final
 
 import msgspec
 
@@ -47,6 +47,7 @@ FORGET_S = 60.0
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _SAY_AGAIN_S = 60.0
+_T = TypeVar("_T")
 
 
 class Relayed(Protocol):
@@ -179,11 +180,14 @@ class Relay:
         self._next_try, deadline = now + _LONGEST_PAUSE_S, now + PUBLISH_S
         if now >= self._next_forget:
             self._next_forget = now + FORGET_S
-            await line.forget()
+            await self._unless_stopped(line.forget())
         tried = next((queue for queue, pause in self._pauses.items() if pause.ends <= now), None)
         # one job shows whether a broker, or a queue, is there again
         at_most = 1 if tried is not None or self._failures else BATCH
-        jobs = await line.take(at_most, only=tried, without=() if tried else self._pauses, deadline=deadline)
+        take = line.take(at_most, only=tried, without=() if tried else self._pauses, deadline=deadline)
+        jobs = await self._unless_stopped(take)
+        if jobs is None:
+            return ()
         if tried is not None:
             self._pauses[tried].ends = deadline + 1  # not tried by the other line too
         if jobs:
@@ -193,6 +197,12 @@ class Relay:
         else:
             await first_of(line.wait(), self._stop.wait())
         return ()
+
+    async def _unless_stopped(self, asked: Coroutine[Any, Any, _T]) -> _T | None:
+        """Return what the database answers; None if the relay stops first: nothing is published yet, so nobody waits for an answer."""
+        answer = asyncio.ensure_future(asked)
+        await first_of(answer, self._stop.wait())
+        return answer.result() if answer.done() else None
 
     async def _write(self, jobs: Sequence[Waiting]) -> Sequence[_Sent]:
         """Publish jobs; return once each that is due is written, so that the next batch overtakes none."""

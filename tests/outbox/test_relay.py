@@ -23,6 +23,7 @@ from leveret.runtime import Runtime
 from leveret.testing import running
 from tests.outbox.shop import PATIENCE_S, Shop, eventually, publish
 from tests.postgres.node import Postgres
+from tests.proxy import FaultProxy
 
 
 async def test_what_is_committed_runs_and_what_is_rolled_back_does_not(shop: Shop) -> None:
@@ -114,6 +115,18 @@ async def test_delays_count_from_the_publish_by_the_clock_of_the_server(shop: Sh
     assert expiring.envelope.expires_at_ms == pytest.approx(1000 * expiring.envelope.created_s + 90_000, abs=1000)
 
 
+async def test_a_clock_of_the_server_that_was_set_back_makes_no_delay_longer(shop: Shop) -> None:
+    """A clock that is corrected by an hour would hold up each job that waits in the outbox then by that hour, at the broker."""
+    await shop.publish(Outgoing(shop.order(1), delay_s=60))
+    async with shop.connected() as connection:
+        await connection.execute("UPDATE leveret.outbox SET added_ms = added_ms + 3600000")
+    clock = ManualClock(4_000_000_000.0)
+
+    [job] = await _taken(shop, clock)
+
+    assert job.envelope.due_ms == 1000 * (clock.now() + 60)
+
+
 async def test_the_rest_of_a_delay_passes_at_the_broker(shop: Shop) -> None:
     """A delayed job that runs at once, or never."""
     clock = asyncio.get_running_loop().time
@@ -147,10 +160,16 @@ async def test_what_the_broker_never_takes_becomes_a_dead_letter_and_blocks_noth
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("created_s", -1), ("headers", '{"x":' * 700 + "1" + "}" * 700)], ids=["time", "depth"]
+    ("column", "value", "why"),
+    [
+        ("created_s", -1, "AMQP can't carry its properties"),
+        ("headers", '{"x":' * 700 + "1" + "}" * 700, "AMQP can't carry its properties"),
+        ("added_ms", -(1 << 63), "its added_ms is before 1970"),
+    ],
+    ids=["time", "depth", "long ago"],
 )
-async def test_a_row_of_a_wrong_program_ends_no_relay(shop: Shop, column: str, value: object) -> None:
-    """A relay that ends on a row ends on it again after each restart, and all jobs behind it stay."""
+async def test_a_row_of_a_wrong_program_ends_no_relay(shop: Shop, column: str, value: object, why: str) -> None:
+    """A relay that ends or stands still at a row does so after each restart, and all jobs behind it stay."""
     await shop.publish(shop.order(1))
     async with shop.connected() as connection:
         await connection.execute(f"UPDATE leveret.outbox SET {column} = $1", value)
@@ -162,7 +181,7 @@ async def test_a_row_of_a_wrong_program_ends_no_relay(shop: Shop, column: str, v
 
     async with shop.connected() as connection:
         [dead] = await connection.fetch("SELECT headers FROM leveret.outbox_dead")
-    assert "AMQP can't carry its properties" in dead["headers"]
+    assert why in dead["headers"]
 
 
 async def test_a_relay_works_behind_a_pooler(shop: Shop, postgres: Postgres) -> None:
@@ -221,6 +240,18 @@ async def test_a_broker_that_is_away_costs_no_job(shop: Shop, caplog: pytest.Log
 
     assert await away.waiting() == 3
     assert caplog.text.count("stay in the outbox") == 1
+
+
+async def test_a_relay_that_waits_for_a_frozen_database_stops(shop: Shop) -> None:
+    """A program that must end, as in a deploy, would hang for as long as a connection may take to open, and then be killed."""
+    async with FaultProxy(urlsplit(shop.outbox).port or 0) as link:
+        frozen = Shop(shop.app.broker_url() or "", link.url_of(shop.outbox), connect_timeout_s=10 * PATIENCE_S)
+        async with shop.connected() as locker, asyncio.timeout(PATIENCE_S):
+            await locker.execute("BEGIN; LOCK leveret.outbox IN ACCESS EXCLUSIVE MODE")
+            async with frozen.app.relay():
+                while not await locker.fetch("SELECT FROM pg_locks WHERE NOT granted"):
+                    await asyncio.sleep(0.01)
+                link.freeze()
 
 
 async def test_what_waiting_cannot_mend_ends_the_relay(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:

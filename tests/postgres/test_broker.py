@@ -142,6 +142,26 @@ async def test_a_name_that_no_queue_can_have_is_refused_at_its_producer(
         await postgres.query("SELECT leveret.publish($1, 'a', '{}'::text)", name, url=postgres_url)
 
 
+async def test_a_delayed_row_that_makes_no_sense_and_is_locked_stops_no_worker(
+    opened: Opened, postgres_url: str
+) -> None:
+    """A row that somebody wrote by hand, and all workers would stand still for as long as he looks at it."""
+    looker = await asyncpg.connect(postgres_url)
+    try:
+        await looker.execute(
+            "INSERT INTO leveret.delayed (queue, level, due_ms, job_id, job, content_type, body, created_s)"
+            " VALUES ('jobs', 3, -9223372036854775808, 'odd', 'j', 'application/json', '', 0)"
+        )
+        await looker.execute("BEGIN; SELECT FROM leveret.delayed FOR UPDATE")
+        broker = opened()
+        _, sink = await consume(broker, QUEUE)
+        await publish(broker, b"1")
+
+        assert (await sink.next()).envelope.body == b"1"
+    finally:
+        looker.terminate()
+
+
 async def test_a_job_of_which_no_notice_told_starts_within_a_second(
     opened: Opened, postgres: Postgres, postgres_url: str
 ) -> None:

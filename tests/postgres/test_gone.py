@@ -10,13 +10,23 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from leveret.brokers.postgresql import open_admin, open_broker, open_migrator, open_outbox_admin, store
+from leveret.brokers.postgresql import (
+    migrator,
+    open_admin,
+    open_broker,
+    open_migrator,
+    open_outbox_admin,
+    schema,
+    store,
+)
+from leveret.brokers.postgresql.schema import Migration
 from leveret.errors import BrokerUnavailable
 from leveret.job import Queue
 from leveret.runtime import Runtime
 from leveret.settings import Settings
 from tests.contract.harness import PATIENCE_S, make_envelope, soon, timed
 from tests.nodes import free_ports, url_at
+from tests.postgres.node import Postgres
 from tests.proxy import FaultProxy
 
 QUEUE = Queue("jobs")
@@ -108,6 +118,67 @@ async def test_a_command_ends_if_its_server_freezes(ask: Ask, link: FaultProxy, 
 
     with pytest.raises(BrokerUnavailable, match="no answer in time"):
         await asyncio.wait_for(ask(behind, runtime(1.0)), PATIENCE_S)
+
+
+@pytest_asyncio.fixture
+async def empty(postgres: Postgres) -> AsyncGenerator[str]:
+    """A database without leveret's tables."""
+    async with postgres.database() as made:
+        yield made
+
+
+def sleeps_for(seconds: float) -> tuple[Migration, ...]:
+    return (Migration("0001_sleep", f"-- lowest reader: 1\nSELECT pg_sleep({seconds});\n", 1),)
+
+
+async def asleep(postgres: Postgres) -> int:
+    """Return the backend of the migration that sleeps."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not (rows := await postgres.query("SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'")):
+            await asyncio.sleep(0.01)
+    pid: int = rows[0]["pid"]
+    return pid
+
+
+@pytest.mark.parametrize("left", ["nothing", "another address"])
+async def test_a_migration_whose_server_is_gone_without_a_word_ends(
+    left: str, postgres: Postgres, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deploy would wait for ever: nobody ends a connection to a host without power, also if another host has its database now."""
+    monkeypatch.setattr(schema, "shipped", lambda: sleeps_for(600))
+    monkeypatch.setattr(migrator, "WATCH_S", 0.2)
+    async with FaultProxy(urlsplit(empty).port or 0) as link:
+        parts = urlsplit(link.url_of(empty))
+        login, _, host = parts.netloc.rpartition("@")
+        hosts = f"{host},127.0.0.1:{urlsplit(empty).port}" if left == "another address" else host
+        migrating = open_migrator(parts._replace(netloc=f"{login}@{hosts}").geturl(), runtime(6.0))
+        task = asyncio.ensure_future(migrating.migrate(lambda _: None))
+        pid = await asleep(postgres)
+        link.freeze()
+        link.refuse = True
+        await postgres.terminate(pid)
+
+        with pytest.raises(BrokerUnavailable, match="the server is gone, or gives no answer"):
+            await asyncio.wait_for(task, PATIENCE_S)
+
+
+async def test_a_migration_that_takes_long_is_not_ended(
+    link: FaultProxy, postgres: Postgres, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The larger a table is, the surer would its upgrade fail."""
+    monkeypatch.setattr(schema, "shipped", lambda: sleeps_for(600))
+    monkeypatch.setattr(migrator, "WATCH_S", 0.02)
+    task = asyncio.ensure_future(open_migrator(link.url_of(empty), runtime(PATIENCE_S)).migrate(lambda _: None))
+    pid = await asleep(postgres)
+    async with asyncio.timeout(PATIENCE_S):
+        while link.accepted < 5 and not task.done():  # it asked three times and more
+            await asyncio.sleep(0.01)
+
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, PATIENCE_S)
+    await postgres.terminate(pid)
 
 
 @pytest.mark.parametrize("ask", [depths, of_outbox])

@@ -118,17 +118,21 @@ async def test_an_older_schema_is_one_line_with_the_command(url: str) -> None:
 
 
 async def test_a_newer_schema_is_used_by_those_whom_it_allows(url: str) -> None:
-    """In a rolling deploy both versions run; who can't read the new schema must not try."""
+    """In a rolling deploy both versions run; who can't read the new schema must not try, and a deploy stops at `migrate --check`."""
     async with connected(url) as connection:
         await migrate(connection, "shop", _ALL)
 
         await check(connection, "shop", [_JOBS, _HINT])
-        with pytest.raises(ConfigurationError) as refused:
-            await check(connection, "shop", [_JOBS])
+        assert await pending(connection, "shop", [_JOBS, _HINT]) == []
+        said: list[str] = []
+        for use in (check, pending, migrate):
+            with pytest.raises(ConfigurationError) as refused:
+                await use(connection, "shop", [_JOBS])
+            said.append(str(refused.value))
 
-    assert str(refused.value) == (
+    assert said == 3 * [
         "the schema 'shop' of the database is too new: 0003_seq needs a leveret with migration 0002, and this one knows 1; upgrade leveret"
-    )
+    ]
 
 
 async def test_another_text_under_the_same_number_is_refused(url: str) -> None:

@@ -326,7 +326,7 @@ BEGIN
     IF filled IS NOT NULL THEN
         PERFORM wake(filled, 'new');
     END IF;
-    RETURN (SELECT greatest(0, d.due_ms - now_ms) FROM delayed d ORDER BY d.due_ms, d.seq LIMIT 1);
+    RETURN (SELECT greatest(d.due_ms, now_ms) - now_ms FROM delayed d ORDER BY d.due_ms, d.seq LIMIT 1);
 END $$;
 
 -- Whoever may use the schema may not yet publish: that is granted by itself. Others' functions in the schema keep their rights.

@@ -60,7 +60,7 @@ BEGIN
 END $$;
 
 -- Lock at most `at_most` jobs, oldest first, and return as many of them as have `at_most_bytes` of bodies, at least one.
--- With `of_queue`, of that queue; none of the queues `not_of`.
+-- With `of_queue`, of that queue; none of the queues `not_of`. `waited_ms` is null if `added_ms` is before 1970, which no clock says.
 CREATE FUNCTION {schema}.take_outbox(at_most integer, at_most_bytes bigint, of_queue text, not_of text[])
 RETURNS TABLE (
     seq bigint, waited_ms bigint, delay_ms bigint, queue_type text, priorities boolean, queue text, level text, job_id text, job text,
@@ -80,8 +80,8 @@ BEGIN
         ORDER BY o.seq LIMIT at_most FOR UPDATE SKIP LOCKED
     ) n;
     RETURN QUERY
-        SELECT s.seq, floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint - s.added_ms, s.delay_ms, s.queue_type, s.priorities,
-            s.queue, coalesce((ARRAY['urgent', 'high', 'normal', 'low'])[s.level], s.level::text), s.job_id, s.job, s.content_type,
+        SELECT s.seq, floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint - CASE WHEN s.added_ms >= 0 THEN s.added_ms END,
+            s.delay_ms, s.queue_type, s.priorities, s.queue, coalesce((ARRAY['urgent', 'high', 'normal', 'low'])[s.level], s.level::text), s.job_id, s.job, s.content_type,
             s.content_encoding, s.body, s.created_s, s.app, s.correlation_id, s.reply_to, s.headers
         FROM (
             SELECT o.*, t.place, sum(octet_length(o.body)) OVER (ORDER BY t.place) AS bytes

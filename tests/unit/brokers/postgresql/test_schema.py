@@ -10,8 +10,8 @@ from leveret.errors import ConfigurationError
 # A migration that a release has never changes: whoever applied it would be refused. Change the schema by another one. Until its
 # release, a migration's text may change, and its checksum here with it.
 _CHECKSUMS = {
-    "0001_jobs": "2ef9d84692e34b6ccbdff1d7bd58ec92ce4fc1410e1bdf3dcd6a1b4882e30607",
-    "0002_outbox": "4986ae5861d1507434c3bfa57bc78bdda4a0be26460579a8f408a3f0324d3643",
+    "0001_jobs": "25d9314908e4b1414fedafe8f006c8d75f441365f91856d50f486494e08e8098",
+    "0002_outbox": "9528ddcec4ed3bda2fbc5fdafe89c3532ec6948d05c175712876d054a49050ad",
     "0003_records": "c13a542711187cf473e99f1bd5eb4285ed182b982db31ad4c1da6101ea8ec735",
 }
 
