@@ -165,10 +165,11 @@ def shortened(found: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
 
     The driver needs 0.3 µs of CPU for each element of an array, whatever it is.
     """
-    return [_short(column) if place in _ALIKE or column[0] is None else column for place, column in enumerate(found)]
+    return [short(column) if place in _ALIKE or column[0] is None else column for place, column in enumerate(found)]
 
 
-def _short(column: Sequence[Any]) -> Sequence[Any]:
+def short(column: Sequence[Any]) -> Sequence[Any]:
+    """Return a column without values as an empty one, and one with the same value everywhere with one."""
     first = column[0]
     if column.count(first) != len(column):
         return column

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
@@ -27,6 +27,8 @@ from .link import Link, meaning_of, reported
 from .statements import LEVEL_NAMES, LEVEL_NUMBERS, UNKNOWN_LEVEL, Statements, columns, shortened
 
 if TYPE_CHECKING:
+    from leveret.store import Change, Progress
+
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
 log = logging.getLogger("leveret.postgresql")
@@ -61,6 +63,8 @@ class Store:
 
     def __init__(self, address: Address, runtime: Runtime, *, name: str = "leveret", patient: bool = True) -> None:
         self.turns = Turns(str(address), runtime, log, self, not_yet=f"{address} wasn't reached yet")
+        self.enter: Callable[[Connection, Sequence[Change | Progress]], Awaitable[None]] | None = None
+        """Enters changes into the job store, if that is in this schema."""
         self._clock = runtime.clock
         self._patient = patient
         """Whether a server that can't be reached is tried again until the deadlines of the writes."""
@@ -316,6 +320,9 @@ class Store:
             await self._add_jobs(connection, turn)
         if turn.letters:
             await connection.execute(self._sql.add_letters, *columns(turn.letters, None))
+        if turn.changes:
+            assert self.enter is not None
+            await self.enter(connection, turn.changes)
         for begin in turn.begins:
             delivery = begin.delivery
             begin.result = (await connection.execute(self._sql.begin, delivery.seq, delivery.lease.id)) == "UPDATE 1"

@@ -215,8 +215,8 @@ class Recorder:
         if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write_all())
             self._writer.add_done_callback(self._stopped_writing)
-            if self._trims is None:
-                self._trim_later()
+        if self._trims is None and not self._closed:
+            self._trim_later()
 
     def _stopped_writing(self, task: asyncio.Task[None]) -> None:
         self._writer = None
@@ -348,6 +348,8 @@ class Recorder:
         if self._starter is None:
             self._starter = asyncio.get_running_loop().create_task(self._start_all())
             self._starter.add_done_callback(self._stopped_starting)
+        if self._trims is None:
+            self._trim_later()
 
     def _stopped_starting(self, _: asyncio.Task[None]) -> None:
         self._starter = None
