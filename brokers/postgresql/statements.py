@@ -116,12 +116,25 @@ def _number(value: int | None) -> str:
     return "NULL" if value is None else str(value)
 
 
-def _numbers(values: Iterable[int]) -> str:
-    return "'{" + ",".join(map(str, values)) + "}'"
+def numbers(values: Iterable[int]) -> str:
+    """Return an array of numbers as a text."""
+    return "{" + ",".join(map(str, values)) + "}"
+
+
+def texts(values: Sequence[str]) -> str:
+    """Return an array of texts as a text; at least one."""
+    joined = '","'.join(values)
+    if "\\" in joined or joined.count('"') > 2 * len(values) - 2:
+        joined = '","'.join(value.replace("\\", "\\\\").replace('"', '\\"') for value in values)
+    return '{"' + joined + '"}'
 
 
 def _names(values: Iterable[str]) -> str:
     return "'{\"" + '","'.join(values) + "\"}'"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return f"'{numbers(values)}'"
 
 
 _OUTBOX_TYPES = [*_TYPES, "text", "boolean"]

@@ -155,7 +155,7 @@ class End(Write):
     @property
     def size(self) -> int:
         """The size of the result, in bytes."""
-        return sum(len(getattr(each, "result", None) or b"") for each in self.changes)
+        return len(getattr(self.changes[-1], "result", None) or b"")  # progress is before it
 
     def answer(self) -> None:
         """Hand the changes over, if they aren't in the store."""
