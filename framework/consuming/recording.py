@@ -249,7 +249,18 @@ class Recording:
             case _:
                 return None
 
-    def _change(self, envelope: Envelope, state: State, keep_s: float, **more: Any) -> Change:
+    def _change(
+        self,
+        envelope: Envelope,
+        state: State,
+        keep_s: float,
+        *,
+        result: bytes | None = None,
+        content_type: str = "",
+        error: str = "",
+        reason: str = "",
+        body: bytes | None = None,
+    ) -> Change:
         return Change(
             job_id=envelope.job_id,
             publish=envelope.publish,
@@ -260,7 +271,11 @@ class Recording:
             attempt=envelope.attempt,
             keep_s=keep_s,
             at_ms=int(self._clock.now() * 1000),
-            **more,
+            result=result,
+            content_type=content_type,
+            error=error,
+            reason=reason,
+            body=body,
         )
 
 

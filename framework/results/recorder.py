@@ -283,10 +283,12 @@ class Recorder:
             late.cancel()
             self._flying = ()
         for entry in batch:
-            _tell(entry.heard, True)
+            if entry.heard is not None:
+                _tell(entry.heard, True)
             if isinstance(entry.what, Change):
                 self.written += 1
-                self._forget(entry.what)
+                if self._kept:
+                    self._forget(entry.what)
         self._answered(began)
         return True
 
@@ -339,7 +341,7 @@ class Recorder:
 
     def _forget(self, change: Change) -> None:
         """Forget a change that was kept, unless a later one has taken its place."""
-        if self._kept and self._kept.get(change.key) is change:
+        if self._kept.get(change.key) is change:
             del self._kept[change.key]
             self._kept_bytes -= _size(change)
 
