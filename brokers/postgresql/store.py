@@ -51,6 +51,7 @@ _PLACE = itemgetter(3, 4)
 """The queue and the level of a row of `claim`."""
 _SAY_AFTER_S = 1.0
 _BUSY_PAUSE_S = 0.02
+_BEAT_WITHIN_S = 2.0
 
 
 _Step: TypeAlias = Literal["before", "within", "commit", "alone"]
@@ -264,6 +265,8 @@ class Store:
             self._told = True
         elif meaning == "busy":
             turns.hold_up(f"its tables are locked: {said}", pause_s=_BUSY_PAUSE_S, quiet_s=_SAY_AFTER_S)
+            if turn is not None and turn.changes:
+                await self._beat()
         elif meaning == "refused" and turn is not None and turn.writes:
             turns.refuse(turn, f"PostgreSQL refuses it: {said}")
         elif meaning == "full":
@@ -274,6 +277,15 @@ class Store:
             self._told = True  # tries again, even if nobody waits for it: a publisher's state is looked at
             pause_s = 0.0 if self._losses == 1 and step != "before" else None
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
+
+    async def _beat(self) -> None:
+        """Raise the beats by themselves: a lock on the job store's table holds up this worker, and not those that would take it for dead."""
+        if (connection := self._link.opened) is not None:
+            try:
+                async with asyncio.timeout(_BEAT_WITHIN_S):
+                    await connection.execute(self._sql.beat, self.turns.takers.ids)
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                self._link.abandon()
 
     def _wrong(self, error: Exception, said: str) -> ConfigurationError:
         what = (

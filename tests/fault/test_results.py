@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from leveret import App, Bury, JobFailed
@@ -26,7 +27,7 @@ from tests.contract.store.harness import PostgresStoreHarness, SqliteStoreHarnes
 from tests.fault.apps import diary
 from tests.fault.apps.kept import work_of
 from tests.fault.bench import PATIENCE_S, eventually
-from tests.postgres.node import Node, migrate
+from tests.postgres.node import Node, Postgres, migrate
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 
@@ -152,6 +153,46 @@ async def test_a_worker_that_dies_at_a_confirm_leaves_the_state_that_was_confirm
 
     assert status.state == state
     assert (row.ready, row.unsettled or 0, row.delayed or 0, row.dead) == (0, 0, state == "retrying", state == "failed")
+
+
+async def test_a_lock_on_the_records_holds_up_both_and_costs_no_lease(
+    postgres: Postgres, postgres_url: str, tmp_path: Path
+) -> None:
+    """An acknowledged job would "run" for ever; or each job that ends during a VACUUM FULL of the records would run once more elsewhere."""
+    place = Place(tmp_path, postgres_url, postgres_url)
+    goes_on, runs = asyncio.Event(), list[int]()
+
+    @place.app.handler(job=place.work)
+    async def handle(job: Any) -> int:
+        runs.append(job.n)
+        await goes_on.wait()
+        return 7
+
+    async def beat() -> int:
+        [(number,)] = await postgres.query("SELECT max(beat) FROM leveret.workers", url=postgres_url)
+        return int(number)
+
+    holder = await asyncpg.connect(postgres_url)
+    try:
+        async with place.app.publisher() as publisher, place.app.worker():
+            waits = await publisher.publish(place.work(n=1), timeout_s=PATIENCE_S)
+            await eventually(lambda: runs == [1])
+            await holder.execute("BEGIN; LOCK leveret.records IN EXCLUSIVE MODE")
+            goes_on.set()
+            while not await holder.fetch("SELECT FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+            began = await beat()
+            while await beat() == began:  # the end of a first try, after which there is a second one
+                await asyncio.sleep(0.02)
+            row, status = await _depth(place), await waits.status()
+            await holder.execute("ROLLBACK")
+            assert await waits.result(timeout_s=PATIENCE_S) == 7
+            while await _unfinished(place):
+                await asyncio.sleep(0.02)
+    finally:
+        await holder.close()
+
+    assert (row.unsettled, status.state, runs) == (1, "running", [1])
 
 
 async def test_a_lost_answer_of_a_commit_leaves_one_truth(postgres_node: StartPostgres) -> None:
