@@ -5,9 +5,9 @@ Every broker passes the same conformance suite (tests/contract). Its `Features` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeGuard
 
 import msgspec
 
@@ -15,6 +15,9 @@ from .envelope import Envelope
 from .errors import PublishError
 from .job import Queue
 from .outcome import MAX_DELAY_S
+
+if TYPE_CHECKING:
+    from .store import Change, Progress, Store
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +134,13 @@ class Delivery(Protocol):
         ...
 
 
+class Recorded(Delivery, Protocol):
+    """A delivery of a broker that `shares` its transactions with the job store."""
+
+    changes: Sequence[Change | Progress]
+    """What the next `done`, `again` or `bury` enters into the job store in its own transaction, as `Store.write` does; at first nothing."""
+
+
 class Sink(Protocol):
     """The receiver of deliveries: the consumer. The broker calls its methods on the event loop; they must not block."""
 
@@ -204,6 +214,23 @@ class Consumption(Protocol):
     async def close(self) -> None:
         """Flush the settlements, then end; unsettled deliveries go back to their queues."""
         ...
+
+
+class Sharing(Protocol):
+    """What a broker also has if a job store may be in its database. Optional for a broker."""
+
+    def shares(self, store: Store, missed: Callable[[Change | Progress], object], /) -> bool:
+        """Return whether `store` is in the broker's database; every delivery of the broker is then `Recorded`.
+
+        A settlement and its changes are then there together, or neither is. `missed` is called on the loop with those of a `done` that
+        the store refuses, whose lease was lost before, or of which nobody knows whether they were committed.
+        """
+        ...
+
+
+def is_sharing(broker: object) -> TypeGuard[Sharing]:
+    """Return whether a job store may be in the database of `broker`."""
+    return getattr(broker, "shares", None) is not None
 
 
 PublisherStateName: TypeAlias = Literal["connecting", "ready", "blocked", "closed"]

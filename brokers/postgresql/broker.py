@@ -14,8 +14,8 @@ the server syncs its disk.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, final
 
 from leveret.broker import Features, Posted, PublisherState, Sink, Subscription
 from leveret.envelope import Envelope
@@ -27,6 +27,10 @@ from ..turns import Consumption
 from .address import Address
 from .store import Store
 from .within import Once, jobs_within
+
+if TYPE_CHECKING:
+    from leveret.store import Change, Progress
+    from leveret.store import Store as JobStore
 
 _FEATURES = Features(
     durable=True,
@@ -47,6 +51,7 @@ class PostgresBroker:
     """A `Broker` on the schema at `address`."""
 
     def __init__(self, address: Address, runtime: Runtime) -> None:
+        self._address = address
         self._store = Store(address, runtime)
         self._turns = self._store.turns
         self._consumptions: list[Consumption] = []
@@ -62,6 +67,15 @@ class PostgresBroker:
     def features(self, _: Queue | None = None, /) -> Features:
         """As `Broker.features`."""
         return _FEATURES
+
+    def shares(self, store: JobStore, missed: Callable[[Change | Progress], object], /) -> bool:
+        """As `Sharing.shares`: a store with the same URL is in the same schema."""
+        from .jobs import PostgresJobs
+
+        if not isinstance(store, PostgresJobs) or store.address != self._address:
+            return False
+        self._store.enter, self._turns.missed = store.enter, missed
+        return True
 
     @property
     def publishing(self) -> PublisherState:

@@ -15,10 +15,10 @@ from leveret.errors import ConfigurationError, LeveretError, StoreUnavailable
 from leveret.runtime import Runtime
 from leveret.store import STAGES, Abort, Change, Key, Progress, Record, State, Verdict
 
-from ..records import entry_of, in_order, record_of, storable, verdict_of
+from ..records import in_order, record_of
 from .address import Address
 from .link import Link, meaning_of
-from .records import RecordStatements
+from .records import RecordStatements, columns
 
 if TYPE_CHECKING:
     from .link import Connection
@@ -39,7 +39,10 @@ class PostgresJobs:
     def __init__(self, address: Address, runtime: Runtime) -> None:
         self.what = str(address)
         """As `Store.what`."""
+        self.address = address
         self._sql = RecordStatements(address.schema)
+        self.enter = self._sql.write
+        """Enters changes in another connection's transaction."""
         self._channel = f"leveret_ended_{secrets.token_hex(8)}"
         self._link = Link(address, runtime, self._channel, self._noticed, name=f"leveret {runtime.app} store")
         self._limit_s = runtime.settings.connect_timeout_s
@@ -53,36 +56,23 @@ class PostgresJobs:
 
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
         """As `Store.write`."""
-        rounds = _rounds(changes)
 
         async def enter(connection: Connection) -> None:
-            for places in rounds:
-                those = [(place, changes[place]) for place in places]
-                if entries := [_entry(place, one) for place, one in those if isinstance(one, Change)]:
-                    await connection.fetch(self._sql.enter, False, *_columns(entries))
-                if notes := [_note(one) for _, one in those if isinstance(one, Progress)]:
-                    await connection.fetch(self._sql.progress, *_columns(notes))
+            await self._sql.write(connection, changes)
 
-        await self._call(enter, together=len(rounds) > 1 or len(set(map(type, changes))) > 1)
+        await self._call(enter, together=_is_several(changes))
 
     async def begin(self, changes: Sequence[Change], /) -> Sequence[Verdict]:
         """As `Store.begin`."""
-        verdicts: dict[int, Verdict] = {}
-        rounds = _rounds(changes)
 
-        async def enter(connection: Connection) -> None:
-            for places in rounds:
-                entries = [_entry(place, changes[place]) for place in places]
-                rows = await connection.fetch(self._sql.enter, True, *_columns(entries))
-                for place, row in zip(places, rows, strict=True):
-                    verdicts[place] = verdict_of(changes[place], *row)
+        async def begin(connection: Connection) -> Sequence[Verdict]:
+            return await self._sql.begin(connection, changes)
 
-        await self._call(enter, together=len(rounds) > 1)
-        return [verdicts[place] for place in range(len(changes))]
+        return await self._call(begin, together=_is_several(changes))
 
     async def read(self, keys: Sequence[Key], /) -> Sequence[Record | None]:
         """As `Store.read`."""
-        return in_order(keys, await self._records(self._sql.read, *_columns(keys, 2), 0))
+        return in_order(keys, await self._records(self._sql.read, *columns(keys, 2), 0))
 
     async def ended(self, keys: Sequence[Key], /) -> Sequence[Record]:
         """As `Store.ended`."""
@@ -91,7 +81,7 @@ class PostgresJobs:
             self._remember(keys)  # before the records say that we wait: a notice may come before the answer
         ordered = sorted(keys)
         for start in range(0, len(ordered), _AT_ONCE):
-            those = _columns(ordered[start : start + _AT_ONCE], 2)
+            those = columns(ordered[start : start + _AT_ONCE], 2)
 
             async def look(connection: Connection, those: Sequence[Any] = those) -> list[Any]:
                 if self._link.listens:
@@ -139,7 +129,7 @@ class PostgresJobs:
 
     async def asked(self, keys: Sequence[Key], /) -> Sequence[Key]:
         """As `Store.asked`."""
-        return [Key(*row) for row in await self._rows(self._sql.asked, *_columns(keys, 2))]
+        return [Key(*row) for row in await self._rows(self._sql.asked, *columns(keys, 2))]
 
     async def list(
         self, *, state: State | None = None, queue: str | None = None, job: str | None = None, limit: int
@@ -153,7 +143,7 @@ class PostgresJobs:
 
     async def drop(self, keys: Sequence[Key], /) -> int:
         """As `Store.drop`."""
-        return await self._count(self._sql.drop, *_columns(sorted(keys), 2))
+        return await self._count(self._sql.drop, *columns(sorted(keys), 2))
 
     async def trim(self, at_most: int, /) -> int:
         """As `Store.trim`."""
@@ -224,28 +214,6 @@ class PostgresJobs:
             return result
 
 
-def _entry(place: int, one: Change) -> tuple[Any, ...]:
-    return (place, *entry_of(one, round(one.keep_s * 1000)))
-
-
-def _note(one: Progress) -> tuple[Any, ...]:
-    return (*one.key, one.passes, one.attempt, one.fraction, storable(one.note))
-
-
-def _rounds(changes: Sequence[Change | Progress]) -> list[list[int]]:
-    """Return the places of the changes in rounds: one statement changes a record once only. Each round is in the order of the keys."""
-    rounds: list[list[int]] = []
-    seen: dict[Key, int] = {}
-    for place, change in enumerate(changes):
-        count = seen[change.key] = seen.get(change.key, -1) + 1
-        if count == len(rounds):
-            rounds.append([])
-        rounds[count].append(place)
-    for places in rounds:
-        places.sort(key=lambda place: changes[place].key)
-    return rounds
-
-
-def _columns(rows: Sequence[Sequence[Any]], count: int = 0) -> Sequence[Sequence[Any]]:
-    """Return the columns of rows; `count` of them if there are no rows."""
-    return list(zip(*rows, strict=True)) if rows else [()] * count
+def _is_several(changes: Sequence[Change | Progress]) -> bool:
+    """Whether it takes several statements to enter the changes."""
+    return len({change.publish for change in changes}) < len(changes) or len(set(map(type, changes))) > 1

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
@@ -27,6 +27,8 @@ from .link import Link, meaning_of, reported
 from .statements import LEVEL_NAMES, LEVEL_NUMBERS, UNKNOWN_LEVEL, Statements, columns, shortened
 
 if TYPE_CHECKING:
+    from leveret.store import Change, Progress
+
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
 log = logging.getLogger("leveret.postgresql")
@@ -49,6 +51,7 @@ _PLACE = itemgetter(3, 4)
 """The queue and the level of a row of `claim`."""
 _SAY_AFTER_S = 1.0
 _BUSY_PAUSE_S = 0.02
+_BEAT_WITHIN_S = 2.0
 
 
 _Step: TypeAlias = Literal["before", "within", "commit", "alone"]
@@ -61,6 +64,8 @@ class Store:
 
     def __init__(self, address: Address, runtime: Runtime, *, name: str = "leveret", patient: bool = True) -> None:
         self.turns = Turns(str(address), runtime, log, self, not_yet=f"{address} wasn't reached yet")
+        self.enter: Callable[[Connection, Sequence[Change | Progress]], Awaitable[None]] | None = None
+        """Enters changes into the job store, if that is in this schema."""
         self._clock = runtime.clock
         self._patient = patient
         """Whether a server that can't be reached is tried again until the deadlines of the writes."""
@@ -260,6 +265,8 @@ class Store:
             self._told = True
         elif meaning == "busy":
             turns.hold_up(f"its tables are locked: {said}", pause_s=_BUSY_PAUSE_S, quiet_s=_SAY_AFTER_S)
+            if turn is not None and turn.changes:
+                await self._beat()
         elif meaning == "refused" and turn is not None and turn.writes:
             turns.refuse(turn, f"PostgreSQL refuses it: {said}")
         elif meaning == "full":
@@ -270,6 +277,15 @@ class Store:
             self._told = True  # tries again, even if nobody waits for it: a publisher's state is looked at
             pause_s = 0.0 if self._losses == 1 and step != "before" else None
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
+
+    async def _beat(self) -> None:
+        """Raise the beats by themselves: a lock on the job store's table holds up this worker, and not those that would take it for dead."""
+        if (connection := self._link.opened) is not None:
+            try:
+                async with asyncio.timeout(_BEAT_WITHIN_S):
+                    await connection.execute(self._sql.beat, self.turns.takers.ids)
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                self._link.abandon()
 
     def _wrong(self, error: Exception, said: str) -> ConfigurationError:
         what = (
@@ -316,6 +332,9 @@ class Store:
             await self._add_jobs(connection, turn)
         if turn.letters:
             await connection.execute(self._sql.add_letters, *columns(turn.letters, None))
+        if turn.changes:
+            assert self.enter is not None
+            await self.enter(connection, turn.changes)
         for begin in turn.begins:
             delivery = begin.delivery
             begin.result = (await connection.execute(self._sql.begin, delivery.seq, delivery.lease.id)) == "UPDATE 1"

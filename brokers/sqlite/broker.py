@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, final
 from urllib.parse import unquote, urlsplit
 
 from leveret.broker import Features, PublisherState, Sink, Subscription
@@ -30,6 +30,10 @@ from leveret.settings import redact_url
 from ..turns import Consumption
 from .schema import MIN_SQLITE
 from .store import Store
+
+if TYPE_CHECKING:
+    from leveret.store import Change, Progress
+    from leveret.store import Store as JobStore
 
 _FEATURES = Features(
     durable=True,
@@ -76,7 +80,8 @@ class SqliteBroker:
     """A `Broker` on the SQLite file at `path`."""
 
     def __init__(self, path: str, runtime: Runtime) -> None:
-        self._turns = Store(path, runtime).turns
+        self._store = Store(path, runtime)
+        self._turns = self._store.turns
         self._consumptions: list[Consumption] = []
         self.publish = self._turns.publish
         """As `Broker.publish`; every queue exists, so no job is unroutable."""
@@ -84,6 +89,15 @@ class SqliteBroker:
     def features(self, _: Queue | None = None, /) -> Features:
         """As `Broker.features`."""
         return _FEATURES
+
+    def shares(self, store: JobStore, missed: Callable[[Change | Progress], object], /) -> bool:
+        """As `Sharing.shares`: a store on the same path is in the same file."""
+        from .jobs import SqliteJobs
+
+        if not isinstance(store, SqliteJobs) or store.path != self._store.path:
+            return False
+        self._store.enter, self._turns.missed = store.enter, missed
+        return True
 
     @property
     def publishing(self) -> PublisherState:

@@ -38,6 +38,7 @@ class SqliteJobs:
     """
 
     def __init__(self, path: str, url: str, runtime: Runtime) -> None:
+        self.path = path
         self.what = url
         """As `Store.what`."""
         self._path = Path(path)
@@ -57,6 +58,10 @@ class SqliteJobs:
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
         """As `Store.write`."""
         await self._write("the write of states", partial(records.write, changes, self._now_ms()), creates=True)
+
+    def enter(self, file: sqlite3.Connection, changes: Sequence[Change | Progress]) -> None:
+        """As `write`, in another connection's transaction."""
+        records.write(changes, self._now_ms(), file)
 
     async def begin(self, changes: Sequence[Change], /) -> Sequence[Verdict]:
         """As `Store.begin`."""

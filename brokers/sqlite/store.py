@@ -9,8 +9,8 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, final
 
 from leveret.errors import ConfigurationError
 from leveret.runtime import Runtime
@@ -18,6 +18,9 @@ from leveret.runtime import Runtime
 from ..turns import Turn, Turns
 from . import siblings
 from .file import File
+
+if TYPE_CHECKING:
+    from leveret.store import Change, Progress
 
 log = logging.getLogger("leveret.sqlite")
 
@@ -41,6 +44,8 @@ class Store:
     def __init__(self, path: str, runtime: Runtime, *, create: bool = True) -> None:
         self.path = path
         self.turns = Turns(path, runtime, log, self)
+        self.enter: Callable[[sqlite3.Connection, Sequence[Change | Progress]], None] | None = None
+        """Enters changes into the job store, if that is in this file."""
         self._clock = runtime.clock
         self._create = create
         self._reset()
@@ -123,6 +128,9 @@ class Store:
             connection.execute("BEGIN IMMEDIATE")
             turn = turns.take()
             self._file.transact(connection, turn)
+            if turn.changes:
+                assert self.enter is not None
+                self.enter(connection, turn.changes)
             try:
                 connection.execute("COMMIT")
             except sqlite3.Error as error:

@@ -16,6 +16,8 @@ from ..rows import packed, unpack, when_ms
 from .writes import Again, Begin, Bury
 
 if TYPE_CHECKING:
+    from leveret.store import Change, Progress
+
     from .takers import Window
 
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 class Claimed:
     """A delivery: a claimed row, and the window in which it counts."""
 
-    __slots__ = ("envelope", "lease", "problem", "queue", "redelivered", "seq", "settled", "window")
+    __slots__ = ("changes", "envelope", "lease", "problem", "queue", "redelivered", "seq", "settled", "window")
 
     def __init__(self, window: Window, lease: Lease, row: Sequence[Any]) -> None:
         """Read `row`: the store's number of it, how often it was delivered, how many workers it crashed, then `rows.COLUMNS`."""
@@ -36,6 +38,8 @@ class Claimed:
         self.window = window
         self.lease = lease
         self.settled = False
+        self.changes: Sequence[Change | Progress] = ()
+        """As `Recorded.changes`."""
 
     @property
     def counted(self) -> bool:
@@ -67,7 +71,7 @@ class Claimed:
 
     def done(self) -> None:
         """As `Delivery.done`; while the store can't be written, the write is tried until it succeeds."""
-        if self.unsettled:
+        if self.unsettled or (self.changes and not self.settled):  # without its lease, the changes are handed over
             self.window.turns.done(self)
 
     async def again(self, envelope: Envelope, /) -> bool:
@@ -76,7 +80,8 @@ class Claimed:
             turns, name = self.window.turns, self.queue.name
             row = packed(name, envelope, when_ms(envelope, turns.clock))
             about = f"the retry of job {envelope.job_id} in queue {name!r}"
-            await turns.run(Again(about=about, row=row, delivery=self, deadline=envelope.deadline))
+            write = Again(about=about, row=row, delivery=self, deadline=envelope.deadline, changes=self.changes)
+            await turns.run(write)
         return self.settled
 
     async def bury(self, envelope: Envelope, /) -> bool:
@@ -86,7 +91,8 @@ class Claimed:
             buried = msgspec.structs.replace(envelope, origin=envelope.origin or name)
             row = packed(name, buried, int(turns.clock.now() * 1000))
             about = f"the burial of job {envelope.job_id} from queue {name!r}"
-            await turns.run(Bury(about=about, row=row, delivery=self, deadline=envelope.deadline))
+            write = Bury(about=about, row=row, delivery=self, deadline=envelope.deadline, changes=self.changes)
+            await turns.run(write)
         return self.settled
 
     def give_back(self) -> None:

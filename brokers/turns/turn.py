@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, final
+from itertools import chain
+from typing import TYPE_CHECKING, Any, final
 
 from ..leases import Count, Lease
 from ..rows import Row
 from .claimed import Claimed
 from .takers import Taker, Window
-from .writes import Again, Begin, Bury, Close, Publish, Run, Write
+from .writes import Again, Begin, Bury, Close, End, Publish, Run, Write
+
+if TYPE_CHECKING:
+    from leveret.store import Change, Progress
 
 
 @final
@@ -27,6 +31,8 @@ class Turn:
         """Rows of jobs to add."""
         self.letters: list[Row] = []
         """Rows of dead letters to add."""
+        self.changes: list[Change | Progress] = []
+        """What to enter into the job store, as `Store.write` does; only of a broker that has it."""
         self.gone: defaultdict[Lease, list[Claimed]] = defaultdict(list)
         """The deliveries whose rows are deleted, by lease."""
         self.given_back: defaultdict[Lease, list[Claimed]] = defaultdict(list)
@@ -64,22 +70,31 @@ class Turn:
 
     def gather(self) -> None:
         """Sort the work by kind; called once the leases of all takers are checked."""
+        ended: list[Claimed] = []
         for write in self.writes:
             if isinstance(write, Publish):
                 self.jobs.append(write.row)
             elif isinstance(write, Again):
                 if self._settle(write.delivery):
                     self.jobs.append(write.row)
+                    self.changes += write.changes
             elif isinstance(write, Bury):
                 if self._settle(write.delivery):
                     self.letters.append(write.row)
+                    self.changes += write.changes
+            elif isinstance(write, End):
+                ended.append(write.delivery)
+                if write.delivery.lease.alive:
+                    self.changes += write.changes
+                else:
+                    write.late = True
             elif isinstance(write, Begin):
                 self.begins.append(write)
             elif isinstance(write, Close):
                 self.closing.append(write.taker)
             elif isinstance(write, Run):
                 self.calls.append(write)
-        for delivery in self.done:
+        for delivery in chain(self.done, ended):
             if delivery.lease.alive:
                 self.gone[delivery.lease].append(delivery)
                 self.freed[delivery.window] += 1

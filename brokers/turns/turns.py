@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Literal, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 from leveret.backoff import full_jitter
 from leveret.broker import PublisherState, PublisherStateName
@@ -23,7 +23,10 @@ from .claimed import Claimed
 from .driver import Driver
 from .takers import Taker, Takers
 from .turn import Turn
-from .writes import OVER, PENDING, TAKEN, Look, Open, Posted, Publish, Write
+from .writes import OVER, PENDING, TAKEN, End, Look, Open, Posted, Publish, Write
+
+if TYPE_CHECKING:
+    from leveret.store import Change, Progress
 
 BATCH_BYTES = 32 << 20
 """At most this many bytes of bodies in one transaction; a single larger job is written alone."""
@@ -75,6 +78,8 @@ class Turns:
     ) -> None:
         self.where = where
         self.clock = runtime.clock
+        self.missed: Callable[[Change | Progress], object] = _nobody
+        """Called on the loop with what `End` couldn't enter into the job store, or may not have."""
         self._runtime = runtime
         self._log = log
         self._driver = driver
@@ -191,10 +196,13 @@ class Turns:
         self._flush_soon(loop)
 
     def done(self, delivery: Claimed) -> None:
-        """Delete the row of `delivery` in the next transaction, trying until it succeeds."""
+        """Delete the row of `delivery` in the next transaction, with its changes, trying until it succeeds."""
         delivery.settled = True
         loop = self._attach()
-        self._out.done.append(delivery)
+        if delivery.changes:
+            self._out.writes.append(End(about="the end of a job", delivery=delivery, changes=delivery.changes))
+        else:
+            self._out.done.append(delivery)
         self._flush_soon(loop)
 
     def give_back(self, delivery: Claimed) -> None:
@@ -427,7 +435,8 @@ class Turns:
 
     def end(self) -> None:
         """End all leases, and refuse what is left: the driver ends. The store has freed the held jobs, or a lease's end will."""
-        kept = sum(delivery.lease.alive for delivery in self._work.done)
+        ends = [write.delivery for write in self._work.writes if isinstance(write, End)]
+        kept = sum(delivery.lease.alive for delivery in (*self._work.done, *ends))
         if kept:
             self._log.warning(
                 "%d finished jobs couldn't be deleted from %s and will run again: %s", kept, self.where, self.why
@@ -483,6 +492,10 @@ class Turns:
                 write.state = OVER
         self._work.writes = [write for write in self._work.writes if write.state != OVER]
         self._driver.tell(_refuse, [(write, error(write)) for write in writes])
+
+
+def _nobody(_: object) -> None:
+    """Take what nobody asked for."""
 
 
 def _unusable(write: Write, error: LeveretError) -> BrokerUnavailable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import msgspec
@@ -14,6 +14,8 @@ from leveret.errors import LeveretError, PublishError
 from ..rows import BODY, JOB_ID, Row
 
 if TYPE_CHECKING:
+    from leveret.store import Change, Progress
+
     from .claimed import Claimed
     from .takers import Taker
 
@@ -128,6 +130,8 @@ class Again(_Addition):
     """Settles a delivery and adds the job of its next attempt."""
 
     delivery: Claimed
+    changes: Sequence[Change | Progress] = ()
+    """What the job store hears of it."""
 
 
 @final
@@ -135,6 +139,38 @@ class Bury(_Addition):
     """Settles a delivery and adds a dead letter."""
 
     delivery: Claimed
+    changes: Sequence[Change | Progress] = ()
+    """What the job store hears of it."""
+
+
+@final
+class End(Write):
+    """Settles a delivery whose job has ended, and enters the end into the job store. Tried until it succeeds; nobody waits for it."""
+
+    delivery: Claimed
+    changes: Sequence[Change | Progress]
+    late: bool = False
+    """Whether the delivery's lease was lost before."""
+
+    @property
+    def size(self) -> int:
+        """The size of the result, in bytes."""
+        return len(getattr(self.changes[-1], "result", None) or b"")  # progress is before it
+
+    def answer(self) -> None:
+        """Hand the changes over, if they aren't in the store."""
+        if self.late:
+            self._missed()
+
+    def refuse(self, error: LeveretError) -> None:  # noqa: ARG002 - whatever it is
+        """Hand the changes over, and settle the delivery without them: they may be what the store refuses."""
+        self._missed()
+        self.delivery.changes = ()
+        self.delivery.window.turns.done(self.delivery)
+
+    def _missed(self) -> None:
+        for each in self.changes:
+            self.delivery.window.turns.missed(each)
 
 
 @final

@@ -17,7 +17,7 @@ from ..chain import bind, fold_consume
 from ..clock import Timer
 from ..codec import Decoder, UndecodableError
 from ..context import current_attempt
-from ..envelope import ALONE_FROM, Envelope
+from ..envelope import ALONE_FROM
 from ..ids import is_slot_job_id
 from ..job import Queue
 from ..layer import AnyLayer, name_of, readiness_of
@@ -464,7 +464,7 @@ class Consumer:
         finally:
             self._free(route, queue)
         if recording is not None:
-            ending = await self._record(recording, envelope, attempt, ending)
+            ending = await self._record(recording, held, attempt, ending)
         delivery = held.delivery  # a redelivery may have taken its place
         rest = self._end(delivery, attempt, ending, held.arrived)
         try:
@@ -486,9 +486,7 @@ class Consumer:
                 return Aborted()
         return CutOff() if self._stopping else _refused(cancelled)
 
-    async def _record(
-        self, recording: Recording, envelope: Envelope, attempt: Attempt[Any] | None, ending: Ending
-    ) -> Ending:
+    async def _record(self, recording: Recording, held: Held, attempt: Attempt[Any] | None, ending: Ending) -> Ending:
         """Enter an ending into the job store; return the ending by which the delivery is settled.
 
         Once somebody has aborted a job, a failure of its run is its end: nothing is retried or buried.
@@ -498,7 +496,7 @@ class Consumer:
         try:
             if not self._settlement.cut:
                 await take_back_cancels()
-            return await recording.end(envelope, attempt, ending)
+            return await recording.end(held.delivery, attempt, ending)
         except asyncio.CancelledError:  # the grace of a stop is over before the store has the ending
             return CutOff()
         except BaseException as failed:  # noqa: BLE001 - a SystemExit of a hook that encodes: no job stops its worker

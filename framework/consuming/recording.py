@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from ..attempt import Attempt, Tracked
+from ..broker import Delivery, Recorded
 from ..clock import Timer
 from ..codec import content_type
 from ..envelope import Envelope
@@ -66,10 +67,15 @@ class Recording:
         recorder: Writes to the store.
         handlers: The worker's handlers.
         runtime: Clock and settings.
+        shared: Whether the broker shares its transactions with the store. The changes of a settlement then go with it, and the recorder
+            writes what belongs to none.
     """
 
-    def __init__(self, recorder: Recorder, handlers: Sequence[Handler], runtime: Runtime) -> None:
+    def __init__(
+        self, recorder: Recorder, handlers: Sequence[Handler], runtime: Runtime, *, shared: bool = False
+    ) -> None:
         self._recorder = recorder
+        self._shared = shared
         self._clock = runtime.clock
         self._content_type = content_type(runtime.settings.encoding)
         self._contracts: dict[tuple[str, str], _Contract | None] = {
@@ -118,26 +124,27 @@ class Recording:
         if not self._running:
             return
         for running in self._running.values():
-            self._note_progress(running)
+            if (progress := self._progress(running)) is not None:
+                self._recorder.note(progress)
         if self._asking is None or self._asking.done():
             self._asking = asyncio.get_running_loop().create_task(self._ask())
         self._timer = self._clock.call_later(LOOK_S, self._look, limit=True)
 
-    def _note_progress(self, running: _Running) -> None:
+    def _progress(self, running: _Running) -> Progress | None:
+        """Return what the store hasn't heard of the progress of a run."""
         said = running.tracked.progress  # set by any thread
-        if said is not None and said is not running.written:
-            running.written = said
-            envelope, (fraction, note) = running.attempt.envelope, said
-            self._recorder.note(
-                Progress(
-                    job_id=envelope.job_id,
-                    publish=envelope.publish,
-                    passes=envelope.passes,
-                    attempt=envelope.attempt,
-                    fraction=fraction,
-                    note=note,
-                )
-            )
+        if said is None or said is running.written:
+            return None
+        running.written = said
+        envelope, (fraction, note) = running.attempt.envelope, said
+        return Progress(
+            job_id=envelope.job_id,
+            publish=envelope.publish,
+            passes=envelope.passes,
+            attempt=envelope.attempt,
+            fraction=fraction,
+            note=note,
+        )
 
     async def _ask(self) -> None:
         """Ask which runs are to end. An `async def` handler is cancelled, and so is middleware before any handler."""
@@ -149,32 +156,48 @@ class Recording:
                 if not (tracked.over or (running.in_thread and running.attempt.begun)):
                     running.task.cancel()
 
-    async def end(self, envelope: Envelope, attempt: Attempt[Any] | None, ending: Ending) -> Ending:
-        """Enter what an acknowledgement makes final, before it; return the ending by which the delivery is settled."""
+    async def end(self, delivery: Delivery, attempt: Attempt[Any] | None, ending: Ending) -> Ending:
+        """Enter what an acknowledgement makes final, before it or with it; return the ending by which the delivery is settled."""
+        envelope = delivery.envelope
         contract = self._contracts.get((envelope.queue, envelope.job))
         if contract is None or attempt is None:
             return ending
+        running = None if attempt.tracked is None else self._running.pop(attempt.tracked, None)
+        progress = None if running is None else self._progress(running)
+        try:
+            change = self._end_of(contract, envelope, ending)
+        except WrongResult as wrong:
+            change, ending = None, Bury(said_by(wrong))
+            ending.__cause__ = wrong
+        if change is not None and self._shared and delivery.live:
+            cast("Recorded", delivery).changes = (change,) if progress is None else (progress, change)
+            return ending
+        if progress is not None:
+            self._recorder.note(progress)
+        if change is not None:
+            await self._recorder.end(change, required=contract.keep.required and change.state == "done")
+        return ending
+
+    def _end_of(self, contract: _Contract, envelope: Envelope, ending: Ending) -> Change | None:
+        """Return what an acknowledgement makes final. Raises WrongResult."""
         keep = contract.keep
-        if attempt.tracked is not None and (running := self._running.pop(attempt.tracked, None)) is not None:
-            self._note_progress(running)
         match ending:
             case Done(result):
-                try:
-                    encoded, reason = self._encoded(contract, envelope, result)
-                except WrongResult as wrong:
-                    bury = Bury(said_by(wrong))
-                    bury.__cause__ = wrong
-                    return bury
+                encoded, reason = self._encoded(contract, envelope, result)
                 kind = "" if encoded is None else self._content_type
-                change = self._change(envelope, "done", keep.result_s, result=encoded, content_type=kind, reason=reason)
-                await self._recorder.end(change, required=keep.required)
+                return self._change(envelope, "done", keep.result_s, result=encoded, content_type=kind, reason=reason)
             case Aborted():
-                await self._recorder.end(self._change(envelope, "aborted", keep.result_s))
+                return self._change(envelope, "aborted", keep.result_s)
             case Expired(kept) if not kept:
-                await self._recorder.end(self._change(envelope, "expired", keep.result_s))
+                return self._change(envelope, "expired", keep.result_s)
             case _:
-                pass
-        return ending
+                return None
+
+    def lost(self, delivery: Delivery) -> None:
+        """Write what the settlement of a delivery was to enter, whose lease was lost since its `end`."""
+        if self._shared:
+            for change in getattr(delivery, "changes", ()):
+                self._recorder.note(change)
 
     def _encoded(self, contract: _Contract, envelope: Envelope, result: object) -> tuple[bytes | None, str]:
         """Return a result as bytes, or None and why the store doesn't get it. Raises WrongResult."""
@@ -188,35 +211,56 @@ class Recording:
             return None, f"the result has {len(encoded)} bytes, and Keep(max_bytes={most}) keeps none above that"
         return encoded, ""
 
+    def bring(self, run: Run, ending: Ending | None) -> None:
+        """Let the publish that now makes `ending` true enter it too, if it can; None: the next publish enters nothing."""
+        if self._shared and run.delivery.live:
+            change = None if ending is None else self._replaced(run, ending)
+            cast("Recorded", run.delivery).changes = () if change is None else (change,)
+
     def replaced(self, run: Run, ending: Ending, became: Ending) -> None:
-        """Enter what a publish has made of a delivery, once the broker has confirmed it."""
+        """Enter what a publish has made of a delivery, once the broker has confirmed it, unless the publish has entered it."""
+        if self._shared or (isinstance(became, Snooze) and became is not ending):
+            return  # a burial that waits is running until it is confirmed
+        if (change := self._replaced(run, became)) is not None:
+            self._recorder.note(change)
+
+    def _replaced(self, run: Run, became: Ending) -> Change | None:
         envelope = run.envelope
         contract = self._contracts.get((envelope.queue, envelope.job), _UNKNOWN)
         if contract is None:
-            return
+            return None
         keep = contract.keep
         match became:
             case Retry(delay_s):
                 attempt = min(envelope.attempt + 1, MOST)
-                self._note(_next(envelope, attempt), "retrying", keep.failed_s + (delay_s or 0.0), error=_error(run))
-            case Snooze(delay_s) if became is ending:  # a burial that waits is running until it is confirmed
-                self._note(_next(envelope, envelope.attempt), "delayed", keep.failed_s + delay_s)
+                keep_s = keep.failed_s + (delay_s or 0.0)
+                return self._change(_next(envelope, attempt), "retrying", keep_s, error=_error(run))
+            case Snooze(delay_s):
+                return self._change(_next(envelope, envelope.attempt), "delayed", keep.failed_s + delay_s)
             case Bury(reason) | Undecodable(reason):
                 error = _error(run) or (
                     named(became.__cause__) if isinstance(became, Bury) and became.__cause__ else ""
                 )
-                self._note(envelope, "failed", keep.failed_s, error=error, reason=one_line(reason))
+                return self._change(envelope, "failed", keep.failed_s, error=error, reason=one_line(reason))
             case WorkerLost():
-                self._note(envelope, "failed", keep.failed_s, reason=became.reason)
+                return self._change(envelope, "failed", keep.failed_s, reason=became.reason)
             case Expired():
-                self._note(envelope, "expired", keep.result_s, reason=why_expired(run, became))
+                return self._change(envelope, "expired", keep.result_s, reason=why_expired(run, became))
             case _:
-                pass
+                return None
 
-    def _note(self, envelope: Envelope, state: State, keep_s: float, **more: str) -> None:
-        self._recorder.note(self._change(envelope, state, keep_s, **more))
-
-    def _change(self, envelope: Envelope, state: State, keep_s: float, **more: Any) -> Change:
+    def _change(
+        self,
+        envelope: Envelope,
+        state: State,
+        keep_s: float,
+        *,
+        result: bytes | None = None,
+        content_type: str = "",
+        error: str = "",
+        reason: str = "",
+        body: bytes | None = None,
+    ) -> Change:
         return Change(
             job_id=envelope.job_id,
             publish=envelope.publish,
@@ -227,7 +271,11 @@ class Recording:
             attempt=envelope.attempt,
             keep_s=keep_s,
             at_ms=int(self._clock.now() * 1000),
-            **more,
+            result=result,
+            content_type=content_type,
+            error=error,
+            reason=reason,
+            body=body,
         )
 
 

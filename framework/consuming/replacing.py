@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from math import inf
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -25,6 +26,9 @@ from ..waits import first_of
 from .burials import PATIENCE_S, Burials
 from .following import entered, failure_of, following, waited, with_deadline
 from .said import Run, at_debug, say_postponed, what
+
+if TYPE_CHECKING:
+    from .recording import Recording
 
 logger = logging.getLogger("leveret.consumer")  # for readers of logs, the consumer settles
 
@@ -45,11 +49,17 @@ class Replacing:
         publish_layers: The middleware round every publish, first is outermost.
         runtime: Clock, chance and settings.
         subscriptions: The queues of the deliveries, with their prefetch.
+        recording: What a publish enters into the job store in its own transaction, if the broker can; None without a job store.
     """
 
     def __init__(
-        self, publish_layers: Sequence[AnyLayer], runtime: Runtime, subscriptions: Sequence[Subscription]
+        self,
+        publish_layers: Sequence[AnyLayer],
+        runtime: Runtime,
+        subscriptions: Sequence[Subscription],
+        recording: Recording | None = None,
     ) -> None:
+        self._recording = recording
         self._publish_layers = publish_layers
         self._runtime = runtime
         self._clock = runtime.clock
@@ -105,7 +115,7 @@ class Replacing:
         Returns the ending that this made true; None if the delivery's channel or lease was lost meanwhile. So does `bury`.
         """
         try:
-            return ending if await self._delayed(run.delivery, envelope, delay_s) else None
+            return ending if await self._delayed(run, ending, envelope, delay_s) else None
         except _REFUSED as refused:  # another try wouldn't help
             reason = f"the {envelope.cause} can't be published: {refused}"
             ran = msgspec.structs.replace(envelope, attempt=run.delivery.envelope.attempt)
@@ -113,8 +123,11 @@ class Replacing:
             bury.__cause__ = refused
             return await self.bury(run, bury, entered(ran, failure_of(ran, refused, reason, self._clock.now())))
 
-    async def _delayed(self, delivery: Delivery, envelope: Envelope, delay_s: float) -> bool:
-        """Publish `envelope` to its queue, due after `delay_s`; return whether it is published. Raises what another try wouldn't change."""
+    async def _delayed(self, run: Run, ending: Ending | None, envelope: Envelope, delay_s: float) -> bool:
+        """Publish `envelope` to its queue, due after `delay_s`, which makes `ending` true; return whether it is published.
+
+        Raises what another try wouldn't change.
+        """
         due_ms = moment_ms(self._clock.now() + delay_s) if delay_s else None
         envelope = msgspec.structs.replace(envelope, due_ms=due_ms)
 
@@ -126,7 +139,8 @@ class Replacing:
             async def last(changed: Envelope) -> Receipt:
                 nonlocal reached, published
                 reached = True
-                published = await delivery.again(changed)
+                self._bring(run, ending)
+                published = await run.delivery.again(changed)
                 return Receipt(changed.job_id)
 
             await fold_publish(self._publish_layers, last)(with_deadline(envelope))
@@ -134,7 +148,11 @@ class Replacing:
                 msg = "publishing middleware returned without awaiting proceed(envelope)"
                 raise RuntimeError(msg)
 
-        return await self._insist(delivery, publish, envelope) and published
+        return await self._insist(run.delivery, publish, envelope) and published
+
+    def _bring(self, run: Run, ending: Ending | None) -> None:
+        if self._recording is not None and run.envelope.publish:
+            self._recording.bring(run, ending)
 
     async def bury(self, run: Run, ending: Ending, envelope: Envelope) -> Ending | None:
         """Publish the job to the dead letters. If they take nothing, few burials wait here, and any other in the broker."""
@@ -157,6 +175,7 @@ class Replacing:
             async def last(changed: Envelope) -> Receipt:
                 nonlocal reached, published
                 reached = True
+                self._bring(run, ending)
                 # Middleware may only add headers to a burial; the rest stays as it came.
                 published = await delivery.bury(with_deadline(msgspec.structs.replace(buried, headers=changed.headers)))
                 return Receipt(changed.job_id)
@@ -199,7 +218,7 @@ class Replacing:
         shortest_s, longest_s = _POSTPONED_S
         waits_s = min(longest_s, max(shortest_s, waited_s))
         marked = following(envelope, cause="bury", bury_since_ms=since_ms)
-        if not await self._delayed(run.delivery, marked, waits_s):
+        if not await self._delayed(run, None, marked, waits_s):
             return None
         if run.envelope.bury_since_ms is None:
             say_postponed(run, ending)

@@ -103,7 +103,7 @@ class Settlement:
         window = sum(each.prefetch * len(each.queue.levels) for each in subscriptions)
         self.remembered = Remembered(runtime.clock, min(window, MOST_WINDOW))
         self._settled = self.remembered.settled.append  # looked up once
-        self.replacing = Replacing(publish_layers, runtime, subscriptions)
+        self.replacing = Replacing(publish_layers, runtime, subscriptions, recording)
         """Publishes retries and burials."""
         self.cut = False
         """Whether the grace of a stop is over; nothing is then tried again."""
@@ -144,6 +144,8 @@ class Settlement:
                     if run.envelope.bury_since_ms is None:  # otherwise counted where the job ended
                         self.counts[type(ending)] += 1
                     if not delivery.live:
+                        if self._recording is not None:
+                            self._recording.lost(delivery)
                         self._lost(run, ending)
                     elif (republishing := self.settle(run, ending)) is not None:
                         return self._republished(republishing, run, ending)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import msgspec
 
-from ..broker import Broker, Consumption
+from ..broker import Broker, Consumption, is_sharing
 from ..errors import ConfigurationError
 from ..layer import AnyLayer
 from ..publishing.publisher import Publisher, Waits
@@ -140,7 +140,7 @@ async def working(
         stack.push_async_callback(broker.close)
         sender = app.sender(broker, runtime)
         stack.push_async_callback(sender.close)
-        recording = await _recording(sender, handlers, runtime)
+        recording = await _recording(sender, broker, handlers, runtime)
         if recording is not None:
             stack.callback(recording.stop)
         enter = lifespan or app.lifespan
@@ -176,7 +176,7 @@ async def working(
             work.drained = await consumer.drain(consumption, grace_s, hurry)
 
 
-async def _recording(sender: Sender, handlers: Sequence[Handler], runtime: Runtime) -> Recording | None:
+async def _recording(sender: Sender, broker: Broker, handlers: Sequence[Handler], runtime: Runtime) -> Recording | None:
     """Return what enters the jobs of `handlers` into the job store of `sender`; None if none of their classes has `keep`."""
     kept = [handler for handler in handlers if handler.spec.keep is not None]
     if not kept:
@@ -187,7 +187,8 @@ async def _recording(sender: Sender, handlers: Sequence[Handler], runtime: Runti
     results = sender.results
     check_kept(kept, stored=results is not None)
     assert results is not None
-    recording = Recording(results.recorder, handlers, runtime)
+    shared = is_sharing(broker) and broker.shares(results.store, results.recorder.note)
+    recording = Recording(results.recorder, handlers, runtime, shared=shared)
     await results.recorder.check()
     return recording
 

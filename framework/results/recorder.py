@@ -215,8 +215,8 @@ class Recorder:
         if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write_all())
             self._writer.add_done_callback(self._stopped_writing)
-            if self._trims is None:
-                self._trim_later()
+        if self._trims is None and not self._closed:
+            self._trim_later()
 
     def _stopped_writing(self, task: asyncio.Task[None]) -> None:
         self._writer = None
@@ -283,10 +283,12 @@ class Recorder:
             late.cancel()
             self._flying = ()
         for entry in batch:
-            _tell(entry.heard, True)
+            if entry.heard is not None:
+                _tell(entry.heard, True)
             if isinstance(entry.what, Change):
                 self.written += 1
-                self._forget(entry.what)
+                if self._kept:
+                    self._forget(entry.what)
         self._answered(began)
         return True
 
@@ -339,7 +341,7 @@ class Recorder:
 
     def _forget(self, change: Change) -> None:
         """Forget a change that was kept, unless a later one has taken its place."""
-        if self._kept and self._kept.get(change.key) is change:
+        if self._kept.get(change.key) is change:
             del self._kept[change.key]
             self._kept_bytes -= _size(change)
 
@@ -348,6 +350,8 @@ class Recorder:
         if self._starter is None:
             self._starter = asyncio.get_running_loop().create_task(self._start_all())
             self._starter.add_done_callback(self._stopped_starting)
+        if self._trims is None:
+            self._trim_later()
 
     def _stopped_starting(self, _: asyncio.Task[None]) -> None:
         self._starter = None

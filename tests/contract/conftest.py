@@ -6,12 +6,13 @@ import asyncio
 import importlib
 import os
 import pkgutil
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
 import pytest
 
+from leveret.schemes import can_store
 from tests.contract import harness as package
 from tests.contract.harness import Harness
 from tests.postgres.node import PgBouncer, Postgres, migrate
@@ -74,6 +75,7 @@ _ALWAYS_POOLED = {
     "test_a_lost_connection_neither_cancels_a_handler_nor_repeats_it",
     "test_many_letters_are_replayed_at_once_and_each_arrives_once",
     "test_a_life_in_order_is_followed",
+    "test_the_last_progress_of_a_job_that_is_done_is_there",
     "test_verdicts_come_in_the_order_of_the_changes",
     "test_thousands_of_publishes_are_asked_for_at_once",
 }
@@ -92,6 +94,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("pooler")
 
 
+def _params(item: pytest.Function) -> Mapping[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 def _is_pooled(item: pytest.Item) -> TypeGuard[pytest.Function]:
     return (
         isinstance(item, pytest.Function)
@@ -103,6 +109,8 @@ def _is_pooled(item: pytest.Item) -> TypeGuard[pytest.Function]:
 def _takes_part(item: pytest.Item) -> bool:
     if _is_pooled(item) and "kept" in item.callspec.params and item.get_closest_marker("fault"):
         return False  # ten thousand races take a minute there, and the small ones do the same
+    if isinstance(item, pytest.Function) and "beside" in _params(item).values():
+        return can_store(BROKERS[str(_params(item)["unopened"])].example)
     wanted: Sequence[pytest.Mark] = list(item.iter_markers("features"))
     if not wanted or not isinstance(item, pytest.Function):
         return True

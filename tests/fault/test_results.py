@@ -11,19 +11,23 @@ from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
-from leveret import App
+from leveret import App, Bury, JobFailed
+from leveret.admin import Depth
 from leveret.consuming.worker import working
 from leveret.job import spec_of
 from leveret.outcome import Kind
 from leveret.runtime import Runtime
 from leveret.schemes import broker_module
+from tests.conftest import StartPostgres
 from tests.contract.harness import depth
 from tests.contract.store.harness import PostgresStoreHarness, SqliteStoreHarness, StoreHarness
 from tests.fault.apps import diary
 from tests.fault.apps.kept import work_of
 from tests.fault.bench import PATIENCE_S, eventually
+from tests.postgres.node import Node, Postgres, migrate
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
 
@@ -40,13 +44,13 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 class Place:
     """A broker, a store and a queue, and the workers on them."""
 
-    def __init__(self, folder: Path, broker: str) -> None:
+    def __init__(self, folder: Path, broker: str, store: str | None = None) -> None:
         self.folder = folder
         self.work = work_of(f"kept-{uuid.uuid4().hex[:12]}")
         spec = spec_of(self.work)
         assert spec is not None
         self.queue = spec.queue
-        self.urls = broker, f"sqlite:///{folder}/records.db"
+        self.urls = broker, store or f"sqlite:///{folder}/records.db"
         self.app: App[None] = App("kept", broker=self.urls[0], store=self.urls[1])
         self.workers: list[subprocess.Popen[bytes]] = []
 
@@ -74,15 +78,29 @@ class Place:
         """What the workers said."""
         return (self.folder / "log").read_text()
 
+    def stop(self) -> None:
+        """End the workers."""
+        for worker in self.workers:
+            worker.kill()
+            worker.wait(10)
+
 
 @pytest.fixture
 def place(tmp_path: Path, broker: str) -> Generator[Place]:
     """A place whose workers end with the test."""
     made = Place(tmp_path, broker)
     yield made
-    for worker in made.workers:
-        worker.kill()
-        worker.wait(10)
+    made.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def one_place(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Place]:
+    """A place whose store is beside the broker's jobs: in one file, or in one database."""
+    on_disk = request.param == "sqlite"
+    url = f"sqlite:///{tmp_path}/jobs.db" if on_disk else request.getfixturevalue("postgres_url")
+    made = Place(tmp_path, url, url)
+    yield made
+    made.stop()
 
 
 async def test_a_job_whose_worker_dies_runs_until_another_one_ends_it(place: Place) -> None:
@@ -121,12 +139,122 @@ async def test_a_job_whose_worker_dies_before_the_acknowledgement_does_not_run_a
     assert place.starts == [1, 2]
 
 
+@pytest.mark.parametrize(("publish", "state"), [("bury", "failed"), ("retry", "retrying")])
+async def test_a_worker_that_dies_at_a_confirm_leaves_the_state_that_was_confirmed(
+    one_place: Place, publish: str, state: str
+) -> None:
+    """A dead letter whose job "runs" for seven days: its waiter waits for it, and nobody looks for the letter."""
+    async with one_place.app.publisher() as publisher:
+        handle = await publisher.publish(one_place.work(n=1, dies=publish), timeout_s=PATIENCE_S)
+        worker = one_place.start()
+        await eventually(lambda: worker.poll() == -9, lambda: one_place.log)
+        status = await handle.status()
+    row = await _depth(one_place)
+
+    assert status.state == state
+    assert (row.ready, row.unsettled or 0, row.delayed or 0, row.dead) == (0, 0, state == "retrying", state == "failed")
+
+
+async def test_a_lock_on_the_records_holds_up_both_and_costs_no_lease(
+    postgres: Postgres, postgres_url: str, tmp_path: Path
+) -> None:
+    """An acknowledged job would "run" for ever; or each job that ends during a VACUUM FULL of the records would run once more elsewhere."""
+    place = Place(tmp_path, postgres_url, postgres_url)
+    goes_on, runs = asyncio.Event(), list[int]()
+
+    @place.app.handler(job=place.work)
+    async def handle(job: Any) -> int:
+        runs.append(job.n)
+        await goes_on.wait()
+        return 7
+
+    async def beat() -> int:
+        [(number,)] = await postgres.query("SELECT max(beat) FROM leveret.workers", url=postgres_url)
+        return int(number)
+
+    holder = await asyncpg.connect(postgres_url)
+    try:
+        async with place.app.publisher() as publisher, place.app.worker():
+            waits = await publisher.publish(place.work(n=1), timeout_s=PATIENCE_S)
+            await eventually(lambda: runs == [1])
+            await holder.execute("BEGIN; LOCK leveret.records IN EXCLUSIVE MODE")
+            goes_on.set()
+            while not await holder.fetch("SELECT FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+            began = await beat()
+            while await beat() == began:  # the end of a first try, after which there is a second one
+                await asyncio.sleep(0.02)
+            row, status = await _depth(place), await waits.status()
+            await holder.execute("ROLLBACK")
+            assert await waits.result(timeout_s=PATIENCE_S) == 7
+            while await _unfinished(place):
+                await asyncio.sleep(0.02)
+    finally:
+        await holder.close()
+
+    assert (row.unsettled, status.state, runs) == (1, "running", [1])
+
+
+async def test_a_lost_answer_of_a_commit_leaves_one_truth(postgres_node: StartPostgres) -> None:
+    """The worker can't know whether the jobs are settled. Whichever it is, their states must say it, and nothing runs twice here."""
+    node = await postgres_node()
+    work = work_of(f"kept-{uuid.uuid4().hex[:12]}")
+    goes_on, runs = asyncio.Event(), list[int]()
+    async with node.database() as url:
+        await migrate(url)
+        app: App[None] = App("kept", broker=url)
+
+        @app.handler(job=work)
+        async def handle(job: Any) -> int:
+            runs.append(job.n)
+            await goes_on.wait()
+            if job.n:
+                raise Bury("no paper")
+            return 7
+
+        async with app.publisher() as publisher, app.worker():
+            done, dead = [await publisher.publish(work(n=n), timeout_s=PATIENCE_S) for n in (0, 1)]
+            await eventually(lambda: len(runs) == 2)
+            # a commit now waits for a standby that isn't there; ended meanwhile, it is committed, and nobody says so
+            await _sync_with(node, "'nobody'")
+            goes_on.set()
+            while not (waits := await node.query("SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'")):
+                await asyncio.sleep(0.01)
+            for [pid] in waits:
+                await node.terminate(pid)
+            await _sync_with(node, "DEFAULT")
+
+            assert await done.result(timeout_s=PATIENCE_S) == 7
+            with pytest.raises(JobFailed, match="no paper"):
+                await dead.result(timeout_s=PATIENCE_S)
+            spec = spec_of(work)
+            assert spec is not None
+            admin = broker_module(url).open_admin(url, RUNTIME)
+            while (row := await depth(admin, spec.queue)).ready + (row.unsettled or 0):
+                await asyncio.sleep(0.05)
+            await admin.close()
+
+    assert (sorted(runs), row.dead) == ([0, 1], 1)
+
+
+async def _sync_with(node: Node, standbys: str) -> None:
+    await node.query(f"ALTER SYSTEM SET synchronous_standby_names = {standbys}")
+    await node.query("SELECT pg_reload_conf()")
+    while (await node.query("SHOW synchronous_standby_names"))[0][0] != standbys.strip("'").replace("DEFAULT", ""):
+        await asyncio.sleep(0.01)
+
+
 async def _unfinished(place: Place) -> int:
     """Return how many jobs the broker still has."""
+    row = await _depth(place)
+    return row.ready + (row.unsettled or 0) + (row.delayed or 0) + row.dead
+
+
+async def _depth(place: Place) -> Depth:
+    """Return how many jobs the broker has in each place."""
     admin = broker_module(place.urls[0]).open_admin(place.urls[0], RUNTIME)
     try:
-        row = await depth(admin, place.queue)
-        return row.ready + (row.unsettled or 0) + (row.delayed or 0) + row.dead
+        return await depth(admin, place.queue)
     finally:
         await admin.close()
 

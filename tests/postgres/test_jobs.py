@@ -91,6 +91,18 @@ async def test_only_ends_that_somebody_waits_for_are_told(postgres: Postgres, ur
     assert [list(row[0]) for row in told] == [[awaited.key.publish]]
 
 
+async def test_ids_come_back_whatever_is_in_them(store: Store) -> None:
+    """Another program chooses them: one with a quotation mark would keep a whole batch of states from the store."""
+    ids = ['"', "\\", '\\"', "{a,b}", "NULL", "a b\n", "ü", '","']
+    changes = [Publish(job_id).is_("done", result=job_id.encode()) for job_id in ids]
+
+    await store.write(changes)
+    await store.write([Publish('"\\').is_("queued")])
+    found = await store.read([change.key for change in changes])
+
+    assert [record and (record.job_id, record.result) for record in found] == [(each, each.encode()) for each in ids]
+
+
 async def test_many_ends_at_once_are_told_too(store: Store, url: str) -> None:
     """A notice holds 8000 bytes: the transaction that ends more jobs would fail, and with it each later one."""
     publishes = [Publish() for _ in range(1000)]

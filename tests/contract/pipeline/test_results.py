@@ -16,13 +16,19 @@ from tests.contract.harness import PATIENCE_S, Harness
 from tests.contract.pipeline.apps import Runs, assert_empty, letters_of, until
 
 
-def kept_app(harness: Harness, queue: Queue, runs: Runs) -> tuple[App[Any], Any]:
+@pytest.fixture(params=["apart", "beside"])
+def store(request: pytest.FixtureRequest, harness: Harness) -> str:
+    """A store in another place; and one beside the broker's jobs, which shares its transactions if the broker can."""
+    return harness.url if request.param == "beside" else f"memory://{uuid.uuid4().hex}"
+
+
+def kept_app(harness: Harness, store: str, queue: Queue, runs: Runs) -> tuple[App[Any], Any]:
     """An app on this broker whose only job has a number as its result, and its class."""
 
     class Work(Job[int], name="contract.work", queue=queue, keep=Keep()):
         n: int
 
-    app: App[Any] = App("contract", broker=harness.url, store=f"memory://{uuid.uuid4().hex}")
+    app: App[Any] = App("contract", broker=harness.url, store=store)
 
     @app.handler(job=Work)
     async def handle(job: Any, attempt: Attempt[Any]) -> Any:
@@ -31,7 +37,7 @@ def kept_app(harness: Harness, queue: Queue, runs: Runs) -> tuple[App[Any], Any]
     return app, Work
 
 
-async def test_a_result_comes_from_the_attempt_that_succeeds(harness: Harness) -> None:
+async def test_a_result_comes_from_the_attempt_that_succeeds(harness: Harness, store: str) -> None:
     """A job that a retry or a snooze has sent back must still be the publish that its handle asks for."""
 
     def say(job: Any, attempt: Attempt[Any]) -> Any:
@@ -39,7 +45,7 @@ async def test_a_result_comes_from_the_attempt_that_succeeds(harness: Harness) -
         return said[attempt.envelope.passes]
 
     queue, runs = harness.queue(), Runs(say)
-    app, work = kept_app(harness, queue, runs)
+    app, work = kept_app(harness, store, queue, runs)
 
     async with app.publisher() as publisher, app.worker(queues=[queue.name]):
         handle = await publisher.publish(work(n=7), timeout_s=PATIENCE_S)
@@ -50,10 +56,10 @@ async def test_a_result_comes_from_the_attempt_that_succeeds(harness: Harness) -
     await assert_empty(harness, queue)
 
 
-async def test_a_buried_job_has_failed_until_it_is_replayed(harness: Harness) -> None:
+async def test_a_buried_job_has_failed_until_it_is_replayed(harness: Harness, store: str) -> None:
     """A waiter would wait until its patience ends; after a replay it would never see the result."""
     queue, runs = harness.queue(), Runs(lambda job, attempt: Bury("no paper") if attempt.envelope.passes == 0 else 5)
-    app, work = kept_app(harness, queue, runs)
+    app, work = kept_app(harness, store, queue, runs)
 
     async with app.publisher() as publisher, app.worker(queues=[queue.name]):
         handle = await publisher.publish(work(n=7), timeout_s=PATIENCE_S)
@@ -70,10 +76,10 @@ async def test_a_buried_job_has_failed_until_it_is_replayed(harness: Harness) ->
         assert await handle.result(timeout_s=PATIENCE_S) == 5
 
 
-async def test_a_job_that_is_aborted_while_it_waits_never_runs(harness: Harness) -> None:
+async def test_a_job_that_is_aborted_while_it_waits_never_runs(harness: Harness, store: str) -> None:
     """Somebody pressed "cancel", was told that it worked, and the mail goes out."""
     queue, runs = harness.queue(), Runs(lambda *_: 1)
-    app, work = kept_app(harness, queue, runs)
+    app, work = kept_app(harness, store, queue, runs)
 
     async with app.publisher() as publisher:
         waits = await publisher.publish(work(n=1), timeout_s=PATIENCE_S)
@@ -89,7 +95,7 @@ async def test_a_job_that_is_aborted_while_it_waits_never_runs(harness: Harness)
     await assert_empty(harness, queue)
 
 
-async def test_a_job_that_is_aborted_while_it_runs_ends(harness: Harness) -> None:
+async def test_a_job_that_is_aborted_while_it_runs_ends(harness: Harness, store: str) -> None:
     """It would run for hours, or come back as a retry or as a suspect."""
     ends = list[str]()
 
@@ -100,7 +106,7 @@ async def test_a_job_that_is_aborted_while_it_runs_ends(harness: Harness) -> Non
             ends.append("finally")
 
     queue, runs = harness.queue(), Runs(forever)
-    app, work = kept_app(harness, queue, runs)
+    app, work = kept_app(harness, store, queue, runs)
 
     async with app.publisher() as publisher, working(app, queues=[queue.name]) as worker:
         handle = await publisher.publish(work(n=1), timeout_s=PATIENCE_S)
@@ -112,3 +118,21 @@ async def test_a_job_that_is_aborted_while_it_runs_ends(harness: Harness) -> Non
 
     assert (runs.count, ends) == (1, ["finally"])
     await assert_empty(harness, queue)
+
+
+async def test_the_last_progress_of_a_job_that_is_done_is_there(harness: Harness, store: str) -> None:
+    """Written beside the end it would come too late for it, and a finished job would stay at 40 %."""
+
+    def say(job: Any, attempt: Attempt[Any]) -> int:
+        attempt.progress(1.0, "all tiles")
+        return 1
+
+    queue, runs = harness.queue(), Runs(say)
+    app, work = kept_app(harness, store, queue, runs)
+
+    async with app.publisher() as publisher, app.worker(queues=[queue.name]):
+        handle = await publisher.publish(work(n=1), timeout_s=PATIENCE_S)
+        assert await handle.result(timeout_s=PATIENCE_S) == 1
+        status = await handle.status()
+
+    assert (status.progress, status.note) == (1.0, "all tiles")

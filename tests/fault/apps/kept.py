@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
-from leveret import App, Attempt, Job, Keep, Queue
+from leveret import App, Attempt, Bury, Envelope, Job, Keep, Queue, Receipt, Retry
+from leveret.layer import Publish
 from leveret.runtime import Runtime
 from leveret.store import Change, Progress, Store
 from tests.fault.apps import diary
@@ -19,7 +20,8 @@ def work_of(queue: str) -> Any:
     class Work(Job[int], name="work", queue=Queue(queue), keep=Keep()):
         n: int
         dies: str = ""
-        """When its first worker dies: "running", or "written", between the store and the acknowledgement."""
+        """When its first worker dies: "running"; "written", between the store and the acknowledgement; or "retry" or "bury", once the
+        publish of that has been confirmed."""
 
     return Work
 
@@ -42,18 +44,36 @@ class Deadly:
 
 
 class Kept(App[None]):
-    """An app with a deadly store."""
+    """An app with a deadly store, unless the store is beside the broker's jobs."""
 
     store: Deadly
 
     def open_store(self, runtime: Runtime) -> Store | None:
-        self.store = Deadly(cast("Store", super().open_store(runtime)))
+        store = super().open_store(runtime)
+        if self.store_url() == self.broker_url():
+            return store
+        self.store = Deadly(cast("Store", store))
         return cast("Store", self.store)
+
+
+class Dies:
+    """Middleware that kills the process once the broker has confirmed what a job in `fatal` waits for."""
+
+    def __init__(self) -> None:
+        self.fatal = set[tuple[str, str | None]]()
+
+    async def publish(self, envelope: Envelope, proceed: Publish) -> Receipt:
+        """Kill the process before anybody hears of the confirm."""
+        receipt = await proceed(envelope)
+        if (envelope.job_id, envelope.cause) in self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return receipt
 
 
 async def main() -> None:
     broker, store, queue, path = sys.argv[1:]
-    log, app = diary.open_diary(path), Kept("kept", broker=broker, store=store)
+    log, dies = diary.open_diary(path), Dies()
+    app = Kept("kept", broker=broker, store=store, middleware=[dies])
 
     @app.handler(job=work_of(queue))
     async def work(job: Any, attempt: Attempt[Any]) -> int:
@@ -62,6 +82,9 @@ async def main() -> None:
             await asyncio.sleep(600)
         if job.dies == "written":
             app.store.fatal.add(attempt.job_id)
+        if job.dies in ("retry", "bury") and attempt.number == 1:
+            dies.fatal.add((attempt.job_id, job.dies))
+            raise Retry(600) if job.dies == "retry" else Bury("no paper")
         n: int = job.n
         return n
 

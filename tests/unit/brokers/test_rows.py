@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -34,6 +35,29 @@ def test_an_envelope_comes_back_as_it_was() -> None:
     )
 
     assert read(sent) == (sent, None)
+
+
+@pytest.mark.parametrize("publish", [1, -1, 2**63 - 1, -(2**63), 10**18])
+def test_a_publish_comes_back_whether_or_not_another_header_is_beside_it(publish: int) -> None:
+    """Its waiter would ask for another publish. A header alone takes a shorter way, which must lead to the same text."""
+    alone = msgspec.structs.replace(make_envelope(QUEUE), publish=publish)
+    beside = msgspec.structs.replace(alone, attempt=2)
+
+    assert (read(alone), read(beside)) == ((alone, None), (beside, None))
+    assert headers_text({"lv-publish": publish}) == json.dumps({"lv-publish": publish}, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"lv-publish":07}', '{"lv-publish":+7}', '{"lv-publish":7', '{"lv-publish":7}}', '{"lv-publish":1_0}'],
+)
+def test_what_only_looks_like_a_publish_is_no_json(text: str) -> None:
+    """Two ways to read a header would differ in what they take, and so would two stores."""
+    found, problem = read(make_envelope(QUEUE), headers=text)
+
+    assert found.publish == 0
+    assert problem is not None
+    assert problem.startswith("the headers can't be read: ")
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,23 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 import pytest
 
-from leveret.broker import Posted, Subscription
+from leveret.broker import Delivery, Posted, Subscription
 from leveret.brokers.rows import BODY, Row, pack
 from leveret.brokers.turns import Claimed, Consumption, Run, Taker, Turn, Turns, Window, turns
+from leveret.brokers.turns.writes import End
 from leveret.clock import ManualClock
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Queue
 from leveret.runtime import Runtime
 from leveret.settings import Settings
+from leveret.store import Change, Progress, State
 from tests.contract.harness import PATIENCE_S, Recorder, make_envelope, ready, soon, timed
 
 QUEUE = Queue("jobs", priorities=False)
@@ -50,6 +52,10 @@ class Shelf:
         self.turns = Turns("the shelf", runtime, log, self)
         self.rows: dict[int, Row] = {}
         self.letters: list[Row] = []
+        self.changes: list[Change | Progress] = []
+        """What the job store on the shelf has heard."""
+        self.missed: list[Change | Progress] = []
+        self.turns.missed = self.missed.append
         self.claims: dict[int, int] = {}
         self.workers: list[int] = []
         self.commits: list[int] = []
@@ -142,6 +148,7 @@ class Shelf:
         for row in turn.jobs:
             self.rows[self._next()] = row
         self.letters += turn.letters
+        self.changes += turn.changes
         if turn.added:
             takers.may_find_jobs()
         for run in turn.calls:
@@ -399,6 +406,128 @@ async def test_a_commit_in_doubt_says_that_the_job_may_be_published(shelf: Shelf
         await publish(shelf, b"1")
 
     assert raised.value.maybe_published
+
+
+def change(delivery: Delivery, state: State, result: bytes | None = None) -> Change:
+    envelope = delivery.envelope
+    return Change(
+        job_id=envelope.job_id,
+        publish=1,
+        queue=envelope.queue,
+        job=envelope.job,
+        state=state,
+        passes=0,
+        attempt=1,
+        keep_s=60.0,
+        at_ms=1,
+        result=result,
+    )
+
+
+async def ending(shelf: Shelf, *states: State) -> list[Claimed]:
+    """Return a delivery for each state, which its settlement is to enter."""
+    await asyncio.gather(*(publish(shelf, b"%d" % number) for number in range(len(states))))
+    _, sink = await consume(shelf)
+    deliveries = [each for each in await sink.take(len(states)) if isinstance(each, Claimed)]
+    for each, state in zip(deliveries, states, strict=True):
+        each.changes = (change(each, state),)
+    return deliveries
+
+
+def heard(changes: Sequence[Change | Progress]) -> list[State]:
+    return [each.state for each in changes if isinstance(each, Change)]
+
+
+async def test_what_a_settlement_enters_is_in_its_transaction(shelf: Shelf) -> None:
+    """A worker that dies between the two would leave a dead letter whose job runs, to all who ask; or a job that is done runs again."""
+    done, again, buried = await ending(shelf, "done", "retrying", "failed")
+    shelf.fault = lambda _: Locked("somebody copies it")
+    done.done()
+    rest = asyncio.gather(
+        again.again(timed(again.envelope, soon())), buried.bury(timed(buried.envelope, soon())), return_exceptions=True
+    )
+    await until(lambda: shelf.turns.publishing.name == "blocked")
+    before = (len(shelf.rows), [*shelf.letters], [*shelf.changes])
+    commits = len(shelf.commits)
+    shelf.fault = lambda _: None
+
+    assert await rest == [True, True]
+    await until(lambda: shelf.commits[commits:])
+    assert before == (3, [], [])
+    assert (shelf.commits[commits], sorted(heard(shelf.changes)), len(shelf.letters)) == (
+        3,
+        ["done", "failed", "retrying"],
+        1,
+    )
+    assert shelf.missed == []
+
+
+async def test_a_settlement_that_enters_nothing_is_no_write(shelf: Shelf) -> None:
+    """Each job of a class without `keep` would pay for the results of others."""
+    writes: list[int] = []
+    deliveries = await ending(shelf, "done", "done", "done")
+    shelf.fault = lambda turn: writes.append(len(turn.writes))
+    for each in deliveries:
+        each.changes = ()
+        each.done()
+    await until(lambda: not shelf.rows)
+
+    assert (set(writes), shelf.changes) == ({0}, [])
+
+
+async def test_an_end_that_the_store_refuses_costs_no_other_and_no_acknowledgement(shelf: Shelf) -> None:
+    """One bad text in a result would hold up every settlement of its worker, for ever."""
+
+    def bad(turn: Turn) -> Exception | None:
+        entered = [each for write in turn.writes if isinstance(write, End) for each in write.changes]
+        return ValueError("a bad text") if "aborted" in heard(entered) else None
+
+    deliveries = await ending(shelf, "done", "aborted", "expired")
+    shelf.fault = bad
+    for each in deliveries:
+        each.done()
+    await until(lambda: not shelf.rows)
+
+    assert (sorted(heard(shelf.changes)), heard(shelf.missed)) == (["done", "expired"], ["aborted"])
+
+
+async def test_an_end_whose_lease_was_lost_is_handed_over(shelf: Shelf) -> None:
+    """The job is delivered again and acknowledged by the worker that ran it, and would run for ever, to all who ask."""
+    before, after = await ending(shelf, "done", "expired")
+    shelf.workers.clear()  # what another worker does to one that it takes for dead
+    shelf.claims.clear()
+    before.done()
+    await until(lambda: shelf.missed)
+    assert not after.live
+    after.done()
+    await until(lambda: len(shelf.missed) > 1)
+
+    assert (heard(shelf.missed), shelf.changes) == (["done", "expired"], [])
+
+
+async def test_an_end_in_doubt_is_handed_over(shelf: Shelf) -> None:
+    """Was the transaction rolled back, nobody would hear of the end: the redelivery is only acknowledged."""
+    [delivery] = await ending(shelf, "done")
+    shelf.fault = lambda _: Doubtful("cut during the commit")
+    delivery.done()
+    await until(lambda: shelf.missed)
+    shelf.fault = lambda _: None
+    await until(lambda: not shelf.rows)
+
+    assert (heard(shelf.missed), shelf.changes) == (["done"], [])
+
+
+async def test_large_results_are_committed_some_at_a_time(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand results of 1 MiB would make a transaction that outlasts the worker's lease."""
+    monkeypatch.setattr("leveret.brokers.turns.turns.BATCH_BYTES", 1000)
+    deliveries = await ending(shelf, "done", "done", "done")
+    commits = len(shelf.commits)
+    for each in deliveries:
+        each.changes = (change(each, "done", b"x" * 600),)
+        each.done()
+    await until(lambda: not shelf.rows)
+
+    assert shelf.commits[commits : commits + 3] == [1, 1, 1]
 
 
 async def test_large_bodies_are_committed_some_at_a_time(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

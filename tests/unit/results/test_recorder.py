@@ -317,6 +317,14 @@ async def test_what_waits_outlives_the_end_of_the_program(recording: Recording) 
     assert ("id-1", "done") in recording.store.written
 
 
+async def test_a_worker_that_only_begins_runs_deletes_old_records_too(recording: Recording) -> None:
+    """Beside the broker's jobs the ends go with their settlements: a worker writes nothing else, and the store would grow for ever."""
+    await recording.recorder.begin(change("id-1", "running"))
+    await recording.passes(91)
+
+    assert recording.store.trims == 1
+
+
 async def test_old_records_are_deleted_while_nothing_is_written(recording: Recording) -> None:
     """A store would grow for ever."""
     await recording.recorder.end(change("id-1"))
