@@ -147,9 +147,10 @@ class Record(_InState, frozen=True, kw_only=True, gc=False):
 class Store(Protocol):
     """A job store, used by one process and one event loop. It connects at the first use.
 
-    Every method raises `StoreUnavailable` if the store can't answer, and `ConfigurationError` if waiting won't help (a refused
-    login, a schema that is missing). Callers limit the time: a call that is cancelled may or may not have its effect, and leaves
-    the store usable. Calls of one caller have their effects in the order in which they began.
+    Every method raises `StoreUnavailable` if the store can't answer, `ConfigurationError` if waiting won't help (a refused login, a
+    schema that is missing), and `ValueError` for a text or a number that the store can't keep. Callers limit the time: a call that
+    is cancelled may or may not have its effect, and leaves the store usable. Calls of one caller have their effects in the order
+    in which they began.
     """
 
     @property

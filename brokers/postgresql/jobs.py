@@ -216,7 +216,8 @@ class PostgresJobs:
                 raise
             said = " ".join(str(error).split()) or type(error).__name__
             msg = said if isinstance(error, LeveretError) else f"{self.what}: {said}"
-            raise (ConfigurationError if meaning == "wrong" else StoreUnavailable)(f"the job store {msg}") from error
+            kinds = {"wrong": ConfigurationError, "refused": ValueError}
+            raise kinds.get(meaning, StoreUnavailable)(f"the job store {msg}") from error
         except BaseException:
             self._link.abandon()  # cancelled: a statement may be under way
             raise

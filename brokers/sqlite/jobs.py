@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, final
+from typing import TypeVar, cast, final
 
 from leveret.errors import BrokerUnavailable, LeveretError, PublishTimeout, StoreUnavailable
 from leveret.runtime import Runtime
@@ -160,12 +160,28 @@ class SqliteJobs:
             with closing(empty()) as file:
                 return call(file)
         deadline = time.monotonic() + self._runtime.settings.connect_timeout_s
+        refused: list[Exception] = []
+
+        def unless_refused(file: sqlite3.Connection) -> _T | None:
+            try:
+                return call(file)
+            except (ValueError, OverflowError, sqlite3.DataError) as error:
+                refused.append(error)
+                if kind is Look:
+                    return None  # it costs the reads beside it nothing
+                raise  # the transaction is rolled back
+
+        result: _T | None = None
         try:
-            result: _T = await self._turns.run(kind(about=about, call=call, deadline=deadline))
+            result = await self._turns.run(kind(about=about, call=unless_refused, deadline=deadline))
         except (PublishTimeout, BrokerUnavailable) as error:
-            msg = f"the job store {self.what} didn't answer: {self._turns.why or error}"
-            raise StoreUnavailable(msg) from error
-        return result
+            if not refused:
+                msg = f"the job store {self.what} didn't answer: {self._turns.why or error}"
+                raise StoreUnavailable(msg) from error
+        if refused:
+            msg = f"the job store {self.what} can't keep or find a value: {refused[-1]}"
+            raise ValueError(msg) from refused[-1]
+        return cast("_T", result)
 
     def _now_ms(self) -> int:
         return round(self._runtime.clock.now() * 1000)

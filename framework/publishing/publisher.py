@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait
 from contextlib import AbstractAsyncContextManager
+from threading import TIMEOUT_MAX
 from types import TracebackType
 from typing import Any, Never, Protocol, TypeVar, Unpack, cast, final
 
@@ -246,7 +247,7 @@ def answered(work: Coroutine[Any, Any, _T], loop: asyncio.AbstractEventLoop, tim
     # what is asked refuses a timeout_s that isn't a number
     limit = timeout_s + _MARGIN_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else _LOOK_S  # pyright: ignore[reportUnnecessaryIsInstance]
     try:
-        return future.result(limit)
+        return future.result(min(limit, TIMEOUT_MAX))
     except FutureTimeoutError:
         if future.done():
             raise

@@ -304,6 +304,21 @@ async def test_a_call_that_is_cancelled_leaves_the_store_usable(store: Store) ->
         assert list(await store.begin([publish.is_("running")])) == ["go"]
 
 
+async def test_a_value_that_cannot_be_kept_costs_no_call_beside_it(store: Store) -> None:
+    """An id that a client made up would fail every wait of its process, or let the store look down for ever."""
+    good, bad = Publish(), Publish("\ud800")
+    huge = bad.is_("running", passes=1 << 70)
+    calls = [store.newest("\ud800"), store.read([bad.key]), store.write([huge]), store.begin([huge])]
+
+    beside = asyncio.gather(store.write([good.is_("queued")]), store.newest(good.key.job_id))
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert await beside == [None, good.key]
+    failed = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert all(isinstance(answer, ValueError) for answer in failed), failed
+    assert await store.newest(good.key.job_id) == good.key
+
+
 async def test_every_call_says_so_while_the_store_does_not_answer_and_works_afterwards(
     kept: StoreHarness, store: Store
 ) -> None:

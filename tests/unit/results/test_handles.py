@@ -497,6 +497,33 @@ class Elsewhere:
         return asyncio.run(use())
 
 
+def test_a_thread_cannot_wait_for_ever() -> None:
+    """A float can be longer than a thread can wait: the caller would get an OverflowError that names no argument."""
+    with App("shop", broker=f"memory://blocking-{getrandbits(32)}").blocking_publisher() as publisher:
+        handle = publisher.publish(Measure())
+        assert handle.abort(timeout_s=1e300) == "aborted"
+        with pytest.raises(JobAborted):
+            handle.result(timeout_s=1e300)
+        with pytest.raises(ValueError, match="timeout_s must be a number of seconds above 0 and finite"):
+            handle.result(timeout_s=float("inf"))
+        with pytest.raises(InvalidJob, match="timeout_s"):
+            publisher.publish(Send(), timeout_s=1e300)
+
+
+@pytest.mark.parametrize("job_id", ["", "a\0b", "\ud800", "x" * 201, b"id", 5, None])
+async def test_an_id_that_no_job_has_reaches_no_store(job_id: Any) -> None:
+    """Ids come from clients: one could fail the waits of all others, or hide the results of its whole batch."""
+    shop = Shop()
+    async with shop.publisher() as publisher:
+        with pytest.raises(InvalidJob, match="job_id must be a str of 1 to 200 bytes without a null character"):
+            publisher.handle(job_id, Measure)
+        if job_id is not None:
+            with pytest.raises(InvalidJob):
+                await publisher.publish(Measure(), job_id=job_id)
+
+    assert shop.store.begun == []
+
+
 def test_a_blocking_publisher_has_blocking_handles() -> None:
     """A Django view would have to start an event loop to ask for its report."""
     url = f"memory://blocking-{getrandbits(32)}"
