@@ -194,8 +194,8 @@ class Store(Protocol):
         """
         ...
 
-    async def newest(self, job_id: str, /) -> Key | None:
-        """Return the publish of this id of which the store heard last for the first time; None if it knows none."""
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
+        """Return for each id, in order, the publish of which the store heard last for the first time; None if it knows none."""
         ...
 
     async def abort(self, key: Key, /) -> Abort:

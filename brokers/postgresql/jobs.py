@@ -122,10 +122,12 @@ class PostgresJobs:
             if ended:
                 self._tell(ended)
 
-    async def newest(self, job_id: str, /) -> Key | None:
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
         """As `Store.newest`."""
-        [(publish,)] = await self._rows(self._sql.newest, job_id)
-        return None if publish is None else Key(job_id, publish)
+        found = await self._rows(self._sql.newest, job_ids)
+        return [
+            None if publish is None else Key(job_id, publish) for job_id, (publish,) in zip(job_ids, found, strict=True)
+        ]
 
     async def abort(self, key: Key, /) -> Abort:
         """As `Store.abort`."""

@@ -100,9 +100,9 @@ class SqliteJobs:
             took_s = time.monotonic() - began
         self._watching = None
 
-    async def newest(self, job_id: str, /) -> Key | None:
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
         """As `Store.newest`."""
-        return await self._read(partial(records.newest, job_id))
+        return await self._read(partial(records.newest, job_ids))
 
     async def abort(self, key: Key, /) -> Abort:
         """As `Store.abort`."""

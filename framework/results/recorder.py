@@ -160,7 +160,7 @@ class Recorder:
     async def check(self) -> None:
         """Reach the store, within 2 s. Raises ConfigurationError if waiting won't help; a store that is down raises nothing."""
         try:
-            await self._limited(self._store.newest("-"), WAIT_S)
+            await self._limited(self._store.newest(()), WAIT_S)
         except StoreUnavailable as error:
             self._unwell(said_by(error))
 

@@ -23,6 +23,7 @@ from ..status import Status, status_of
 from ..store import Abort, Change, Key, Record, Store
 from ..texts import said_by
 from ..waits import answer_of
+from .newest import Newest
 from .recorder import Recorder
 from .values import Values, WrongResult
 from .waiter import FIRST_S, LONGEST_S, Waiter
@@ -43,6 +44,7 @@ class Results:
         self.store = store
         self.recorder = Recorder(store, runtime)
         self.waiter = Waiter(store)
+        self.newest = Newest(store)
         self._clock = runtime.clock
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -96,6 +98,7 @@ class Results:
             await self.recorder.close()
         finally:
             self.waiter.close(_CLOSED)
+            self.newest.close(_CLOSED)
             await self.store.close()
 
 
@@ -129,15 +132,16 @@ class KeptJobs(Generic[_R]):
         await self._results.answer(self._results.recorder.caught_up(), deadline)
         if publish is not None:
             return Key(job_id, publish)
-        return await self._results.answer(self._results.store.newest(job_id), deadline)
+        return await self._results.answer(self._results.newest.of(job_id), deadline)
 
     async def _ended(self, job_id: str, publish: int | None) -> Record:
         wait_s = FIRST_S
         if publish is None:
             await self._results.recorder.caught_up()
         while publish is None:
+            self._results.check_open()
             try:
-                key = await self._results.store.newest(job_id)
+                key = await self._results.newest.of(job_id)
             except StoreUnavailable as error:
                 self._results.waiter.trouble = said_by(error)
                 key = None

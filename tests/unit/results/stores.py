@@ -68,10 +68,10 @@ class Answering:
         self.begins.append(list(changes))
         return [self.verdicts.get(each.job_id, "go") for each in changes]
 
-    async def newest(self, _: str, /) -> Key | None:
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
         """Know nothing."""
         await self._called()
-        return None
+        return [None] * len(job_ids)
 
     async def asked(self, keys: Sequence[Key], /) -> Sequence[Key]:
         """Return what the test asks to end."""

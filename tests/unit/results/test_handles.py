@@ -40,7 +40,7 @@ from leveret.publishing.sender import Sender
 from leveret.results import results as module
 from leveret.results.results import Results
 from leveret.runtime import Runtime
-from leveret.store import Change, Key, Record, State, Store
+from leveret.store import Change, Record, State, Store
 from leveret.testing import attempt, running
 
 from .levers import Breakable, memory_jobs
@@ -324,6 +324,27 @@ async def test_an_id_that_the_store_does_not_know_yet_can_be_awaited() -> None:
         assert (await waiting).width == 3
 
 
+async def test_all_handles_by_id_share_a_question() -> None:
+    """Ten thousand of them would be ten thousand queries a second, and no state of a job would get through."""
+    shop = Shop()
+    async with shop.publisher() as publisher:
+        known = await published(shop, publisher, Measure())
+        handles = [publisher.handle(job_id, Measure) for job_id in (known.job_id, known.job_id, "no", "none")]
+        shop.store.begun.clear()
+
+        states = [status.state for status in await asyncio.gather(*(handle.status() for handle in handles))]
+        asked = shop.store.begun.count("newest")
+        gone = asyncio.create_task(handles[2].result(timeout_s=60))
+        waits = asyncio.create_task(handles[3].result(timeout_s=60))
+        while shop.store.begun.count("newest") < asked + 2:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+
+    assert (states, asked) == (["queued", "queued", "unknown", "unknown"], 1)
+    with pytest.raises(StoreUnavailable, match="has ended"):
+        await waits
+
+
 async def test_a_store_that_is_down_holds_up_no_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker is there: an outage of the store would be one of the shop."""
     monkeypatch.setattr(module, "STATUS_S", 0.1)
@@ -531,7 +552,7 @@ def test_a_blocking_publisher_has_blocking_handles() -> None:
     with app.blocking_publisher() as publisher:
         handle = publisher.publish(Measure("a.png"))
         queued = handle.status()  # waits until the store has what was noted
-        key: Key = store.run(lambda jobs: jobs.newest(handle.job_id))
+        [key] = store.run(lambda jobs: jobs.newest([handle.job_id]))
         done = Change(
             job_id=key.job_id,
             publish=key.publish,
