@@ -479,7 +479,9 @@ class Recorder:
         elif not self._well:
             self._well = True
             down_s = self._clock.monotonic() - self._down_since
-            logger.info(
+            # a store that is slow now and then is told once a minute, as its trouble
+            logger.log(
+                logging.INFO if self._told >= self._down_since else logging.DEBUG,
                 "the job store %s answers again after %.0f s; changes that are written now: %d, dropped so far: %d",
                 self._store.what,
                 down_s,

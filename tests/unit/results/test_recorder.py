@@ -309,6 +309,20 @@ async def test_the_log_says_once_a_minute_that_the_store_is_down(
     assert "answers again after 6" in caplog.records[-1].getMessage()
 
 
+async def test_a_store_that_is_slow_now_and_then_fills_no_log(
+    recording: Recording, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two lines a second say less than one."""
+    caplog.set_level(logging.INFO)
+    for number in range(10):
+        recording.store.answer = down
+        await recording.recorder.end(change(f"id-{number}"))
+        recording.store.answer = at_once
+        await recording.passes(2)
+
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
 async def test_a_close_writes_what_is_left(recording: Recording) -> None:
     """The last states of a process that ends would be lost."""
     recording.recorder.note(change("id-1"))
