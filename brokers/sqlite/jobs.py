@@ -74,7 +74,7 @@ class SqliteJobs:
             self._watched.update(dict.fromkeys(keys, time.monotonic()))
             for record in found:
                 self._watched.pop(record.key, None)
-            if self._watched and self._watching is None:
+            if self._watched and (self._watching is None or self._watching.done()):
                 self._watching = asyncio.create_task(self._look_out())
         return found
 

@@ -31,7 +31,9 @@ class Newest:
             raise StoreUnavailable(self._closed)
         future: asyncio.Future[Key | None] = asyncio.get_running_loop().create_future()
         self._ids.setdefault(job_id, []).append(future)
-        if self._asker is None:
+        if (
+            self._asker is None or self._asker.done()
+        ):  # done: cancelled before its first step, as all tasks of a program
             self._asker = asyncio.get_running_loop().create_task(self._ask_all())
         return await future
 

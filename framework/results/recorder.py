@@ -260,6 +260,8 @@ class Recorder:
                 self._trim_later()
 
     def _stopped_writing(self, task: asyncio.Task[None]) -> None:
+        if self._writer is not task:
+            return
         self._writer = None
         if task.cancelled() and (self._queue or self._kept):  # by the end of a whole program, whose worker still drains
             self._wake()
@@ -279,6 +281,9 @@ class Recorder:
                 break
             else:
                 failed += 1
+        self._writer = (
+            None  # now, and not in a later step of the loop: what comes in between would be written by nobody
+        )
 
     def _batch(self) -> Sequence[_Entry]:
         """Take the next entries of the queue, and after them of what is kept, which stays there until it is written."""

@@ -345,6 +345,28 @@ async def test_all_handles_by_id_share_a_question() -> None:
         await waits
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+async def test_who_asks_is_replaced_when_all_tasks_are_cancelled(by_id: bool) -> None:
+    """The end of a program cancels every task; a worker that still drains would hear of no result any more."""
+    shop = Shop()
+    async with shop.publisher() as publisher:
+        handle = await published(shop, publisher, Measure())
+        own = publisher.handle(handle.job_id, Measure) if by_id else handle
+        before = asyncio.all_tasks()
+        waits = asyncio.create_task(own.result(timeout_s=30))
+        while len(theirs := asyncio.all_tasks() - before - {waits}) < 2:
+            await asyncio.sleep(0)
+        for task in theirs:
+            task.cancel()
+        with suppress(asyncio.CancelledError, StoreUnavailable):
+            await waits
+        await shop.change(handle, "done", result=b"7", content_type="application/json")
+
+        size = await own.result(timeout_s=5)
+
+    assert size.width == 7
+
+
 async def test_a_store_that_is_down_holds_up_no_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker is there: an outage of the store would be one of the shop."""
     monkeypatch.setattr(module, "STATUS_S", 0.1)

@@ -91,6 +91,19 @@ async def test_an_end_waits_for_the_store(recording: Recording) -> None:
     assert recording.store.written == [("id-1", "done")]
 
 
+async def test_what_comes_as_a_write_ends_is_written(recording: Recording) -> None:
+    """A job would be held unacknowledged, with its result nowhere, until another one has something to write."""
+    async with asyncio.timeout(20):
+        for number in range(3):
+            assert await recording.recorder.end(change(f"id-{number}"))
+        recording.recorder.note(change("id-3"))
+        await recording.recorder.caught_up()
+        recording.recorder.note(change("id-4"))
+        await recording.recorder.close()
+
+    assert [job for job, _ in recording.store.written] == [f"id-{number}" for number in range(5)]
+
+
 async def test_no_job_waits_longer_than_two_seconds_for_a_store_that_hangs(recording: Recording) -> None:
     """A frozen store would stop the jobs."""
     recording.store.answer = recording.store.hangs
