@@ -128,8 +128,9 @@ class Publisher:
     def handle(self, job_id: str, job: type[Job[_R]]) -> Handle[_R]:
         """Return a handle of the job with this id, published by any process, by the class of the job. Asks nothing yet.
 
-        If the id was published more than once, the handle is of the publish that the store heard of last. Raises InvalidJob for a
-        class without `keep`, or an app without a job store.
+        If the id was published more than once, the handle is of the publish that the store heard of last, in whichever app: if that
+        was a job of another class, it is unknown. Raises InvalidJob for a class without `keep`, an app without a job store, or an
+        id that no job can have.
         """
         given: object = job
         if not is_job_class(given):

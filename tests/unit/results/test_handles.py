@@ -324,6 +324,24 @@ async def test_an_id_that_the_store_does_not_know_yet_can_be_awaited() -> None:
         assert (await waiting).width == 3
 
 
+async def test_a_handle_by_id_is_of_no_other_class() -> None:
+    """An order's number is the id of several jobs: one would get the result of another, or abort it."""
+    shop = Shop()
+    async with shop.publisher() as publisher:
+        await published(shop, publisher, Sum(), job_id="order-7")
+        other = await published(shop, publisher, Measure(), job_id="order-7")
+        handle = publisher.handle("order-7", Sum)
+
+        answers = (await handle.abort(), (await handle.status()).state, (await shop.record(other)).state)
+        await shop.change(other, "done", result=b"7", content_type="application/json")
+        with pytest.raises(
+            ResultUnavailable, match=r"the last job of this id is a image.measure; give handle\(\) its class"
+        ):
+            await handle.result(timeout_s=5)
+
+    assert answers == ("unknown", "unknown", "queued")
+
+
 async def test_all_handles_by_id_share_a_question() -> None:
     """Ten thousand of them would be ten thousand queries a second, and no state of a job would get through."""
     shop = Shop()
