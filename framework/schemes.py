@@ -50,14 +50,17 @@ _EXTRAS = {"asyncpg": "postgresql", "redis": "redis"}
 ENTRY_POINTS = "leveret.brokers"
 
 
-def broker_module(url: str | None) -> BrokerModule:
-    """Return the module that serves the scheme of `url`; ConfigurationError if no module does, or if a library of an extra is missing."""
+def broker_module(url: str | None, of: str = "broker") -> BrokerModule:
+    """Return the module that serves the scheme of `url`, the URL of a broker or a store.
+
+    Raises ConfigurationError if no module does, or if a library of an extra is missing.
+    """
     if not url:
         raise ConfigurationError(NO_BROKER)
     try:
         scheme = urlsplit(url).scheme
     except ValueError:  # its message would show the password
-        msg = f"the broker's URL {redact_url(url)!r} can't be parsed; percent-encode the special characters in it"
+        msg = f"the {of}'s URL {redact_url(url)!r} can't be parsed; percent-encode the special characters in it"
         raise ConfigurationError(msg) from None
     name = _SCHEMES.get(scheme)
     if name is None:
@@ -68,7 +71,9 @@ def broker_module(url: str | None) -> BrokerModule:
     if name is None:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         none = f": neither leveret nor an installed package has a broker for {scheme}://" if "://" in url else ""
-        msg = f"the broker's URL {redact_url(url)!r} has no known scheme{none}; a URL begins with one of {known}"
+        if of == "store":
+            none, known = "", "postgresql://, sqlite://, memory://"
+        msg = f"the {of}'s URL {redact_url(url)!r} has no known scheme{none}; a URL begins with one of {known}"
         raise ConfigurationError(msg)
     try:
         return cast("BrokerModule", importlib.import_module(name))
@@ -110,7 +115,7 @@ def can_store(url: str | None) -> bool:
 
 def open_store(url: str, runtime: Runtime) -> Store:
     """Return the job store at `url`, without connecting; ConfigurationError if that can't be one."""
-    make: Callable[[str, Runtime], Store] | None = getattr(broker_module(url), "open_store", None)
+    make: Callable[[str, Runtime], Store] | None = getattr(broker_module(url, "store"), "open_store", None)
     if make is None:
         msg = (
             f"the store {redact_url(url)!r} keeps no results; its URL begins with postgresql://, sqlite:// or memory://"

@@ -147,9 +147,10 @@ class Record(_InState, frozen=True, kw_only=True, gc=False):
 class Store(Protocol):
     """A job store, used by one process and one event loop. It connects at the first use.
 
-    Every method raises `StoreUnavailable` if the store can't answer, and `ConfigurationError` if waiting won't help (a refused
-    login, a schema that is missing). Callers limit the time: a call that is cancelled may or may not have its effect, and leaves
-    the store usable. Calls of one caller have their effects in the order in which they began.
+    Every method raises `StoreUnavailable` if the store can't answer, `ConfigurationError` if waiting won't help (a refused login, a
+    schema that is missing), and `ValueError` for a text or a number that the store can't keep. Callers limit the time: a call that
+    is cancelled may or may not have its effect, and leaves the store usable. Calls of one caller have their effects in the order
+    in which they began.
     """
 
     @property
@@ -193,8 +194,8 @@ class Store(Protocol):
         """
         ...
 
-    async def newest(self, job_id: str, /) -> Key | None:
-        """Return the publish of this id of which the store heard last for the first time; None if it knows none."""
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
+        """Return for each id, in order, the publish of which the store heard last for the first time; None if it knows none."""
         ...
 
     async def abort(self, key: Key, /) -> Abort:

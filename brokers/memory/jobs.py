@@ -198,10 +198,10 @@ class MemoryJobs:
             with suppress(RuntimeError):  # the loop was closed: nobody waits there
                 self._loop.call_soon_threadsafe(self._tell, (key,))
 
-    async def newest(self, job_id: str, /) -> Key | None:
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
         """As `Store.newest`."""
         async with self._using() as records:
-            return next(reversed(records.publishes.get(job_id, {})), None)
+            return [next(reversed(records.publishes.get(job_id, {})), None) for job_id in job_ids]
 
     async def abort(self, key: Key, /) -> Abort:
         """As `Store.abort`."""

@@ -112,10 +112,12 @@ class PostgresJobs:
             if ended:
                 self._tell(ended)
 
-    async def newest(self, job_id: str, /) -> Key | None:
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
         """As `Store.newest`."""
-        [(publish,)] = await self._rows(self._sql.newest, job_id)
-        return None if publish is None else Key(job_id, publish)
+        found = await self._rows(self._sql.newest, job_ids)
+        return [
+            None if publish is None else Key(job_id, publish) for job_id, (publish,) in zip(job_ids, found, strict=True)
+        ]
 
     async def abort(self, key: Key, /) -> Abort:
         """As `Store.abort`."""
@@ -206,7 +208,8 @@ class PostgresJobs:
                 raise
             said = " ".join(str(error).split()) or type(error).__name__
             msg = said if isinstance(error, LeveretError) else f"{self.what}: {said}"
-            raise (ConfigurationError if meaning == "wrong" else StoreUnavailable)(f"the job store {msg}") from error
+            kinds = {"wrong": ConfigurationError, "refused": ValueError}
+            raise kinds.get(meaning, StoreUnavailable)(f"the job store {msg}") from error
         except BaseException:
             self._link.abandon()  # cancelled: a statement may be under way
             raise

@@ -49,13 +49,15 @@ class RecordStatements:
         self.read = sql(f"SELECT {record} FROM {{schema}}.find_records({keys}, $3)")  # noqa: S608 - columns of ours
         self.wait = sql("SELECT {schema}.await_ends($3, $1::text[], $2::bigint[])")
         self.asked = sql(f"SELECT job_id, publish FROM {{schema}}.find_records({keys}, 1::smallint) WHERE asked")  # noqa: S608 - columns of ours
-        self.newest = sql("SELECT {schema}.newest_record($1)")
+        self.newest = sql(
+            "SELECT {schema}.newest_record(k.job_id) FROM unnest($1::text[]) WITH ORDINALITY AS k(job_id, place) ORDER BY k.place"
+        )
         self.list = sql(
             f"SELECT {abridged} FROM {{schema}}.records WHERE ($1::text IS NULL OR state = $1) AND ($2::text IS NULL OR queue = $2)"  # noqa: S608 - columns of ours
             " AND ($3::text IS NULL OR job = $3) ORDER BY seq DESC LIMIT $4"
         )
         self.find = sql(
-            f"SELECT {record} FROM {{schema}}.records WHERE job_id BETWEEN $1 AND $2 ORDER BY seq DESC LIMIT $3"  # noqa: S608 - columns of ours
+            f"SELECT {record} FROM {{schema}}.records WHERE job_id BETWEEN $1 AND $2 ORDER BY seq + 0 DESC LIMIT $3"  # noqa: S608 - columns of ours
         )
         self.drop = sql(f"SELECT {{schema}}.drop_records({keys})")
         self.trim = sql("SELECT {schema}.trim_records($1)")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, final
+from typing import TypeVar, cast, final
 
 from leveret.errors import BrokerUnavailable, LeveretError, PublishTimeout, StoreUnavailable
 from leveret.runtime import Runtime
@@ -79,7 +79,7 @@ class SqliteJobs:
             self._watched.update(dict.fromkeys(keys, time.monotonic()))
             for record in found:
                 self._watched.pop(record.key, None)
-            if self._watched and self._watching is None:
+            if self._watched and (self._watching is None or self._watching.done()):
                 self._watching = asyncio.create_task(self._look_out())
         return found
 
@@ -105,9 +105,9 @@ class SqliteJobs:
             took_s = time.monotonic() - began
         self._watching = None
 
-    async def newest(self, job_id: str, /) -> Key | None:
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
         """As `Store.newest`."""
-        return await self._read(partial(records.newest, job_id))
+        return await self._read(partial(records.newest, job_ids))
 
     async def abort(self, key: Key, /) -> Abort:
         """As `Store.abort`."""
@@ -165,12 +165,28 @@ class SqliteJobs:
             with closing(empty()) as file:
                 return call(file)
         deadline = time.monotonic() + self._runtime.settings.connect_timeout_s
+        refused: list[Exception] = []
+
+        def unless_refused(file: sqlite3.Connection) -> _T | None:
+            try:
+                return call(file)
+            except (ValueError, OverflowError, sqlite3.DataError) as error:
+                refused.append(error)
+                if kind is Look:
+                    return None  # it costs the reads beside it nothing
+                raise  # the transaction is rolled back
+
+        result: _T | None = None
         try:
-            result: _T = await self._turns.run(kind(about=about, call=call, deadline=deadline))
+            result = await self._turns.run(kind(about=about, call=unless_refused, deadline=deadline))
         except (PublishTimeout, BrokerUnavailable) as error:
-            msg = f"the job store {self.what} didn't answer: {self._turns.why or error}"
-            raise StoreUnavailable(msg) from error
-        return result
+            if not refused:
+                msg = f"the job store {self.what} didn't answer: {self._turns.why or error}"
+                raise StoreUnavailable(msg) from error
+        if refused:
+            msg = f"the job store {self.what} can't keep or find a value: {refused[-1]}"
+            raise ValueError(msg) from refused[-1]
+        return cast("_T", result)
 
     def _now_ms(self) -> int:
         return round(self._runtime.clock.now() * 1000)

@@ -47,6 +47,10 @@ _ABORT = (
     "UPDATE records SET state = iif(stage = 0, 'aborted', state), at_ms = iif(stage = 0, ?, at_ms), asked = (stage = 1),"
     " stage = iif(stage = 0, 2, stage) WHERE job_id = ? AND publish = ? AND stage < 2 RETURNING state"
 )
+_NEWEST = (
+    "SELECT json_group_array((SELECT publish FROM records WHERE job_id = k.value ORDER BY seq DESC LIMIT 1))"
+    " FROM json_each(?) AS k"
+)
 _RECORD = ", ".join(f"r.{name}" for name in COLUMNS)
 _READ = f"SELECT {_RECORD} FROM {_KEYS}"  # noqa: S608 - columns of ours
 _ENDED = f"{_READ} WHERE r.stage = 2"
@@ -136,10 +140,10 @@ def asked(keys: Sequence[Key], file: sqlite3.Connection) -> list[Key]:
     return _places(keys, _ASKED, file)
 
 
-def newest(job_id: str, file: sqlite3.Connection) -> Key | None:
+def newest(job_ids: Sequence[str], file: sqlite3.Connection) -> list[Key | None]:
     """As `Store.newest`."""
-    found = "SELECT job_id, publish FROM records WHERE job_id = ? ORDER BY seq DESC LIMIT 1"
-    return next((Key(*row) for row in file.execute(found, (job_id,)).fetchall()), None)
+    found: list[int | None] = json.loads(_one(file, _NEWEST, json.dumps(list(job_ids))))
+    return [None if publish is None else Key(job_id, publish) for job_id, publish in zip(job_ids, found, strict=True)]
 
 
 def listed(

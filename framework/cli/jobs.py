@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from ..envelope import JSON, MSGPACK
 from ..errors import ConfigurationError
 from ..process.logs import one_line
 from ..settings import redact, redact_url
@@ -83,7 +84,10 @@ def _line(record: Record) -> dict[str, Any]:
 
 def _in_full(record: Record) -> JobRecord:
     result, result_base64 = _readable(record.result, record.content_type)
-    body, body_base64 = _readable(record.body, record.content_type)
+    # the record doesn't say how its publisher encoded the body; nothing is both
+    body, body_base64 = _readable(record.body, JSON)
+    if body_base64 is not None:
+        body, body_base64 = _readable(record.body, MSGPACK)
     return JobRecord(**_line(record), result=result, result_base64=result_base64, body=body, body_base64=body_base64)
 
 

@@ -46,7 +46,6 @@ def cli() -> None:
       LEVERET_OUTBOX       postgresql://user:password@host/db
       LEVERET_STORE        where results are kept, such as
                            postgresql://user:password@host/db
-      LEVERET_STORE        postgresql://user:password@host/db
       LEVERET_CONCURRENCY  jobs at once per process and queue:
                            100,emails=50
       LEVERET_LOG          debug (adds tracebacks), info,

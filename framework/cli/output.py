@@ -33,7 +33,7 @@ class Count(click.IntRange):
     name = "whole number"  # "integer range" is what click calls it: 'x' is not a valid integer range
 
 
-at_least_1 = Count(min=1)
+at_least_1 = Count(min=1, max=1_000_000_000)
 log_level_option = click.option(
     "--log-level", type=click.Choice(LEVELS, case_sensitive=False), help="Log level.  [default: LEVERET_LOG, else info]"
 )

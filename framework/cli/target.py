@@ -104,6 +104,8 @@ class StoreTarget(msgspec.Struct, frozen=True):
         store = open_store(self.url, self.runtime)
         try:
             yield store
+        except ValueError as error:  # an id, or another word of the command, that no store can have
+            raise ConfigurationError(str(error)) from error
         finally:
             with suppress(TimeoutError):
                 await asyncio.wait_for(store.close(), _CLOSE_S)
@@ -209,6 +211,7 @@ def _find_store(app_path: str | None, url: str | None) -> StoreTarget:
     if not url:
         msg = f"{NO_STORE}; or give an app, such as shop:app, as argument, with --app or in LEVERET_APP, or --store URL"
         raise ConfigurationError(msg)
+    open_store(url, runtime)  # a wrong URL is that of a store, and not of a broker
     run(_check_shared(url, runtime))
     return StoreTarget(url, runtime)
 

@@ -494,11 +494,15 @@ class Consumer:
         if attempt is not None and attempt.aborting and isinstance(ending, (Retry, Snooze, Bury)):
             ending = Aborted()
         try:
-            if not self._settlement.cut:
-                await take_back_cancels()
-            return await recording.end(held.delivery, attempt, ending)
-        except asyncio.CancelledError:  # the grace of a stop is over before the store has the ending
-            return CutOff()
+            while True:
+                try:
+                    if not self._settlement.cut:
+                        await take_back_cancels()
+                    return await recording.end(held.delivery, attempt, ending)
+                except asyncio.CancelledError:
+                    if self._settlement.cut:  # the grace of a stop is over before the store has the ending
+                        return CutOff()
+                    # otherwise of a timer that the handler left behind
         except BaseException as failed:  # noqa: BLE001 - a SystemExit of a hook that encodes: no job stops its worker
             return _refused(failed)
 

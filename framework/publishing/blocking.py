@@ -212,6 +212,7 @@ class BlockingPublisher:
         future.add_done_callback(opened.flying.discard)
         # the publisher itself refuses a timeout_s that isn't a number
         limit = timeout_s + _MARGIN_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else FLUSH_S  # pyright: ignore[reportUnnecessaryIsInstance]
+        limit = min(limit, threading.TIMEOUT_MAX)
         try:
             return future.result(limit if handed is None or handed.wait(future, limit) else 0)
         except FutureTimeoutError:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait
 from contextlib import AbstractAsyncContextManager
+from threading import TIMEOUT_MAX
 from types import TracebackType
 from typing import Any, Never, Protocol, TypeVar, Unpack, cast, final
 
@@ -127,8 +128,9 @@ class Publisher:
     def handle(self, job_id: str, job: type[Job[_R]]) -> Handle[_R]:
         """Return a handle of the job with this id, published by any process, by the class of the job. Asks nothing yet.
 
-        If the id was published more than once, the handle is of the publish that the store heard of last. Raises InvalidJob for a
-        class without `keep`, or an app without a job store.
+        If the id was published more than once, the handle is of the publish that the store heard of last, in whichever app: if that
+        was a job of another class, it is unknown. Raises InvalidJob for a class without `keep`, an app without a job store, or an
+        id that no job can have.
         """
         given: object = job
         if not is_job_class(given):
@@ -246,7 +248,7 @@ def answered(work: Coroutine[Any, Any, _T], loop: asyncio.AbstractEventLoop, tim
     # what is asked refuses a timeout_s that isn't a number
     limit = timeout_s + _MARGIN_S if isinstance(timeout_s, (int, float)) and timeout_s > 0 else _LOOK_S  # pyright: ignore[reportUnnecessaryIsInstance]
     try:
-        return future.result(limit)
+        return future.result(min(limit, TIMEOUT_MAX))
     except FutureTimeoutError:
         if future.done():
             raise

@@ -65,6 +65,17 @@ def _why_invalid(text: str) -> str:
     return f"field {found[2]}: expected {found[1].replace('`', '')}" if found else text
 
 
+def _check_kept_id(name: str, job_id: object) -> None:
+    """Raise InvalidJob for an id that no job with `keep` can have; it may come from a client of the program."""
+    try:
+        right = isinstance(job_id, str) and 0 < len(job_id.encode()) <= MAX_ID_BYTES and "\0" not in job_id
+    except UnicodeEncodeError:  # half a surrogate pair
+        right = False
+    if not right:
+        msg = f"{name} must be a str of 1 to {MAX_ID_BYTES} bytes without a null character, not {job_id!r:.80}"
+        raise InvalidJob(msg)
+
+
 def _never() -> bool:
     return False
 
@@ -185,6 +196,7 @@ class Sender:
         if contract.kept is None:
             msg = f"handle(): nothing is kept of {contract.spec.name}; give {job_class.__name__} keep=Keep()"
             raise InvalidJob(msg, job_id=job_id)
+        _check_kept_id("handle(): job_id", job_id)
         return Handle(job_id, "confirmed", contract.kept)
 
     def published(self, envelope: Envelope) -> None:
@@ -263,6 +275,8 @@ class Sender:
         elif not isinstance(job_id, str) or not 0 < len(job_id.encode()) <= MAX_ID_BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"job_id must be a str of 1 to {MAX_ID_BYTES} bytes, not {job_id!r:.80}"
             raise InvalidJob(msg)
+        elif spec.keep is not None:
+            _check_kept_id("job_id of a job with keep=", job_id)
         if (priority := options.get("priority")) is None:
             priority = spec.priority
         if priority is not spec.priority and priority not in spec.queue.levels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from math import inf
@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from ..backoff import full_jitter
-from ..clock import Timer
+from ..clock import Clock, Timer
 from ..errors import ConfigurationError, StoreUnavailable
 from ..runtime import Runtime
 from ..settings import redact
@@ -34,12 +34,16 @@ MOST_KEPT = 10_000
 MOST_KEPT_BYTES = 16 << 20
 """The size of all that are kept, at most."""
 TRIM_EVERY_S = 60.0
-"""How often a process with nothing to write deletes records whose time is over, seconds."""
+"""How often a process deletes records whose time is over, seconds."""
+_TURN_S = 1 / 32
+"""A turn of the loop that takes longer counts as one of so many seconds in the time of a call."""
 _RETRY_S = (0.2, 2.0)
 """The ceilings of the first and of the longest wait between two tries to reach the store, seconds."""
 _MOST_BATCH = 500
 _MOST_BATCH_BYTES = 4 << 20
 _MOST_TRIMMED = 500
+_TRIM_PAUSE_S = 0.05
+"""The wait between two batches of records that are deleted, seconds: starts and ends of jobs go between them."""
 _TELL_EVERY_S = 60.0
 _OWN_BYTES = 400
 """What a change takes in memory without its result, its body and its texts."""
@@ -64,6 +68,43 @@ class _Start(msgspec.Struct, eq=False):
     change: Change
     since: float
     verdict: asyncio.Future[Verdict]
+
+
+class _Timing:
+    """The time that a call takes. Calls `late` once the call has taken `late_s`.
+
+    A long turn of the loop counts as a short one, since an answer that has come isn't read before its end. So a store isn't taken
+    for slow because the loop is busy, and nothing waits for long while the loop is idle.
+    """
+
+    def __init__(self, clock: Clock, late_s: float, late: Callable[[], object]) -> None:
+        self._clock = clock
+        self._late_s = late_s
+        self._late = late
+        self._before_s = 0.0
+        self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        self._began = self._clock.monotonic()
+        self._turn_s = min(_TURN_S, self._late_s - self._before_s)
+        self._timer = self._clock.call_later(self._turn_s, self._end_turn, limit=True)
+
+    def _end_turn(self) -> None:
+        self._before_s += self._turn_s
+        if self._before_s < self._late_s:
+            self._begin_turn()
+        else:
+            self._began = self._clock.monotonic()
+            self._late()
+
+    @property
+    def took_s(self) -> float:
+        """The time so far, seconds."""
+        return self._before_s + min(_TURN_S, self._clock.monotonic() - self._began)
+
+    def cancel(self) -> None:
+        """Call `late` no more."""
+        self._timer.cancel()
 
 
 class Recorder:
@@ -119,7 +160,7 @@ class Recorder:
     async def check(self) -> None:
         """Reach the store, within 2 s. Raises ConfigurationError if waiting won't help; a store that is down raises nothing."""
         try:
-            await self._limited(self._store.newest("-"), WAIT_S)
+            await self._limited(self._store.newest(()), WAIT_S)
         except StoreUnavailable as error:
             self._unwell(said_by(error))
 
@@ -219,6 +260,8 @@ class Recorder:
             self._trim_later()
 
     def _stopped_writing(self, task: asyncio.Task[None]) -> None:
+        if self._writer is not task:
+            return
         self._writer = None
         if task.cancelled() and (self._queue or self._kept):  # by the end of a whole program, whose worker still drains
             self._wake()
@@ -238,6 +281,9 @@ class Recorder:
                 break
             else:
                 failed += 1
+        self._writer = (
+            None  # now, and not in a later step of the loop: what comes in between would be written by nobody
+        )
 
     def _batch(self) -> Sequence[_Entry]:
         """Take the next entries of the queue, and after them of what is kept, which stays there until it is written."""
@@ -255,11 +301,13 @@ class Recorder:
             batch.append(_Entry(change, now))
         return batch
 
-    async def _write(self, batch: Sequence[_Entry]) -> bool:
-        """Write a batch; return False if the store doesn't answer, after which each entry waits where it did before."""
-        began = self._clock.monotonic()
-        self._flying = batch
-        late = self._release_at(batch[0].since, began)
+    async def _write(self, batch: Sequence[_Entry], flying: Sequence[_Entry] = ()) -> bool:
+        """Write a batch; return False if the store doesn't answer, after which each entry waits where it did before.
+
+        `flying` are the entries whose jobs wait for the call, if they are more than the batch.
+        """
+        self._flying = flying or batch
+        timing = self._timing(batch[0].since)
         try:
             await self._limited(self._store.write([entry.what for entry in batch]), CALL_S)
         except (StoreUnavailable, ConfigurationError) as error:
@@ -267,12 +315,12 @@ class Recorder:
             self._unwell(said_by(error))
             return False
         except Exception as bug:  # noqa: BLE001 - a fault of a store costs neither the jobs nor the other changes
-            late.cancel()
+            timing.cancel()
             if len(batch) == 1:
                 self._refuse(batch[0], bug)
                 return True
-            for index, entry in enumerate(batch):
-                if not await self._write([entry]):
+            for index in range(len(batch)):
+                if not await self._write(batch[index : index + 1], batch[index:]):
                     self._put_back(batch[index + 1 :])
                     return False
             return True
@@ -280,7 +328,7 @@ class Recorder:
             self._put_back(batch)
             raise
         finally:
-            late.cancel()
+            timing.cancel()
             self._flying = ()
         for entry in batch:
             if entry.heard is not None:
@@ -289,7 +337,7 @@ class Recorder:
                 self.written += 1
                 if self._kept:
                     self._forget(entry.what)
-        self._answered(began)
+        self._answered(timing.took_s)
         return True
 
     def _put_back(self, batch: Sequence[_Entry]) -> None:
@@ -361,35 +409,56 @@ class Recorder:
     async def _start_all(self) -> None:
         await asyncio.sleep(0)  # as above
         while self._starts:
-            self._starting, self._starts = self._starts[:_MOST_BATCH], self._starts[_MOST_BATCH:]
-            began = self._clock.monotonic()
-            late = self._release_at(self._starting[0].since, began)
-            try:
-                verdicts = await self._limited(self._store.begin([start.change for start in self._starting]), CALL_S)
-                for start, verdict in zip(self._starting, verdicts, strict=True):
-                    _tell(start.verdict, verdict)
-                self.written += len(verdicts)
-                self._answered(began)
-            except (StoreUnavailable, ConfigurationError) as error:
-                self._unwell(said_by(error))
-            except Exception as bug:  # noqa: BLE001 - a fault of a store holds up no job
-                self._unwell(named(bug))
-            except BaseException:
-                self._release()
-                raise
-            finally:
-                late.cancel()
-                self._starting = ()
+            starts, self._starts = self._starts[:_MOST_BATCH], self._starts[_MOST_BATCH:]
+            await self._ask(starts)
+
+    async def _ask(self, starts: Sequence[_Start], waiting: Sequence[_Start] = ()) -> None:
+        """Ask for verdicts. `waiting` are the runs that wait for the call, if they are more than those that it is for."""
+        self._starting = waiting or starts
+        timing = self._timing(starts[0].since)
+        try:
+            verdicts = await self._limited(self._store.begin([start.change for start in starts]), CALL_S)
+            for start, verdict in zip(starts, verdicts, strict=True):
+                _tell(start.verdict, verdict)
+            self.written += len(verdicts)
+            self._answered(timing.took_s)
+        except (StoreUnavailable, ConfigurationError) as error:
+            self._unwell(said_by(error))
+        except Exception as bug:  # noqa: BLE001 - a fault of the store costs neither the run nor the other verdicts
+            timing.cancel()
+            if len(starts) == 1:
+                self._start_refused(starts[0], bug)
+            else:
+                for index in range(len(starts)):
+                    await self._ask(starts[index : index + 1], starts[index:])
+        except BaseException:
+            self._release()
+            raise
+        finally:
+            timing.cancel()
+            self._starting = ()
+
+    def _start_refused(self, start: _Start, bug: Exception) -> None:
+        """Let a run begin of which the store takes nothing."""
+        logger.error(
+            "the job store %s refused the start of job %s, which runs without it: %s",
+            self._store.what,
+            start.change.job_id,
+            redact(named(bug)),
+        )
+        self.unasked += 1
+        self.dropped += 1
+        _tell(start.verdict, "go")
 
     def _go(self, change: Change) -> None:
         """Note a run that begins without a verdict."""
         self.unasked += 1
         self._keep(change)
 
-    def _release_at(self, since: float, now: float) -> Timer:
-        """Let nothing wait any more for a call that begins now, once what it has for the store has waited since `since` for 2 s."""
-        wait_s = max(since + WAIT_S - now, SLOW_S)
-        return self._clock.call_later(wait_s, lambda: self._unwell("its answer takes too long"), limit=True)
+    def _timing(self, since: float) -> _Timing:
+        """Time a call that begins now. Nothing waits for it any more once what it has for the store has waited since `since` for 2 s."""
+        late_s = max(since + WAIT_S - self._clock.monotonic(), SLOW_S)
+        return _Timing(self._clock, late_s, lambda: self._unwell("its answer takes too long"))
 
     def _release(self) -> None:
         """Let all runs begin that wait for a verdict."""
@@ -403,7 +472,7 @@ class Recorder:
         """Await a call of the store. Raises StoreUnavailable after `limit_s`."""
         try:
             async with asyncio.timeout(None) as limit:
-                over = self._clock.call_later(limit_s, lambda: limit.reschedule(0.0), limit=True)
+                over = _Timing(self._clock, limit_s, lambda: limit.reschedule(0.0))
                 try:
                     return await call
                 finally:
@@ -412,15 +481,16 @@ class Recorder:
             msg = f"no answer within {limit_s:g} s"
             raise StoreUnavailable(msg) from error
 
-    def _answered(self, began: float) -> None:
+    def _answered(self, took_s: float) -> None:
         """Judge the store by the time that its answer took."""
-        took_s = self._clock.monotonic() - began
         if took_s > SLOW_S:
             self._unwell(f"its answer took {took_s:.1f} s")
         elif not self._well:
             self._well = True
             down_s = self._clock.monotonic() - self._down_since
-            logger.info(
+            # a store that is slow now and then is told once a minute, as its trouble
+            logger.log(
+                logging.INFO if self._told >= self._down_since else logging.DEBUG,
                 "the job store %s answers again after %.0f s; changes that are written now: %d, dropped so far: %d",
                 self._store.what,
                 down_s,
@@ -457,14 +527,15 @@ class Recorder:
         self._trims = self._clock.call_later(TRIM_EVERY_S * self._rng.uniform(0.5, 1.5), self._trim, limit=True)
 
     def _trim(self) -> None:
-        if self._well and self._writer is None and (self._trimmer is None or self._trimmer.done()):
+        if self._well and (self._trimmer is None or self._trimmer.done()):
             self._trimmer = asyncio.get_running_loop().create_task(self._trim_all())
         self._trim_later()
 
     async def _trim_all(self) -> None:
+        """Delete all records whose time is over, a batch at a time: a process that is never idle would delete too few of them."""
         with suppress(StoreUnavailable, ConfigurationError):
-            while await self._limited(self._store.trim(_MOST_TRIMMED), CALL_S) == _MOST_TRIMMED and not self._writer:
-                pass
+            while await self._limited(self._store.trim(_MOST_TRIMMED), CALL_S) == _MOST_TRIMMED and self._well:
+                await self._clock.sleep(_TRIM_PAUSE_S)
 
 
 def _size(what: Change | Progress) -> int:

@@ -23,6 +23,7 @@ from ..status import Status, status_of
 from ..store import Abort, Change, Key, Record, Store
 from ..texts import said_by
 from ..waits import answer_of
+from .newest import Newest
 from .recorder import Recorder
 from .values import Values, WrongResult
 from .waiter import FIRST_S, LONGEST_S, Waiter
@@ -43,6 +44,7 @@ class Results:
         self.store = store
         self.recorder = Recorder(store, runtime)
         self.waiter = Waiter(store)
+        self.newest = Newest(store)
         self._clock = runtime.clock
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -96,6 +98,7 @@ class Results:
             await self.recorder.close()
         finally:
             self.waiter.close(_CLOSED)
+            self.newest.close(_CLOSED)
             await self.store.close()
 
 
@@ -129,15 +132,16 @@ class KeptJobs(Generic[_R]):
         await self._results.answer(self._results.recorder.caught_up(), deadline)
         if publish is not None:
             return Key(job_id, publish)
-        return await self._results.answer(self._results.store.newest(job_id), deadline)
+        return await self._results.answer(self._results.newest.of(job_id), deadline)
 
     async def _ended(self, job_id: str, publish: int | None) -> Record:
         wait_s = FIRST_S
         if publish is None:
             await self._results.recorder.caught_up()
         while publish is None:
+            self._results.check_open()
             try:
-                key = await self._results.store.newest(job_id)
+                key = await self._results.newest.of(job_id)
             except StoreUnavailable as error:
                 self._results.waiter.trouble = said_by(error)
                 key = None
@@ -150,6 +154,9 @@ class KeptJobs(Generic[_R]):
 
     def _result(self, record: Record) -> _R:
         job_id, what = record.job_id, f"job {self._name} {record.job_id}"
+        if record.job != self._name:
+            msg = f"{what}: the last job of this id is a {record.job}; give handle() its class, or each class ids of its own"
+            raise ResultUnavailable(msg, job_id=job_id)
         match record.state:
             case "failed":
                 why = "; ".join(text for text in (record.error, record.reason) if text) or "the store has no reason"
@@ -178,12 +185,18 @@ class KeptJobs(Generic[_R]):
         key = await self._key(job_id, publish, deadline)
         if key is None:
             return status_of(job_id, None)
-        [record] = await self._results.answer(self._results.store.read([key]), deadline)
-        return status_of(job_id, record)
+        return status_of(job_id, await self._read(key, deadline))
 
     async def abort(self, job_id: str, publish: int | None, timeout_s: float) -> Abort:
         """As `Handle.abort`."""
         check_seconds("abort(): timeout_s", timeout_s)
         deadline = time.monotonic() + timeout_s
         key = await self._key(job_id, publish, deadline)
-        return "unknown" if key is None else await self._results.answer(self._results.store.abort(key), deadline)
+        if key is None or (publish is None and await self._read(key, deadline) is None):
+            return "unknown"
+        return await self._results.answer(self._results.store.abort(key), deadline)
+
+    async def _read(self, key: Key, deadline: float) -> Record | None:
+        """Return the record of a publish; None for one of another class, which may have the same id."""
+        [record] = await self._results.answer(self._results.store.read([key]), deadline)
+        return None if record is None or record.job != self._name else record

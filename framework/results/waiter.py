@@ -92,7 +92,9 @@ class Waiter:
     def _ask_at(self, due: float, key: Key, wait: _Wait) -> None:
         wait.due = due
         heapq.heappush(self._due, (due, key))
-        if self._asker is None:
+        if (
+            self._asker is None or self._asker.done()
+        ):  # done: cancelled before its first step, as all tasks of a program
             self._asker = asyncio.get_running_loop().create_task(self._ask_all())
         else:
             self._wake()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from leveret.brokers.sqlite import open_store
@@ -123,6 +124,25 @@ def test_an_id_that_nobody_knows_says_so(project: Project, stored: Stored) -> No
         assert ran.code == 2, ran
         assert "knows no job 'unknown-id'" in ran.line
     assert "too short for the beginning of an id" in project.run("jobs", "show", stored.ids["done"][:5]).line
+
+
+def test_words_that_no_store_can_have_are_one_line(project: Project, stored: Stored) -> None:
+    """A slip of the finger is twenty lines of Python."""
+    odd = os.fsdecode(b"\xff")
+    for words in (["show", odd], ["abort", odd], ["list", "--queue", odd], ["drop", "--job", odd, "--yes"]):
+        ran = project.run("jobs", *words)
+        assert ran.code == 2, ran
+        assert "can't keep or find a value" in ran.line
+    assert "not in the range" in project.run("jobs", "list", "--limit", "9" * 20).line
+
+
+def test_a_body_is_shown_however_its_publisher_encoded_it(project: Project, stored: Stored) -> None:
+    """An operator sees base64, although the job is plain."""
+    stored.write(change("packed", "queued", body=msgspec.msgpack.encode({"order_id": 8})))
+
+    [record] = project.run("jobs", "show", "packed", "--json").json
+
+    assert (record["body"], record["body_base64"]) == ({"order_id": 8}, None)
 
 
 def test_the_beginning_of_an_id_is_enough_where_no_other_job_has_it(project: Project, stored: Stored) -> None:

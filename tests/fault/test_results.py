@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Generator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
-from leveret import App, Bury, JobFailed
+from leveret import App, Bury, Handle, JobFailed, StoreUnavailable
 from leveret.admin import Depth
 from leveret.consuming.worker import working
 from leveret.job import spec_of
@@ -101,6 +104,31 @@ def one_place(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Place
     made = Place(tmp_path, url, url)
     yield made
     made.stop()
+
+
+async def test_a_publisher_that_dies_leaves_its_job_unknown_until_it_starts(place: Place) -> None:
+    """A program that asks by the id would wait for a job that nobody knows, although a worker runs it."""
+    dies = (
+        "import asyncio, os, sys\n"
+        "from leveret import App\n"
+        "from tests.fault.apps.kept import work_of\n"
+        "async def main():\n"
+        "    async with App('kept', broker=sys.argv[1], store=sys.argv[2]).publisher() as publisher:\n"
+        "        await publisher.publish(work_of(sys.argv[3])(n=7), job_id='by-one-who-died', timeout_s=30)\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "asyncio.run(main())\n"
+    )
+    arguments = [sys.executable, "-c", dies, *place.urls, place.queue.name]
+    publishes = await asyncio.create_subprocess_exec(*arguments, cwd=_ROOT)
+    assert await publishes.wait() == -9
+
+    async with place.app.publisher() as publisher:
+        handle = publisher.handle("by-one-who-died", place.work)
+        waits = asyncio.create_task(handle.result(timeout_s=PATIENCE_S))
+        assert (await handle.status()).state == "unknown"
+        place.start()
+        assert await waits == 7
+        assert (await handle.status()).state == "done"
 
 
 async def test_a_job_whose_worker_dies_runs_until_another_one_ends_it(place: Place) -> None:
@@ -273,6 +301,119 @@ async def store(frozen: StoreHarness) -> AsyncGenerator[StoreHarness]:
     await frozen.start()
     yield frozen
     await frozen.close()
+
+
+class SqliteBackup:
+    """A store in a SQLite file, and its backup."""
+
+    def __init__(self, folder: Path) -> None:
+        self._live, self._copy = folder / "records.db", folder / "yesterday.db"
+        self.url = f"sqlite:///{self._live}"
+
+    async def start(self) -> None:
+        """Need nothing."""
+
+    async def back_up(self) -> None:
+        """Copy the records as they are."""
+        _copy(self._live, self._copy)
+
+    async def restore(self) -> None:
+        """Put the copy in their place, under the programs that use them."""
+        _copy(self._copy, self._live)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target, timeout=PATIENCE_S)) as new:
+        old.backup(new)
+
+
+class PostgresBackup:
+    """A store in a PostgreSQL, and a copy of its folder."""
+
+    def __init__(self, start: StartPostgres) -> None:
+        self._start = start
+
+    async def start(self) -> None:
+        """Start the server."""
+        self._node = await self._start()
+        self._live, self._copy = self._node.folder / "data", self._node.folder / "yesterday"
+        self.url = self._node.url
+        await migrate(self.url)
+
+    async def back_up(self) -> None:
+        """Copy the folder of the stopped server, and start it again."""
+        await self._node.stop()
+        # with its owner, who isn't root
+        copies = await asyncio.create_subprocess_exec("cp", "-a", self._live, self._copy)
+        assert await copies.wait() == 0
+        await self._node.start()
+
+    async def restore(self) -> None:
+        """Start the server with the copy."""
+        await self._node.kill9()
+        await asyncio.to_thread(shutil.rmtree, self._live)
+        self._copy.rename(self._live)
+        await self._node.start()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backup(request: pytest.FixtureRequest, tmp_path: Path) -> SqliteBackup | PostgresBackup:
+    """A store with a backup. No coroutine, since its fixtures may run a loop of their own."""
+    if request.param == "sqlite":
+        return SqliteBackup(tmp_path)
+    return PostgresBackup(request.getfixturevalue("postgres_node"))
+
+
+async def test_a_store_that_is_restored_from_yesterday_does_not_know_todays_jobs_and_goes_on(
+    backup: SqliteBackup | PostgresBackup, tmp_path: Path
+) -> None:
+    """The restored records would fail workers and waiters, or be those of other jobs."""
+    await backup.start()
+    app: App[None] = App("kept", broker=f"sqlite:///{tmp_path}/jobs.db", store=backup.url)
+    work, begun, goes_on = work_of("kept"), asyncio.Event(), asyncio.Event()
+
+    @app.handler(job=work)
+    async def handle(job: Any) -> int:
+        if job.n == 3:
+            begun.set()
+            await goes_on.wait()
+        n: int = job.n
+        return n
+
+    async with app.publisher() as publisher, app.worker():
+        yesterday = await publisher.publish(work(n=1), timeout_s=PATIENCE_S)
+        assert await yesterday.result(timeout_s=PATIENCE_S) == 1
+        await backup.back_up()
+        today = await publisher.publish(work(n=2), timeout_s=PATIENCE_S)
+        assert await today.result(timeout_s=PATIENCE_S) == 2
+        runs = await publisher.publish(work(n=3), timeout_s=PATIENCE_S)
+        await begun.wait()
+        assert await _state(runs) == "running"
+        waits = [
+            asyncio.create_task(each.result(timeout_s=PATIENCE_S))
+            for each in (runs, publisher.handle(runs.job_id, work))
+        ]
+
+        await backup.restore()
+        states = [await _state(each) for each in (yesterday, today, runs)]
+        with pytest.raises(TimeoutError, match="nothing is known of its end"):
+            await today.result(timeout_s=0.1)
+        assert await today.abort(timeout_s=PATIENCE_S) == "unknown"
+        goes_on.set()
+        results = await asyncio.gather(*waits)
+        later = await publisher.publish(work(n=4), timeout_s=PATIENCE_S)
+        assert await later.result(timeout_s=PATIENCE_S) == 4
+
+    assert states == ["done", "unknown", "unknown"]
+    assert results == [3, 3]
+
+
+async def _state(handle: Handle[Any]) -> str:
+    """Return the state of a job once its store answers."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with suppress(StoreUnavailable):
+                return (await handle.status()).state
 
 
 async def test_jobs_go_on_while_their_store_is_frozen_and_it_hears_of_all_of_them(store: StoreHarness) -> None:

@@ -155,7 +155,7 @@ async def test_a_program_that_publishes_sees_the_jobs_whose_ids_it_knows(databas
     )
     try:
         await store.write([change])
-        assert await store.newest("one") == change.key
+        assert await store.newest(["one"]) == [change.key]
         assert list(await store.ended([change.key])) == []
         assert await store.abort(change.key) == "aborted"
         assert [record and record.state for record in await store.read([change.key])] == ["aborted"]

@@ -173,11 +173,11 @@ BEGIN
     WHERE r.job_id = k.job_id AND r.publish = k.publish AND r.stage < 2 AND channel <> ALL (coalesce(r.waiters, '{}'));
 END $$;
 
--- The publish of this id of which the store heard last for the first time.
+-- The publish of this id of which the store heard last for the first time. `+ 0`: by the index of `seq` an unknown id would read it all.
 CREATE FUNCTION {schema}.newest_record(of_job text) RETURNS bigint
 LANGUAGE sql STABLE SECURITY DEFINER
 SET search_path = {schema}, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
-    SELECT r.publish FROM records r WHERE r.job_id = of_job ORDER BY r.seq DESC LIMIT 1
+    SELECT r.publish FROM records r WHERE r.job_id = of_job ORDER BY r.seq + 0 DESC LIMIT 1
 $$;
 
 CREATE FUNCTION {schema}.drop_records(job_ids text[], publishes bigint[]) RETURNS integer

@@ -95,6 +95,25 @@ async def test_a_job_that_is_aborted_while_it_waits_never_runs(harness: Harness,
     await assert_empty(harness, queue)
 
 
+async def test_a_purge_of_the_broker_leaves_the_records_as_they_were(harness: Harness, store: str) -> None:
+    """The store would say of a job that nobody has any more that it ended, or a worker would wait for it."""
+    queue, runs = harness.queue(), Runs(lambda job, _: job.n)
+    app, work = kept_app(harness, store, queue, runs)
+
+    async with app.publisher() as publisher:
+        purged = await publisher.publish(work(n=1), timeout_s=PATIENCE_S)
+        assert (await purged.status()).state == "queued"
+        assert await harness.admin().purge(queue) == 1
+        async with app.worker(queues=[queue.name]):
+            later = await publisher.publish(work(n=2), timeout_s=PATIENCE_S)
+            assert await later.result(timeout_s=PATIENCE_S) == 2
+            with pytest.raises(TimeoutError, match="nothing is known of its end"):
+                await purged.result(timeout_s=0.05)
+            status = await purged.status()
+
+    assert (status.state, runs.count) == ("queued", 1)
+
+
 async def test_a_job_that_is_aborted_while_it_runs_ends(harness: Harness, store: str) -> None:
     """It would run for hours, or come back as a retry or as a suspect."""
     ends = list[str]()

@@ -120,16 +120,16 @@ async def test_newest_is_the_publish_that_was_heard_of_last_whatever_its_clock_s
     """`publisher.handle` gives the publish of yesterday."""
     job_id = new_job_id()
     first, second = Publish(job_id), Publish(job_id)
-    assert await store.newest(job_id) is None
+    assert await store.newest([job_id]) == [None]
     await store.write([first.is_("queued", at_ms=9_000)])
     await store.write([second.is_("queued", at_ms=1_000)])
     await store.write([first.is_("running", at_ms=9_001)])
 
-    assert await store.newest(job_id) == second.key
+    assert await store.newest([job_id]) == [second.key]
 
-    assert await store.newest(job_id[:-1]) is None
+    assert await store.newest([job_id[:-1]]) == [None]
     await store.drop([second.key])
-    assert await store.newest(job_id) == first.key
+    assert await store.newest([job_id]) == [first.key]
 
 
 async def test_newest_of_a_batch_is_the_last_in_it(store: Store) -> None:
@@ -139,8 +139,18 @@ async def test_newest_of_a_batch_is_the_last_in_it(store: Store) -> None:
 
     await store.write([one.is_("queued") for one in publishes])
 
-    assert await store.newest(job_id) == publishes[-1].key
+    assert await store.newest([job_id]) == [publishes[-1].key]
     assert keys(await store.find(job_id)) == [one.key for one in reversed(publishes)]
+
+
+async def test_thousands_of_ids_are_looked_up_at_once(store: Store) -> None:
+    """Ten thousand handles that were made by id would be ten thousand queries, and nothing else would get through."""
+    publishes = [Publish() for _ in range(1000)]
+    await store.write([one.is_("queued") for one in publishes])
+
+    ids = [job_id for one in publishes for job_id in (one.key.job_id, f"no-{one.key.job_id}", one.key.job_id)]
+    assert await store.newest(ids) == [key for one in publishes for key in (one.key, None, one.key)]
+    assert list(await store.newest([])) == []
 
 
 async def test_a_list_has_the_last_created_first_and_no_more_than_asked(store: Store) -> None:
@@ -302,6 +312,21 @@ async def test_a_call_that_is_cancelled_leaves_the_store_usable(store: Store) ->
         await asyncio.wait([call])
 
         assert list(await store.begin([publish.is_("running")])) == ["go"]
+
+
+async def test_a_value_that_cannot_be_kept_costs_no_call_beside_it(store: Store) -> None:
+    """An id that a client made up would fail every wait of its process, or let the store look down for ever."""
+    good, bad = Publish(), Publish("\ud800")
+    huge = bad.is_("running", passes=1 << 70)
+    calls = [store.newest(["\ud800"]), store.read([bad.key]), store.write([huge]), store.begin([huge])]
+
+    beside = asyncio.gather(store.write([good.is_("queued")]), store.newest([good.key.job_id]))
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert await beside == [None, [good.key]]
+    failed = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert all(isinstance(answer, ValueError) for answer in failed), failed
+    assert await store.newest([good.key.job_id]) == [good.key]
 
 
 async def test_every_call_says_so_while_the_store_does_not_answer_and_works_afterwards(

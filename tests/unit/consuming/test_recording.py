@@ -209,6 +209,32 @@ async def test_a_cancellation_that_a_handler_leaves_behind_hits_no_result() -> N
     assert (await bench.record(key)).result == b'{"width":64}'
 
 
+async def test_a_cancellation_after_the_handler_leaves_no_job_unsettled() -> None:
+    """A timer that a handler left behind would hit the wait for the store: the job would be done, and held for ever."""
+    bench = Bench()
+    tasks: list[asyncio.Task[Any]] = []
+
+    @bench.handler
+    async def resize(_: Resize) -> Thumbnail:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        return Thumbnail(80)
+
+    async with bench.works() as work:
+        bench.store.goes_on.clear()
+        key = await bench.publish(Resize())
+        await until(lambda: bool(tasks))
+        for _ in range(2):
+            await turns()
+            tasks[0].cancel()
+        await turns()
+        bench.store.goes_on.set()
+        await ended(work, Kind.DONE)
+
+    assert (await bench.record(key)).state == "done"
+
+
 async def test_a_result_that_is_too_large_is_left_out() -> None:
     """One handler would fill the store; or its job, which is done, would fail."""
 

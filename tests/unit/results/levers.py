@@ -50,8 +50,8 @@ class Breakable:
         self.questions.append(keys)
         return await (await self._called("ended")).ended(keys)
 
-    async def newest(self, job_id: str, /) -> Key | None:
-        return await (await self._called("newest")).newest(job_id)
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
+        return await (await self._called("newest")).newest(job_ids)
 
     async def abort(self, key: Key, /) -> Abort:
         return await (await self._called("abort")).abort(key)

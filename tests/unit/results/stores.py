@@ -33,6 +33,8 @@ class Answering:
         self.writes: list[list[Change | Progress]] = []
         self.begins: list[list[Change]] = []
         self.trims = 0
+        self.old = 0
+        """Records whose time is over."""
         self.calls = 0
         self.goes_on = asyncio.Event()
 
@@ -60,23 +62,28 @@ class Answering:
     async def begin(self, changes: Sequence[Change], /) -> Sequence[Verdict]:
         """Answer with the verdicts of the test; "go" without one."""
         await self._called()
+        if any(each.job_id in self.refused for each in changes):
+            msg = "a store's fault"
+            raise ValueError(msg)
         self.begins.append(list(changes))
         return [self.verdicts.get(each.job_id, "go") for each in changes]
 
-    async def newest(self, _: str, /) -> Key | None:
+    async def newest(self, job_ids: Sequence[str], /) -> Sequence[Key | None]:
         """Know nothing."""
         await self._called()
-        return None
+        return [None] * len(job_ids)
 
     async def asked(self, keys: Sequence[Key], /) -> Sequence[Key]:
         """Return what the test asks to end."""
         await self._called()
         return [key for key in keys if key in self.asked_for]
 
-    async def trim(self, _: int, /) -> int:
-        """Count."""
+    async def trim(self, at_most: int, /) -> int:
+        """Delete, and count the calls."""
         self.trims += 1
-        return 0
+        deleted = min(at_most, self.old)
+        self.old -= deleted
+        return deleted
 
     def __getattr__(self, name: str) -> Any:
         msg = f"nothing here calls {name}"

@@ -40,7 +40,7 @@ from leveret.publishing.sender import Sender
 from leveret.results import results as module
 from leveret.results.results import Results
 from leveret.runtime import Runtime
-from leveret.store import Change, Key, Record, State, Store
+from leveret.store import Change, Record, State, Store
 from leveret.testing import attempt, running
 
 from .levers import Breakable, memory_jobs
@@ -324,6 +324,67 @@ async def test_an_id_that_the_store_does_not_know_yet_can_be_awaited() -> None:
         assert (await waiting).width == 3
 
 
+async def test_a_handle_by_id_is_of_no_other_class() -> None:
+    """An order's number is the id of several jobs: one would get the result of another, or abort it."""
+    shop = Shop()
+    async with shop.publisher() as publisher:
+        await published(shop, publisher, Sum(), job_id="order-7")
+        other = await published(shop, publisher, Measure(), job_id="order-7")
+        handle = publisher.handle("order-7", Sum)
+
+        answers = (await handle.abort(), (await handle.status()).state, (await shop.record(other)).state)
+        await shop.change(other, "done", result=b"7", content_type="application/json")
+        with pytest.raises(
+            ResultUnavailable, match=r"the last job of this id is a image.measure; give handle\(\) its class"
+        ):
+            await handle.result(timeout_s=5)
+
+    assert answers == ("unknown", "unknown", "queued")
+
+
+async def test_all_handles_by_id_share_a_question() -> None:
+    """Ten thousand of them would be ten thousand queries a second, and no state of a job would get through."""
+    shop = Shop()
+    async with shop.publisher() as publisher:
+        known = await published(shop, publisher, Measure())
+        handles = [publisher.handle(job_id, Measure) for job_id in (known.job_id, known.job_id, "no", "none")]
+        shop.store.begun.clear()
+
+        states = [status.state for status in await asyncio.gather(*(handle.status() for handle in handles))]
+        asked = shop.store.begun.count("newest")
+        gone = asyncio.create_task(handles[2].result(timeout_s=60))
+        waits = asyncio.create_task(handles[3].result(timeout_s=60))
+        while shop.store.begun.count("newest") < asked + 2:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+
+    assert (states, asked) == (["queued", "queued", "unknown", "unknown"], 1)
+    with pytest.raises(StoreUnavailable, match="has ended"):
+        await waits
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+async def test_who_asks_is_replaced_when_all_tasks_are_cancelled(by_id: bool) -> None:
+    """The end of a program cancels every task; a worker that still drains would hear of no result any more."""
+    shop = Shop()
+    async with shop.publisher() as publisher:
+        handle = await published(shop, publisher, Measure())
+        own = publisher.handle(handle.job_id, Measure) if by_id else handle
+        before = asyncio.all_tasks()
+        waits = asyncio.create_task(own.result(timeout_s=30))
+        while len(theirs := asyncio.all_tasks() - before - {waits}) < 2:
+            await asyncio.sleep(0)
+        for task in theirs:
+            task.cancel()
+        with suppress(asyncio.CancelledError, StoreUnavailable):
+            await waits
+        await shop.change(handle, "done", result=b"7", content_type="application/json")
+
+        size = await own.result(timeout_s=5)
+
+    assert size.width == 7
+
+
 async def test_a_store_that_is_down_holds_up_no_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker is there: an outage of the store would be one of the shop."""
     monkeypatch.setattr(module, "STATUS_S", 0.1)
@@ -497,6 +558,33 @@ class Elsewhere:
         return asyncio.run(use())
 
 
+def test_a_thread_cannot_wait_for_ever() -> None:
+    """A float can be longer than a thread can wait: the caller would get an OverflowError that names no argument."""
+    with App("shop", broker=f"memory://blocking-{getrandbits(32)}").blocking_publisher() as publisher:
+        handle = publisher.publish(Measure())
+        assert handle.abort(timeout_s=1e300) == "aborted"
+        with pytest.raises(JobAborted):
+            handle.result(timeout_s=1e300)
+        with pytest.raises(ValueError, match="timeout_s must be a number of seconds above 0 and finite"):
+            handle.result(timeout_s=float("inf"))
+        with pytest.raises(InvalidJob, match="timeout_s"):
+            publisher.publish(Send(), timeout_s=1e300)
+
+
+@pytest.mark.parametrize("job_id", ["", "a\0b", "\ud800", "x" * 201, b"id", 5, None])
+async def test_an_id_that_no_job_has_reaches_no_store(job_id: Any) -> None:
+    """Ids come from clients: one could fail the waits of all others, or hide the results of its whole batch."""
+    shop = Shop()
+    async with shop.publisher() as publisher:
+        with pytest.raises(InvalidJob, match="job_id must be a str of 1 to 200 bytes without a null character"):
+            publisher.handle(job_id, Measure)
+        if job_id is not None:
+            with pytest.raises(InvalidJob):
+                await publisher.publish(Measure(), job_id=job_id)
+
+    assert shop.store.begun == []
+
+
 def test_a_blocking_publisher_has_blocking_handles() -> None:
     """A Django view would have to start an event loop to ask for its report."""
     url = f"memory://blocking-{getrandbits(32)}"
@@ -504,7 +592,7 @@ def test_a_blocking_publisher_has_blocking_handles() -> None:
     with app.blocking_publisher() as publisher:
         handle = publisher.publish(Measure("a.png"))
         queued = handle.status()  # waits until the store has what was noted
-        key: Key = store.run(lambda jobs: jobs.newest(handle.job_id))
+        [key] = store.run(lambda jobs: jobs.newest([handle.job_id]))
         done = Change(
             job_id=key.job_id,
             publish=key.publish,

@@ -23,12 +23,21 @@ def change(job_id: str, state: State = "done", *, passes: int = 0, **fields: Any
     return Change(**{**told, "state": state, "keep_s": 60.0, "at_ms": 1, **fields})
 
 
+class BusyClock(ManualClock):
+    """A clock of a loop that may be busy."""
+
+    def take(self, seconds: float) -> None:
+        """Let one turn of the loop take so long: its timers fire late, each once."""
+        self._elapsed += seconds
+        self.advance(0)
+
+
 class Recording:
     """A recorder with its store and its clock."""
 
     def __init__(self) -> None:
         self.store = Answering()
-        self.clock = ManualClock()
+        self.clock = BusyClock()
         self.recorder = Recorder(cast("Store", self.store), Runtime(app="tests", clock=self.clock))
 
     async def passes(self, seconds: float) -> None:
@@ -80,6 +89,19 @@ async def test_an_end_waits_for_the_store(recording: Recording) -> None:
 
     assert await end
     assert recording.store.written == [("id-1", "done")]
+
+
+async def test_what_comes_as_a_write_ends_is_written(recording: Recording) -> None:
+    """A job would be held unacknowledged, with its result nowhere, until another one has something to write."""
+    async with asyncio.timeout(20):
+        for number in range(3):
+            assert await recording.recorder.end(change(f"id-{number}"))
+        recording.recorder.note(change("id-3"))
+        await recording.recorder.caught_up()
+        recording.recorder.note(change("id-4"))
+        await recording.recorder.close()
+
+    assert [job for job, _ in recording.store.written] == [f"id-{number}" for number in range(5)]
 
 
 async def test_no_job_waits_longer_than_two_seconds_for_a_store_that_hangs(recording: Recording) -> None:
@@ -224,6 +246,52 @@ async def test_a_change_that_the_store_refuses_costs_no_other(
     ]
 
 
+async def test_a_start_that_the_store_refuses_costs_no_other_verdict(
+    recording: Recording, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bad id would let aborted jobs run, and the store look down."""
+    recording.store.refused.add("id-1")
+    recording.store.verdicts["id-2"] = "aborted"
+    starts = [asyncio.ensure_future(recording.recorder.begin(change(f"id-{n}", "running"))) for n in range(3)]
+
+    assert await asyncio.gather(*starts) == ["go", "go", "aborted"]
+    assert (recording.recorder.well, recording.recorder.kept, recording.recorder.dropped) == (True, 0, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the job store tests://store refused the start of job id-1, which runs without it: ValueError: a store's fault"
+    ]
+
+
+async def test_a_refused_change_beside_a_frozen_store_holds_up_no_job(recording: Recording) -> None:
+    """Each of its batch would wait until its own turn had failed: minutes."""
+
+    async def refuses_and_freezes() -> None:
+        if recording.store.calls > 1:
+            await recording.store.goes_on.wait()
+
+    recording.store.answer = refuses_and_freezes
+    recording.store.refused.add("id-0")
+    ends = [asyncio.ensure_future(recording.recorder.end(change(f"id-{n}"))) for n in range(3)]
+    await recording.passes(2)
+
+    assert [end.done() and end.result() for end in ends] == [False, False, False]
+    assert all(end.done() for end in ends)
+
+
+async def test_a_busy_loop_is_not_taken_for_a_slow_store(recording: Recording) -> None:
+    """10 000 publishes at once would cost thousands of them their states, and say in the log that the store is slow."""
+    recording.store.answer = recording.store.hangs
+    end = asyncio.ensure_future(recording.recorder.end(change("id-1")))
+    begin = asyncio.ensure_future(recording.recorder.begin(change("id-2", "running")))
+    await turns()
+    for _ in range(6):
+        recording.clock.take(1.0)
+        await turns()
+    recording.store.goes_on.set()
+
+    assert (await end, await begin) == (True, "go")
+    assert (recording.recorder.well, recording.recorder.unasked) == (True, 0)
+
+
 async def test_progress_is_dropped_while_the_store_is_down(recording: Recording) -> None:
     """Progress that nobody can see would take the memory of results."""
     recording.store.answer = down
@@ -252,6 +320,20 @@ async def test_the_log_says_once_a_minute_that_the_store_is_down(
     recording.store.answer = at_once
     await recording.passes(2)
     assert "answers again after 6" in caplog.records[-1].getMessage()
+
+
+async def test_a_store_that_is_slow_now_and_then_fills_no_log(
+    recording: Recording, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two lines a second say less than one."""
+    caplog.set_level(logging.INFO)
+    for number in range(10):
+        recording.store.answer = down
+        await recording.recorder.end(change(f"id-{number}"))
+        recording.store.answer = at_once
+        await recording.passes(2)
+
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 async def test_a_close_writes_what_is_left(recording: Recording) -> None:
@@ -334,6 +416,17 @@ async def test_old_records_are_deleted_while_nothing_is_written(recording: Recor
     await recording.passes(91)
 
     assert recording.store.trims == 2
+
+
+async def test_a_process_that_is_never_idle_deletes_all_old_records(recording: Recording) -> None:
+    """Each worker would delete fewer records than it makes, until the disk is full."""
+    recording.store.old = 1700
+    recording.store.answer = lambda: recording.clock.sleep(0.5)
+    for n in range(190):
+        recording.recorder.note(change(f"id-{n}"))
+        await recording.passes(0.5)
+
+    assert (recording.store.old, recording.store.trims) == (0, 4)
 
 
 async def test_a_store_that_refuses_the_login_is_found_at_the_start(recording: Recording) -> None:
