@@ -12,7 +12,7 @@ from leveret.errors import ConfigurationError
 _CHECKSUMS = {
     "0001_jobs": "25d9314908e4b1414fedafe8f006c8d75f441365f91856d50f486494e08e8098",
     "0002_outbox": "9528ddcec4ed3bda2fbc5fdafe89c3532ec6948d05c175712876d054a49050ad",
-    "0003_records": "c13a542711187cf473e99f1bd5eb4285ed182b982db31ad4c1da6101ea8ec735",
+    "0003_records": "375346371f8f2a111c20f32dc5ec4d65c5c61d69aa8399efffe19cfcb90ac717",
 }
 
 
