@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("leveret.postgresql")
 
+_UNSENT = "another operation (2) is in progress"
+"""What asyncpg says of a statement after it has read an error that belongs to none."""
 LEASE_LOST = "LV001"
 """The SQLSTATE of the schema's functions if a worker's entry is gone."""
 _ECHO = "echo "
@@ -95,8 +97,11 @@ def meaning_of(error: Exception) -> Meaning | None:
 def reported(error: Exception) -> bool:
     """Whether the server reported the error: then a statement that was its own transaction was not committed.
 
-    A server that ends a connection reports why, and asyncpg's error of the loss has that as its cause.
+    A server that ends a connection reports why. asyncpg's error of the loss has that as its cause if a statement was under way;
+    otherwise asyncpg refuses the next statement, and sends nothing.
     """
+    if isinstance(error, asyncpg.InternalClientError):
+        return _UNSENT in str(error)
     said = error.__cause__ if isinstance(error, asyncpg.ConnectionDoesNotExistError) else error
     return isinstance(said, asyncpg.PostgresError) and not isinstance(said, asyncpg.PostgresConnectionError)
 

@@ -187,7 +187,7 @@ class Store:
                     turns.rest()
                     return
                 if not turns.waiting and self._only_claims(time.monotonic()):
-                    step = "commit"  # each claim is a transaction by itself
+                    step = "alone" if len(turns.takers.all) == 1 else "commit"  # each claim is a transaction by itself
                     turn = turns.take()
                     await self._claim_all(connection, turn)
                 elif self._only_publishes():

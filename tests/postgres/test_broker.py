@@ -17,6 +17,7 @@ import pytest_asyncio
 from leveret.broker import Broker
 from leveret.brokers.postgresql import admin as admin_module
 from leveret.brokers.postgresql import open_admin, open_broker, store
+from leveret.brokers.postgresql.statements import Statements
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
@@ -276,6 +277,34 @@ async def test_a_killed_backend_costs_no_delivery(opened: Opened, postgres: Post
     await broker.close()
     row = await depth(open_admin(postgres_url, RUNTIME), QUEUE)
     assert (row.ready, row.unsettled) == (0, 0)
+
+
+async def test_a_claim_that_the_server_ended_costs_no_lease(
+    opened: Opened, postgres: Postgres, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An administrator, or a restart, ends a worker's connection while it looks for jobs: all jobs that it runs would run twice."""
+    monkeypatch.setattr(store, "LOOK_S", 600.0)  # the next turn claims, and does nothing else
+    monkeypatch.setattr(store, "POLL_S", 600.0)
+    broker = opened()
+    await publish(broker, b"1")
+    _, sink = await consume(broker, QUEUE)
+    held = await sink.next()
+    waits = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    holder = await asyncpg.connect(postgres_url)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await holder.execute("BEGIN; LOCK TABLE leveret.claims")
+            await postgres.query(f"SELECT pg_notify('{Statements('leveret').channel}', 'new')", url=postgres_url)
+            while not (waiting := await postgres.query(waits, url=postgres_url)):
+                await asyncio.sleep(0.01)
+        await postgres.terminate(waiting[0]["pid"])
+        await holder.execute("ROLLBACK")
+
+        await publish(broker, b"2")
+        assert (await sink.next()).envelope.body == b"2"
+    finally:
+        holder.terminate()
+    assert (held.live, sink.losses) == (True, 0)
 
 
 async def test_a_lost_connection_of_a_publisher_is_told_and_opened_again(opened: Opened, postgres_url: str) -> None:

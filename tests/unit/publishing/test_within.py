@@ -131,7 +131,7 @@ async def test_the_store_hears_of_a_job_in_a_transaction_when_it_starts() -> Non
         handle = await publisher.publish(Report(), connection=session)
         before = await handle.status()
         [envelope] = session.session.added
-        await results.write([change(Key(handle.job_id, envelope.publish), "running")])
+        await results.write([change(Key(handle.job_id, envelope.publish), "running", job="report.make")])
         after = await handle.status()
 
     assert (handle.state, before.state, after.state) == ("uncommitted", "unknown", "running")

@@ -60,12 +60,15 @@ def test_only_what_the_server_reports_tells_that_nothing_was_committed() -> None
     ended = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation: terminating")
     ended.__cause__ = of_server("57P01")
 
-    assert [reported(error) for error in (of_server("55P03"), ended)] == [True, True]
+    unsent = asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress")
+
+    assert [reported(error) for error in (of_server("55P03"), ended, unsent)] == [True, True, True]
     unknown = (
         lost,
         of_server("08P01"),
         TimeoutError(),
         ConnectionResetError("reset"),
         asyncpg.InterfaceError("closed"),
+        asyncpg.InternalClientError("cannot switch to state 12; another operation (1) is in progress"),
     )
     assert not any(reported(error) for error in unknown)
