@@ -12,7 +12,7 @@ import httpx
 import msgspec
 from fastapi import FastAPI, HTTPException, Request
 
-from leveret import App, Attempt, Job, JobAborted, JobFailed, Keep, Publisher, Queue, StoreUnavailable
+from leveret import App, Attempt, Job, Keep, Publisher, Queue, ResultError, StoreUnavailable
 from leveret.testing import running
 
 
@@ -74,7 +74,7 @@ async def result(job_id: str, request: Request) -> dict[str, int]:
         report = await publisher_of(request).handle(job_id, MakeReport).result(timeout_s=20)
     except TimeoutError as error:
         raise HTTPException(504, "not finished yet: ask again") from error
-    except (JobAborted, JobFailed) as error:
+    except ResultError as error:  # it failed, was aborted or expired, or its result is gone
         raise HTTPException(410, str(error)) from error
     return {"year": report.year, "orders": report.orders}
 

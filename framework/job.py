@@ -166,9 +166,9 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     result_s: float = DAY_S
-    """Seconds for which the record of a job that is done, aborted or expired stays, with its result."""
+    """Seconds for which the record of a job that is done, expired or was aborted while it ran stays, with its result."""
     failed_s: float = 7 * DAY_S
-    """Seconds for which the record of a job that failed stays, and of one of which nothing more was heard.
+    """Seconds for which the record of a job stays that failed or was aborted while it waited, or of which nothing more was heard.
 
     Give more than the job may wait or run: without its record, a job that waits isn't aborted any more, and one that runs is unknown.
     """

@@ -30,6 +30,11 @@ def named(error: BaseException) -> str:
     return (f"{name}: {text}" if text else name)[:500]
 
 
+def why_failed(error: str, reason: str) -> str:
+    """Return the last error of a job and the reason for its burial as one text. A reason that quotes the error stands for both."""
+    return "; ".join(text for text in (error if error not in reason else "", reason) if text)
+
+
 _HANG = re.compile(r" *(?:\S.{0,14}? {2,}(?=\S))?")
 """The indent of a line, with the label after it if two spaces follow the label."""
 

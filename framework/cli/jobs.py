@@ -16,6 +16,7 @@ from ..errors import ConfigurationError
 from ..process.logs import one_line
 from ..settings import redact, redact_url
 from ..store import STAGES, Abort, Record, State, Store
+from ..texts import why_failed
 from .letter import body_lines, decoded
 from .output import ask, at_least_1, counted, json_option, moment, print_json, print_table, print_text
 from .short_ids import is_too_short, may_be_short, short_forms, whole_id
@@ -161,7 +162,8 @@ def list_jobs(target: StoreTarget, which: Which, limit: int, as_json: bool) -> N
       job      the job's name
       queue    its queue
       state    its state; while it runs, how far it is
-      runs     the number of its last attempt
+      runs     the number of its last attempt, or of the
+               first one that is to come
       since    when the state began, UTC
       text     the last error, the reason or the note;
                shortened on a terminal
@@ -206,7 +208,7 @@ def _state(one: JobLine) -> str:
 
 
 def _text(one: JobLine) -> str:
-    return " ".join(part for part in (one.error, one.reason if one.reason not in one.error else "") if part) or one.note
+    return why_failed(one.error, one.reason) or one.note
 
 
 @jobs.command(short_help="Show all that is known of one job.")
@@ -231,7 +233,7 @@ def show(target: StoreTarget, job_id: str, as_json: bool) -> None:
     if as_json:
         print_json(records)
     else:
-        print_text("\n\n".join(map(_shown, records)))
+        print_text("\n\n".join(_shown(record, target.app) for record in records))
 
 
 async def _found(store: Store, target: StoreTarget, text: str) -> Sequence[Record]:
@@ -250,22 +252,22 @@ async def _found(store: Store, target: StoreTarget, text: str) -> Sequence[Recor
     return found
 
 
-def _shown(one: JobRecord) -> str:
+def _shown(one: JobRecord, app: str | None) -> str:
+    letter = " ".join(word for word in ("leveret dead show", app, one.queue, one.id) if word)
     facts: list[tuple[str, object]] = [
         ("id", one.id),
-        ("publish", one.publish),
         ("job", one.job),
         ("queue", one.queue),
         ("state", f"{_state(one)} since {moment(one.since_ms)}"),
         ("published", moment(one.created_at_ms)),
         ("started", moment(one.started_at_ms)),
         ("runs", f"{one.attempt}, republished {counted(one.passes, 'time')}"),
-        ("progress", one.progress),
+        ("progress", one.progress is not None and f"{one.progress:.0%}"),
         ("note", one.note),
         ("error", one.error),
         ("reason", one.reason),
         ("kept until", moment(one.keep_until_ms)),
-        ("letter", one.state == "failed" and f"leveret dead show {one.queue} {one.id}"),
+        ("letter", one.state == "failed" and letter),
     ]
     text = [f"{name:<12} {one_line(str(value))}" for name, value in facts if value]
     for name, value, as_base64 in (("result", one.result, one.result_base64), ("body", one.body, one.body_base64)):
@@ -285,7 +287,7 @@ class Aborted(msgspec.Struct, frozen=True):
 
 
 _SAID: dict[Abort, str] = {
-    "aborted": "is aborted: it doesn't start",
+    "aborted": "is aborted",
     "asked": "runs: its worker is asked to end it",
     "finished": "has ended before",
     "unknown": "is no longer known: its record was dropped",

@@ -97,6 +97,8 @@ class StoreTarget(msgspec.Struct, frozen=True):
 
     url: str
     runtime: Runtime
+    app: str | None
+    """MODULE:APP, if an app gave the URL."""
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[Store, None]:
@@ -197,6 +199,9 @@ def store_options(command: Callable[..., _T]) -> Callable[..., _T]:
     return with_store
 
 
+_NO_STORE_GIVEN = "no job store given; give an app, such as shop:app, as argument, with --app or in LEVERET_APP; or --store URL, or LEVERET_STORE"
+
+
 def _find_store(app_path: str | None, url: str | None) -> StoreTarget:
     if app_path is not None and url is not None:
         msg = "an app and --store can't be combined: an app has its store"
@@ -209,11 +214,10 @@ def _find_store(app_path: str | None, url: str | None) -> StoreTarget:
         url = url or known.store or (known.broker if can_store(known.broker) else None)
         runtime = Runtime(app="leveret")
     if not url:
-        msg = f"{NO_STORE}; or give an app, such as shop:app, as argument, with --app or in LEVERET_APP, or --store URL"
-        raise ConfigurationError(msg)
+        raise ConfigurationError(NO_STORE if app_path else _NO_STORE_GIVEN)
     open_store(url, runtime)  # a wrong URL is that of a store, and not of a broker
     run(_check_shared(url, runtime))
-    return StoreTarget(url, runtime)
+    return StoreTarget(url, runtime, app_path)
 
 
 def find_target(app_path: str | None, url: str | None, *, modules: bool = True) -> Target:

@@ -21,7 +21,7 @@ from ..runtime import Runtime
 from ..settings import check_seconds
 from ..status import Status, status_of
 from ..store import Abort, Change, Key, Record, Store
-from ..texts import said_by
+from ..texts import said_by, why_failed
 from ..waits import answer_of
 from .newest import Newest
 from .recorder import Recorder
@@ -159,7 +159,7 @@ class KeptJobs(Generic[_R]):
             raise ResultUnavailable(msg, job_id=job_id)
         match record.state:
             case "failed":
-                why = "; ".join(text for text in (record.error, record.reason) if text) or "the store has no reason"
+                why = why_failed(record.error, record.reason) or "the store has no reason"
                 msg = f"{what} failed at attempt {record.attempt}: {why}"
                 raise JobFailed(msg, job_id=job_id, error=record.error, reason=record.reason, attempt=record.attempt)
             case "aborted":

@@ -114,7 +114,7 @@ def test_show_tells_one_job_with_its_result_and_every_publish(project: Project, 
     assert (first["state"], first["publish"], first["result"]) == ("done", 1, {"width": 3})
     assert "running 40%" in text
     assert re.search(r'"order_id": 7', text)
-    assert f"leveret dead show emails {ids['failed']}" in project.run("jobs", "show", ids["failed"]).out
+    assert f"leveret dead show shop:app emails {ids['failed']}" in project.run("jobs", "show", ids["failed"]).out
 
 
 def test_an_id_that_nobody_knows_says_so(project: Project, stored: Stored) -> None:
@@ -171,8 +171,8 @@ def test_abort_ends_what_waits_asks_what_runs_and_leaves_what_has_ended(project:
 
     assert ran.code == 0, ran
     assert ran.out.splitlines() == [
-        f"job {ids['queued']} is aborted: it doesn't start",
-        f"job {ids['queued']} is aborted: it doesn't start",
+        f"job {ids['queued']} is aborted",
+        f"job {ids['queued']} is aborted",
         f"job {ids['running']} runs: its worker is asked to end it",
     ]
     assert {record.state for record in stored.find(ids["queued"])} == {"aborted"}
@@ -207,6 +207,7 @@ def test_the_store_is_the_apps_or_an_urls_and_one_that_is_not_there_says_so(proj
     nothing = project.run("jobs", "list", "--store", "sqlite:///mistyped.db")
 
     assert (unset.code, both.code, memory.code, rabbit.code) == (2, 2, 2, 2)
+    assert unset.line.startswith("leveret: no job store given; give an app")
     assert "--store URL" in unset.line
     assert "can't be combined" in both.line
     assert "exists only inside the process" in memory.line

@@ -6,7 +6,7 @@ import pytest
 
 import leveret
 from leveret import middleware
-from leveret.texts import folded, is_ours, named, one_line
+from leveret.texts import folded, is_ours, named, one_line, why_failed
 
 _PACKAGE = Path(leveret.__file__).parent
 
@@ -63,3 +63,19 @@ def test_the_name_of_an_error_is_on_one_line() -> None:
     error = type("A\nB", (Exception,), {})("why")
 
     assert named(error) == "A B: why"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "why"),
+    [
+        ("OSError: full", "OSError: full (attempt 3 of 3)", "OSError: full (attempt 3 of 3)"),
+        ("OSError: full", "OSError: full", "OSError: full"),
+        ("OSError: full", "out of attempts", "OSError: full; out of attempts"),
+        ("OSError: full", "", "OSError: full"),
+        ("", "buried by its handler", "buried by its handler"),
+        ("", "", ""),
+    ],
+)
+def test_a_reason_that_quotes_the_error_is_said_once(error: str, reason: str, why: str) -> None:
+    """`JobFailed` and `leveret jobs list` say the same error twice."""
+    assert why_failed(error, reason) == why
