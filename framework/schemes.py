@@ -41,11 +41,17 @@ _SCHEMES = {
     "amqp": "leveret.brokers.rabbitmq",
     "amqps": "leveret.brokers.rabbitmq",
     "postgresql": "leveret.brokers.postgresql",
+    "redis": "leveret.brokers.redis",
+    "rediss": "leveret.brokers.redis",
+    "redis+cluster": "leveret.brokers.redis",
+    "rediss+cluster": "leveret.brokers.redis",
+    "redis+sentinel": "leveret.brokers.redis",
+    "rediss+sentinel": "leveret.brokers.redis",
     "sqlite": "leveret.brokers.sqlite",
     "memory": "leveret.brokers.memory",
 }
 
-_EXTRAS = {"asyncpg": "postgresql", "redis": "redis"}
+_EXTRAS = {"asyncpg": "postgresql", "hiredis": "redis"}
 """By library: the extra of leveret that brings it."""
 ENTRY_POINTS = "leveret.brokers"
 
@@ -66,7 +72,7 @@ def broker_module(url: str | None) -> BrokerModule:
         for point in entry_points(group=ENTRY_POINTS, name=scheme):
             name = point.module
     if name is None:
-        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES if "+" not in scheme)
         none = f": neither leveret nor an installed package has a broker for {scheme}://" if "://" in url else ""
         msg = f"the broker's URL {redact_url(url)!r} has no known scheme{none}; a URL begins with one of {known}"
         raise ConfigurationError(msg)

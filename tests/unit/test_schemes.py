@@ -27,7 +27,7 @@ def test_a_scheme_that_nobody_serves_is_named_with_those_that_are() -> None:
 
     assert str(refused.value) == (
         "the broker's URL 'kafka://shop:***@db/shop' has no known scheme: neither leveret nor an installed package "
-        "has a broker for kafka://; a URL begins with one of amqp://, amqps://, postgresql://, sqlite://, memory://"
+        "has a broker for kafka://; a URL begins with one of amqp://, amqps://, postgresql://, redis://, rediss://, sqlite://, memory://"
     )
 
 
