@@ -146,6 +146,10 @@ class Server:
         """Start a server that follows this one, and return it once it has what this one has."""
         self._no_lever()
 
+    async def detach(self) -> None:
+        """Let a replica keep what it has, and follow no more."""
+        self._no_lever()
+
     async def promote(self) -> None:
         """Make a replica a server that takes writes."""
         self._no_lever()
@@ -195,6 +199,7 @@ class Node(Server):
         self._installation = installation
         self._conf = conf or {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._primary: Node | None = None
         self._beside: list[Node] = []
         self.folder = private_folder("leveret-redis-")
         if authority is not None:
@@ -270,6 +275,7 @@ class Node(Server):
         """Start a server that follows this one, and return it once it has what this one has."""
         follows = {**self._conf, "replicaof": f"127.0.0.1 {self.port}"}
         replica = Node(self._installation, conf=follows, password=self.password)
+        replica._primary = self
         self._beside.append(replica)
         await replica.start()
         await soon(replica.follows, "a replica")
@@ -278,6 +284,17 @@ class Node(Server):
     async def follows(self) -> bool:
         """Return whether a replica has all that its primary had when it began to follow."""
         return (await self.info("replication")).get("master_link_status") == "up"
+
+    async def detach(self) -> None:
+        """Let a replica keep what it has, and follow no more."""
+        await self.command("REPLICAOF", "127.0.0.1", 1)  # where nobody listens
+        primary = self._primary
+        assert primary is not None
+
+        async def alone() -> bool:
+            return (await primary.info("replication"))["connected_slaves"] == 0
+
+        await soon(alone, "alone")
 
     async def promote(self) -> None:
         """Make a replica a server that takes writes."""
@@ -343,7 +360,7 @@ class Sentinel(Node):
     """What sentinels call the primary."""
 
     def __init__(self, installation: Installation, primary: Node, password: str) -> None:
-        self._primary = primary
+        self._watched = primary
         super().__init__(installation, password=password)
 
     async def primary_port(self) -> int:
@@ -366,8 +383,8 @@ class Sentinel(Node):
             f"dir {self._installation.inside(self.folder)}",
             f"requirepass {self.password}",
             f"sentinel sentinel-pass {self.password}",
-            f"sentinel monitor {self.NAME} 127.0.0.1 {self._primary.port} 2",
-            f"sentinel auth-pass {self.NAME} {self._primary.password}",
+            f"sentinel monitor {self.NAME} 127.0.0.1 {self._watched.port} 2",
+            f"sentinel auth-pass {self.NAME} {self._watched.password}",
             f"sentinel down-after-milliseconds {self.NAME} 1000",
             f"sentinel failover-timeout {self.NAME} 6000",
         ]

@@ -147,17 +147,19 @@ async def test_a_full_server_refuses_writes_until_it_may_have_more(redis_node: S
 
 @pytest.mark.fault
 async def test_a_replica_refuses_writes_until_it_is_promoted(redis_node: StartRedis) -> None:
-    """A fail-over is tested on it: one that took writes before would be two servers."""
+    """A fail-over is tested on it: one that took writes before would be two servers, and one that lags must lag."""
     primary = await redis_node()
     await primary.command("SET", "one", "1")
     replica = await primary.replica()
     with pytest.raises(ReadOnlyError):
         await replica.command("SET", "one", "2")
+    await replica.detach()
+    await primary.command("SET", "other", "1")
 
     await primary.kill9()
     await replica.promote()
 
-    assert await replica.command("GET", "one") == "1"
+    assert await replica.command("MGET", "one", "other") == ["1", None]
     await replica.command("SET", "one", "2")
 
 
