@@ -1,1 +1,25 @@
 """`redis://…`: a broker on a Redis or Valkey that is already there; it says itself how durable it is."""
+
+from __future__ import annotations
+
+from leveret.admin import Admin
+from leveret.broker import Broker
+from leveret.runtime import Runtime
+
+from .address import address_of
+
+__all__ = ["open_admin", "open_broker"]
+
+
+def open_broker(url: str, runtime: Runtime) -> Broker:
+    """Return a broker on the Redis of `url`, without connecting; ConfigurationError for a wrong URL."""
+    from .broker import RedisBroker
+
+    return RedisBroker(address_of(url), runtime)
+
+
+def open_admin(url: str, runtime: Runtime) -> Admin:
+    """Return an admin on the Redis of `url`, without connecting."""
+    from .admin import RedisAdmin
+
+    return RedisAdmin(address_of(url), runtime)
