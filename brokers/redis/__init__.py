@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from leveret.admin import Admin
 from leveret.broker import Broker
 from leveret.runtime import Runtime
 
 from .address import address_of
 
-__all__ = ["open_admin", "open_broker"]
+if TYPE_CHECKING:
+    from leveret.store import Store
+
+__all__ = ["open_admin", "open_broker", "open_store"]
 
 
 def open_broker(url: str, runtime: Runtime) -> Broker:
@@ -23,3 +28,10 @@ def open_admin(url: str, runtime: Runtime) -> Admin:
     from .admin import RedisAdmin
 
     return RedisAdmin(address_of(url), runtime)
+
+
+def open_store(url: str, runtime: Runtime) -> Store:
+    """Return a job store on the server of `url`, without connecting; ConfigurationError for a wrong URL."""
+    from .jobs import RedisJobs
+
+    return RedisJobs(address_of(url), runtime)

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, TypeAlias, cast, final
 
 import hiredis
 
@@ -135,8 +135,7 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As `asyncio.Protocol`."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's doesn't inherit from it
 
     def data_received(self, data: bytes) -> None:
         """As `asyncio.Protocol`."""
