@@ -132,6 +132,7 @@ NO_STORE = (
 NO_BROKER = (
     "no broker is set; set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
     "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), "
-    "postgresql://host/database (the database that is already there; needs leveret[postgresql]), sqlite:///jobs.db (a local file, nothing to install), "
+    "postgresql://host/database (the database that is already there; needs leveret[postgresql]), "
+    "redis://host (Redis or Valkey; needs leveret[redis]), sqlite:///jobs.db (a local file, nothing to install), "
     "memory:// (inside one process, for tests)"
 )

@@ -212,7 +212,7 @@ class RedisAdmin:
         notes: list[str] = []
         if told.get("aof_enabled") == "0":
             notes.append("the server writes no append-only file: a restart of it loses jobs")
-        elif not self._link.durable:
+        elif not self._link.synced:
             notes.append(
                 "confirmed jobs of up to a second are lost with the server's machine (appendfsync isn't always)"
             )

@@ -125,9 +125,9 @@ class Link:
         self._said: set[str] = set()
 
     @property
-    def durable(self) -> bool:
-        """Whether a confirmed job is on a disk, by what the URL asks for and what the server said."""
-        return self.address.confirm == "fsync" or (self.server is not None and self.server.syncs)
+    def synced(self) -> bool:
+        """Whether the server that was connected to last syncs its disk before it answers."""
+        return self.server is not None and self.server.syncs
 
     async def wire(self, key: str, *, alone: bool = False) -> Wire:
         """Return the connection to the server of `key`; with `alone` one that no other key uses, since its commands wait.
