@@ -58,8 +58,9 @@ local function put_back(level, entries)
   in_pieces(numbers, function(...) call('LPUSH', key, ...) end)
 end
 
-local function release(held, died)
-  local all, by_level = call('HGETALL', held), {}
+-- Free what a worker holds, but for what is `kept`, by number.
+local function release(held, died, kept)
+  local all, by_level, freed = call('HGETALL', held), {}, {}
   for i = 2, #all, 2 do
     local entry = all[i]
     local deliveries, crashes, level = byte(entry, 11, 13)
@@ -67,12 +68,15 @@ local function release(held, died)
     if begun then level = level - BEGUN end
     if died and (begun or crashes == 0) and crashes < MOST then crashes = crashes + 1 end
     if deliveries < MOST then deliveries = deliveries + 1 end
-    by_level[level] = by_level[level] or {}
-    table.insert(by_level[level], sub(entry, 1, 10) .. char(deliveries, crashes, level) .. sub(entry, 14))
+    if not kept[all[i - 1]] then
+      freed[#freed + 1] = all[i - 1]
+      by_level[level] = by_level[level] or {}
+      table.insert(by_level[level], sub(entry, 1, 10) .. char(deliveries, crashes, level) .. sub(entry, 14))
+    end
   end
-  call('DEL', held)
+  in_pieces(freed, function(...) call('HDEL', held, ...) end)
   for level, entries in pairs(by_level) do put_back(level, entries) end
-  return #all > 0
+  return #freed > 0
 end
 
 local function release_letters(read)
@@ -217,7 +221,7 @@ end
 for i = 1, #takers do
   local taker, held = takers[i], KEYS[LEVELS + 4 + i]
   if taker[6] then
-    if taker[7] then release_letters(held) else freed = release(held, false) or freed end
+    if taker[7] then release_letters(held) else freed = release(held, false, {}) or freed end
     call('HDEL', WORKERS, taker[1])
   end
 end
@@ -246,9 +250,18 @@ _REGISTER: Final = "call('HSET', WORKERS, ARGV[1], 0)"
 # KEYS[11], KEYS[12]: what the worker holds, and what it reads. ARGV: its id, and whether it died.
 _RELEASE: Final = r"""
 if call('HDEL', WORKERS, ARGV[1]) == 0 then return 0 end
-local freed = release(KEYS[11], ARGV[2] == '1')
+local freed = release(KEYS[11], ARGV[2] == '1', {})
 release_letters(KEYS[12])
 if freed then tell() end
+return 1
+"""
+
+# KEYS[11]: what the worker holds. ARGV: its id, and the numbers of the jobs that it knows of, 8 bytes each.
+_KEEP: Final = r"""
+if call('HEXISTS', WORKERS, ARGV[1]) == 0 then return 0 end
+local kept = {}
+for i = 1, #ARGV[2], 8 do kept[sub(ARGV[2], i, i + 7)] = true end
+if release(KEYS[11], false, kept) then tell() end
 return 1
 """
 
@@ -336,6 +349,7 @@ TURN: Final = _script(_TURN)
 ADDING_TURN: Final = _script(_TURN, always=False)
 REGISTER: Final = _script(_REGISTER)
 RELEASE: Final = _script(_RELEASE)
+KEEP: Final = _script(_KEEP)
 READ: Final = _script(_READ)
 TAKE: Final = _script(_TAKE)
 PURGE: Final = _script(_PURGE)

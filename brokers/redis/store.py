@@ -26,7 +26,7 @@ from ..rows import Row
 from ..turns import WINDOW, Taker, Turn, Turns, Window, Write
 from ..turns.writes import Again, Begin, Bury, Publish
 from . import scripts
-from .entries import row_of, tail_of, unreadable
+from .entries import row_of, seq_bytes, tail_of, unreadable
 from .keys import LEVEL_NUMBERS, Keys
 from .link import Link, meaning_of
 from .wire import Lost, Refused, Script, Wire, packed_words
@@ -105,6 +105,10 @@ class Store:
         """Leases of ours that ended in doubt, and are to be released."""
         self._died: list[int] = []
         """Leases of dead workers, to be released."""
+        self._held: dict[Lease, set[int]] = {}
+        """The numbers of the jobs under each lease."""
+        self._at = ""
+        """The server process that the leases were used on last."""
         self._registered: list[int] = []
         """Leases that a turn has got which isn't over."""
         self._of: tuple[tuple[int, bool], ...] | None = None
@@ -252,9 +256,20 @@ class Store:
         if wrong:
             msg = f"{self.turns.where}: the key {wrong.decode(errors='replace')}; choose another prefix=… in the URL"
             raise ConfigurationError(msg)
+        if wire.server != self._at:
+            await self._keep_held(wire)
+            self._at = wire.server
         self._wire, self._listens, self._tried = wire, False, False
         self._next_due = 0.0
         wire.lost.add_done_callback(lambda _: self._noticed())
+
+    async def _keep_held(self, wire: Wire) -> None:
+        """Free what a server that didn't get the last settlements still holds for us: nobody else would."""
+        for taker in self.turns.takers.all:
+            lease = taker.lease
+            if lease.id is not None and taker.windows:
+                known = b"".join(map(seq_bytes, self._held.get(lease, ())))
+                await self.evaluate(wire, scripts.KEEP, [self.keys.held(lease.id)], lease.id, known)
 
     async def _listen(self, wire: Wire) -> None:
         if self._tried:
@@ -424,7 +439,21 @@ class Store:
             self._poll_s = min(max(self._poll_s * 5, FIRST_POLL_S), longest_s)
         if self._died:
             self._told = True
+        self._note_held(turn)
         self.turns.committed(turn)
+
+    def _note_held(self, turn: Turn) -> None:
+        """Keep the numbers of what each lease holds, as the server now does."""
+        for taker, deliveries in turn.claimed.items():
+            held = self._held.get(taker.lease)
+            if held is None:  # a new lease
+                self._held = {lease: held for lease, held in self._held.items() if lease.alive}
+                held = self._held[taker.lease] = set()
+            held.update(delivery.seq for delivery in deliveries)
+        for settled in (turn.gone, turn.given_back):
+            for lease, deliveries in settled.items():
+                if (held := self._held.get(lease)) is not None:
+                    held.difference_update(delivery.seq for delivery in deliveries)
 
     def _lost(self, lost: list[int]) -> None:
         """End a turn that found leases gone: their jobs are somebody else's."""
