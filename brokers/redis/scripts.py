@@ -58,25 +58,27 @@ local function put_back(level, entries)
   in_pieces(numbers, function(...) call('LPUSH', key, ...) end)
 end
 
--- Free what a worker holds, but for what is `kept`, by number.
-local function release(held, died, kept)
-  local all, by_level, freed = call('HGETALL', held), {}, {}
-  for i = 2, #all, 2 do
-    local entry = all[i]
+-- Put jobs that a worker may have run back to their places, as redelivered.
+local function deliver_again(entries, died)
+  local by_level = {}
+  for i = 1, #entries do
+    local entry = entries[i]
     local deliveries, crashes, level = byte(entry, 11, 13)
     local begun = level >= BEGUN
     if begun then level = level - BEGUN end
     if died and (begun or crashes == 0) and crashes < MOST then crashes = crashes + 1 end
     if deliveries < MOST then deliveries = deliveries + 1 end
-    if not kept[all[i - 1]] then
-      freed[#freed + 1] = all[i - 1]
-      by_level[level] = by_level[level] or {}
-      table.insert(by_level[level], sub(entry, 1, 10) .. char(deliveries, crashes, level) .. sub(entry, 14))
-    end
+    by_level[level] = by_level[level] or {}
+    table.insert(by_level[level], sub(entry, 1, 10) .. char(deliveries, crashes, level) .. sub(entry, 14))
   end
-  in_pieces(freed, function(...) call('HDEL', held, ...) end)
-  for level, entries in pairs(by_level) do put_back(level, entries) end
-  return #freed > 0
+  for level, found in pairs(by_level) do put_back(level, found) end
+end
+
+local function release(held, died)
+  local entries = call('HVALS', held)
+  call('DEL', held)
+  deliver_again(entries, died)
+  return #entries > 0
 end
 
 local function release_letters(read)
@@ -221,7 +223,7 @@ end
 for i = 1, #takers do
   local taker, held = takers[i], KEYS[LEVELS + 4 + i]
   if taker[6] then
-    if taker[7] then release_letters(held) else freed = release(held, false, {}) or freed end
+    if taker[7] then release_letters(held) else freed = release(held, false) or freed end
     call('HDEL', WORKERS, taker[1])
   end
 end
@@ -250,19 +252,29 @@ _REGISTER: Final = "call('HSET', WORKERS, ARGV[1], 0)"
 # KEYS[11], KEYS[12]: what the worker holds, and what it reads. ARGV: its id, and whether it died.
 _RELEASE: Final = r"""
 if call('HDEL', WORKERS, ARGV[1]) == 0 then return 0 end
-local freed = release(KEYS[11], ARGV[2] == '1', {})
+local freed = release(KEYS[11], ARGV[2] == '1')
 release_letters(KEYS[12])
 if freed then tell() end
 return 1
 """
 
-# KEYS[11]: what the worker holds. ARGV: its id, and the numbers of the jobs that it knows of, 8 bytes each.
-_KEEP: Final = r"""
-if call('HEXISTS', WORKERS, ARGV[1]) == 0 then return 0 end
-local kept = {}
-for i = 1, #ARGV[2], 8 do kept[sub(ARGV[2], i, i + 7)] = true end
-if release(KEYS[11], false, kept) then tell() end
-return 1
+# KEYS[11]: what the worker holds. ARGV: its id. Returns the numbers of the jobs, or false if the lease is gone.
+_HELD: Final = r"""
+if call('HEXISTS', WORKERS, ARGV[1]) == 0 then return false end
+return call('HKEYS', KEYS[11])
+"""
+
+# KEYS[11]: what the worker holds. ARGV: numbers of jobs that it doesn't know.
+_RETURN: Final = r"""
+local entries = {}
+for i = 1, #ARGV do
+  local entry = call('HGET', KEYS[11], ARGV[i])
+  if entry then entries[#entries + 1] = entry end
+  call('HDEL', KEYS[11], ARGV[i])
+end
+deliver_again(entries, false)
+tell()
+return #entries
 """
 
 # KEYS[11]: what the reader holds. ARGV: its id, the last number that it has read, the highest that it may read, and how many.
@@ -326,7 +338,7 @@ fresh()
 call('RPUSH', key, 'x') call('LPUSH', key, 'x') call('LINDEX', key, 0) call('LLEN', key) call('LPOP', key)
 fresh()
 call('HSET', key, 'x', 1) call('HINCRBY', key, 'x', 1) call('HEXISTS', key, 'x') call('HGET', key, 'x') call('HMGET', key, 'x')
-call('HGETALL', key) call('HLEN', key) call('HDEL', key, 'x')
+call('HGETALL', key) call('HVALS', key) call('HKEYS', key) call('HLEN', key) call('HDEL', key, 'x')
 fresh()
 call('ZADD', key, 1, 'x') call('ZRANGEBYSCORE', key, '-inf', 1, 'LIMIT', 0, 1) call('ZRANGE', key, 0, 0, 'WITHSCORES') call('ZCARD', key)
 call('ZREM', key, 'x')
@@ -349,7 +361,8 @@ TURN: Final = _script(_TURN)
 ADDING_TURN: Final = _script(_TURN, always=False)
 REGISTER: Final = _script(_REGISTER)
 RELEASE: Final = _script(_RELEASE)
-KEEP: Final = _script(_KEEP)
+HELD: Final = _script(_HELD)
+RETURN: Final = _script(_RETURN)
 READ: Final = _script(_READ)
 TAKE: Final = _script(_TAKE)
 PURGE: Final = _script(_PURGE)
