@@ -242,7 +242,8 @@ def redis_cluster(redis_found: redises.Found) -> Generator[redises.Cluster]:
     """The session's cluster of three: shared, so use queue names of your own, and leave it running."""
     if isinstance(redis_found, redises.Server):
         pytest.skip(redis_found.why_no_levers)
-    shared = redises.Cluster(redis_found)
+    # a node that a case holds up for some seconds isn't gone
+    shared = redises.Cluster(redis_found, conf={"cluster-node-timeout": 60_000})
     try:
         asyncio.run(shared.start())
         yield shared

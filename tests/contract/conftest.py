@@ -8,7 +8,6 @@ import os
 import pkgutil
 from collections.abc import AsyncGenerator, Generator, Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 import pytest
 
@@ -67,7 +66,9 @@ async def harness(unopened: Harness) -> AsyncGenerator[Harness]:
     await unopened.close()
 
 
-_ALWAYS_POOLED = {
+_FEW = {"postgresql-pgbouncer": "pooler", "redis-cluster": "sharded"}
+"""The brokers and stores on which `make test` runs a few cases; the others have this mark."""
+_THE_FEW = {
     "test_a_body_arrives_byte_for_byte",
     "test_two_consumers_share_a_queue_and_no_job_comes_twice",
     "test_a_settlement_that_cannot_be_confirmed_leaves_the_delivery_unsettled",
@@ -77,7 +78,6 @@ _ALWAYS_POOLED = {
     "test_verdicts_come_in_the_order_of_the_changes",
     "test_thousands_of_publishes_are_asked_for_at_once",
 }
-"""The cases that `make test` runs through PgBouncer; the others are marked `pooler`."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -88,23 +88,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
-        if _is_pooled(item) and item.originalname not in _ALWAYS_POOLED:
-            item.add_marker("pooler")
+        if isinstance(item, pytest.Function) and item.originalname not in _THE_FEW and (mark := _few(item)):
+            item.add_marker(mark)
 
 
-def _is_pooled(item: pytest.Item) -> TypeGuard[pytest.Function]:
-    return (
-        isinstance(item, pytest.Function)
-        and hasattr(item, "callspec")
-        and "postgresql-pgbouncer" in {item.callspec.params.get(name) for name in ("unopened", "kept")}
-    )
+def _few(item: pytest.Function) -> str | None:
+    """Return the mark of a broker or store on which `make test` runs a few cases."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return next((_FEW[name] for name in map(str, params.values()) if name in _FEW), None)
 
 
 def _takes_part(item: pytest.Item) -> bool:
-    if _is_pooled(item) and "kept" in item.callspec.params and item.get_closest_marker("fault"):
+    if not isinstance(item, pytest.Function):
+        return True
+    if _few(item) and "kept" in item.callspec.params and item.get_closest_marker("fault"):
         return False  # ten thousand races take a minute there, and the small ones do the same
     wanted: Sequence[pytest.Mark] = list(item.iter_markers("features"))
-    if not wanted or not isinstance(item, pytest.Function):
+    if not wanted:
         return True
     features = BROKERS[str(item.callspec.params["unopened"])].features()
     return all(getattr(features, name) == value for mark in wanted for name, value in mark.kwargs.items())

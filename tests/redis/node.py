@@ -292,7 +292,7 @@ class Node(Server):
         assert primary is not None
 
         async def alone() -> bool:
-            return (await primary.info("replication"))["connected_slaves"] == 0
+            return int((await primary.info("replication"))["connected_slaves"]) == 0
 
         await soon(alone, "alone")
 
@@ -530,11 +530,11 @@ class _Member(Node):
 
     def _lines(self, *, encrypted: bool) -> Sequence[str]:
         return [
-            *super()._lines(encrypted=encrypted),
             "cluster-enabled yes",
             f"cluster-port {self.bus_port}",
             "cluster-node-timeout 2000",
             "cluster-replica-validity-factor 0",
+            *super()._lines(encrypted=encrypted),
         ]
 
 
