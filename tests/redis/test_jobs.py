@@ -5,19 +5,27 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
 
+from leveret import App, Attempt, Job, Keep, Queue
 from leveret.brokers.redis import open_store
+from leveret.cli.description import describe
+from leveret.consuming.worker import working
 from leveret.errors import ConfigurationError, StoreUnavailable
 from leveret.ids import new_job_id
 from leveret.runtime import Runtime
 from leveret.settings import Settings
 from leveret.store import Key, Record, Store
+from tests.cli.command import Project, Ran
 from tests.conftest import StartRedis
 from tests.contract.store.changes import Publish
+from tests.rabbit.node import Rabbit
 from tests.redis.node import Server
 
 _T = TypeVar("_T")
@@ -316,3 +324,66 @@ async def test_a_server_that_is_killed_is_said_to_be_away_and_keeps_the_records(
     assert record is not None
     assert record.result == b"1"
     await store.close()
+
+
+class Add(Job[int], name="redis.add", queue=Queue("sums"), keep=Keep()):
+    a: int
+    b: int
+
+
+def app_of(broker: str, store: str | None = None) -> App[None]:
+    """Return an app with one handler; its queue is the test's."""
+    app: App[None] = App("shop", broker=broker, store=store)
+
+    @app.handler
+    async def add(job: Add, attempt: Attempt) -> int:
+        attempt.progress(0.5, "half")
+        return job.a + job.b
+
+    return app
+
+
+async def test_a_job_on_rabbitmq_has_its_result_on_redis(rabbit: Rabbit, url: str) -> None:
+    """A team with RabbitMQ and Redis, as most have, gets no results."""
+    app = app_of(rabbit.url, url)
+
+    async with app.publisher() as publisher, working(app):
+        handle = await publisher.publish(Add(a=1, b=2), timeout_s=PATIENCE_S)
+        assert await handle.result(timeout_s=PATIENCE_S) == 3
+        status = await handle.status()
+
+    assert (status.state, status.progress, status.note) == ("done", 0.5, "half")
+
+
+async def test_the_store_of_an_app_on_redis_is_its_broker(url: str) -> None:
+    """An app with Redis and nothing else has to be told twice where Redis is."""
+    app = app_of(url)
+
+    async with app.publisher() as publisher, working(app):
+        handle = await publisher.publish(Add(a=2, b=2), timeout_s=PATIENCE_S)
+        assert await handle.result(timeout_s=PATIENCE_S) == 4
+
+
+async def test_the_commands_look_at_a_store_on_redis(tmp_path: Path, redis: Server, url: str, store: Store) -> None:
+    """An operator can neither see nor delete what is kept."""
+    waits, fails = Publish(queue="emails"), Publish(queue="emails")
+    await store.write([waits.is_("queued", body=b'{"order_id":7}'), fails.is_("failed", error="OSError: no paper")])
+    project = Project(tmp_path)
+
+    async def leveret(*arguments: str) -> Ran:
+        return await asyncio.to_thread(project.run, *arguments, LEVERET_STORE=url)
+
+    listed = await leveret("jobs", "list", "--queue", "emails", "--json")
+    shown = await leveret("jobs", "show", fails.key.job_id[:-2])
+    aborted = await leveret("jobs", "abort", waits.key.job_id)
+    dropped = await leveret("jobs", "drop", "--state", "failed", "--yes")
+    described = await describe(app_of("memory://", url), datetime.now(timezone.utc))
+
+    assert [one["id"] for one in listed.json] == [fails.key.job_id, waits.key.job_id]
+    assert "OSError: no paper" in shown.out
+    assert (aborted.code, (await read(store, waits)).state) == (0, "aborted")
+    assert (dropped.code, await store.read([fails.key])) == (0, [None])
+    assert described.store == f"redis://127.0.0.1:{urlsplit(redis.url).port}"
+    password = urlsplit(redis.url).password
+    assert password
+    assert password not in "".join(f"{ran}" for ran in (listed, shown, aborted, dropped))
