@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import hiredis  # noqa: F401 - where it isn't installed, `schemes.broker_module` says what brings it
+import hiredis as hiredis  # where it isn't installed, `schemes.broker_module` says what brings it
 
 from leveret.admin import Admin
 from leveret.broker import Broker
