@@ -36,7 +36,7 @@ _AT_ONCE: Final = 1000
 """How many records a script looks at, at most: nothing else is answered meanwhile, for a millisecond or two."""
 _AGAIN_S: Final = 0.1
 """The wait before a server that executed nothing is asked again, seconds."""
-_SWEEPS: Final = 20
+_SWEEPS: Final = 100
 """How often a `trim` that finds much looks further."""
 
 

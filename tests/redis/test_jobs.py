@@ -1,6 +1,7 @@
 """The job store in a Redis, beyond what every store promises."""
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 RUNTIME = Runtime(app="shop")
 HURRIED = Runtime(app="shop", settings=Settings(connect_timeout_s=1.0))
 PATIENCE_S = 30.0
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
 @pytest.fixture
@@ -180,6 +182,29 @@ async def test_who_may_not_listen_finds_ends_by_asking(redis: Server, prefix: st
         await store.write([publish.is_("done")])
         assert [record.key for record in await answered(lambda: waiter.ended([publish.key]))] == [publish.key]
         await waiter.close()
+
+
+async def test_the_rights_that_the_docs_name_suffice(
+    redis: Server, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store with a user for itself refuses some of the calls, or warns of what nobody could check."""
+    rules = re.findall(r"ACL SETUSER shop_store on >password (.*)", OPERATIONS.read_text())
+    publish, ends = Publish(), Ends()
+    async with redis.user(*(rule.replace("lv:", f"{prefix}:") for rule in rules[0].split())) as login:
+        store = open_store(f"{login}?prefix={prefix}", RUNTIME)
+        store.watch(ends)
+        await store.write([publish.is_("queued")])
+        await store.begin([publish.is_("running")])
+        await store.ended([publish.key])
+        assert await store.abort(publish.key) == "asked"
+        assert list(await store.asked([publish.key])) == [publish.key]
+        await store.write([publish.at(0.5), publish.is_("done")])
+        await ends.has({publish.key})
+        assert len(await store.list(limit=2)) == len(await store.find(publish.key.job_id)) == 1
+        assert (await store.trim(10), await store.drop([publish.key])) == (0, 1)
+        await store.close()
+
+    assert caplog.messages == []
 
 
 async def entries(server: Server, prefix: str) -> int:
