@@ -131,6 +131,6 @@ NO_BROKER = (
     "no broker is set; set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
     "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), "
     "postgresql://host/database (the database that is already there; needs leveret[postgresql]), "
-    "redis://host/0 (a Redis or Valkey that is already there; needs leveret[redis]), sqlite:///jobs.db (a local file, nothing to install), "
+    "redis://host (Redis or Valkey; needs leveret[redis]), sqlite:///jobs.db (a local file, nothing to install), "
     "memory:// (inside one process, for tests)"
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, TypeVar, final
 
 from leveret.admin import DeadLetter, DeadLetters, Depth
@@ -14,14 +14,14 @@ from leveret.job import Queue
 from leveret.runtime import Runtime
 
 from ..rows import Letter, Row, packed, unpack
-from ..turns import Close, Open, Run, Taker, Write
+from ..turns import Close, Look, Open, Run, Taker, Write
 from . import scripts
 from .address import Address
 from .entries import row_of, seq_bytes, tail_of, unreadable
 from .keys import LEVEL_NAMES, LEVEL_NUMBERS
-from .link import Link
+from .link import Link, info
 from .store import Store
-from .wire import Refused, Wire
+from .wire import Wire
 
 T = TypeVar("T")
 log = logging.getLogger("leveret.redis")
@@ -57,6 +57,9 @@ class _Letters:
         seen = 0
         while True:
             page = await self._admin.run(self._store, "the dead letters", self._read(seen, last))
+            if page is None:
+                msg = f"the dead letters of queue {self._queue!r} can't be read on: this reader's lease was lost"
+                raise BrokerUnavailable(msg)
             for entry in page:
                 try:
                     row = row_of(entry, self._queue)
@@ -70,15 +73,12 @@ class _Letters:
     async def _last(self, wire: Wire) -> int:
         return int(await wire.call("GET", self._store.keys["seq"]) or 0)
 
-    def _read(self, seen: int, last: int) -> _Call[list[bytes]]:
-        async def read(wire: Wire) -> list[bytes]:
+    def _read(self, seen: int, last: int) -> _Call[list[bytes] | None]:
+        async def read(wire: Wire) -> list[bytes] | None:
             reader, keys = self._taker.lease.id or 0, self._store.keys
             page: list[bytes] | None = await self._store.evaluate(
                 wire, scripts.READ, [keys.read(reader)], reader, seen, last, _PAGE
             )
-            if page is None:
-                msg = "the dead letters can't be read on: this reader's lease was lost"
-                raise BrokerUnavailable(msg)
             return page
 
         return read
@@ -153,6 +153,11 @@ class RedisAdmin:
         result: T = await self._run(store, Run(about=about, call=call, deadline=self._deadline()))
         return result
 
+    async def look(self, store: Store, about: str, call: _Call[T]) -> T:
+        """Run `call`, which reads, before the next turn."""
+        result: T = await self._run(store, Look(about=about, call=call, deadline=self._deadline()))
+        return result
+
     async def _run(self, store: Store, write: Write) -> Any:
         try:
             return await store.turns.run(write)
@@ -175,7 +180,8 @@ class RedisAdmin:
             counts: list[int] = await store.evaluate(wire, scripts.DEPTH, names)
             return counts
 
-        *counts, held, delayed, dead, known = await self.run(store, f"the read of queue {queue.name!r}", read)
+        about = f"the read of queue {queue.name!r}"
+        *counts, held, delayed, dead, known = await self.look(store, about, read)
         found = {LEVEL_NAMES[number]: count for number, count in enumerate(counts, 1)}
         asked = {level.value for level in queue.levels}
         levels = {name: count for name, count in found.items() if name in asked or count}
@@ -197,19 +203,16 @@ class RedisAdmin:
         """As `Admin.notes`: what of the server may lose jobs, or stop it from taking more."""
 
         async def read(wire: Wire) -> dict[str, str]:
-            with suppress(Refused):
-                text = bytes(await wire.call("INFO", "everything")).decode(errors="replace")
-                return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-            return {}
+            return await info(wire, "memory", "persistence")
 
-        told = await self.run(self.store("notes"), "the read of the server", read)
+        told = await self.look(self.store("notes"), "the read of the server", read)
         return [*self._durability(told), *_memory(told)]
 
     def _durability(self, told: dict[str, str]) -> list[str]:
         notes: list[str] = []
         if told.get("aof_enabled") == "0":
             notes.append("the server writes no append-only file: a restart of it loses jobs")
-        elif not self._link.durable:
+        elif not self._link.synced:
             notes.append(
                 "confirmed jobs of up to a second are lost with the server's machine (appendfsync isn't always)"
             )

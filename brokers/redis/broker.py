@@ -25,7 +25,7 @@ from leveret.job import Queue
 from leveret.runtime import Runtime
 
 from .. import turns
-from .address import Address
+from .address import Address, Confirm
 from .link import Link
 from .store import Store, shared_log
 
@@ -41,7 +41,18 @@ _FEATURES: Final = Features(
     window_per_level=True,
     deletable=False,
 )
-_DURABLE: Final = msgspec.structs.replace(_FEATURES, durable=True)
+_BY_CONFIRM: Final[dict[Confirm, Features]] = {
+    "memory": msgspec.structs.replace(
+        _FEATURES, durability="confirmed by the server's memory: the server's settings say what is lost if it dies"
+    ),
+    "replica": msgspec.structs.replace(
+        _FEATURES, durability="confirmed by the memory of the server and of a replica: lost if both die"
+    ),
+    "fsync": msgspec.structs.replace(_FEATURES, durable=True, durability="durable: confirmed by the server's disk"),
+}
+_SYNCED: Final = msgspec.structs.replace(
+    _FEATURES, durable=True, durability="durable: the server syncs its disk before it answers"
+)
 _WORST: Final = ("ready", "blocked", "connecting", "closed")
 
 
@@ -101,7 +112,7 @@ class RedisBroker:
 
     def features(self, _: Queue | None = None, /) -> Features:
         """As `Broker.features`; whether a job is durable is known once a server was asked, and before that by the URL alone."""
-        return _DURABLE if self._link.durable else _FEATURES
+        return _SYNCED if self._link.synced else _BY_CONFIRM[self._link.address.confirm]
 
     @property
     def publishing(self) -> PublisherState:

@@ -8,7 +8,8 @@
 | `delayed` | a sorted set: jobs by the moment at which they are due, Unix ms of the server |
 | `dead` | a sorted set: dead letters by number |
 | `workers` | a hash: the beats of workers and readers |
-| `seq`, `ids` | the last numbers of a job and of a worker |
+| `seq` | the last number of a job |
+| `server` | the run id of the server that gave the last numbers |
 | `idle` | is there if a worker waits for a notice |
 | `news` | no key, but the channel of notices |
 """

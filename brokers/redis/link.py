@@ -12,7 +12,6 @@ import ssl
 from binascii import crc_hqx
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any, Final, Literal, TypeAlias, final
 
 import msgspec
@@ -53,8 +52,19 @@ _CODES: Final[dict[str, Meaning]] = {
     "MISCONF": "blocked",
     "NOREPLICAS": "blocked",
     "UNBLOCKED": "lost",
+    "NOPERM": "wrong",
+    "WRONGPASS": "wrong",
+    "NOAUTH": "wrong",
+    "WRONGTYPE": "wrong",
 }
-_REFUSED_LOGINS: Final = ("WRONGPASS", "NOAUTH", "NOPERM", "DENIED")
+_WRONG_BY_WORDS: Final = (
+    "unknown command",
+    "user_script",
+    "can't run this command",
+    "DB index",
+    "without any password",
+)
+"""What a server says under the code that it has for all other errors."""
 
 
 def meaning_of(error: Exception) -> Meaning | None:
@@ -62,7 +72,9 @@ def meaning_of(error: Exception) -> Meaning | None:
     if isinstance(error, ConfigurationError):
         return "wrong"
     if isinstance(error, Refused):
-        return _CODES.get(error.code, "wrong")
+        return _CODES.get(error.code) or (
+            "wrong" if any(words in str(error) for words in _WRONG_BY_WORDS) else "blocked"
+        )
     return "lost" if isinstance(error, (OSError, EOFError, LeveretError)) else None  # TimeoutError is an OSError
 
 
@@ -109,12 +121,13 @@ class Link:
         self._seen: tuple[Node, ...] = ()
         """The servers of the cluster that were known last: those of the URL may be gone."""
         self._primary: Node | None = None
+        self._asking = asyncio.Lock()
         self._said: set[str] = set()
 
     @property
-    def durable(self) -> bool:
-        """Whether a confirmed job is on a disk, by what the URL asks for and what the server said."""
-        return self.address.confirm == "fsync" or (self.server is not None and self.server.syncs)
+    def synced(self) -> bool:
+        """Whether the server that was connected to last syncs its disk before it answers."""
+        return self.server is not None and self.server.syncs
 
     async def wire(self, key: str, *, alone: bool = False) -> Wire:
         """Return the connection to the server of `key`; with `alone` one that no other key uses, since its commands wait.
@@ -174,7 +187,7 @@ class Link:
                     wire.close()
                     raise
         except Exception as error:
-            self._primary = None
+            self._slots, self._primary = [], None  # another server may have taken over
             raise self._refusal(error, node) from error
         return wire
 
@@ -217,16 +230,15 @@ class Link:
 
     async def _settings(self, wire: Wire, product: str, version: tuple[int, int]) -> Server:
         found: dict[bytes, bytes] = {}
+        told = await info(wire, "server", "memory", "persistence")
+        wire.server = told.get("run_id", "")
         try:
             found = await wire.call("CONFIG", "GET", "maxmemory-policy", "appendonly", "appendfsync")
         except Refused:  # a hosted server forbids CONFIG; INFO says a part of it
-            with suppress(Refused):
-                lines = bytes(await wire.call("INFO", "everything")).decode(errors="replace").splitlines()
-                told = dict(line.split(":", 1) for line in lines if ":" in line)
-                if "maxmemory_policy" in told:
-                    found[b"maxmemory-policy"] = told["maxmemory_policy"].encode()
-                if "aof_enabled" in told:
-                    found[b"appendonly"] = b"yes" if told["aof_enabled"] == "1" else b"no"
+            if "maxmemory_policy" in told:
+                found[b"maxmemory-policy"] = told["maxmemory_policy"].encode()
+            if "aof_enabled" in told:
+                found[b"appendonly"] = b"yes" if told["aof_enabled"] == "1" else b"no"
         policy, aof, sync = (found.get(name) for name in (b"maxmemory-policy", b"appendonly", b"appendfsync"))
         return Server(
             product=product.capitalize(),
@@ -288,8 +300,7 @@ class Link:
         if isinstance(error, TimeoutError):
             said = "no answer in time"
         elif isinstance(error, Refused):
-            wrong = error.code in _REFUSED_LOGINS or "unknown command" in said or "DB index" in said
-            wrong = wrong or ("AUTH" in said and "ERR" in said)
+            wrong = meaning_of(error) == "wrong"
         msg = f"{at}: {said}"
         return ConfigurationError(msg) if wrong else BrokerUnavailable(msg)
 
@@ -298,13 +309,14 @@ class Link:
         if self.address.kind == "server":
             self._primary = self.address.nodes[0]
             return self._primary
-        if self.address.kind == "sentinel":
-            if self._primary is None:
-                await self._ask_each(self._read_primary)
-            assert self._primary is not None
-            return self._primary
-        if not self._slots:
-            await self._ask_each(self._read_slots)
+        async with self._asking:
+            if self.address.kind == "sentinel":
+                if self._primary is None:
+                    await self._ask_each(self._read_primary)
+                assert self._primary is not None
+                return self._primary
+            if not self._slots:
+                await self._ask_each(self._read_slots)
         owner = self._owner(tag)
         if owner is None:
             self._slots = []
@@ -373,6 +385,15 @@ class Link:
         self._slots = sorted(slots)
         self._seen = tuple(dict.fromkeys(owner for _, _, owner in self._slots))
         return bool(self._slots)
+
+
+async def info(wire: Wire, *sections: str) -> dict[str, str]:
+    """Return what a server says of itself; nothing if it forbids that."""
+    try:
+        text: bytes = await wire.call("INFO", *sections)
+    except Refused:
+        return {}
+    return dict(line.split(":", 1) for line in text.decode(errors="replace").splitlines() if ":" in line)
 
 
 def _first(slots: tuple[int, int, Node]) -> int:

@@ -240,12 +240,8 @@ if work[7] and asked and not found then call('SET', IDLE, 1) end
 return {lost, beats, claimed, due_ms, begun}
 """
 
-# KEYS[11]: ids. Returns the new worker's id.
-_REGISTER: Final = r"""
-local id = call('INCR', KEYS[11])
-call('HSET', WORKERS, id, 0)
-return id
-"""
+# ARGV: the new worker's id.
+_REGISTER: Final = "call('HSET', WORKERS, ARGV[1], 0)"
 
 # KEYS[11], KEYS[12]: what the worker holds, and what it reads. ARGV: its id, and whether it died.
 _RELEASE: Final = r"""
@@ -302,7 +298,9 @@ counts[8] = call('EXISTS', SEQ, WORKERS, unpack(KEYS, LEVELS + 1, LEVELS + 4))
 return counts
 """
 
-# KEYS[11]: a key that nobody uses. Calls each command that the other scripts call: what is forbidden fails here, where nothing is lost.
+# KEYS[11]: a key that nobody uses. KEYS[12]: the last server's run id; ARGV: this one's. Calls each command that the other scripts
+# call: what is forbidden fails here, where nothing is lost. On another server, or a restarted one, the numbers of jobs go on well behind
+# the last: it may have lost the newest jobs, and a worker that still holds one of them must not settle another by its number.
 _PROBE: Final = r"""
 local kinds = {'string', 'hash', 'string', 'zset', 'zset', 'none', 'list', 'list', 'list', 'list'}
 for i, kind in ipairs(kinds) do
@@ -320,7 +318,11 @@ fresh()
 call('ZADD', key, 1, 'x') call('ZRANGEBYSCORE', key, '-inf', 1, 'LIMIT', 0, 1) call('ZRANGE', key, 0, 0, 'WITHSCORES') call('ZCARD', key)
 call('ZREM', key, 'x')
 fresh()
-call('SET', key, 1) call('INCRBY', key, 1) call('INCR', key) call('EXISTS', key) call('UNLINK', key) call('TIME')
+call('SET', key, 1) call('GET', key) call('INCRBY', key, 1) call('INCR', key) call('EXISTS', key) call('UNLINK', key) call('TIME')
+if ARGV[1] ~= '' and call('EXISTS', SEQ) == 1 and call('GET', KEYS[12]) ~= ARGV[1] then
+  call('SET', KEYS[12], ARGV[1])
+  call('INCRBY', SEQ, 1048576)
+end
 return ''
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -45,34 +46,33 @@ _WRITES_AT_ONCE: Final = WINDOW // 2
 """At most this many writes are in a turn, so that a publisher can make as many while the server works."""
 _CLAIMED_AT_ONCE: Final = 1000
 _SAY_AFTER_S: Final = 1.0
+_LEASE_BITS: Final = 48  # a number of Lua is exact to 53
 _BUSY_PAUSE_S: Final = 0.02
 _ROOM_S: Final = 1.0
 """How often a server without memory is asked whether it has some again, seconds."""
+_OF_OUTAGES: Final = ("%s can't be written", "%s can be written again")
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
-class _Repeats(logging.Filter):
-    """Drops a line that another queue of the same broker has just said."""
+class _OneVoice(logging.Filter):
+    """Drops what another queue of the same broker has said of the same outage."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: dict[str, float] = {}
+    _last = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """As `logging.Filter`."""
-        now, line = time.monotonic(), record.getMessage()
-        if now < self._said.get(line, 0.0):
-            return False
-        self._said = {said: until for said, until in self._said.items() if now < until}
-        self._said[line] = now + _SAY_AFTER_S
-        return True
+        line = str(record.msg)
+        if not line.startswith(_OF_OUTAGES):
+            return True
+        new, self._last = line != self._last, line
+        return new
 
 
 def shared_log() -> logging.Logger:
     """Return a logger for all queues of a broker: an outage is said once."""
     shared = logging.Logger(log.name)  # noqa: LOG001 - its filter is this broker's, and nobody looks it up
     shared.parent = log
-    shared.addFilter(_Repeats())
+    shared.addFilter(_OneVoice())
     return shared
 
 
@@ -86,6 +86,7 @@ class Store:
         where = str(link.address)
         self.keys = Keys(link.address.prefix, queue)
         self._link = link
+        self._said_by = said_by
         self._alone = link.address.confirm != "memory"
         reached = link.known(queue, alone=self._alone) is not None
         self.turns = Turns(where, runtime, said_by, self, not_yet="" if reached else f"{where} wasn't reached yet")
@@ -246,7 +247,8 @@ class Store:
 
     async def _examine(self, wire: Wire) -> None:
         """Find out on a new connection whether the scripts may do all that they do, before one of them fails in its middle."""
-        wrong: bytes = await self.evaluate(wire, scripts.PROBE, [self.keys["probe"]])
+        names = [self.keys["probe"], self.keys["server"]]
+        wrong: bytes = await self.evaluate(wire, scripts.PROBE, names, wire.server)
         if wrong:
             msg = f"{self.turns.where}: the key {wrong.decode(errors='replace')}; choose another prefix=… in the URL"
             raise ConfigurationError(msg)
@@ -261,7 +263,11 @@ class Store:
         try:
             await wire.subscribe(self.keys.news, self._noticed)
         except Refused as error:
-            log.info("%s passes no notices on (%s): what is new is looked for every 100 ms", self.turns.where, error)
+            if error.code != "NOPERM":
+                raise
+            self._said_by.info(
+                "%s passes no notices on (%s): what is new is looked for every 100 ms", self.turns.where, error
+            )
         else:
             self._listens = True
 
@@ -275,7 +281,9 @@ class Store:
             self._leftover.pop()
         for taker in self.turns.takers.all:
             if taker.lease.id is None:
-                lease: int = await self.evaluate(wire, scripts.REGISTER, [self.keys["ids"]])
+                # no counter of the server's: that may go back at a fail-over, and two workers would have the same number
+                lease = secrets.randbits(_LEASE_BITS)
+                await self.evaluate(wire, scripts.REGISTER, [], lease)
                 self._registered.append(lease)
                 self.turns.takers.lease(taker, lease)
 
@@ -311,7 +319,8 @@ class Store:
                 scripts.ADDING_TURN if adds else scripts.TURN, words + packed_words(blobs), count + len(blobs)
             )
             if answer[0]:
-                return answer[0]
+                gone: list[int] = answer[0]
+                return gone
             if adds:
                 self._full = None
             self._read(answer, turn, begins, wanted)

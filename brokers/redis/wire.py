@@ -69,6 +69,8 @@ class Wire(asyncio.Protocol):
     def __init__(self) -> None:
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Ends when the connection does."""
+        self.server = ""
+        """The run id of the server; empty if it says none."""
         self._transport: asyncio.Transport | None = None
         self._reader = hiredis.Reader(replyError=Refused, notEnoughData=_NOTHING)
         self._waiting: deque[asyncio.Future[Any]] = deque()

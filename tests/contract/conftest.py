@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _few(item: pytest.Function) -> str | None:
     """Return the mark of a broker or store on which `make test` runs a few cases."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return next((_FEW[name] for name in map(str, params.values()) if name in _FEW), None)
+    return _FEW.get(str(params.get("unopened", params.get("kept"))))
 
 
 def _takes_part(item: pytest.Item) -> bool:

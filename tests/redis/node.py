@@ -285,6 +285,10 @@ class Node(Server):
         """Return whether a replica has all that its primary had when it began to follow."""
         return (await self.info("replication")).get("master_link_status") == "up"
 
+    async def takes_writes(self) -> bool:
+        """Return whether it is no replica."""
+        return (await self.info("replication")).get("role") == "master"
+
     async def detach(self) -> None:
         """Let a replica keep what it has, and follow no more."""
         await self.command("REPLICAOF", "127.0.0.1", 1)  # where nobody listens
@@ -369,9 +373,9 @@ class Sentinel(Node):
         return int(port)
 
     async def knows_all(self) -> bool:
-        """Return whether it knows the replica and the other two."""
+        """Return whether it knows the replicas and the other two."""
         known = await self.command("SENTINEL", "MASTER", self.NAME)
-        return (int(known["num-slaves"]), int(known["num-other-sentinels"])) == (1, 2)
+        return (int(known["num-slaves"]), int(known["num-other-sentinels"])) == (2, 2)
 
     def _arguments(self) -> Sequence[str]:
         return ("--sentinel",)
@@ -391,22 +395,20 @@ class Sentinel(Node):
 
 
 class Sentinels:
-    """A primary with a replica, and three sentinels that watch them."""
+    """A primary with two replicas, and three sentinels that watch them."""
 
     def __init__(self, installation: Installation, *, conf: Conf | None = None) -> None:
-        self._installation = installation
         self._nodes = [Node(installation, conf=conf)]
-        self._sentinels = [
-            Sentinel(installation, self._nodes[0], password) for password in [secrets.token_hex(12)] for _ in range(3)
-        ]
+        password = secrets.token_hex(12)
+        self._sentinels = [Sentinel(installation, self._nodes[0], password) for _ in range(3)]
         hosts = ",".join(f"127.0.0.1:{one.port}" for one in self._sentinels)
         login = f"default:{self._nodes[0].password}"
-        self.url = f"redis+sentinel://{login}@{hosts}/{Sentinel.NAME}/0?sentinel_password={self._sentinels[0].password}"
+        self.url = f"redis+sentinel://{login}@{hosts}/{Sentinel.NAME}/0?sentinel_password={password}"
 
     async def start(self) -> None:
-        """Start all, and return once each sentinel knows the replica and the other two."""
+        """Start all, and return once each sentinel knows the replicas and the other two."""
         await self._nodes[0].start()
-        self._nodes.append(await self._nodes[0].replica())
+        self._nodes += [await self._nodes[0].replica() for _ in range(2)]
         await asyncio.gather(*(one.start() for one in self._sentinels))
         for one in self._sentinels:
             await soon(one.knows_all, "a sentinel that knows all")
@@ -416,26 +418,21 @@ class Sentinels:
         port = await self._sentinels[0].primary_port()
         return next(node for node in self._nodes if node.port == port)
 
-    async def other(self) -> Node:
-        """Return the server that the sentinels don't call the primary."""
-        primary = await self.primary()
-        return next(node for node in self._nodes if node is not primary)
-
-    async def fail_over(self) -> None:
-        """Let the sentinels promote the replica although nothing is wrong; return once it takes writes."""
-        promoted = await self.other()
+    async def fail_over(self) -> Node:
+        """Let the sentinels promote a replica although nothing is wrong, and return it once it takes writes."""
+        before = await self.primary()
         await self._sentinels[0].command("SENTINEL", "FAILOVER", Sentinel.NAME)
-        await self.promoted(promoted)
+        return await self.promoted(before)
 
-    async def promoted(self, node: Node) -> None:
-        """Wait until the node takes writes, and each sentinel says so."""
+    async def promoted(self, before: Node) -> Node:
+        """Return the replica that is promoted in the place of `before`, once it takes writes and each sentinel says so."""
 
         async def known() -> bool:
-            if (await node.info("replication"))["role"] != "master":
-                return False
-            return all([await one.primary_port() == node.port for one in self._sentinels])
+            ports = {await one.primary_port() for one in self._sentinels}
+            return len(ports) == 1 and ports != {before.port} and await (await self.primary()).takes_writes()
 
         await soon(known, "promoted")
+        return await self.primary()
 
     async def close(self) -> None:
         """End all at once, and remove their folders."""
@@ -500,7 +497,7 @@ class Cluster:
         replica, rest = self.replica_of(primary), [node for node in self.nodes if node is not primary]
 
         async def took() -> bool:
-            if (await replica.info("replication"))["role"] != "master":
+            if not await replica.takes_writes():
                 return False
             return all([await _whole(node, len(self.nodes)) for node in rest])
 

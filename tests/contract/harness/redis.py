@@ -1,8 +1,9 @@
-"""A Redis under test, behind a link that can freeze; and a cluster of three, whose processes can hang."""
+"""A Redis under test, behind a link that can freeze; and a cluster of three, on which writes can be held up."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Unpack
@@ -11,129 +12,157 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
+from leveret.brokers.redis.keys import Keys
+from leveret.brokers.redis.scripts import RELEASE
 from leveret.envelope import JSON
 from leveret.ids import new_job_id
 from leveret.job import Queue
 from tests.contract.harness.base import Foreign, Harness
 from tests.proxy import FaultProxy
-from tests.redis.node import Cluster
+from tests.redis.node import Cluster, Server
+
+
+def _keys(queue: Queue) -> Keys:
+    return Keys("lv", queue.name)
+
+
+async def _put(server: Server, queue: Queue, body: bytes, fields: Foreign) -> None:
+    """Push a body alone if it says nothing of itself, else the columns of a row."""
+    from leveret.brokers.rows import headers_text
+
+    columns = (
+        fields.get("job_id") or new_job_id(),
+        fields.get("job", ""),
+        fields.get("content_type", JSON),
+        fields.get("content_encoding"),
+        body,
+        0,
+        None,
+        None,
+        None,
+        headers_text(fields.get("headers") or {}),
+    )
+    await server.command("RPUSH", _keys(queue)["normal"], msgspec.msgpack.encode(columns) if fields else body)
+
+
+async def _end_leases(server: Server, queue: Queue) -> None:
+    """End all leases, as another worker does with the lease of a silent one."""
+    keys = _keys(queue)
+    for worker in await server.command("HKEYS", keys["workers"]):
+        of_worker = (keys.held(int(worker)), keys.read(int(worker)))
+        names = (*keys.common, *of_worker)
+        await server.command("EVAL", RELEASE.text, len(names), *names, worker, 1)
+
+
+async def _delete(server: Server, queue: Queue) -> None:
+    keys = _keys(queue)
+    await server.command("DEL", *keys.common, keys["ids"])
+
+
+def _in_a_thread(program: Coroutine[None, None, None]) -> None:
+    """Run it to its end while this thread waits, since a worker must not go on meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, program).result()
 
 
 class RedisHarness(Harness):
-    """A Redis behind a link; a link on which nothing moves breaks it."""
+    """A server behind a link that can freeze."""
 
-    example = "redis://localhost"
+    example = "redis://localhost/0"
     marks = (pytest.mark.redis,)
 
     @classmethod
     def make(cls, request: pytest.FixtureRequest, folder: Path) -> Harness:
         """Return a harness for one case."""
-        return cls(request.getfixturevalue("redis").url)
+        return cls(request.getfixturevalue("redis"))
 
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.direct_url = url
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.url)
+        self._server = server
+        self._link: FaultProxy | None = None
 
     async def start(self) -> None:
         """Make the link; brokers that are opened later use it."""
-        parts = urlsplit(self.direct_url)
+        parts = urlsplit(self._server.url)
         self._link = await FaultProxy(parts.port or 6379, host=parts.hostname or "127.0.0.1").__aenter__()
-        self.url = self._link.url_of(self.direct_url)
+        self.url = self._link.url_of(self._server.url)
 
     async def put(self, queue: Queue, body: bytes, **fields: Unpack[Foreign]) -> None:
-        from leveret.brokers.redis.address import address_of
-        from leveret.brokers.redis.keys import Keys
-        from leveret.brokers.redis.link import Link
-        from leveret.brokers.rows import headers_text
-
-        entry = body
-        if fields:
-            columns = (
-                fields.get("job_id") or new_job_id(),
-                fields.get("job", ""),
-                fields.get("content_type", JSON),
-                fields.get("content_encoding"),
-                body,
-                *(0, None, None, None),
-                headers_text(fields.get("headers") or {}),
-            )
-            entry = msgspec.msgpack.encode(columns)
-        link = Link(address_of(self.direct_url), self.runtime(), name="foreign")
-        try:
-            wire = await link.wire(queue.name)
-            await wire.call("RPUSH", Keys("lv", queue.name)["normal"], entry)
-        finally:
-            link.close()
+        await _put(self._server, queue, body, fields)
 
     async def break_publishing(self) -> None:
+        assert self._link is not None
         self._link.freeze()
 
     async def heal(self) -> None:
-        self._link.thaw()
+        if self._link is not None:
+            self._link.thaw()
 
     def cut(self) -> None:
-        # in a thread, since a worker must not go on meanwhile
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(asyncio.run, self._cut()).result()
+        assert self._link is not None
+        self._link.reset()
+        _in_a_thread(self._end_leases())
 
-    async def _cut(self) -> None:
-        """End all leases, as another worker does with the lease of a silent one."""
-        from leveret.brokers.redis import scripts
-        from leveret.brokers.redis.address import address_of
-        from leveret.brokers.redis.keys import Keys
-        from leveret.brokers.redis.link import Link
-        from leveret.brokers.redis.wire import packed_words
-
-        link = Link(address_of(self.direct_url), self.runtime(), name="cut")
-        try:
-            for queue in self.queues:
-                keys, wire = Keys("lv", queue.name), await link.wire(queue.name)
-                for worker in map(int, await wire.call("HKEYS", keys["workers"])):
-                    names = (*keys.common, keys.held(worker), keys.read(worker))
-                    words = packed_words((len(names), *names, worker, 1))
-                    await wire.evaluate(scripts.RELEASE, words, len(names) + 3)
-        finally:
-            link.close()
+    async def _end_leases(self) -> None:
+        for queue in self.queues:
+            await _end_leases(self._server, queue)
 
     async def close(self) -> None:
         try:
             await super().close()
         finally:
-            await self._link.__aexit__(None, None, None)
+            if self._link is not None:
+                await self._link.__aexit__(None, None, None)
+        for queue in self.queues:
+            await _delete(self._server, queue)
 
 
-class ClusterHarness(RedisHarness):
-    """A cluster of three, whose processes hang."""
+class ClusterHarness(Harness):
+    """Three servers, on which writes can be held up."""
 
     example = "redis+cluster://localhost"
+    marks = (pytest.mark.redis,)
 
     @classmethod
     def make(cls, request: pytest.FixtureRequest, folder: Path) -> Harness:
         """Return a harness for one case."""
-        return cls.of(request.getfixturevalue("redis_cluster"))
+        return cls(request.getfixturevalue("redis_cluster"))
 
-    @classmethod
-    def of(cls, cluster: Cluster) -> Harness:
-        """Return a harness on `cluster`."""
-        made = cls(cluster.url)
-        made.cluster = cluster
-        return made
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster.url)
+        self._cluster = cluster
+        self._held = False
 
-    cluster: Cluster
+    async def _owner(self, queue: Queue) -> Server:
+        return await self._cluster.owner(_keys(queue).base)
 
-    async def start(self) -> None:
-        """Nothing to make."""
+    async def put(self, queue: Queue, body: bytes, **fields: Unpack[Foreign]) -> None:
+        await _put(await self._owner(queue), queue, body, fields)
 
     async def break_publishing(self) -> None:
-        for node in self.cluster.nodes:
-            node.pause()
+        self._held = True
+        for node in self._cluster.nodes:
+            await node.hold("WRITE")
 
     async def heal(self) -> None:
-        for node in self.cluster.nodes:
-            node.resume()
+        if self._held:
+            self._held = False
+            for node in self._cluster.nodes:
+                await node.release()
+
+    def cut(self) -> None:
+        _in_a_thread(self._cut())
+
+    async def _cut(self) -> None:
+        for node in self._cluster.nodes:
+            await node.disconnect()
+        for queue in self.queues:
+            await _end_leases(await self._owner(queue), queue)
 
     async def close(self) -> None:
-        await Harness.close(self)
+        await super().close()
+        for queue in self.queues:
+            await _delete(await self._owner(queue), queue)
 
 
 HARNESSES: dict[str, type[Harness]] = {"redis": RedisHarness, "redis-cluster": ClusterHarness}
