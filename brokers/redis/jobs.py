@@ -279,6 +279,8 @@ class RedisJobs:
         try:
             await wire.subscribe(f"{tag}ends:{self._waiter}".encode(), self._noticed)
         except Refused as error:
+            if error.code != "NOPERM":
+                raise
             self._deaf = True
             log.info("%s tells nobody of ends (%s): each is found by asking, up to a second late", self.what, error)
         else:

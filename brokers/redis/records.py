@@ -223,6 +223,7 @@ ENTER: Final = _script(
 -- Enter changes and progress, in order. Begins: all are runs that begin; one that was asked to end becomes aborted instead.
 -- Return a letter for each change: it goes (g), or the publish is aborted (a) or has ended (e).
 -- A new record's count is `counted` and the place of its change; `places` are those of a batch of which other tags have the rest.
+-- Then another server counts, and where a fail-over sets it back, the tag's own records come first.
 local begins, batch, counted, places = ARGV[1] == '1', ARGV[2], ARGV[3], ARGV[4]
 local base, now, verdicts, start, place, added = tonumber(counted or call('GET', P .. 'counted') or 0), now_ms(), {}, 1, 0, 0
 
@@ -238,6 +239,10 @@ local function enter(id, publish, key, text, passes, attempt, state, told, at, k
     kept, waiters = string.sub(text, from + 1, from + size4), string.sub(text, from + size4 + 1)
   else
     number, added = base + (places and struct.unpack('>I4', places, 4 * place - 3) or place), added + 1
+    if counted then
+      local last = call('ZRANGE', P .. 'order', 0, 0, 'REV', 'WITHSCORES')[2]
+      number = math.max(number, last and tonumber(last) + 1 or 0)
+    end
     call('ZADD', P .. 'order', string.format('%.0f', number), publish .. id)
   end
   if state == 4 then

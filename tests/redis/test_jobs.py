@@ -27,7 +27,7 @@ from tests.cli.command import Project, Ran
 from tests.conftest import StartRedis
 from tests.contract.store.changes import Publish
 from tests.rabbit.node import Rabbit
-from tests.redis.node import Server
+from tests.redis.node import Cluster, Server
 
 _T = TypeVar("_T")
 
@@ -349,6 +349,42 @@ async def test_a_server_that_is_killed_is_said_to_be_away_and_keeps_the_records(
     assert record is not None
     assert record.result == b"1"
     await store.close()
+
+
+async def test_the_newest_publish_is_known_after_a_fail_over_set_the_count_back(
+    redis_cluster: Cluster, prefix: str
+) -> None:
+    """A handle of an id that was published again shows the publish before, since a promoted replica had counted less."""
+    store, job_id = open_store(f"{redis_cluster.url}?prefix={prefix}", RUNTIME), new_job_id()
+    first, second = Publish(job_id), Publish(job_id)
+    await store.write([first.is_("queued")])
+    counter = f"{prefix}:{{jobs:0}}:counted"
+    assert int(await (await redis_cluster.owner(counter)).command("GETSET", counter, -1000)) == 1
+
+    await store.write([second.is_("queued")])
+
+    assert await store.newest(job_id) == second.key
+    await store.close()
+
+
+async def test_records_are_found_after_their_slot_has_moved(redis_cluster: Cluster, prefix: str) -> None:
+    """A cluster that grows loses the store until each process is started anew."""
+    store, waiter, ends = (*(open_store(f"{redis_cluster.url}?prefix={prefix}", RUNTIME) for _ in range(2)), Ends())
+    publishes = [Publish() for _ in range(40)]
+    await store.write([one.is_("running") for one in publishes])
+    waiter.watch(ends)
+    await waiter.ended([one.key for one in publishes])
+    moved = f"{prefix}:{{jobs:3}}:order"
+    there = await redis_cluster.owner(moved)
+    await redis_cluster.move(moved, next(node for node in redis_cluster.primaries if node is not there))
+
+    await waiter.ended([one.key for one in publishes])
+    await store.write([one.is_("done") for one in publishes])
+
+    assert [record and record.state for record in await store.read([one.key for one in publishes])] == ["done"] * 40
+    await ends.has({one.key for one in publishes})
+    await redis_cluster.move(moved, there)
+    await asyncio.gather(store.close(), waiter.close())
 
 
 class Add(Job[int], name="redis.add", queue=Queue("sums"), keep=Keep()):
