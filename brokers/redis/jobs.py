@@ -269,8 +269,8 @@ class RedisJobs:
         meaning = meaning_of(error)
         if meaning in {"moved", "busy"}:
             return None
-        if meaning is None or (isinstance(error, Refused) and "user_script" in str(error)):
-            return error  # a fault of a script costs the changes of this call only
+        if meaning is None or _is_fault(error):
+            return error  # the next call may do
         said = " ".join(str(error).split()) or type(error).__name__
         msg = f"the job store {said if isinstance(error, LeveretError) else f'{self.what}: {said}'}"
         return ConfigurationError(msg) if meaning == "wrong" else StoreUnavailable(msg)
@@ -292,6 +292,17 @@ class RedisJobs:
             self._hears.clear()
         elif self._tell is not None and (ended := self._watched.take(records.numbers(numbers))):
             self._tell(ended)
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether an error is of a script itself, not of what its user may do."""
+    said = str(error)
+    return (
+        isinstance(error, Refused)
+        and error.code in {"ERR", "WRONGTYPE"}
+        and "user_script" in said
+        and "The user executing" not in said
+    )
 
 
 def _text(text: str) -> bytes:

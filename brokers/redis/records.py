@@ -180,9 +180,9 @@ local function note_end(publish, waiters)
   end
 end
 
--- Tell each waiter which publishes ended.
+-- Tell each waiter which publishes ended. A user who may not do that is no reason to fail: waiters ask, too.
 local function tell()
-  for waiter, publishes in pairs(ended) do call('SPUBLISH', P .. 'ends:' .. waiter, publishes) end
+  for waiter, publishes in pairs(ended) do redis.pcall('SPUBLISH', P .. 'ends:' .. waiter, publishes) end
 end
 
 local function now_ms()

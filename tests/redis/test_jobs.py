@@ -170,7 +170,7 @@ async def test_a_lost_connection_is_replaced_and_ends_are_told_again(redis_node:
     await asyncio.gather(store.close(), waiter.close())
 
 
-async def test_who_may_not_listen_finds_ends_by_asking(redis: Server, prefix: str, store: Store) -> None:
+async def test_who_may_not_listen_or_tell_finds_ends_by_asking(redis: Server, prefix: str, store: Store) -> None:
     """A hosted server without rights on channels gives no results at all."""
     publish = Publish()
     await store.write([publish.is_("running")])
@@ -179,7 +179,9 @@ async def test_who_may_not_listen_finds_ends_by_asking(redis: Server, prefix: st
         waiter.watch(Ends())
 
         assert list(await answered(lambda: waiter.ended([publish.key]))) == []
-        await store.write([publish.is_("done")])
+        store.watch(Ends())
+        await store.ended([publish.key])
+        await waiter.write([publish.is_("done")])
         assert [record.key for record in await answered(lambda: waiter.ended([publish.key]))] == [publish.key]
         await waiter.close()
 
@@ -332,6 +334,15 @@ async def test_what_waiting_will_not_mend_is_said_at_once_without_the_password(r
         assert "\n" not in said
         assert node.password not in said
         assert node.password[::-1] not in said
+
+
+async def test_a_missing_right_is_said_and_is_not_taken_for_a_fault(redis: Server, prefix: str) -> None:
+    """A store whose user lacks a right drops one state after the other instead of saying so."""
+    async with redis.user("~*", "&*", "+@all", "-zadd") as login:
+        store = open_store(f"{login}?prefix={prefix}", RUNTIME)
+        with pytest.raises(ConfigurationError, match="job store redis://"):
+            await store.write([Publish().is_("queued")])
+        await store.close()
 
 
 async def test_a_server_that_is_killed_is_said_to_be_away_and_keeps_the_records(redis_node: StartRedis) -> None:
