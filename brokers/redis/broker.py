@@ -6,7 +6,7 @@ How durable a confirmed job is, the server decides, and the URL: see `docs/opera
 - `again`, `bury` and a replay are one script with the settlement: neither a loss nor a duplicate is possible between the two.
 - `give_back` keeps the job's place and doesn't count as a delivery, since the job wasn't started. Jobs that a consumption holds
   when it closes, or when its process dies, are delivered again as redelivered.
-- A lost connection costs no lease unless an answer was lost with it: deliveries stay live while the worker connects again. The jobs of a
+- A lost connection costs no lease, also if an answer was lost with it: deliveries stay live while the worker connects again. The jobs of a
   dead process are delivered again 15 to 20 seconds after its last beat (see `leases`).
 """
 

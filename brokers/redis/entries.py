@@ -25,6 +25,11 @@ seq_bytes: Final = struct.Struct(">Q").pack
 """Return a job's number as an entry holds it, which is also its field in a hash."""
 
 
+def seq_of(field: bytes) -> int:
+    """Return the number of `seq_bytes`."""
+    return int.from_bytes(field, "big")
+
+
 def tail_of(row: Row) -> bytes:
     """Return the entry of a new job without its number, which a script gives it. ValueError or OverflowError if a value can't be kept."""
     return _encode((_NO_NUMBER, 1, 0, LEVEL_NUMBERS[row[1]], *row[3:]))[_NUMBERED:]

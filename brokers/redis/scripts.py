@@ -58,10 +58,11 @@ local function put_back(level, entries)
   in_pieces(numbers, function(...) call('LPUSH', key, ...) end)
 end
 
-local function release(held, died)
-  local all, by_level = call('HGETALL', held), {}
-  for i = 2, #all, 2 do
-    local entry = all[i]
+-- Put jobs that a worker may have run back to their places, as redelivered.
+local function deliver_again(entries, died)
+  local by_level = {}
+  for i = 1, #entries do
+    local entry = entries[i]
     local deliveries, crashes, level = byte(entry, 11, 13)
     local begun = level >= BEGUN
     if begun then level = level - BEGUN end
@@ -70,9 +71,14 @@ local function release(held, died)
     by_level[level] = by_level[level] or {}
     table.insert(by_level[level], sub(entry, 1, 10) .. char(deliveries, crashes, level) .. sub(entry, 14))
   end
+  for level, found in pairs(by_level) do put_back(level, found) end
+end
+
+local function release(held, died)
+  local entries = call('HVALS', held)
   call('DEL', held)
-  for level, entries in pairs(by_level) do put_back(level, entries) end
-  return #all > 0
+  deliver_again(entries, died)
+  return #entries > 0
 end
 
 local function release_letters(read)
@@ -252,6 +258,25 @@ if freed then tell() end
 return 1
 """
 
+# KEYS[11]: what the worker holds. ARGV: its id. Returns the numbers of the jobs, or false if the lease is gone.
+_HELD: Final = r"""
+if call('HEXISTS', WORKERS, ARGV[1]) == 0 then return false end
+return call('HKEYS', KEYS[11])
+"""
+
+# KEYS[11]: what the worker holds. ARGV: numbers of jobs that it doesn't know.
+_RETURN: Final = r"""
+local entries = {}
+for i = 1, #ARGV do
+  local entry = call('HGET', KEYS[11], ARGV[i])
+  if entry then entries[#entries + 1] = entry end
+  call('HDEL', KEYS[11], ARGV[i])
+end
+deliver_again(entries, false)
+tell()
+return #entries
+"""
+
 # KEYS[11]: what the reader holds. ARGV: its id, the last number that it has read, the highest that it may read, and how many.
 _READ: Final = r"""
 if call('HEXISTS', WORKERS, ARGV[1]) == 0 then return false end
@@ -313,7 +338,7 @@ fresh()
 call('RPUSH', key, 'x') call('LPUSH', key, 'x') call('LINDEX', key, 0) call('LLEN', key) call('LPOP', key)
 fresh()
 call('HSET', key, 'x', 1) call('HINCRBY', key, 'x', 1) call('HEXISTS', key, 'x') call('HGET', key, 'x') call('HMGET', key, 'x')
-call('HGETALL', key) call('HLEN', key) call('HDEL', key, 'x')
+call('HGETALL', key) call('HVALS', key) call('HKEYS', key) call('HLEN', key) call('HDEL', key, 'x')
 fresh()
 call('ZADD', key, 1, 'x') call('ZRANGEBYSCORE', key, '-inf', 1, 'LIMIT', 0, 1) call('ZRANGE', key, 0, 0, 'WITHSCORES') call('ZCARD', key)
 call('ZREM', key, 'x')
@@ -336,6 +361,8 @@ TURN: Final = _script(_TURN)
 ADDING_TURN: Final = _script(_TURN, always=False)
 REGISTER: Final = _script(_REGISTER)
 RELEASE: Final = _script(_RELEASE)
+HELD: Final = _script(_HELD)
+RETURN: Final = _script(_RETURN)
 READ: Final = _script(_READ)
 TAKE: Final = _script(_TAKE)
 PURGE: Final = _script(_PURGE)

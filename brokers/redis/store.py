@@ -23,10 +23,10 @@ from leveret.runtime import Runtime
 
 from ..leases import Lease
 from ..rows import Row
-from ..turns import WINDOW, Taker, Turn, Turns, Window, Write
+from ..turns import WINDOW, Claimed, Run, Taker, Turn, Turns, Window, Write
 from ..turns.writes import Again, Begin, Bury, Publish
 from . import scripts
-from .entries import row_of, tail_of, unreadable
+from .entries import row_of, seq_bytes, seq_of, tail_of, unreadable
 from .keys import LEVEL_NUMBERS, Keys
 from .link import Link, meaning_of
 from .wire import Lost, Refused, Script, Wire, packed_words
@@ -102,7 +102,11 @@ class Store:
         """Whether notices arrive. If they don't, polling finds what is new."""
         self._tried = False
         self._leftover: list[int] = []
-        """Leases of ours that ended in doubt, and are to be released."""
+        """Leases of ours that ended before they were used, and are to be released."""
+        self._held: dict[Lease, dict[int, Claimed]] = {}
+        """The jobs that each lease holds, by number."""
+        self._doubtful = False
+        """Whether the server may hold other jobs for our leases than we know: an answer was lost, or it is another server."""
         self._died: list[int] = []
         """Leases of dead workers, to be released."""
         self._registered: list[int] = []
@@ -252,6 +256,8 @@ class Store:
         if wrong:
             msg = f"{self.turns.where}: the key {wrong.decode(errors='replace')}; choose another prefix=… in the URL"
             raise ConfigurationError(msg)
+        if self._wire is not None and (wire.server != self._wire.server or not wire.server):
+            self._doubtful = True
         self._wire, self._listens, self._tried = wire, False, False
         self._next_due = 0.0
         wire.lost.add_done_callback(lambda _: self._noticed())
@@ -279,6 +285,11 @@ class Store:
         while self._leftover:
             await self._release(wire, self._leftover[-1], died=False)
             self._leftover.pop()
+        if self._doubtful:
+            for taker in self.turns.takers.all:
+                if taker.lease.id is not None and taker.windows:
+                    await self._compare(wire, taker.lease, taker.lease.id)
+            self._doubtful = False
         for taker in self.turns.takers.all:
             if taker.lease.id is None:
                 # no counter of the server's: that may go back at a fail-over, and two workers would have the same number
@@ -286,6 +297,25 @@ class Store:
                 await self.evaluate(wire, scripts.REGISTER, [], lease)
                 self._registered.append(lease)
                 self.turns.takers.lease(taker, lease)
+
+    async def _compare(self, wire: Wire, lease: Lease, worker: int) -> None:
+        """Make what we know of the jobs of a lease agree with what the server has.
+
+        A job that we don't know was claimed by a turn whose answer was lost, or its settlement was lost with a server: it is delivered
+        again. One that the server doesn't hold for us was settled by such a turn, or waits on a server that lost its claim.
+        """
+        fields: list[bytes] | None = await self.evaluate(wire, scripts.HELD, [self.keys.held(worker)], worker)
+        if fields is None:
+            return
+        known, there = self._held.get(lease, {}), set(map(seq_of, fields))
+        if strange := [seq_bytes(seq) for seq in there - known.keys()]:
+            await self.evaluate(wire, scripts.RETURN, [self.keys.held(worker)], *strange)
+        for seq in known.keys() - there:
+            delivery = known[seq]
+            if not delivery.settled:  # else its settlement is tried again, and finds nothing
+                delivery.settled = True
+                delivery.window.held -= 1
+                del known[seq]
 
     async def _release(self, wire: Wire, lease: int, *, died: bool) -> None:
         await self.evaluate(wire, scripts.RELEASE, [self.keys.held(lease), self.keys.read(lease)], lease, int(died))
@@ -417,6 +447,15 @@ class Store:
     def _committed(self, turn: Turn) -> None:
         self._losses = 0
         self._registered.clear()
+        for taker, deliveries in turn.claimed.items():
+            self._held.setdefault(taker.lease, {}).update((delivery.seq, delivery) for delivery in deliveries)
+        for settled in (turn.gone, turn.given_back):
+            for lease, deliveries in settled.items():
+                known = self._held.get(lease, {})
+                for delivery in deliveries:
+                    known.pop(delivery.seq, None)
+        for taker in turn.closing:
+            self._held.pop(taker.lease, None)
         if turn.claimed:
             self._poll_s = FIRST_POLL_S
         else:
@@ -431,6 +470,7 @@ class Store:
         self.turns.rolled_back()
         for taker in self.turns.takers.all:
             if taker.lease.id in lost:
+                self._held.pop(taker.lease, None)
                 self.turns.takers.expired(taker)
         self._told = True
 
@@ -448,11 +488,10 @@ class Store:
         said = " ".join(str(error).split()) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
         self._link.failed(wire, error)
         if meaning == "lost" and called and turn is not None:
-            turns.doubt(turn, f"the connection was lost before the answer: {said}")
-            for taker in turns.takers.all:  # what was claimed isn't known here, and is freed with the old lease
-                if taker.lease.id is not None and taker.lease.id not in self._registered:
-                    self._leftover.append(taker.lease.id)
-                turns.takers.lose(taker)
+            # what settles or begins is tried again, after the comparison with what the server has
+            doubtful: list[Write] = [write for write in turn.writes if isinstance(write, Publish | Run)]
+            turns.doubt(Turn(doubtful, [], []), f"the connection was lost before the answer: {said}")
+            self._doubtful = True
         self._leftover += self._registered
         self._registered.clear()
         turns.rolled_back()

@@ -347,3 +347,46 @@ async def test_a_full_server_says_so_and_takes_jobs_again(redis_node: StartRedis
     await publish(broker, queue, b"room")
 
     assert (await sink.next()).envelope.body == b"room"
+
+
+@pytest.mark.parametrize("verb", ["done", "again", "claim"])
+async def test_a_lost_answer_costs_no_lease_and_settles_once(
+    redis: Server, opened: Opened, queue: Queue, verb: str
+) -> None:
+    """A server that is restarted under load would otherwise run each job again that a worker has in its hands."""
+    parts = urlsplit(redis.url)
+    async with FaultProxy(parts.port or 6379, host=parts.hostname or "") as link:
+        broker = opened(link.url_of(redis.url))
+        await publish(broker, queue, b"1", b"2")
+        consumption, sink = await consume(broker, queue)
+        running, ended = await sink.take(2)
+
+        link.freeze("down")
+        task = None
+        if verb == "done":
+            ended.done()
+        elif verb == "again":
+            retried = msgspec.structs.replace(ended.envelope, attempt=2)
+            task = asyncio.create_task(ended.again(timed(retried, soon())))
+        else:
+            await publish(opened(), queue, b"3")
+        async with asyncio.timeout(PATIENCE_S):
+            while (now := await depth_of(redis, queue)).unsettled != {"done": 1, "again": 2, "claim": 3}[verb]:
+                await asyncio.sleep(0.01)
+        link.reset()
+        link.thaw()
+
+        if task is not None:
+            assert await task, now
+        if verb != "done":
+            again = await sink.next()
+            assert (again.redelivered, again.envelope.attempt) == (True, 2 if verb == "again" else 1)
+            again.done()
+        assert running.live
+        running.done()
+        if verb == "claim":
+            ended.done()
+        await consumption.close()
+        row = await depth_of(redis, queue)
+        assert (row.ready, row.unsettled, sink.losses, sink.waiting) == (0, 0, 0, 0)
+        await broker.close()
