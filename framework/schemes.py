@@ -118,16 +118,14 @@ def open_store(url: str, runtime: Runtime) -> Store:
     """Return the job store at `url`, without connecting; ConfigurationError if that can't be one."""
     make: Callable[[str, Runtime], Store] | None = getattr(broker_module(url), "open_store", None)
     if make is None:
-        msg = (
-            f"the store {redact_url(url)!r} keeps no results; its URL begins with postgresql://, sqlite:// or memory://"
-        )
+        msg = f"the store {redact_url(url)!r} keeps no results; its URL begins with postgresql://, redis://, sqlite:// or memory://"
         raise ConfigurationError(msg)
     return make(url, runtime)
 
 
 NO_STORE = (
     "nothing keeps the results of jobs: this app has no job store. Give App(store=…) or LEVERET_STORE the URL of one: "
-    "postgresql://host/database, or sqlite:///jobs.db for one host"
+    "postgresql://host/database, redis://host/0, or sqlite:///jobs.db for one host"
 )
 NO_BROKER = (
     "no broker is set; set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import hiredis as hiredis  # where it isn't installed, `schemes.broker_module` says what brings it
+
 from leveret.admin import Admin
 from leveret.broker import Broker
 from leveret.runtime import Runtime

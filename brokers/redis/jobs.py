@@ -9,8 +9,9 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar, final
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeAlias, TypeVar, final
 from zlib import crc32
 
 from leveret.errors import ConfigurationError, LeveretError, StoreUnavailable
@@ -27,12 +28,15 @@ log = logging.getLogger("leveret.redis")
 
 _Of = TypeVar("_Of", Change, Change | Progress, Key)
 
+_Call: TypeAlias = tuple[str, Script, Sequence[Part]]
+"""A tag, a script and its arguments."""
+
 _TAGS: Final = 16
 _AT_ONCE: Final = 1000
 """How many records a script looks at, at most: nothing else is answered meanwhile, for a millisecond or two."""
 _AGAIN_S: Final = 0.1
 """The wait before a server that executed nothing is asked again, seconds."""
-_SWEEPS: Final = 20
+_SWEEPS: Final = 100
 """How often a `trim` that finds much looks further."""
 
 
@@ -43,10 +47,9 @@ class RedisJobs:
     def __init__(self, address: Address, runtime: Runtime) -> None:
         self.what = str(address)
         """As `Store.what`."""
-        one = f"{address.prefix}:{{jobs}}:"
-        several = [f"{address.prefix}:{{jobs:{number}}}:" for number in range(_TAGS)]
-        self._tags = several if address.kind == "cluster" else [one]
-        """What all keys of some records begin with."""
+        tags = _TAGS if address.kind == "cluster" else 1
+        self._tags = [f"{address.prefix}:{{jobs:{number}}}:" for number in range(tags)]
+        """What all keys of some records begin with. The name of a queue has no colon, so none of its keys begins like that."""
         self._link = Link(address, runtime, name=f"leveret {runtime.app} store")
         self._limit_s = runtime.settings.connect_timeout_s
         self._one = asyncio.Lock()
@@ -62,17 +65,31 @@ class RedisJobs:
         self._closed = False
 
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
-        """As `Store.write`."""
-        await self._each([(tag, records.ENTER, (0, records.entries(own))) for tag, _, own in self._by_tag(changes)])
+        """As `Store.write`; on a cluster, each tag's changes have their effect together."""
+        await self._enter(0, changes)
 
     async def begin(self, changes: Sequence[Change], /) -> Sequence[Verdict]:
         """As `Store.begin`."""
+        letters = await self._enter(1, changes)
+        return [records.VERDICTS[letters[place]] for place in range(len(changes))]
+
+    async def _enter(self, begins: int, changes: Sequence[Change | Progress]) -> dict[int, int]:
+        """Enter changes; return by their places what the script says of each."""
         groups = self._by_tag(changes)
-        answers = await self._each([(tag, records.ENTER, (1, records.entries(own))) for tag, _, own in groups])
-        verdicts: dict[int, Verdict] = {}
-        for (_, places, _), letters in zip(groups, answers, strict=True):
-            verdicts.update(zip(places, (records.VERDICTS[letter] for letter in letters), strict=True))
-        return [verdicts[place] for place in range(len(changes))]
+        async with self._turn() as why:
+            counts: Sequence[Sequence[Part]] = [()] * len(groups)
+            if groups and len(self._tags) > 1:  # the order in which all were heard of is one for all tags
+                last = await self._evaluate(why, self._tags[0], records.COUNT, (len(changes),))
+                counts = [(last - len(changes), records.places_of(places)) for _, places, _ in groups]
+            calls = [
+                (tag, records.ENTER, (begins, records.entries(own), *count))
+                for (tag, _, own), count in zip(groups, counts, strict=True)
+            ]
+            answers = await self._evaluate_each(why, calls)
+        letters: dict[int, int] = {}
+        for (_, places, _), answer in zip(groups, answers, strict=True):
+            letters.update(zip(places, answer, strict=True))
+        return letters
 
     async def read(self, keys: Sequence[Key], /) -> Sequence[Record | None]:
         """As `Store.read`."""
@@ -197,21 +214,30 @@ class RedisJobs:
         [answer] = await self._each([(tag, script, arguments)])
         return answer
 
-    async def _each(self, calls: Sequence[tuple[str, Script, Sequence[Part]]]) -> Sequence[Any]:
+    async def _each(self, calls: Sequence[_Call]) -> Sequence[Any]:
         """Return the answers of scripts, each with a tag and its arguments."""
+        async with self._turn() as why:
+            return await self._evaluate_each(why, calls)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[deque[str]]:
+        """Wait for the calls before this one; StoreUnavailable if it takes too long, for what lies in the yielded `why`."""
         if self._closed:
             msg = f"the job store {self.what} is closed"
             raise StoreUnavailable(msg)
         why: deque[str] = deque(maxlen=1)
         try:
             async with asyncio.timeout(self._limit_s), self._one:
-                if len(calls) == 1:
-                    return [await self._evaluate(why, *calls[0])]
-                answers = await asyncio.gather(*(self._evaluate(why, *call) for call in calls), return_exceptions=True)
+                yield why
         except TimeoutError as error:
-            said = f": {why[-1]}" if why else ""
+            said = f": {why[0]}" if why else ""
             msg = f"the job store {self.what} didn't answer within {self._limit_s:g} s{said}"
             raise StoreUnavailable(msg) from error
+
+    async def _evaluate_each(self, why: deque[str], calls: Sequence[_Call]) -> Sequence[Any]:
+        if len(calls) == 1:
+            return [await self._evaluate(why, *calls[0])]
+        answers = await asyncio.gather(*(self._evaluate(why, *call) for call in calls), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
@@ -243,8 +269,8 @@ class RedisJobs:
         meaning = meaning_of(error)
         if meaning in {"moved", "busy"}:
             return None
-        if meaning is None or (isinstance(error, Refused) and "user_script" in str(error)):
-            return error  # a fault of a script costs the changes of this call only
+        if meaning is None or _is_fault(error):
+            return error  # the next call may do
         said = " ".join(str(error).split()) or type(error).__name__
         msg = f"the job store {said if isinstance(error, LeveretError) else f'{self.what}: {said}'}"
         return ConfigurationError(msg) if meaning == "wrong" else StoreUnavailable(msg)
@@ -253,6 +279,8 @@ class RedisJobs:
         try:
             await wire.subscribe(f"{tag}ends:{self._waiter}".encode(), self._noticed)
         except Refused as error:
+            if error.code != "NOPERM":
+                raise
             self._deaf = True
             log.info("%s tells nobody of ends (%s): each is found by asking, up to a second late", self.what, error)
         else:
@@ -264,6 +292,17 @@ class RedisJobs:
             self._hears.clear()
         elif self._tell is not None and (ended := self._watched.take(records.numbers(numbers))):
             self._tell(ended)
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether an error is of a script itself, not of what its user may do."""
+    said = str(error)
+    return (
+        isinstance(error, Refused)
+        and error.code in {"ERR", "WRONGTYPE"}
+        and "user_script" in said
+        and "The user executing" not in said
+    )
 
 
 def _text(text: str) -> bytes:

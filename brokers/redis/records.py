@@ -81,6 +81,11 @@ def entries(changes: Sequence[Change | Progress]) -> bytes:
     return b"".join(parts)
 
 
+def places_of(places: Iterable[int]) -> bytes:
+    """Return the places of a tag's changes in a batch as `ENTER` takes them."""
+    return b"".join(map(struct.Struct(">I").pack, places))
+
+
 def publish_of(key: Key) -> bytes:
     """Return the publish of a key as the scripts take it."""
     return key.publish.to_bytes(8, "big", signed=True)
@@ -175,14 +180,14 @@ local function note_end(publish, waiters)
   end
 end
 
--- Tell each waiter which publishes ended.
+-- Tell each waiter which publishes ended. A user who may not do that is no reason to fail: waiters ask, too.
 local function tell()
-  for waiter, publishes in pairs(ended) do call('SPUBLISH', P .. 'ends:' .. waiter, publishes) end
+  for waiter, publishes in pairs(ended) do redis.pcall('SPUBLISH', P .. 'ends:' .. waiter, publishes) end
 end
 
-local function now_us()
+local function now_ms()
   local time = call('TIME')
-  return time[1] * 1000000 + time[2]
+  return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 """
 
@@ -217,13 +222,10 @@ ENTER: Final = _script(
     """\
 -- Enter changes and progress, in order. Begins: all are runs that begin; one that was asked to end becomes aborted instead.
 -- Return a letter for each change: it goes (g), or the publish is aborted (a) or has ended (e).
-local begins, now, added, count = ARGV[1] == '1', now_us(), 0, nil
-local now_ms, verdicts = math.floor(now / 1000), {}
-
-local function next_count()
-  count = math.max((count or tonumber(call('GET', P .. 'counted') or 0)) + 1, now)
-  return count
-end
+-- A new record's count is `counted` and the place of its change; `places` are those of a batch of which other tags have the rest.
+-- Then another server counts, and where a fail-over sets it back, the tag's own records come first.
+local begins, batch, counted, places = ARGV[1] == '1', ARGV[2], ARGV[3], ARGV[4]
+local base, now, verdicts, start, place, added = tonumber(counted or call('GET', P .. 'counted') or 0), now_ms(), {}, 1, 0, 0
 
 -- Enter a change that counts, over `text` if there is a record.
 local function enter(id, publish, key, text, passes, attempt, state, told, at, keep_ms, result, body)
@@ -236,8 +238,12 @@ local function enter(id, publish, key, text, passes, attempt, state, told, at, k
     from = from + size2 + size3
     kept, waiters = string.sub(text, from + 1, from + size4), string.sub(text, from + size4 + 1)
   else
-    number, added = next_count(), added + 1
-    call('ZADD', P .. 'order', number, publish .. id)
+    number, added = base + (places and struct.unpack('>I4', places, 4 * place - 3) or place), added + 1
+    if counted then
+      local last = call('ZRANGE', P .. 'order', 0, 0, 'REV', 'WITHSCORES')[2]
+      number = math.max(number, last and tonumber(last) + 1 or 0)
+    end
+    call('ZADD', P .. 'order', string.format('%.0f', number), publish .. id)
   end
   if state == 4 then
     started, run = at, ''
@@ -246,20 +252,19 @@ local function enter(id, publish, key, text, passes, attempt, state, told, at, k
     note_end(publish, waiters)
     waiters = ''
   end
-  local until_ms = now_ms + keep_ms
+  local until_ms = now + keep_ms
   if body == '' then body = kept end
   local head = struct.pack(HEAD, publish, number, passes, attempt, created, started, at, until_ms, state, asked, #told, #run, #result, #body)
   local stays = string.format('%.0f', until_ms)
   call('SET', key, head .. told .. run .. result .. body .. waiters, 'PXAT', stays)
   if key ~= P .. 'r:' .. id then
     local others = P .. 's:' .. id
-    call('ZADD', others, number, publish)
+    call('ZADD', others, string.format('%.0f', number), publish)
     call('PEXPIREAT', others, stays, 'NX')
     call('PEXPIREAT', others, stays, 'GT')
   end
 end
 
-local batch, start, place = ARGV[2], 1, 0
 while start <= #batch do
   local publish, passes, attempt, state, at, keep_ms, size1, size2, size3, size4, first = struct.unpack(CHANGE, batch, start)
   local second, third, fourth = first + size1, first + size1 + size2, first + size1 + size2 + size3
@@ -295,14 +300,17 @@ while start <= #batch do
   end
   verdicts[place] = verdict
 end
-if count then
-  call('SET', P .. 'counted', string.format('%.0f', count))
+if added > 0 then
+  if not counted then call('SET', P .. 'counted', string.format('%.0f', base + place)) end
   sweep(2 * added)
 end
 tell()
 return table.concat(verdicts)
 """,
 )
+
+COUNT: Final = _script("", "return redis.call('INCRBY', KEYS[1] .. 'counted', ARGV[1])\n")
+"""Count the changes of a batch for several tags."""
 
 _READ: Final = """\
 -- Return the place after the last publish that was looked at, then place and record of each that has ended, or of each.
@@ -379,7 +387,7 @@ if state == 4 then
   return 'asked'
 end
 local last = SIZE + size1 + size2 + size3 + size4
-call('SET', key, struct.pack(HEAD, ARGV[2], number, passes, attempt, created, started, math.floor(now_us() / 1000), until_ms, 7, 0,
+call('SET', key, struct.pack(HEAD, ARGV[2], number, passes, attempt, created, started, now_ms(), until_ms, 7, 0,
   size1, size2, size3, size4) .. string.sub(text, SIZE + 1, last), 'KEEPTTL')
 note_end(ARGV[2], string.sub(text, last + 1))
 tell()

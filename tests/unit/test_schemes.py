@@ -47,17 +47,22 @@ def test_a_missing_library_is_one_line_with_the_extra_that_brings_it(
     )
 
 
-def test_a_broker_on_postgresql_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "library", "extra"), [("postgresql", "asyncpg", "postgresql"), ("redis+cluster", "hiredis", "redis")]
+)
+def test_a_broker_over_a_library_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, library: str, extra: str
+) -> None:
     """The plain installation of leveret has no driver for it."""
-    for name in [name for name in sys.modules if name.startswith("leveret.brokers.postgresql")]:
+    for name in [name for name in sys.modules if name.startswith(f"leveret.brokers.{extra}")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    monkeypatch.setitem(sys.modules, library, None)
 
     with pytest.raises(ConfigurationError) as refused:
-        broker_module("postgresql://shop:hunter2@db/shop")
+        broker_module(f"{scheme}://shop:hunter2@db/shop")
 
     assert str(refused.value) == (
-        "a broker's URL with postgresql:// needs asyncpg; install the extra leveret[postgresql], which brings it"
+        f"a broker's URL with {scheme}:// needs {library}; install the extra leveret[{extra}], which brings it"
     )
 
 
