@@ -74,6 +74,15 @@ async def brokers(*made: Broker) -> AsyncGenerator[tuple[Broker, ...]]:
         await asyncio.gather(*(broker.close() for broker in made))
 
 
+async def until_settled(server: Node, queue: Queue, left: int = 0) -> None:
+    """Wait until the server holds so many jobs for workers."""
+    admin = open_admin(server.url, RUNTIME)
+    async with asyncio.timeout(40):
+        while (await depth(admin, queue)).unsettled != left:
+            await asyncio.sleep(0.05)
+    await admin.close()
+
+
 async def publish(broker: Broker, queue: Queue, *bodies: bytes) -> None:
     """Publish jobs one after another; each is confirmed."""
     for body in bodies:
@@ -236,7 +245,6 @@ async def test_scripts_that_the_server_forgot_are_loaded_again(node: Node) -> No
 async def test_a_full_server_refuses_jobs_and_settles_those_that_it_has(node: Node) -> None:
     """A server that is full of jobs gets room only by finishing them: workers that couldn't settle would never end that."""
     queue = Queue("jobs")
-    admin = open_admin(node.url, RUNTIME)
     async with brokers(open_broker(node.url, RUNTIME)) as (broker,):
         await publish(broker, queue, *(b"%d" % number for number in range(20)))
         _, sink = await consume(broker, queue)
@@ -247,15 +255,12 @@ async def test_a_full_server_refuses_jobs_and_settles_those_that_it_has(node: No
             await broker.publish(queue, timed(make_envelope(queue), soon(5)))
         for delivery in held:
             delivery.done()
-        async with asyncio.timeout(40):
-            while (await depth(admin, queue)).unsettled:
-                await asyncio.sleep(0.05)
+        await until_settled(node, queue)
 
         await node.configure("maxmemory", 0)
         await publish(broker, queue, b"after")
         await take(sink, b"after")
         assert sink.losses == 0
-    await admin.close()
 
 
 async def test_nothing_is_kept_of_finished_jobs(node: Node) -> None:
@@ -271,11 +276,7 @@ async def test_nothing_is_kept_of_finished_jobs(node: Node) -> None:
                 await asyncio.gather(*(broker.publish(queue, job) for job in jobs))
                 for delivery in await sink.take(len(jobs)):
                     delivery.done()
-            admin = open_admin(node.url, RUNTIME)
-            async with asyncio.timeout(40):
-                while (await depth(admin, queue)).unsettled:
-                    await asyncio.sleep(0.05)
-            await admin.close()
+            await until_settled(node, queue)
             used = await node.info("memory")
             return int(used["used_memory"]) - int(used["mem_clients_normal"]), await node.command("DBSIZE")
 
@@ -314,6 +315,36 @@ async def test_a_promoted_replica_lacks_what_it_had_not_received_and_no_more(
         while b"later" not in found:
             found.add((await sink.next()).envelope.body)
     assert found == {b"received", b"later"}
+
+
+async def test_what_a_promoted_replica_holds_for_a_worker_that_has_finished_it_is_freed(redis_node: StartRedis) -> None:
+    """The replica knows nothing of the last settlements, and the worker lives: nobody else would ever free those jobs."""
+    primary, queue = await redis_node(), Queue("jobs")
+    replica = await primary.replica()
+    async with (
+        FaultProxy(primary.port) as link,
+        brokers(open_broker(link.url_of(primary.url), RUNTIME)) as (broker,),
+    ):
+        await publish(broker, queue, b"finished", b"running")
+        _, sink = await consume(broker, queue)
+        finished, running = await sink.take(2)
+        assert await primary.command("WAIT", 1, 30_000) == 1
+        await replica.detach()
+        finished.done()
+        await until_settled(primary, queue, left=1)
+
+        await primary.kill9()
+        await replica.promote()
+        link.turn_to(replica.port)
+        link.reset()
+
+        again = await sink.next(40)
+        assert (again.envelope.body, again.redelivered) == (b"finished", True)
+        assert running.live
+        again.done()
+        running.done()
+        await until_settled(replica, queue)
+        assert (sink.waiting, sink.losses) == (0, 0)
 
 
 @pytest.mark.parametrize("confirm", ["memory", "replica"])
