@@ -66,7 +66,7 @@ async def harness(unopened: Harness) -> AsyncGenerator[Harness]:
     await unopened.close()
 
 
-_FEW = {"postgresql-pgbouncer": "pooler", "redis-cluster": "sharded"}
+_FEW = {"postgresql-pgbouncer": "pooler", "redis-cluster": "matrix"}
 """The brokers and stores on which `make test` runs a few cases; the others have this mark."""
 _THE_FEW = {
     "test_a_body_arrives_byte_for_byte",

@@ -30,7 +30,7 @@ def bench(tmp_path: Path) -> Generator[Callable[..., Bench]]:
     params=[
         "sqlite",
         pytest.param("postgresql", marks=pytest.mark.postgres),
-        pytest.param("redis", marks=pytest.mark.redis),
+        pytest.param("redis", marks=[pytest.mark.redis, pytest.mark.matrix]),
         "quorum",
         "classic",
     ]

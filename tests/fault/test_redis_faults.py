@@ -110,6 +110,29 @@ async def test_kills_of_four_workers_and_of_the_server_lose_nothing(node: Node, 
     await kill_all_in_turn(made, node, taken_back, TAKEN_S + SLOW_S)
 
 
+async def test_a_killed_server_with_a_file_of_each_second_lacks_no_more_than_that(
+    redis_node: StartRedis, bench: MakeBench, record_property: Callable[[str, object], None]
+) -> None:
+    """Most servers sync each second: what a crash costs must be known, and be no more than the docs say."""
+    node = await redis_node()
+    made = bench(node.url)
+    await made.working()
+    async with Load(made, rate=500, losing=True) as load:
+        await asyncio.sleep(1.0)
+        before = set(load.confirmed)
+        await asyncio.sleep(2.0)
+        await node.kill9()
+        await node.start()
+        confirmed = len(load.confirmed)
+        await eventually(lambda: len(load.confirmed) > confirmed + 200, lambda: str(load.counts()), timeout_s=60)
+    await made.until_empty()
+
+    counts = load.counts()
+    record_property("counts", str(counts))
+    assert counts.strange == 0
+    assert not (load.confirmed - set(made.recorder.ids("start"))) & before, "what was synced is there"
+
+
 async def test_each_job_starts_in_time_although_its_notice_is_lost(node: Node) -> None:
     """A notice is heard or gone: a job that waited for the next one would wait for the next publish."""
     queue = Queue("jobs")
@@ -374,7 +397,7 @@ async def test_a_replica_is_promoted_under_500_jobs_a_second(
     assert not lost & before, "only what was confirmed in the second before the kill can be missing"
     if confirm == "replica":
         assert counts.lost == 0
-    assert took_s < 20 + SLOW_S
+    assert took_s < 30
     assert counts.late_s < SLOW_S, "each publish has its answer in time"
 
 
