@@ -36,6 +36,8 @@ _AT_ONCE: Final = 1000
 """How many records a script looks at, at most: nothing else is answered meanwhile, for a millisecond or two."""
 _AGAIN_S: Final = 0.1
 """The wait before a server that executed nothing is asked again, seconds."""
+_OF_RIGHTS: Final = ("The user executing", "ACL failure")
+"""What Redis 7.0 and its successors say of a script whose user may not run one of its commands."""
 _SWEEPS: Final = 100
 """How often a `trim` that finds much looks further."""
 
@@ -297,12 +299,8 @@ class RedisJobs:
 def _is_fault(error: Exception) -> bool:
     """Whether an error is of a script itself, not of what its user may do."""
     said = str(error)
-    return (
-        isinstance(error, Refused)
-        and error.code in {"ERR", "WRONGTYPE"}
-        and "user_script" in said
-        and "The user executing" not in said
-    )
+    of_script = isinstance(error, Refused) and error.code in {"ERR", "WRONGTYPE"} and "user_script" in said
+    return of_script and not any(words in said for words in _OF_RIGHTS)
 
 
 def _text(text: str) -> bytes:
