@@ -33,7 +33,7 @@ _Call: TypeAlias = tuple[str, Script, Sequence[Part]]
 
 _TAGS: Final = 16
 _AT_ONCE: Final = 1000
-"""How many records a script looks at, at most: nothing else is answered meanwhile, for a millisecond or two."""
+"""How many records a script looks at, at most: a server answers nothing else meanwhile, for some milliseconds."""
 _AGAIN_S: Final = 0.1
 """The wait before a server that executed nothing is asked again, seconds."""
 _OF_RIGHTS: Final = ("The user executing", "ACL failure")
@@ -108,15 +108,15 @@ class RedisJobs:
 
     async def _read(self, script: Script, keys: Sequence[Key], only_ended: int, waiter: str) -> Sequence[Record]:
         found = list[Record]()
-        for tag, _, own in self._by_tag(keys):
+        for tag, part in self._parts(keys):
             start = 0
-            while part := own[start : start + _AT_ONCE]:
-                answer = await self._call(tag, script, records.publishes(part), only_ended, waiter)
+            while left := part[start:]:
+                answer = await self._call(tag, script, records.publishes(left), only_ended, waiter)
                 seen: int = answer[0]
                 places: Sequence[int] = answer[1::2]
                 texts: Sequence[bytes] = answer[2::2]
                 found += [
-                    records.record_of(part[place].job_id, text)[1] for place, text in zip(places, texts, strict=True)
+                    records.record_of(left[place].job_id, text)[1] for place, text in zip(places, texts, strict=True)
                 ]
                 start += seen
         return found
@@ -140,11 +140,11 @@ class RedisJobs:
 
     async def asked(self, keys: Sequence[Key], /) -> Sequence[Key]:
         """As `Store.asked`."""
-        groups = self._by_tag(keys)
-        answers = await self._each([(tag, records.ASKED, (records.publishes(own),)) for tag, _, own in groups])
+        parts = self._parts(keys)
+        answers = await self._each([(tag, records.ASKED, (records.publishes(part),)) for tag, part in parts])
         found = list[Key]()
-        for (_, _, own), places in zip(groups, answers, strict=True):
-            found += [own[place] for place in places]
+        for (_, part), places in zip(parts, answers, strict=True):
+            found += [part[place] for place in places]
         return found
 
     async def list(
@@ -179,8 +179,8 @@ class RedisJobs:
 
     async def drop(self, keys: Sequence[Key], /) -> int:
         """As `Store.drop`."""
-        groups = self._by_tag(keys)
-        return sum(await self._each([(tag, records.DROP, (records.publishes(own),)) for tag, _, own in groups]))
+        parts = self._parts(keys)
+        return sum(await self._each([(tag, records.DROP, (records.publishes(part),)) for tag, part in parts]))
 
     async def trim(self, at_most: int, /) -> int:
         """As `Store.trim`: records expire by themselves; this deletes what points to them."""
@@ -211,6 +211,11 @@ class RedisJobs:
             places.append(place)
             own.append(item)
         return [(tag, places, own) for tag, (places, own) in groups.items()]
+
+    def _parts(self, keys: Sequence[Key]) -> Sequence[tuple[str, Sequence[Key]]]:
+        """Return the keys of each tag, at most so many together as a script looks at."""
+        groups = self._by_tag(keys)
+        return [(tag, own[at : at + _AT_ONCE]) for tag, _, own in groups for at in range(0, len(own), _AT_ONCE)]
 
     async def _call(self, tag: str, script: Script, *arguments: Part) -> Any:
         [answer] = await self._each([(tag, script, arguments)])
