@@ -286,9 +286,10 @@ async def test_a_full_server_refuses_jobs_and_settles_those_that_it_has(node: No
         assert sink.losses == 0
 
 
-async def test_nothing_is_kept_of_finished_jobs(node: Node) -> None:
+@pytest.mark.timeout(240 + JOBS / 1000)
+async def test_nothing_is_kept_of_finished_jobs(node: Node, record_property: Callable[[str, object], None]) -> None:
     """Servers full of finished work are what operators complain of: the memory after many jobs is that before them."""
-    queue, count = Queue("jobs"), 5_000
+    queue, count = Queue("jobs"), max(5_000, JOBS)
     async with brokers(open_broker(node.url, RUNTIME)) as (broker,):
         _, sink = await consume(broker, queue, prefetch=500)
 
@@ -306,8 +307,9 @@ async def test_nothing_is_kept_of_finished_jobs(node: Node) -> None:
         first = await work()
         second = await work()
 
+        record_property("counts", f"{second[0] - first[0]} octets more after {count} jobs")
         assert second[1] == first[1]
-        assert second[0] - first[0] < count * 10, "ten octets a job would be a leak that fills a server in a year"
+        assert second[0] - first[0] < 50_000 + count / 2, "what a server needs by itself varies by some pages"
 
 
 @pytest.mark.parametrize("confirm", ["memory", "replica"])
