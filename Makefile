@@ -41,9 +41,9 @@ check: $(DEV)  ## ruff (format and rules), mypy and pyright
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-test: $(DEV)  ## all tests but the fault tests, on a real RabbitMQ
-	@echo "all tests but the fault tests and most cases through PgBouncer: about 4 minutes, in two processes with a RabbitMQ each (in one: PYTEST_ARGS=\"-n 0\")"
-	PYTEST_XDIST_AUTO_NUM_WORKERS=2 $(BIN)/pytest -m "not fault and not pooler" -n auto --dist worksteal $(PYTEST_ARGS)
+test: $(DEV)  ## all tests but the fault tests, on real servers
+	@echo "all tests but the fault tests and most cases through PgBouncer and on a Redis cluster: about 4 minutes, in two processes with servers of their own (in one: PYTEST_ARGS=\"-n 0\")"
+	PYTEST_XDIST_AUTO_NUM_WORKERS=2 $(BIN)/pytest -m "not fault and not pooler and not matrix" -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-pythons:  ## unit, property and memory/SQLite contract tests on each Python from 3.11 on that this machine has
 	@passed=; failed=; absent=; \
@@ -58,12 +58,12 @@ test-pythons:  ## unit, property and memory/SQLite contract tests on each Python
 	test -n "$$passed" && test -z "$$failed"
 
 test-python: $(TESTS)
-	$(BIN)/pytest tests/unit tests/property tests/contract -m "not fault and not rabbit and not postgres" -q $(PYTEST_ARGS)
+	$(BIN)/pytest tests/unit tests/property tests/contract -m "not fault and not rabbit and not postgres and not redis" -q $(PYTEST_ARGS)
 
 fault: $(DEV)  ## the tests that kill workers, links and brokers: about 15 minutes, in two processes
-	PYTEST_XDIST_AUTO_NUM_WORKERS=2 $(BIN)/pytest -m "fault and not cluster" -n auto --dist worksteal $(PYTEST_ARGS)
+	PYTEST_XDIST_AUTO_NUM_WORKERS=2 $(BIN)/pytest -m "fault and not cluster and not matrix" -n auto --dist worksteal $(PYTEST_ARGS)
 
-test-matrix: $(DEV)  ## contract and faults on RabbitMQ 3.10, 4.0 and 4.3 (and a cluster), PostgreSQL 15 and 17 (and PgBouncer): a table, also in build/matrix.md; over an hour
+test-matrix: $(DEV)  ## contract and faults on RabbitMQ 3.10, 4.0 and 4.3 (and a cluster), PostgreSQL 15 and 17 (and PgBouncer), Redis 7.0 and Valkey 8 (and a cluster): a table, also in build/matrix.md; over an hour
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
 
 transactions: $(DEV)  ## 100 000 random transactions that publish jobs, with each library, against a model; half an hour

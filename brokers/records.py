@@ -1,7 +1,11 @@
-"""A row of a job store: its columns, and the conversion between changes, rows and records. Each store writes them by its own statements."""
+"""What job stores share: a row, its columns, and the conversion between changes, rows and records; and the publishes that are watched.
+
+Each store writes rows by its own statements.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -57,6 +61,32 @@ def record_of(row: Sequence[Any]) -> Record:
     fields: dict[str, Any] = dict(zip(COLUMNS, row, strict=False))
     fields["asked"] = bool(fields["asked"])  # SQLite has numbers only
     return Record(**fields)
+
+
+_WATCHED_S = 5.0
+"""How long a publish is watched that nobody asks for any more, seconds."""
+
+
+class Watched:
+    """The publishes for whose ends a store asks the database to tell it, by their numbers."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, tuple[Key, float]] = {}
+        """By publish: its key, and when it was last asked for."""
+        self._forget_at = 0.0
+
+    def add(self, keys: Iterable[Key]) -> None:
+        """Watch these for some seconds more; forget those that nobody asks for any more."""
+        now = time.monotonic()
+        if now > self._forget_at:
+            self._keys = {number: each for number, each in self._keys.items() if each[1] > now - _WATCHED_S}
+            self._forget_at = now + _WATCHED_S
+        self._keys.update({key.publish: (key, now) for key in keys})
+
+    def take(self, ended: Iterable[int] | None = None) -> list[Key]:
+        """Stop watching those of these publishes that are watched, or all, and return them."""
+        numbers = list(self._keys) if ended is None else ended
+        return [each[0] for number in numbers if (each := self._keys.pop(number, None)) is not None]
 
 
 def in_order(keys: Iterable[Key], records: Iterable[Record]) -> list[Record | None]:

@@ -25,6 +25,8 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
 
     durable: bool
     """A confirmed job survives the death of every process and of the broker."""
+    durability: str = ""
+    """How durable a confirmed job is, as a phrase, if the broker's URL or its server decides on that; otherwise empty."""
     shared: bool
     """Several processes may use the broker at once."""
     counts_redelivery: bool

@@ -41,11 +41,17 @@ _SCHEMES = {
     "amqp": "leveret.brokers.rabbitmq",
     "amqps": "leveret.brokers.rabbitmq",
     "postgresql": "leveret.brokers.postgresql",
+    "redis": "leveret.brokers.redis",
+    "rediss": "leveret.brokers.redis",
+    "redis+cluster": "leveret.brokers.redis",
+    "rediss+cluster": "leveret.brokers.redis",
+    "redis+sentinel": "leveret.brokers.redis",
+    "rediss+sentinel": "leveret.brokers.redis",
     "sqlite": "leveret.brokers.sqlite",
     "memory": "leveret.brokers.memory",
 }
 
-_EXTRAS = {"asyncpg": "postgresql", "redis": "redis"}
+_EXTRAS = {"asyncpg": "postgresql", "hiredis": "redis"}
 """By library: the extra of leveret that brings it."""
 ENTRY_POINTS = "leveret.brokers"
 
@@ -69,7 +75,7 @@ def broker_module(url: str | None, of: str = "broker") -> BrokerModule:
         for point in entry_points(group=ENTRY_POINTS, name=scheme):
             name = point.module
     if name is None:
-        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES if "+" not in scheme)
         none = f": neither leveret nor an installed package has a broker for {scheme}://" if "://" in url else ""
         if of == "store":
             none, known = "", "postgresql://, sqlite://, memory://"
@@ -117,20 +123,19 @@ def open_store(url: str, runtime: Runtime) -> Store:
     """Return the job store at `url`, without connecting; ConfigurationError if that can't be one."""
     make: Callable[[str, Runtime], Store] | None = getattr(broker_module(url, "store"), "open_store", None)
     if make is None:
-        msg = (
-            f"the store {redact_url(url)!r} keeps no results; its URL begins with postgresql://, sqlite:// or memory://"
-        )
+        msg = f"the store {redact_url(url)!r} keeps no results; its URL begins with postgresql://, redis://, sqlite:// or memory://"
         raise ConfigurationError(msg)
     return make(url, runtime)
 
 
 NO_STORE = (
     "nothing keeps the results of jobs: this app has no job store. Give App(store=…) or LEVERET_STORE the URL of one: "
-    "postgresql://host/database, or sqlite:///jobs.db for one host"
+    "postgresql://host/database, redis://host/0, or sqlite:///jobs.db for one host"
 )
 NO_BROKER = (
     "no broker is set; set LEVERET_BROKER (or App(broker=…), or App(default_broker=…)) to one of: "
     "amqp://host/vhost (RabbitMQ, for production; user:password@ goes before the host), "
-    "postgresql://host/database (the database that is already there; needs leveret[postgresql]), sqlite:///jobs.db (a local file, nothing to install), "
+    "postgresql://host/database (the database that is already there; needs leveret[postgresql]), "
+    "redis://host (Redis or Valkey; needs leveret[redis]), sqlite:///jobs.db (a local file, nothing to install), "
     "memory:// (inside one process, for tests)"
 )

@@ -116,7 +116,7 @@ def environment(mapping: Mapping[str, str]) -> Environment:
 
 # Up to the last @, since a password may contain an unescaped one. Without a limit, a long line with many URLs would take minutes.
 _PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):(\S{0,500})@")
-_OF_URL = re.compile(r"\A(\s*(?:[a-z]+:/+|(?![a-z]+:/))[^@:]*):.*@", re.DOTALL)
+_OF_URL = re.compile(r"\A(\s*(?:[a-z+]+:/+|(?![a-z+]+:/))[^@:]*):.*@", re.DOTALL)
 _IN_QUERY = re.compile(r"([?&][^=&\s'\"]*(?:pass|secret|token)[^=&\s'\"]*=)[^&\s'\"]*", re.IGNORECASE)
 
 # libpq's form, password=… or password='…'; unquoted, the value ends at the next space, whatever else is in it
@@ -133,4 +133,4 @@ def redact(text: str) -> str:
 
 def redact_url(url: str) -> str:
     """Return `url`, one or several, as `redact` does. Here a mistyped URL, and a password with blanks, are hidden too."""
-    return ",".join(redact(_OF_URL.sub(r"\1:***@", one)) for one in re.split(r",(?=\s*[a-z]+://)", url))
+    return ",".join(redact(_OF_URL.sub(r"\1:***@", one)) for one in re.split(r",(?=\s*[a-z+]+://)", url))

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a real RabbitMQ and a real PostgreSQL, shared or private."""
+"""Fixtures of all tests: a real RabbitMQ, a real PostgreSQL and a real Redis, shared or private."""
 
 import asyncio
 import os
@@ -8,6 +8,7 @@ from typing import Protocol
 
 import pytest
 import pytest_asyncio
+import trustme
 from hypothesis import settings
 
 from tests.nodes import Unavailable, absent
@@ -16,6 +17,7 @@ from tests.rabbit.cluster import Cluster
 from tests.rabbit.network import NoNetwork
 from tests.rabbit.node import Installation, Node, Rabbit, choose, find_rabbit
 from tests.rabbit.raw import Raw, connect
+from tests.redis import node as redises
 
 # a clock says more of the machine's load than of an example: two processes of tests share it, and whatever else runs
 settings.register_profile("unhurried", deadline=None)
@@ -47,17 +49,26 @@ class StartPostgres(Protocol):
     ) -> Awaitable[postgresql.Node]: ...
 
 
+class StartRedis(Protocol):
+    """Starts a private server; `conf` are settings of redis.conf, `authority` gives it a port that speaks TLS."""
+
+    def __call__(
+        self, *, conf: redises.Conf | None = None, authority: trustme.CA | None = None
+    ) -> Awaitable[redises.Node]: ...
+
+
 def pytest_report_header() -> list[str]:
     """Name the servers of the tests before the first test that downloads or starts one."""
     return [
         *f"RabbitMQ: {choose().what}".splitlines(),
         *f"PostgreSQL: {postgresql.choose().what}".splitlines(),
+        *f"Redis: {redises.choose().what}".splitlines(),
     ]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses a RabbitMQ as `rabbit`, what uses three nodes as `cluster`, and what uses a PostgreSQL as `postgres`."""
+    """Mark what uses a RabbitMQ as `rabbit`, what uses three nodes of it as `cluster`, and what uses the others as `postgres` and `redis`."""
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
@@ -68,6 +79,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("cluster")
         if "postgres_found" in item.fixturenames:
             item.add_marker("postgres")
+        if "redis_found" in item.fixturenames:
+            item.add_marker("redis")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -194,6 +207,59 @@ async def postgres_node(
         if isinstance(postgres_found, postgresql.Postgres):
             pytest.skip(postgres_found.why_no_levers)
         node = postgresql.Node(postgres_found, conf=conf, clock=clock)
+        started.append(node)
+        await node.start()
+        return node
+
+    yield start
+    for node in started:
+        await node.close()
+
+
+@pytest.fixture(scope="session")
+def redis_found() -> redises.Found:
+    """What there is to run on, looked up once; none fails with CI=true, and otherwise skips and says what would help."""
+    try:
+        return redises.find_redis()
+    except Unavailable as error:
+        absent(str(error))
+
+
+@pytest.fixture(scope="session")
+def redis(redis_found: redises.Found) -> Generator[redises.Server]:
+    """The session's server: shared, so use queue names of your own, and leave it running."""
+    shared = redis_found if isinstance(redis_found, redises.Server) else redises.Node(redis_found)
+    try:
+        if isinstance(shared, redises.Node):
+            asyncio.run(shared.start())
+        yield shared
+    finally:
+        asyncio.run(shared.close())
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(redis_found: redises.Found) -> Generator[redises.Cluster]:
+    """The session's cluster of three: shared, so use queue names of your own, and leave it running."""
+    if isinstance(redis_found, redises.Server):
+        pytest.skip(redis_found.why_no_levers)
+    # a node that a case holds up for some seconds isn't gone
+    shared = redises.Cluster(redis_found, conf={"cluster-node-timeout": 60_000})
+    try:
+        asyncio.run(shared.start())
+        yield shared
+    finally:
+        asyncio.run(shared.close())
+
+
+@pytest_asyncio.fixture
+async def redis_node(redis_found: redises.Found) -> AsyncGenerator[StartRedis]:
+    """Start servers of the test's own, to kill, pause and copy; skips where the server isn't ours to run."""
+    started: list[redises.Node] = []
+
+    async def start(*, conf: redises.Conf | None = None, authority: trustme.CA | None = None) -> redises.Node:
+        if isinstance(redis_found, redises.Server):
+            pytest.skip(redis_found.why_no_levers)
+        node = redises.Node(redis_found, conf=conf, authority=authority)
         started.append(node)
         await node.start()
         return node

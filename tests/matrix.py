@@ -1,6 +1,6 @@
 """The suites that need a server, on each version: `python -m tests.matrix`, or `make test-matrix`. A table at the end, and in a file.
 
-RabbitMQ 3.10, 4.0 and 4.3, and PostgreSQL 15 and 17, each of a Debian suite.
+RabbitMQ 3.10, 4.0 and 4.3, PostgreSQL 15 and 17, Redis 7.0 and Valkey 8, each of a Debian suite.
 --subset runs what `.ci/run` has time for: on the versions after a server's first the contract of a broker and the fault tests marked
 `versions`, and on the last RabbitMQ those of the cluster with this mark.
 A version that can't be had here is skipped by name; with CI=true that is a failure.
@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.nodes import Unavailable
 from tests.postgres import installation as postgres
 from tests.rabbit import node as rabbit
+from tests.redis import installation as redis
 
 _ROOT = Path(__file__).parents[1]
 _BUILD = _ROOT / "build"
@@ -33,6 +34,10 @@ _SUITES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "PostgreSQL": {
         "contract": ("tests/contract", "tests/postgres", "-m", "postgres and not fault"),
         "faults": ("tests/contract", "tests/postgres", "tests/fault", "-m", "postgres and fault"),
+    },
+    "Redis": {
+        "contract": ("tests/contract", "tests/redis", "-m", "redis and not fault"),
+        "faults": ("tests/contract", "tests/redis", "tests/fault", "-m", "redis and fault"),
     },
 }
 """By server and name: what pytest runs. The last word says which marks."""
@@ -51,15 +56,21 @@ class Version:
         """Return its name for the table, unpacked if need be. Raises Unavailable."""
         if self.server == "RabbitMQ":
             return f"RabbitMQ {rabbit.installation_of(self.key).version}"
-        return f"PostgreSQL {postgres.unpacked_installation(self.value).major}"
+        if self.server == "PostgreSQL":
+            return f"PostgreSQL {postgres.unpacked_installation(self.value).major}"
+        return redis.unpacked_installation(self.value).version
 
 
 _RABBITS = [Version("RabbitMQ", key, "LEVERET_TEST_RABBIT", key) for key in rabbit.SUITES]
 _POSTGRESES = [
     Version("PostgreSQL", f"{major}", "LEVERET_POSTGRES_SUITE", suite) for suite, major in postgres.SUITES.items()
 ]
-_VERSIONS = {version.key: version for version in (*_RABBITS, *_POSTGRESES)}
-_LATER = (*_RABBITS[1:], *_POSTGRESES[1:])
+_REDISES = [
+    Version("Redis", what.lower().replace(" ", "-"), "LEVERET_REDIS_SUITE", suite)
+    for suite, (what, _) in redis.SUITES.items()
+]
+_VERSIONS = {version.key: version for version in (*_RABBITS, *_POSTGRESES, *_REDISES)}
+_LATER = (*_RABBITS[1:], *_POSTGRESES[1:], *_REDISES[1:])
 
 
 @dataclass

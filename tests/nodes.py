@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 _HERE = Path(__file__).parent
 
+NOBODY = 65534
+"""The user and group of servers that root starts and that must not, or should not, run as root."""
+
 # A mount namespace for the node alone: /proc and /dev, and the node's folder as /mnt.
 _ENTER = """set -e; root=$1 folder=$2; shift 2
 mount --rbind /proc "$root/proc"; mount --rbind /dev "$root/dev"; mount --bind "$folder" "$root/mnt"
@@ -60,6 +63,28 @@ class Installation:
 
 
 @dataclass(frozen=True)
+class Unprivileged(Installation):
+    """A server's programs, which run as a user that isn't root."""
+
+    ends_by: str = "KILL"  # the signal at which the server ends at once, with all that it forked
+
+    def argv(self, folder: Path, *command: str) -> list[str]:
+        """Return the arguments that run `command` as a user that isn't root, with the node's folder mounted at `inside`.
+
+        If this process dies, the command gets the signal `ends_by`.
+        """
+        user = ["--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"] if os.geteuid() == 0 else []
+        if user or shutil.which("setpriv"):  # root without setpriv sees why this can't be
+            command = ("setpriv", *user, "--pdeathsig", self.ends_by, *command)
+        return super().argv(folder, *command)
+
+    def environ(self, folder: Path) -> dict[str, str]:
+        """Return all that the programs find in their environment."""
+        path = os.environ["PATH"] if self.root is None else "/usr/sbin:/usr/bin:/sbin:/bin"
+        return {"PATH": path, "HOME": self.inside(folder), "LC_ALL": "C", "TZ": "UTC"}
+
+
+@dataclass(frozen=True)
 class Choice(Generic[T]):
     """The server that the tests use."""
 
@@ -87,6 +112,20 @@ def free_ports(count: int) -> list[int]:
                 return found
     msg = "127.0.0.1 has no free port between 26000 and 31990"
     raise RuntimeError(msg)
+
+
+def private_folder(prefix: str) -> Path:
+    """Return a new folder, which belongs to the user that `Unprivileged` programs run as."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    if os.geteuid() == 0:
+        os.chown(folder, NOBODY, NOBODY)
+    return folder
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file that the server can read, whatever the umask."""
+    file.write_text(text)
+    file.chmod(0o644)
 
 
 def url_at(url: str, port: int) -> str:

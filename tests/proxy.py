@@ -7,6 +7,7 @@ async with FaultProxy(node.port) as link:     # connect the program to link.url_
     link.freeze(); link.thaw()                # half-open: TCP stays up, nothing passes
     link.freeze("up")                         # one way: what the client sends is lost; "down": confirms and deliveries
     link.reset()                              # RST to both sides of every connection
+    link.turn_to(port)                        # new connections go to another server
     link.refuse = True                        # new connections are reset at once
     link.mute = True                          # new connections are accepted and never answered; those before go on
     link.cut_after("down", 1000)              # RST once 1000 more bytes went that way: in the middle of a frame
@@ -85,6 +86,10 @@ class FaultProxy:
         for link in list(self._links):
             for writer in link:
                 _reset(writer)
+
+    def turn_to(self, port: int) -> None:
+        """Lead new connections to another port, as an address that moves to another server does."""
+        self._target = (self._target[0], port)
 
     def cut_after(self, way: Way, count: int) -> None:
         """Cut all connections once `count` more bytes went the way `way`; those bytes arrive."""

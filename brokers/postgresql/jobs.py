@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
@@ -15,7 +14,7 @@ from leveret.errors import ConfigurationError, LeveretError, StoreUnavailable
 from leveret.runtime import Runtime
 from leveret.store import STAGES, Abort, Change, Key, Progress, Record, State, Verdict
 
-from ..records import in_order, record_of
+from ..records import Watched, in_order, record_of
 from .address import Address
 from .link import Link, meaning_of
 from .records import RecordStatements, columns
@@ -28,8 +27,6 @@ _T = TypeVar("_T")
 _READ: Final = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"
 _AT_ONCE: Final = 2000
 """For how many publishes a transaction waits at once: it locks their records."""
-_WATCHED_S: Final = 5.0
-"""How long a publish is watched that nobody asks for any more, seconds."""
 
 
 @final
@@ -49,9 +46,7 @@ class PostgresJobs:
         self._one = asyncio.Lock()
         """Held during a call: its waiters get it in the order in which they came."""
         self._tell: Callable[[Sequence[Key]], None] | None = None
-        self._watched: dict[int, tuple[Key, float]] = {}
-        """By publish: what hadn't ended, and when it was last asked for."""
-        self._forget_at = 0.0
+        self._watched = Watched()
         self._closed = False
 
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
@@ -78,7 +73,7 @@ class PostgresJobs:
         """As `Store.ended`."""
         found: list[Record] = []
         if self._tell:
-            self._remember(keys)  # before the records say that we wait: a notice may come before the answer
+            self._watched.add(keys)  # before the records say that we wait: a notice may come before the answer
         ordered = sorted(keys)
         for start in range(0, len(ordered), _AT_ONCE):
             those = columns(ordered[start : start + _AT_ONCE], 2)
@@ -89,16 +84,8 @@ class PostgresJobs:
                 return await connection.fetch(self._sql.read, *those, STAGES["done"])
 
             found += [record_of(row) for row in await self._call(look, reads=self._tell is None)]
-        for record in found:
-            self._watched.pop(record.publish, None)
+        self._watched.take(record.publish for record in found)
         return found
-
-    def _remember(self, keys: Sequence[Key]) -> None:
-        now = time.monotonic()
-        if now > self._forget_at:
-            self._watched = {number: each for number, each in self._watched.items() if each[1] > now - _WATCHED_S}
-            self._forget_at = now + _WATCHED_S
-        self._watched.update({key.publish: (key, now) for key in keys})
 
     def watch(self, ended: Callable[[Sequence[Key]], None], /) -> None:
         """As `Store.watch`; the connection listens from its next call on."""
@@ -107,8 +94,7 @@ class PostgresJobs:
     def _noticed(self, notice: str) -> None:
         """Hear which publishes ended: their numbers, or nothing if there are too many."""
         if self._tell is not None and notice != "lost":
-            numbers = map(int, notice.split(",")) if notice else list(self._watched)
-            ended = [each[0] for number in numbers if (each := self._watched.pop(number, None)) is not None]
+            ended = self._watched.take(map(int, notice.split(",")) if notice else None)
             if ended:
                 self._tell(ended)
 

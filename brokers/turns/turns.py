@@ -405,6 +405,11 @@ class Turns:
         else:
             self._alone = len(self._work.writes)
 
+    def no_room(self, turn: Turn, why: str) -> None:
+        """Fail the publishes of a turn that the store has no room for; its other writes are tried again."""
+        publishes = [write for write in turn.writes if isinstance(write, Publish)]
+        self._fail(publishes, lambda write: self._unavailable(write, why))
+
     def hold_up(self, why: str, *, pause_s: float | None, quiet_s: float, state: _Away = "blocked") -> None:
         """Try again in `pause_s`, or after a back-off. Nothing is refused or lost: the writes wait until their deadlines.
 

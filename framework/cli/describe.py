@@ -69,9 +69,10 @@ def text_of(record: AppRecord) -> str:
 
 
 def _features(features: BrokerRecord) -> str:
+    durable = "durable" if features.durable else "not durable: jobs are lost when the process ends"
     return ", ".join(
         (
-            "durable" if features.durable else "not durable: jobs are lost when the process ends",
+            features.durability or durable,
             "shared by processes" if features.shared else "one process only",
             "marks redelivered jobs" if features.counts_redelivery else "doesn't mark redelivered jobs",
         )

@@ -36,6 +36,7 @@ class BrokerRecord(msgspec.Struct, frozen=True):
     durable: bool
     shared: bool
     counts_redelivery: bool
+    durability: str = ""
 
 
 class LayerRecord(msgspec.Struct, frozen=True):
@@ -179,7 +180,7 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
     return AppRecord(
         app=app.name,
         broker=redact_url(app.broker_url() or ""),
-        features=BrokerRecord(features.durable, features.shared, features.counts_redelivery),
+        features=BrokerRecord(features.durable, features.shared, features.counts_redelivery, features.durability),
         handlers=[_handler(handler, limits) for handler in handlers],
         queues=[_queue(queue, own) for queue, own in queues.values()],
         schedules=[_schedule(schedule, now) for schedule in app.schedules],

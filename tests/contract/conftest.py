@@ -8,7 +8,6 @@ import os
 import pkgutil
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 import pytest
 
@@ -68,7 +67,9 @@ async def harness(unopened: Harness) -> AsyncGenerator[Harness]:
     await unopened.close()
 
 
-_ALWAYS_POOLED = {
+_FEW = {"postgresql-pgbouncer": "pooler", "redis-cluster": "matrix"}
+"""The brokers and stores on which `make test` runs a few cases; the others have this mark."""
+_THE_FEW = {
     "test_a_body_arrives_byte_for_byte",
     "test_two_consumers_share_a_queue_and_no_job_comes_twice",
     "test_a_settlement_that_cannot_be_confirmed_leaves_the_delivery_unsettled",
@@ -79,7 +80,6 @@ _ALWAYS_POOLED = {
     "test_verdicts_come_in_the_order_of_the_changes",
     "test_thousands_of_publishes_are_asked_for_at_once",
 }
-"""The cases that `make test` runs through PgBouncer; the others are marked `pooler`."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -90,29 +90,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
-        if _is_pooled(item) and item.originalname not in _ALWAYS_POOLED:
-            item.add_marker("pooler")
+        if isinstance(item, pytest.Function) and item.originalname not in _THE_FEW and (mark := _few(item)):
+            item.add_marker(mark)
 
 
 def _params(item: pytest.Function) -> Mapping[str, object]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
-def _is_pooled(item: pytest.Item) -> TypeGuard[pytest.Function]:
-    return (
-        isinstance(item, pytest.Function)
-        and hasattr(item, "callspec")
-        and "postgresql-pgbouncer" in {item.callspec.params.get(name) for name in ("unopened", "kept")}
-    )
+def _few(item: pytest.Function) -> str | None:
+    """Return the mark of a broker or store on which `make test` runs a few cases."""
+    params = _params(item)
+    return _FEW.get(str(params.get("unopened", params.get("kept"))))
 
 
 def _takes_part(item: pytest.Item) -> bool:
-    if _is_pooled(item) and "kept" in item.callspec.params and item.get_closest_marker("fault"):
+    if not isinstance(item, pytest.Function):
+        return True
+    if _few(item) and "kept" in _params(item) and item.get_closest_marker("fault"):
         return False  # ten thousand races take a minute there, and the small ones do the same
-    if isinstance(item, pytest.Function) and "beside" in _params(item).values():
+    if "beside" in _params(item).values():
         return can_store(BROKERS[str(_params(item)["unopened"])].example)
     wanted: Sequence[pytest.Mark] = list(item.iter_markers("features"))
-    if not wanted or not isinstance(item, pytest.Function):
+    if not wanted:
         return True
     features = BROKERS[str(item.callspec.params["unopened"])].features()
     return all(getattr(features, name) == value for mark in wanted for name, value in mark.kwargs.items())

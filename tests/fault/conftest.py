@@ -26,11 +26,21 @@ def bench(tmp_path: Path) -> Generator[Callable[..., Bench]]:
         sys.stdout.write(one.logs)  # shown where the test failed
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres), "quorum", "classic"])
+@pytest.fixture(
+    params=[
+        "sqlite",
+        pytest.param("postgresql", marks=pytest.mark.postgres),
+        pytest.param("redis", marks=[pytest.mark.redis, pytest.mark.matrix]),
+        "quorum",
+        "classic",
+    ]
+)
 def any_bench(request: pytest.FixtureRequest, bench: Callable[..., Bench], tmp_path: Path) -> Bench:
     """A bench on each durable broker and kind of queue."""
     if request.param == "sqlite":
         return bench(f"sqlite:///{tmp_path}/jobs.db")
     if request.param == "postgresql":
         return bench(request.getfixturevalue("postgres_url"))
+    if request.param == "redis":
+        return bench(request.getfixturevalue("redis").url)
     return bench(request.getfixturevalue("rabbit").url, request.param)

@@ -33,15 +33,21 @@ class Counts:
 
 
 class Load:
-    """Publishes `rate` jobs a second, each by itself, until the block ends; then waits until each confirmed one has run for `seconds`."""
+    """Publishes `rate` jobs a second, each by itself, until the block ends; then waits until each confirmed one has run for `seconds`.
 
-    def __init__(self, bench: Bench, *, rate: float = 100, seconds: float = 0.05, timeout_s: float = 5) -> None:
+    With `losing` it waits for none: the broker doesn't promise to have them all.
+    """
+
+    def __init__(
+        self, bench: Bench, *, rate: float = 100, seconds: float = 0.05, timeout_s: float = 5, losing: bool = False
+    ) -> None:
         self.confirmed: set[str] = set()
         self.refused: Counter[str] = Counter()
         self._bench = bench
         self._rate = rate
         self._seconds = seconds
         self._timeout_s = timeout_s
+        self._losing = losing
         self._ids: list[str] = []
         self._slowest_s = 0.0
         self._over = asyncio.Event()
@@ -60,6 +66,8 @@ class Load:
             await asyncio.gather(self._publishing, return_exceptions=True)
             return
         await self._publishing
+        if self._losing:
+            return
         await eventually(
             lambda: self.confirmed <= set(self._bench.recorder.ids("end")),
             lambda: f"{self.counts()}; refused: {self.refused}; workers: {self._bench.logs}",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -16,12 +15,31 @@ from leveret import App, Handle, Job, Keep, Queue, StoreUnavailable
 from leveret.runtime import Runtime
 from leveret.schemes import open_store
 from leveret.store import Change, Store
-from tests.conftest import StartPostgres
 from tests.contract.harness import PATIENCE_S
-from tests.postgres.node import Node, migrate
+from tests.postgres import node as postgresql
 from tests.proxy import FaultProxy
+from tests.redis import node as redises
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(240)]
+
+
+StartNode: TypeAlias = Callable[[], Awaitable[postgresql.Node | redises.Node]]
+
+
+@pytest.fixture(
+    params=[pytest.param("postgresql", marks=pytest.mark.postgres), pytest.param("redis", marks=pytest.mark.redis)]
+)
+def start_node(request: pytest.FixtureRequest) -> StartNode:
+    """Start a server of the test's own, which can keep records."""
+    start = request.getfixturevalue("postgres_node" if request.param == "postgresql" else "redis_node")
+
+    async def started() -> postgresql.Node | redises.Node:
+        node = await start()
+        if isinstance(node, postgresql.Node):
+            await postgresql.migrate(node.url)
+        return node
+
+    return started
 
 
 class Count(Job[int], name="count", queue=Queue("counts"), keep=Keep()):
@@ -70,12 +88,11 @@ async def late(handle: Handle[Any], timeout_s: float) -> float:
 
 
 async def test_a_frozen_store_costs_each_call_its_own_time_limit_and_nothing_else(
-    postgres_node: StartPostgres, tmp_path: Path
+    start_node: StartNode, tmp_path: Path
 ) -> None:
     """A store whose link says nothing would hold up publishes, and waits beyond what their callers said."""
-    node: Node = await postgres_node()
-    await migrate(node.url)
-    async with FaultProxy(urlsplit(node.url).port or 5432) as link, stored(node.url) as direct:
+    node = await start_node()
+    async with FaultProxy(node.port) as link, stored(node.url) as direct:
         app = App("fault", broker=f"sqlite:///{tmp_path / 'jobs.db'}", store=link.url_of(node.url))
         async with app.publisher() as publisher:
             handle = await publisher.publish(Count())
@@ -100,10 +117,9 @@ async def test_a_frozen_store_costs_each_call_its_own_time_limit_and_nothing_els
     assert max(overdue_s) < 0.5 * 3, "on a machine that is three times slower"
 
 
-async def test_a_killed_store_ends_no_wait(postgres_node: StartPostgres, tmp_path: Path) -> None:
+async def test_a_killed_store_ends_no_wait(start_node: StartNode, tmp_path: Path) -> None:
     """Each restart of the store would fail every request that waits."""
-    node: Node = await postgres_node()
-    await migrate(node.url)
+    node = await start_node()
     app = App("fault", broker=f"sqlite:///{tmp_path / 'jobs.db'}", store=node.url)
     async with app.publisher() as publisher:
         handle, by_id = await publisher.publish(Count(), job_id="id"), publisher.handle("id", Count)
@@ -125,10 +141,9 @@ async def test_a_killed_store_ends_no_wait(postgres_node: StartPostgres, tmp_pat
     assert results == [0, 0]
 
 
-async def test_ten_thousand_handles_are_awaited_in_one_process(postgres_node: StartPostgres, tmp_path: Path) -> None:
+async def test_ten_thousand_handles_are_awaited_in_one_process(start_node: StartNode, tmp_path: Path) -> None:
     """A service with as many requests at once would need a query for each of them, 50 times a second."""
-    node: Node = await postgres_node()
-    await migrate(node.url)
+    node = await start_node()
     app = App("fault", broker=f"sqlite:///{tmp_path / 'jobs.db'}", store=node.url)
     async with app.publisher() as publisher, stored(node.url) as direct:
         handles: list[Handle[int]] = []

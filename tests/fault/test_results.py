@@ -26,7 +26,7 @@ from leveret.runtime import Runtime
 from leveret.schemes import broker_module
 from tests.conftest import StartPostgres
 from tests.contract.harness import depth
-from tests.contract.store.harness import PostgresStoreHarness, SqliteStoreHarness, StoreHarness
+from tests.contract.store.harness import PostgresStoreHarness, RedisStoreHarness, SqliteStoreHarness, StoreHarness
 from tests.fault.apps import diary
 from tests.fault.apps.kept import work_of
 from tests.fault.bench import PATIENCE_S, eventually
@@ -38,10 +38,10 @@ _ROOT = Path(__file__).parents[2]
 RUNTIME = Runtime(app="fault")
 
 
-@pytest.fixture(params=["sqlite", "rabbit"])
+@pytest.fixture(params=["sqlite", "rabbit", pytest.param("redis", marks=pytest.mark.redis)])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A broker that lives on when its workers die."""
-    return f"sqlite:///{tmp_path}/jobs.db" if request.param == "sqlite" else request.getfixturevalue("rabbit").url
+    return f"sqlite:///{tmp_path}/jobs.db" if request.param == "sqlite" else request.getfixturevalue(request.param).url
 
 
 class Place:
@@ -287,11 +287,13 @@ async def _depth(place: Place) -> Depth:
         await admin.close()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", pytest.param("redis", marks=pytest.mark.redis)])
 def frozen(request: pytest.FixtureRequest, tmp_path: Path) -> StoreHarness:
     """A store that can be frozen: by another connection's lock on its file, or by a link on which nothing moves."""
     if request.param == "sqlite":
         return SqliteStoreHarness(f"sqlite:///{tmp_path}/records.db")
+    if request.param == "redis":
+        return RedisStoreHarness(request.getfixturevalue("redis").url)
     return PostgresStoreHarness(request.getfixturevalue("postgres_url"))
 
 

@@ -58,6 +58,9 @@ def test_a_download_is_announced_before_the_first_test(tmp_path: Path, monkeypat
     monkeypatch.delenv("LEVERET_TEST_POSTGRES", raising=False)
     monkeypatch.setenv("LEVERET_POSTGRES_SUITE", "trixie")
     monkeypatch.setenv("LEVERET_POSTGRES_CACHE", f"{tmp_path}/postgres")
+    monkeypatch.delenv("LEVERET_TEST_REDIS", raising=False)
+    monkeypatch.setenv("LEVERET_REDIS_SUITE", "trixie")
+    monkeypatch.setenv("LEVERET_REDIS_CACHE", f"{tmp_path}/redis")
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
     monkeypatch.setattr("pathlib.Path.exists", lambda path: str(path) == "/etc/debian_version")
@@ -67,6 +70,8 @@ def test_a_download_is_announced_before_the_first_test(tmp_path: Path, monkeypat
         f"{tmp_path}/rabbit/trixie (239 MB; to remove it: rm -r that folder)",
         "PostgreSQL: Debian's packages, downloaded by the first test that needs them, of trixie in",
         f"{tmp_path}/postgres/trixie (450 MB; to remove it: rm -r that folder)",
+        "Redis: Debian's package, downloaded by the first test that needs it, of trixie in",
+        f"{tmp_path}/redis/trixie (155 MB; to remove it: rm -r that folder)",
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -75,8 +80,10 @@ def test_the_servers_that_are_named_are_announced_without_their_passwords(monkey
     """Who forgot that a variable is set would run the tests on a server of others."""
     monkeypatch.setenv("LEVERET_TEST_AMQP", "amqp://shop:hunter2@rabbit/")
     monkeypatch.setenv("LEVERET_TEST_POSTGRES", "postgresql://shop:hunter2@db/shop")
+    monkeypatch.setenv("LEVERET_TEST_REDIS", "redis://shop:hunter2@cache/0")
 
     assert pytest_report_header() == [
         "RabbitMQ: amqp://shop:***@rabbit/ (LEVERET_TEST_AMQP)",
         "PostgreSQL: postgresql://shop:***@db/shop (LEVERET_TEST_POSTGRES)",
+        "Redis: redis://shop:***@cache/0 (LEVERET_TEST_REDIS)",
     ]

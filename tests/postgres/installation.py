@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import nodes
-from tests.nodes import Unavailable, absent, unpack, unpacks
+from tests.nodes import NOBODY, Unavailable, absent, unpack, unpacks, write
 
 HELP = "set LEVERET_TEST_POSTGRES to a URL, install postgresql, start Docker, or be root on Debian"
-NOBODY = 65534
-"""The user and group of servers that root starts: PostgreSQL and PgBouncer refuse to run as root."""
 
 SUITES = {"bookworm": 15, "trixie": 17}
 """The Debian suites that the tests run on, and the PostgreSQL of each."""
@@ -27,25 +25,10 @@ _PACKAGES = ("postgresql", "pgbouncer", "faketime")
 
 
 @dataclass(frozen=True)
-class Installation(nodes.Installation):
+class Installation(nodes.Unprivileged):
     """A folder of PostgreSQL's programs, or of PgBouncer's."""
 
-    ends_by: str = "QUIT"  # the signal at which the server ends at once, with all that it forked
-
-    def argv(self, folder: Path, *command: str) -> list[str]:
-        """Return the arguments that run `command` as a user that isn't root, with the node's folder mounted at `inside`.
-
-        If this process dies, the command gets the signal `ends_by`.
-        """
-        user = ["--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"] if os.geteuid() == 0 else []
-        if user or shutil.which("setpriv"):  # root without setpriv sees why this can't be
-            command = ("setpriv", *user, "--pdeathsig", self.ends_by, *command)
-        return super().argv(folder, *command)
-
-    def environ(self, folder: Path) -> dict[str, str]:
-        """Return all that the programs find in their environment."""
-        path = os.environ["PATH"] if self.root is None else "/usr/sbin:/usr/bin:/sbin:/bin"
-        return {"PATH": path, "HOME": self.inside(folder), "LC_ALL": "C", "TZ": "UTC"}
+    ends_by: str = "QUIT"
 
     def run(self, folder: Path, program: str, *arguments: str, password: str = "") -> str:
         """Run one of the programs to its end, and return its output; RuntimeError with its stderr if it fails."""
@@ -95,12 +78,6 @@ def _major(installation: Installation) -> int:
     found = re.search(r"\d+", said)
     assert found is not None, said
     return int(found[0])
-
-
-def write(file: Path, text: str) -> None:
-    """Write a file that the server can read, whatever the umask."""
-    file.write_text(text)
-    file.chmod(0o644)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from leveret.runtime import Runtime
 from leveret.schemes import open_migrator
 from leveret.settings import redact
-from tests.nodes import Choice, free_ports, has_docker, tail, url_at
+from tests.nodes import Choice, free_ports, has_docker, tail, url_at, write
 from tests.postgres.installation import (
     Installation,
     copy,
@@ -27,7 +27,6 @@ from tests.postgres.installation import (
     package,
     pgbouncer_for,
     unpacked_installation,
-    write,
 )
 from tests.postgres.process import Process
 

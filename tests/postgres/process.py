@@ -7,13 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from tests.nodes import spawn, tail, why_not_up
-from tests.postgres.installation import NOBODY, Installation
+from tests.nodes import private_folder, spawn, tail, why_not_up
+from tests.postgres.installation import Installation
 
 _BOOT_S, _STOP_S = 90.0, 60.0
 _REMOVE = 0  # IPC_RMID
@@ -32,9 +31,7 @@ class Process:
         self._process: subprocess.Popen[bytes] | None = None
         self._paused: list[int] = []
         self._guard: subprocess.Popen[bytes] | None = None
-        self.folder = Path(tempfile.mkdtemp(prefix="leveret-postgres-"))
-        if os.geteuid() == 0:
-            os.chown(self.folder, NOBODY, NOBODY)
+        self.folder = private_folder("leveret-postgres-")
 
     @property
     def pid(self) -> int | None:

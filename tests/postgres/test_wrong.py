@@ -12,7 +12,7 @@ import trustme
 
 from tests.cli.command import Project
 from tests.conftest import StartPostgres
-from tests.postgres.installation import NOBODY
+from tests.nodes import NOBODY
 from tests.postgres.node import Node, Postgres
 
 

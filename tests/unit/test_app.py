@@ -70,6 +70,8 @@ def test_every_function_that_returns_a_context_manager_is_a_lifespan() -> None:
             "sqlite:///code.db",
         ),
         ({"broker": "amqp://host/"}, {"LEVERET_STORE": ""}, None),
+        ({"broker": "redis://host/0"}, {}, "redis://host/0"),
+        ({"broker": "rediss+sentinel://host/main"}, {}, "rediss+sentinel://host/main"),
         ({}, {}, None),
     ],
 )

@@ -27,7 +27,7 @@ def test_a_scheme_that_nobody_serves_is_named_with_those_that_are() -> None:
 
     assert str(refused.value) == (
         "the broker's URL 'kafka://shop:***@db/shop' has no known scheme: neither leveret nor an installed package "
-        "has a broker for kafka://; a URL begins with one of amqp://, amqps://, postgresql://, sqlite://, memory://"
+        "has a broker for kafka://; a URL begins with one of amqp://, amqps://, postgresql://, redis://, rediss://, sqlite://, memory://"
     )
 
 
@@ -47,17 +47,22 @@ def test_a_missing_library_is_one_line_with_the_extra_that_brings_it(
     )
 
 
-def test_a_broker_on_postgresql_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "library", "extra"), [("postgresql", "asyncpg", "postgresql"), ("redis+cluster", "hiredis", "redis")]
+)
+def test_a_broker_over_a_library_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, library: str, extra: str
+) -> None:
     """The plain installation of leveret has no driver for it."""
-    for name in [name for name in sys.modules if name.startswith("leveret.brokers.postgresql")]:
+    for name in [name for name in sys.modules if name.startswith(f"leveret.brokers.{extra}")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    monkeypatch.setitem(sys.modules, library, None)
 
     with pytest.raises(ConfigurationError) as refused:
-        broker_module("postgresql://shop:hunter2@db/shop")
+        broker_module(f"{scheme}://shop:hunter2@db/shop")
 
     assert str(refused.value) == (
-        "a broker's URL with postgresql:// needs asyncpg; install the extra leveret[postgresql], which brings it"
+        f"a broker's URL with {scheme}:// needs {library}; install the extra leveret[{extra}], which brings it"
     )
 
 

@@ -16,6 +16,8 @@ from tests.contract.store.harness import (
     MemoryStoreHarness,
     PooledStoreHarness,
     PostgresStoreHarness,
+    RedisClusterStoreHarness,
+    RedisStoreHarness,
     SqliteStoreHarness,
     StoreHarness,
 )
@@ -34,6 +36,8 @@ def _harnesses() -> dict[str, type[StoreHarness]]:
         "sqlite": SqliteStoreHarness,
         "postgresql": PostgresStoreHarness,
         "postgresql-pgbouncer": PooledStoreHarness,
+        "redis": RedisStoreHarness,
+        "redis-cluster": RedisClusterStoreHarness,
     }
 
 

@@ -17,6 +17,7 @@ from leveret.schemes import open_store
 from leveret.settings import Settings
 from leveret.store import Store
 from tests.proxy import FaultProxy
+from tests.redis.node import Cluster
 
 PATIENCE_S = 15.0
 """How long a test waits for an event on a loaded machine, seconds; a passing test never waits this long."""
@@ -148,3 +149,57 @@ class PooledStoreHarness(PostgresStoreHarness):
         """Return a harness for one test."""
         database = request.getfixturevalue("postgres_database")
         return cls(request.getfixturevalue("postgres_pooled").url_of(database))
+
+
+class RedisStoreHarness(StoreHarness):
+    """A Redis behind a link that freezes."""
+
+    marks = (pytest.mark.redis,)
+    tells = True
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
+        """Return a harness for one test."""
+        return cls(request.getfixturevalue("redis").url)
+
+    async def start(self) -> None:
+        """Make the link; stores that are opened later use it."""
+        await super().start()
+        parts = urlsplit(self.url)
+        self._link = await FaultProxy(parts.port or 6379, host=parts.hostname or "127.0.0.1").__aenter__()
+        self.url = self._link.url_of(self.url)
+
+    async def break_(self) -> None:
+        self._link.freeze()
+
+    async def heal(self) -> None:
+        self._link.thaw()
+
+    async def close(self) -> None:
+        """Undo everything."""
+        await super().close()
+        await self._link.__aexit__(None, None, None)
+
+
+class RedisClusterStoreHarness(StoreHarness):
+    """A cluster of three, whose processes hang."""
+
+    marks = (pytest.mark.redis,)
+    tells = True
+
+    @classmethod
+    def make(cls, request: pytest.FixtureRequest, folder: Path) -> StoreHarness:
+        """Return a harness for one test."""
+        return cls(request.getfixturevalue("redis_cluster"))
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster.url)
+        self._cluster = cluster
+
+    async def break_(self) -> None:
+        for node in self._cluster.nodes:
+            node.pause()
+
+    async def heal(self) -> None:
+        for node in self._cluster.nodes:
+            node.resume()

@@ -1,0 +1,581 @@
+"""The access of one event loop to one queue: a task of the loop drives its turns, each of which is one call of a script.
+
+A queue has turns of its own, since a script may touch the keys of one slot only, and so that the doubt after a lost answer is of one queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import chain
+from typing import Any, Final, final
+
+import msgspec
+
+from leveret.broker import PublisherState
+from leveret.errors import BrokerUnavailable, ConfigurationError
+from leveret.runtime import Runtime
+
+from ..leases import Lease
+from ..rows import Row
+from ..turns import WINDOW, Claimed, Run, Taker, Turn, Turns, Window, Write
+from ..turns.writes import Again, Begin, Bury, Publish
+from . import scripts
+from .entries import row_of, seq_bytes, seq_of, tail_of, unreadable
+from .keys import LEVEL_NUMBERS, Keys
+from .link import Link, meaning_of
+from .wire import Lost, Refused, Script, Wire, packed_words
+
+log = logging.getLogger("leveret.redis")
+
+FIRST_POLL_S: Final = 0.01
+"""How soon a worker that has found nothing looks again, seconds; the wait grows fivefold each time."""
+POLL_S: Final = 1.0
+"""How often a worker that hears notices looks for jobs, seconds."""
+POLL_WITHOUT_NOTICES_S: Final = 0.1
+"""How often a worker looks that hears none."""
+TURN_S: Final = 10.0
+"""How long a turn may take, seconds, and a second more for each MB of bodies; then the connection is given up."""
+_BYTES_A_SECOND: Final = 1 << 20
+_WRITES_AT_ONCE: Final = WINDOW // 2
+"""At most this many writes are in a turn, so that a publisher can make as many while the server works."""
+_CLAIMED_AT_ONCE: Final = 1000
+_SAY_AFTER_S: Final = 1.0
+_LEASE_BITS: Final = 48  # a number of Lua is exact to 53
+_BUSY_PAUSE_S: Final = 0.02
+_ROOM_S: Final = 1.0
+"""How often a server without memory is asked whether it has some again, seconds."""
+_OF_OUTAGES: Final = ("%s can't be written", "%s can be written again")
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class _OneVoice(logging.Filter):
+    """Drops what another queue of the same broker has said of the same outage."""
+
+    _last = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """As `logging.Filter`."""
+        line = str(record.msg)
+        if not line.startswith(_OF_OUTAGES):
+            return True
+        new, self._last = line != self._last, line
+        return new
+
+
+def shared_log() -> logging.Logger:
+    """Return a logger for all queues of a broker: an outage is said once."""
+    shared = logging.Logger(log.name)  # noqa: LOG001 - its filter is this broker's, and nobody looks it up
+    shared.parent = log
+    shared.addFilter(_OneVoice())
+    return shared
+
+
+@final
+class Store:
+    """The queue `queue`, which one loop of this process uses through `link`: the `Driver` of its `turns`."""
+
+    def __init__(
+        self, link: Link, queue: str, runtime: Runtime, *, said_by: logging.Logger = log, patient: bool = True
+    ) -> None:
+        where = str(link.address)
+        self.keys = Keys(link.address.prefix, queue)
+        self._link = link
+        self._said_by = said_by
+        self._alone = link.address.confirm != "memory"
+        reached = link.known(queue, alone=self._alone) is not None
+        self.turns = Turns(where, runtime, said_by, self, not_yet="" if reached else f"{where} wasn't reached yet")
+        self._queue = queue
+        self._clock = runtime.clock
+        self._patient = patient
+        """Whether a server that can't be reached is tried again until the deadlines of the writes."""
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._wire: Wire | None = None
+        """The connection on which the queue's keys were examined."""
+        self._listens = False
+        """Whether notices arrive. If they don't, polling finds what is new."""
+        self._tried = False
+        self._leftover: list[int] = []
+        """Leases of ours that ended before they were used, and are to be released."""
+        self._held: dict[Lease, dict[int, Claimed]] = {}
+        """The jobs that each lease holds, by number."""
+        self._doubtful = False
+        """Whether the server may hold other jobs for our leases than we know: an answer was lost, or it is another server."""
+        self._died: list[int] = []
+        """Leases of dead workers, to be released."""
+        self._registered: list[int] = []
+        """Leases that a turn has got which isn't over."""
+        self._of: tuple[tuple[int, bool], ...] | None = None
+        self._packed = (b"", 0)
+        """The packed keys for the takers `_of`."""
+        self._told = False
+        """Whether a notice came since the last turn began."""
+        self._poll_s = 0.0
+        self._losses = 0
+        self._next_due = 0.0
+        self._full: PublisherState | None = None
+        """Since when the server has no memory for a job, or no replica that confirms it."""
+        self._ask_for_room = 0.0
+
+    @property
+    def publishing(self) -> PublisherState:
+        """As `Broker.publishing`, of this queue."""
+        state = self.turns.publishing
+        return self._full if self._full is not None and state.name == "ready" else state
+
+    def start(self) -> None:
+        """As `Driver.start`."""
+        self._task = asyncio.get_running_loop().create_task(self._main())
+
+    def wake(self) -> None:
+        """As `Driver.wake`."""
+        self._news.set()
+
+    def tell(self, function: Callable[..., object], /, *args: object) -> None:
+        """As `Driver.tell`."""
+        function(*args)
+
+    async def close(self) -> None:
+        """Close the turns, and end the task if it hangs in the network."""
+        await self.turns.close()
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def evaluate(self, wire: Wire, script: Script, keys: Sequence[str], *arguments: bytes | str | int) -> Any:
+        """Call a script with the queue's keys, then `keys`."""
+        names = (*self.keys.common, *keys)
+        return await wire.evaluate(
+            script, packed_words((len(names), *names, *arguments)), 1 + len(names) + len(arguments)
+        )
+
+    def _noticed(self, _: bytes = b"") -> None:
+        self._told = True
+        self._news.set()
+
+    async def _main(self) -> None:
+        try:
+            while await self._collect():
+                await self._turn()
+        except Exception as error:
+            log.exception("the driver of %s ended; the jobs that it held are delivered again", self.turns.where)
+            self.turns.give_up(
+                ConfigurationError(f"the driver of {self.turns.where} ended because of a bug in leveret: {error!r}")
+            )
+        finally:
+            await self._leave()
+            self.turns.end()
+
+    async def _leave(self) -> None:
+        """Free all held jobs if the server answers; otherwise other workers free them when the leases end."""
+        leases = [taker.lease.id for taker in self.turns.takers.all if taker.lease.id is not None]
+        try:
+            async with asyncio.timeout(2.0):
+                if self._wire is not None and not self._wire.closed:
+                    for lease in (*leases, *self._leftover):
+                        await self._release(self._wire, lease, died=False)
+                    if self._listens:
+                        await self._wire.unsubscribe(self.keys.news)
+        except Exception as error:  # noqa: BLE001 - what can't be freed now comes back when the leases end
+            log.debug("%s: the leases weren't released: %s", self.turns.where, error)
+
+    async def _collect(self) -> bool:
+        """Wait for work; return False when the driver must end."""
+        while (pause_s := self.turns.pause_s) > 0:  # new work isn't tried before the back-off is over
+            await self._wait(pause_s)
+        told = self._told and not self.turns.closed
+        patience = 0.0 if told else self.turns.patience(self._wait_s())
+        if self._full is not None:
+            patience = _ROOM_S if patience is None else min(patience, _ROOM_S)
+        await self._wait(patience)
+        return self.turns.collect()
+
+    async def _wait(self, limit_s: float | None) -> None:
+        if limit_s is None:
+            await self._news.wait()
+        elif limit_s > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._news.wait()
+        self._news.clear()
+
+    def _wait_s(self) -> float:
+        """Return how long a worker waits for a notice before it looks for jobs."""
+        return min(self._poll_s, max(0.0, self._next_due - time.monotonic()))
+
+    async def _turn(self) -> None:
+        turns = self.turns
+        self._told = False
+        turns.prepare(time.monotonic())
+        turn: Turn | None = None
+        wire: Wire | None = None
+        called = False
+        try:
+            async with asyncio.timeout(TURN_S) as limit:
+                wire = self._link.known(self._queue, alone=self._alone)
+                if wire is None or wire is not self._wire:
+                    wire = await self._link.wire(self._queue, alone=self._alone)
+                    await self._examine(wire)
+                if turns.takers.taking and not self._listens:
+                    await self._listen(wire)
+                if looks := turns.looks():
+                    for look in looks:
+                        look.result = await look.call(wire)
+                    turns.looked(looks)
+                if self._full is not None and time.monotonic() >= self._ask_for_room:
+                    await self._seek_room(wire)
+                if not (turns.waiting or turns.takers.all or turns.publishing.name == "connecting"):
+                    turns.rest()
+                    return
+                await self._prepare_leases(wire)
+                turn = self._take(limit)
+                if wire.closed:
+                    raise Lost("the connection is closed")
+                called = True
+                lost = await self._transact(wire, turn)
+            if lost:
+                self._lost(lost)
+            else:
+                if self._alone and (turn.jobs or turn.letters):
+                    await self._wait_for_confirm(wire, turn)
+                self._committed(turn)
+        except Exception as error:  # noqa: BLE001 - `meaning_of` sorts them
+            self._failed(error, turn, wire, called=called)
+
+    async def _examine(self, wire: Wire) -> None:
+        """Find out on a new connection whether the scripts may do all that they do, before one of them fails in its middle."""
+        names = [self.keys["probe"], self.keys["server"]]
+        wrong: bytes = await self.evaluate(wire, scripts.PROBE, names, wire.server)
+        if wrong:
+            msg = f"{self.turns.where}: the key {wrong.decode(errors='replace')}; choose another prefix=… in the URL"
+            raise ConfigurationError(msg)
+        if self._wire is not None and (wire.server != self._wire.server or not wire.server):
+            self._doubtful = True
+        self._wire, self._listens, self._tried = wire, False, False
+        self._next_due = 0.0
+        wire.lost.add_done_callback(lambda _: self._noticed())
+
+    async def _listen(self, wire: Wire) -> None:
+        if self._tried:
+            return
+        self._tried = True
+        try:
+            await wire.subscribe(self.keys.news, self._noticed)
+        except Refused as error:
+            if error.code != "NOPERM":
+                raise
+            self._said_by.info(
+                "%s passes no notices on (%s): what is new is looked for every 100 ms", self.turns.where, error
+            )
+        else:
+            self._listens = True
+
+    async def _prepare_leases(self, wire: Wire) -> None:
+        """Free what dead workers and lost leases of ours hold, and get the leases that are missing."""
+        while self._died:
+            await self._release(wire, self._died[-1], died=True)
+            self._died.pop()
+        while self._leftover:
+            await self._release(wire, self._leftover[-1], died=False)
+            self._leftover.pop()
+        if self._doubtful:
+            for taker in self.turns.takers.all:
+                if taker.lease.id is not None and taker.windows:
+                    await self._compare(wire, taker.lease, taker.lease.id)
+            self._doubtful = False
+        for taker in self.turns.takers.all:
+            if taker.lease.id is None:
+                # no counter of the server's: that may go back at a fail-over, and two workers would have the same number
+                lease = secrets.randbits(_LEASE_BITS)
+                await self.evaluate(wire, scripts.REGISTER, [], lease)
+                self._registered.append(lease)
+                self.turns.takers.lease(taker, lease)
+
+    async def _compare(self, wire: Wire, lease: Lease, worker: int) -> None:
+        """Make what we know of the jobs of a lease agree with what the server has.
+
+        A job that we don't know was claimed by a turn whose answer was lost, or its settlement was lost with a server: it is delivered
+        again. One that the server doesn't hold for us was settled by such a turn, or waits on a server that lost its claim.
+        """
+        fields: list[bytes] | None = await self.evaluate(wire, scripts.HELD, [self.keys.held(worker)], worker)
+        if fields is None:
+            return
+        known, there = self._held.get(lease, {}), set(map(seq_of, fields))
+        if strange := [seq_bytes(seq) for seq in there - known.keys()]:
+            await self.evaluate(wire, scripts.RETURN, [self.keys.held(worker)], *strange)
+        for seq in known.keys() - there:
+            delivery = known[seq]
+            if not delivery.settled:  # else its settlement is tried again, and finds nothing
+                delivery.settled = True
+                delivery.window.held -= 1
+                del known[seq]
+
+    async def _release(self, wire: Wire, lease: int, *, died: bool) -> None:
+        await self.evaluate(wire, scripts.RELEASE, [self.keys.held(lease), self.keys.read(lease)], lease, int(died))
+
+    def _take(self, limit: asyncio.Timeout) -> Turn:
+        turn = self.turns.take(_WRITES_AT_ONCE)
+        if (size := sum(write.size for write in turn.writes)) > _BYTES_A_SECOND:
+            limit.reschedule(asyncio.get_running_loop().time() + TURN_S + size / _BYTES_A_SECOND)
+        return turn
+
+    async def _transact(self, wire: Wire, turn: Turn) -> list[int]:
+        """Do all the work of a turn by one script; return the leases that are gone, if any: then nothing was done."""
+        takers = self.turns.takers
+        turn.gather()
+        jobs, later = _by_level(turn.jobs, self._clock.now() * 1000)
+        letters = [_tail(row) for row in turn.letters]
+        beat = bool(takers.all) and time.monotonic() >= takers.next_beat
+        takers.may_find_jobs()
+        wanted = [
+            [(window, min(free, _CLAIMED_AT_ONCE)) for window, free in turn.wanted(taker)] for taker in takers.all
+        ]
+        begins = _begins(turn)
+        if beat or turn.writes or turn.done or turn.back or any(wanted):
+            holders = [_holder(taker, turn, begins, wants) for taker, wants in zip(takers.all, wanted, strict=True)]
+            counts, delays = list(map(len, jobs)), [delay_ms for delay_ms, _ in later]
+            work = _encode((beat, holders, counts, delays, len(letters), takers.taking, self._listens))
+            blobs = (work, *chain.from_iterable(jobs), *(job for _, job in later), *letters)
+            adds = any(isinstance(write, Publish) for write in turn.writes)
+            words, count = self._words()
+            answer = await wire.evaluate(
+                scripts.ADDING_TURN if adds else scripts.TURN, words + packed_words(blobs), count + len(blobs)
+            )
+            if answer[0]:
+                gone: list[int] = answer[0]
+                return gone
+            if adds:
+                self._full = None
+            self._read(answer, turn, begins, wanted)
+        for run in turn.calls:
+            run.result = await run.call(wire)
+        return []
+
+    def _words(self) -> tuple[bytes, int]:
+        """Return the packed keys of a turn, and how many words its call has."""
+        takers = tuple((taker.lease.id or 0, bool(taker.windows)) for taker in self.turns.takers.all)
+        if takers != self._of:
+            keys = self.keys
+            names = (*keys.common, *(keys.held(lease) if takes else keys.read(lease) for lease, takes in takers))
+            self._of, self._packed = takers, (packed_words((len(names), *names)), len(names) + 1)
+        return self._packed
+
+    def _read(
+        self,
+        answer: Sequence[Any],
+        turn: Turn,
+        begins: dict[Lease, list[Begin]],
+        wanted: list[list[tuple[Window, int]]],
+    ) -> None:
+        """Take over what the script of a turn answers."""
+        takers = self.turns.takers
+        _, beats, claimed, due_ms, begun = answer
+        if beats:
+            numbers = list(map(int, beats))
+            self._died += takers.silent(turn, zip(numbers[::2], numbers[1::2], strict=True))
+        self._next_due = math.inf if due_ms is None else time.monotonic() + due_ms / 1000
+        results = iter(begun)
+        for taker in takers.all:
+            for begin in begins.get(taker.lease, ()):
+                begin.result = next(results) == 1
+        found = iter(claimed)
+        for taker, wants in zip(takers.all, wanted, strict=True):
+            for window, free in wants:
+                self._claim(turn, taker, window, free, next(found))
+
+    def _claim(self, turn: Turn, taker: Taker, window: Window, free: int, entries: list[bytes]) -> None:
+        queue = self._queue
+        try:
+            turn.claim(taker, window, free, [row_of(entry, queue) for entry in entries])
+        except (ValueError, IndexError, TypeError):  # a foreign producer's: the others are read, and this one is buried
+            for entry in entries:
+                row, problem = _read_alone(entry, queue, window.level)
+                turn.claim(taker, window, 1, [row])
+                if problem is not None:
+                    turn.claimed[taker][-1].problem = problem
+            window.maybe = len(entries) == free
+
+    async def _wait_for_confirm(self, wire: Wire, turn: Turn) -> None:
+        """Wait for the disk or a replica. If neither confirms, what was added is in doubt; the rest of the turn counts."""
+        adds = [write for write in turn.writes if isinstance(write, Publish | Again | Bury)]
+        until = time.monotonic() + TURN_S
+        while not await self._confirms(wire, 1000):
+            if time.monotonic() >= until or all(write.ended for write in adds):
+                whose = "no replica" if self._link.address.confirm == "replica" else "the server's disk not"
+                why = f"the server has it, and {whose} confirmed it"
+                self.turns.doubt(Turn(list[Write](adds), [], []), why)
+                self._full = self._blocked(why)
+                return
+
+    async def _confirms(self, wire: Wire, limit_ms: int) -> bool:
+        """Whether the last writes on `wire` are confirmed as the URL asks for."""
+        if self._link.address.confirm == "replica":
+            return bool(await self._ask(wire, "WAIT", 1, limit_ms) >= 1)
+        if self._link.server is not None and self._link.server.syncs:
+            return True
+        return bool((await self._ask(wire, "WAITAOF", 1, 0, limit_ms))[0] >= 1)
+
+    async def _ask(self, wire: Wire, *words: str | int) -> Any:
+        async with asyncio.timeout(TURN_S):
+            return await wire.call(*words)
+
+    async def _seek_room(self, wire: Wire) -> None:
+        """Ask whether the server takes jobs again."""
+        try:
+            await self.evaluate(wire, scripts.ROOM, [])
+            if self._alone and not await self._confirms(wire, 100):
+                raise Refused("NOREPLICAS nothing confirms it")
+        except Refused as error:
+            if meaning_of(error) not in {"full", "blocked"}:
+                raise
+            self._ask_for_room = time.monotonic() + _ROOM_S
+        else:
+            self._full = None
+
+    def _blocked(self, why: str) -> PublisherState:
+        self._ask_for_room = time.monotonic() + _ROOM_S
+        now = self._clock.now()
+        return PublisherState.at(now, "blocked", why) if self._full is None else self._full.then(now, "blocked", why)
+
+    def _committed(self, turn: Turn) -> None:
+        self._losses = 0
+        self._registered.clear()
+        for taker, deliveries in turn.claimed.items():
+            self._held.setdefault(taker.lease, {}).update((delivery.seq, delivery) for delivery in deliveries)
+        for settled in (turn.gone, turn.given_back):
+            for lease, deliveries in settled.items():
+                known = self._held.get(lease, {})
+                for delivery in deliveries:
+                    known.pop(delivery.seq, None)
+        for taker in turn.closing:
+            self._held.pop(taker.lease, None)
+        if turn.claimed:
+            self._poll_s = FIRST_POLL_S
+        else:
+            longest_s = POLL_S if self._listens else POLL_WITHOUT_NOTICES_S
+            self._poll_s = min(max(self._poll_s * 5, FIRST_POLL_S), longest_s)
+        if self._died:
+            self._told = True
+        self.turns.committed(turn)
+
+    def _lost(self, lost: list[int]) -> None:
+        """End a turn that found leases gone: their jobs are somebody else's."""
+        self.turns.rolled_back()
+        for taker in self.turns.takers.all:
+            if taker.lease.id in lost:
+                self._held.pop(taker.lease, None)
+                self.turns.takers.expired(taker)
+        self._told = True
+
+    def _failed(self, error: Exception, turn: Turn | None, wire: Wire | None, *, called: bool) -> None:
+        """End a turn that failed, by what its error means."""
+        turns = self.turns
+        if isinstance(error, _Unkeepable) and turn is not None:
+            turns.rolled_back()
+            turns.refuse(turn, f"Redis refuses it: {error}")
+            self._told = True
+            return
+        meaning = meaning_of(error)
+        if meaning is None:
+            raise error
+        said = " ".join(str(error).split()) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
+        self._link.failed(wire, error)
+        if meaning == "lost" and called and turn is not None:
+            # what settles or begins is tried again, after the comparison with what the server has
+            doubtful: list[Write] = [write for write in turn.writes if isinstance(write, Publish | Run)]
+            turns.doubt(Turn(doubtful, [], []), f"the connection was lost before the answer: {said}")
+            self._doubtful = True
+        self._leftover += self._registered
+        self._registered.clear()
+        turns.rolled_back()
+        self._next_due = 0.0
+        if meaning == "wrong":
+            turns.give_up(error if isinstance(error, ConfigurationError) else _wrong(turns.where, error, said))
+        elif not called and isinstance(error, BrokerUnavailable) and not self._patient:
+            turns.give_up(error)
+        elif meaning == "busy":
+            turns.hold_up(said, pause_s=_BUSY_PAUSE_S, quiet_s=_SAY_AFTER_S)
+        elif meaning == "full" and turn is not None:
+            self._full = self._blocked(said)
+            turns.no_room(turn, said)
+            self._told = True
+        elif meaning in {"full", "blocked"}:
+            turns.fail(said)
+        else:
+            # the first try comes at once: a server that ends connections, as a fail-over does, takes new ones
+            self._losses += 1
+            self._told = True  # tries again, even if nobody waits for it: a publisher's state is looked at
+            pause_s = 0.0 if self._losses == 1 and wire is not None else None
+            turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
+
+
+@final
+class _Unkeepable(Exception):
+    """A value of a job can't be kept."""
+
+
+def _tail(row: Row) -> bytes:
+    try:
+        return tail_of(row)
+    except (ValueError, OverflowError) as error:
+        raise _Unkeepable(str(error)) from error
+
+
+def _by_level(rows: Sequence[Row], now_ms: float) -> tuple[list[list[bytes]], list[tuple[int, bytes]]]:
+    """Return the new jobs of each level, and those with a delay: the server's clock may be another."""
+    levels: list[list[bytes]] = [[] for _ in LEVEL_NUMBERS]
+    later: list[tuple[int, bytes]] = []
+    for row in rows:
+        due_ms = row[2]
+        if due_ms is None:
+            levels[LEVEL_NUMBERS[row[1]] - 1].append(_tail(row))
+        else:
+            later.append((max(0, round(due_ms - now_ms)), _tail(row)))
+    return levels, later
+
+
+def _begins(turn: Turn) -> dict[Lease, list[Begin]]:
+    """Return the beginnings of jobs by lease; without a living lease a job doesn't begin."""
+    found: dict[Lease, list[Begin]] = {}
+    for begin in turn.begins:
+        if begin.delivery.lease.alive:
+            found.setdefault(begin.delivery.lease, []).append(begin)
+        else:
+            begin.result = False
+    return found
+
+
+def _holder(
+    taker: Taker, turn: Turn, begins: dict[Lease, list[Begin]], wanted: list[tuple[Window, int]]
+) -> tuple[object, ...]:
+    """Return what a turn does for a taker, as its script takes it."""
+    lease = taker.lease
+    return (
+        lease.id,
+        [delivery.seq for delivery in turn.gone.get(lease, ())],
+        [delivery.seq for delivery in turn.given_back.get(lease, ())],
+        [begin.delivery.seq for begin in begins.get(lease, ())],
+        [(LEVEL_NUMBERS[window.level], free) for window, free in wanted],
+        taker in turn.closing,
+        not taker.windows,
+    )
+
+
+def _read_alone(entry: bytes, queue: str, level: str) -> tuple[list[Any], str | None]:
+    try:
+        return row_of(entry, queue), None
+    except (ValueError, IndexError, TypeError) as error:
+        return unreadable(entry, queue, level), f"its entry in Redis can't be read: {error}"
+
+
+def _wrong(where: str, error: Exception, said: str) -> ConfigurationError:
+    wrong = ConfigurationError(f"{where}: {said}")
+    wrong.__cause__ = error
+    return wrong

@@ -1,0 +1,409 @@
+"""What holds on Redis alone: foreign entries, places in a list, lost answers, rights, keys of somebody else, and what confirmed means."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from leveret.broker import Broker
+from leveret.brokers.redis import open_admin, open_broker
+from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.job import Priority, Queue
+from leveret.runtime import Runtime
+from tests.conftest import StartRedis
+from tests.contract.harness import PATIENCE_S, consume, depth, make_envelope, soon, timed
+from tests.proxy import FaultProxy
+from tests.redis.node import Server, ask
+
+RUNTIME = Runtime(app="tests")
+Opened = Callable[..., Broker]
+
+
+@pytest.fixture
+def queue() -> Queue:
+    """A queue of the test's own."""
+    return Queue(f"t-{uuid.uuid4().hex[:12]}")
+
+
+@pytest_asyncio.fixture
+async def opened(redis: Server) -> AsyncGenerator[Opened]:
+    """Open brokers on the session's server, or on another URL; closed at the end."""
+    brokers: list[Broker] = []
+
+    def make(url: str = redis.url) -> Broker:
+        brokers.append(open_broker(url, RUNTIME))
+        return brokers[-1]
+
+    yield make
+    for broker in brokers:
+        await broker.close()
+
+
+async def publish(broker: Broker, queue: Queue, *bodies: bytes, **fields: Any) -> None:
+    for body in bodies:
+        await broker.publish(queue, timed(make_envelope(queue, body, **fields), soon()))
+
+
+async def publish_many(broker: Broker, queue: Queue, count: int) -> None:
+    """Publish jobs with the numbers from 0 on as their bodies."""
+    for number in range(count):
+        envelope = timed(make_envelope(queue, b"%d" % number), soon())
+        while (posted := broker.post(queue, envelope)) is None:
+            await asyncio.sleep(0)
+        if number % 500 == 499 or number == count - 1:
+            await posted.wait()
+
+
+def key(queue: Queue, name: str) -> str:
+    return f"lv:{{{queue.name}}}:{name}"
+
+
+async def keys_of(redis: Server, queue: Queue) -> set[str]:
+    """The names of all keys of a queue."""
+    found = cast("list[str]", await redis.command("KEYS", key(queue, "*")))
+    return {name.rpartition(":")[2] if "held" not in name else "held" for name in found}
+
+
+async def test_a_foreign_producer_pushes_a_body_alone(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A shell script has redis-cli and no more; its job has its place like any other, and an id."""
+    await redis.command("RPUSH", key(queue, "normal"), b'{"n": 1}', b'{"n": 2}')
+    broker = opened()
+    await publish(broker, queue, b"last")
+
+    _, sink = await consume(broker, queue)
+    deliveries = await sink.take(3)
+
+    assert [delivery.envelope.body for delivery in deliveries] == [b'{"n": 1}', b'{"n": 2}', b"last"]
+    assert len({delivery.envelope.job_id for delivery in deliveries} - {""}) == 3
+    assert [delivery.problem for delivery in deliveries] == [None] * 3
+
+
+async def test_an_entry_that_cannot_be_read_has_a_problem_and_the_others_run(
+    redis: Server, opened: Opened, queue: Queue
+) -> None:
+    """One entry that no script of ours wrote must not stop all that are claimed with it."""
+    broker = opened()
+    await publish(broker, queue, b"1")
+    number = (77).to_bytes(8, "big")
+    await redis.command("RPUSH", key(queue, "normal"), b"\x9e\xcf" + number + b"\x01\x00\x03\xa2\xff\xff")
+    await publish(broker, queue, b"2")
+
+    _, sink = await consume(broker, queue)
+    first, odd, last = await sink.take(3)
+
+    assert (first.envelope.body, first.problem, last.envelope.body, last.problem) == (b"1", None, b"2", None)
+    assert odd.problem is not None
+    assert "can't be read" in odd.problem
+    await odd.bury(timed(msgspec.structs.replace(odd.envelope, origin=queue.name), soon()))
+    assert (await depth_of(redis, queue)).dead == 1
+
+
+async def depth_of(redis: Server, queue: Queue) -> Any:
+    admin = open_admin(redis.url, RUNTIME)
+    try:
+        return await depth(admin, queue)
+    finally:
+        await admin.close()
+
+
+async def test_jobs_of_several_workers_that_are_given_back_have_their_places_again(
+    opened: Opened, queue: Queue
+) -> None:
+    """Put before those that were put back by another worker, the newest would run first."""
+    broker = opened()
+    await publish(broker, queue, *(b"%d" % number for number in range(9)))
+    taken, holders = list[Any](), list[Any]()
+    for _ in range(3):
+        consumption, sink = await consume(opened(), queue, prefetch=3)
+        taken.append(await sink.take(3))
+        holders.append(consumption)
+
+    await holders[1].stop_taking()
+    for delivery in taken[1]:
+        delivery.give_back()
+    for number in (0, 2, 1):
+        await holders[number].close()
+    _, sink = await consume(broker, queue)
+    again = await sink.take(9)
+
+    assert [delivery.envelope.body for delivery in again] == [b"%d" % number for number in range(9)]
+    redelivered = [int(delivery.envelope.body) for delivery in again if delivery.redelivered]
+    assert redelivered == [0, 1, 2, 6, 7, 8], "what was given back wasn't delivered"
+
+
+async def test_thousands_of_jobs_are_settled_and_given_back_at_once(opened: Opened, queue: Queue) -> None:
+    """Lua unpacks some 7 000 values: a worker with more in its hands than that would fail for ever."""
+    broker, count = opened(), 9000
+    await publish_many(broker, queue, count)
+    consumption, sink = await consume(broker, queue, prefetch=count)
+    deliveries = await sink.take(count)
+
+    await consumption.stop_taking()
+    for delivery in deliveries[::2]:
+        delivery.done()
+    for delivery in deliveries[1::2]:
+        delivery.give_back()
+    await consumption.close()
+    other, sink = await consume(broker, queue, prefetch=count)
+    again = await sink.take(count // 2)
+    assert [delivery.envelope.body for delivery in again] == [b"%d" % number for number in range(1, count, 2)]
+    await other.close()
+
+    _, sink = await consume(broker, queue, prefetch=count)
+    released = await sink.take(count // 2)
+    assert [delivery.envelope.body for delivery in released] == [delivery.envelope.body for delivery in again]
+    assert all(delivery.redelivered for delivery in released)
+
+
+async def test_nothing_is_kept_of_a_finished_job(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A server that fills up with finished work stops to take new work."""
+    broker = opened()
+    consumption, sink = await consume(broker, queue)
+    for level in Priority:
+        await publish(broker, queue, b"x", priority=level)
+        (await sink.next()).done()
+    await broker.publish(queue, timed(make_envelope(queue), soon(), delay_s=0.05))
+    (await sink.next()).done()
+    await consumption.close()
+    await broker.close()
+
+    assert await keys_of(redis, queue) <= {"seq", "server", "idle"}
+
+
+async def test_an_answer_that_is_lost_is_a_publish_that_may_have_happened(
+    redis: Server, opened: Opened, queue: Queue
+) -> None:
+    """Sent again by itself, the job would run twice; told as not published, it would be lost to its publisher."""
+    parts = urlsplit(redis.url)
+    async with FaultProxy(parts.port or 6379, host=parts.hostname or "") as link:
+        broker = opened(link.url_of(redis.url))
+        await publish(broker, queue, b"before")
+        link.freeze("down")
+        task = asyncio.create_task(publish(broker, queue, b"lost"))
+        async with asyncio.timeout(PATIENCE_S):
+            while (await depth_of(redis, queue)).ready < 2:
+                await asyncio.sleep(0.01)
+        link.reset()
+        link.thaw()
+
+        with pytest.raises(PublishTimeout) as raised:
+            await task
+
+        assert raised.value.maybe_published
+        await publish(broker, queue, b"after")
+        assert (await depth_of(redis, queue)).ready == 3
+        await broker.close()
+
+
+async def test_a_key_of_somebody_else_is_one_line(redis: Server, opened: Opened, queue: Queue) -> None:
+    """Found in the middle of a script, it would cost the jobs that the script had taken out already."""
+    await redis.command("SET", key(queue, "low"), "theirs")
+
+    with pytest.raises(BrokerUnavailable, match="is a string, not a list; choose another prefix") as raised:
+        await publish(opened(), queue, b"x")
+
+    assert isinstance(raised.value.__cause__, ConfigurationError)
+    assert await redis.command("GET", key(queue, "low")) == "theirs"
+
+
+async def test_a_right_that_is_missing_is_found_before_a_job_is_touched(
+    redis: Server, opened: Opened, queue: Queue
+) -> None:
+    """A script has no rollback: one that may take a job out of its list, and not note who holds it, would lose the job."""
+    await publish(opened(), queue, b"x")
+
+    async with redis.user("~*", "&*", "+@all", "-hset") as url:
+        with pytest.raises(ConfigurationError, match=r"can't run this command|ACL failure"):
+            await consume(opened(url), queue)
+
+    assert (await depth_of(redis, queue)).ready == 1
+
+
+async def test_numbers_go_on_far_behind_the_last_on_another_server(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A replica that is promoted may lack the newest jobs. Their numbers given again, a worker would settle another's job."""
+    await publish(opened(), queue, b"1")
+    await publish(opened(), queue, b"2")
+    before = int(await redis.command("GET", key(queue, "seq")))
+    await publish(opened(), queue, b"3")
+    assert int(await redis.command("GET", key(queue, "seq"))) == before + 1, "the server is the same"
+
+    await redis.command("SET", key(queue, "server"), "the one before")
+    await publish(opened(), queue, b"4")
+
+    assert int(await redis.command("GET", key(queue, "seq"))) > before + 1_000_000
+    _, sink = await consume(opened(), queue)
+    assert [delivery.envelope.body for delivery in await sink.take(4)] == [b"1", b"2", b"3", b"4"]
+
+
+async def test_an_outage_is_said_once_by_all_queues_of_a_broker(
+    redis: Server, opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twenty queues that say the same bury the line that says why."""
+    queues = [Queue(f"t-{uuid.uuid4().hex[:12]}") for _ in range(4)]
+    caplog.set_level(logging.INFO)
+    parts = urlsplit(redis.url)
+    async with FaultProxy(parts.port or 6379, host=parts.hostname or "") as link:
+        broker = opened(link.url_of(redis.url))
+        await consume(broker, *queues)
+        link.refuse = True
+        link.reset()
+        async with asyncio.timeout(PATIENCE_S):
+            while not said(caplog, "can't be written"):
+                await asyncio.sleep(0.02)
+        link.refuse = False
+        async with asyncio.timeout(PATIENCE_S):
+            while not said(caplog, "can be written again"):
+                await asyncio.sleep(0.02)
+        await broker.close()
+
+    assert [len(said(caplog, words)) for words in ("can't be written", "can be written again")] == [1, 1]
+
+
+async def until_ready(broker: Broker) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while broker.publishing.name != "ready":
+            await asyncio.sleep(0.02)
+
+
+def said(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if words in record.getMessage()]
+
+
+async def test_what_the_server_may_lose_is_said(
+    redis_node: StartRedis, opened: Opened, queue: Queue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Durable is what the server does, not what the program hopes."""
+    node = await redis_node(conf={"appendonly": "no"})
+    caplog.set_level(logging.INFO)
+    broker = opened(node.url)
+    assert not broker.features().durable
+    await publish(broker, queue, b"x")
+    await publish(broker, Queue("other"), b"x")
+    assert len(said(caplog, "no append-only file")) == 1
+    admin = open_admin(node.url, RUNTIME)
+    assert any("no append-only file" in note for note in await admin.notes())
+    await admin.close()
+
+    with pytest.raises(BrokerUnavailable, match="confirm=fsync can't be kept"):
+        await publish(opened(f"{node.url}?confirm=fsync"), queue, b"x")
+    await node.configure("appendonly", "yes")
+    await node.configure("appendfsync", "always")
+    synced = opened(f"{node.url}?confirm=fsync")
+    assert synced.features().durable
+    await publish(synced, queue, b"x")
+    always = opened(node.url)
+    await publish(always, queue, b"x")
+    assert always.features().durable
+
+
+async def test_a_publish_waits_for_a_replica_that_is_there(
+    redis_node: StartRedis, opened: Opened, queue: Queue
+) -> None:
+    """confirm=replica that is confirmed without one promises what a fail-over breaks; and workers go on without it."""
+    node = await redis_node()
+    broker = opened(f"{node.url}?confirm=replica")
+    with pytest.raises(PublishTimeout) as raised:
+        await broker.publish(queue, timed(make_envelope(queue, b"1"), soon(0.5)))
+    assert raised.value.maybe_published
+    async with asyncio.timeout(PATIENCE_S):
+        while broker.publishing.name != "blocked":
+            await asyncio.sleep(0.02)
+    assert "no replica" in broker.publishing.why
+
+    _, sink = await consume(broker, queue)
+    (await sink.next()).done()
+    await node.replica()
+    await publish(broker, queue, b"2")
+
+    assert (await sink.next()).envelope.body == b"2"
+    assert await ask(node.url, "LLEN", key(queue, "normal")) == 0
+    await until_ready(broker)
+
+
+async def test_a_full_server_says_so_and_takes_jobs_again(redis_node: StartRedis, opened: Opened, queue: Queue) -> None:
+    """A service that is asked whether it is ready must know without a publish, also of the end."""
+    node = await redis_node()
+    broker = opened(node.url)
+    await publish(broker, queue, b"held")
+    _, sink = await consume(broker, queue)
+    held = await sink.next()
+    await node.configure("maxmemory", 1)
+
+    with pytest.raises(BrokerUnavailable, match="OOM"):
+        await publish(broker, queue, b"too much")
+    assert broker.publishing.name == "blocked"
+    await held.again(timed(msgspec.structs.replace(held.envelope, attempt=2), soon()))
+    (await sink.next()).done()
+    await node.configure("maxmemory", 0)
+    await until_ready(broker)
+    await publish(broker, queue, b"room")
+
+    assert (await sink.next()).envelope.body == b"room"
+
+
+@pytest.mark.parametrize("verb", ["done", "again", "claim"])
+async def test_a_lost_answer_costs_no_lease_and_settles_once(
+    redis: Server, opened: Opened, queue: Queue, verb: str
+) -> None:
+    """A server that is restarted under load would otherwise run each job again that a worker has in its hands."""
+    parts = urlsplit(redis.url)
+    async with FaultProxy(parts.port or 6379, host=parts.hostname or "") as link:
+        broker = opened(link.url_of(redis.url))
+        await publish(broker, queue, b"1", b"2")
+        consumption, sink = await consume(broker, queue)
+        running, ended = await sink.take(2)
+
+        link.freeze("down")
+        task = None
+        if verb == "done":
+            ended.done()
+        elif verb == "again":
+            retried = msgspec.structs.replace(ended.envelope, attempt=2)
+            task = asyncio.create_task(ended.again(timed(retried, soon())))
+        else:
+            await publish(opened(), queue, b"3")
+        async with asyncio.timeout(PATIENCE_S):
+            while (now := await depth_of(redis, queue)).unsettled != {"done": 1, "again": 2, "claim": 3}[verb]:
+                await asyncio.sleep(0.01)
+        link.reset()
+        link.thaw()
+
+        if task is not None:
+            assert await task, now
+        if verb != "done":
+            again = await sink.next()
+            assert (again.redelivered, again.envelope.attempt) == (True, 2 if verb == "again" else 1)
+            again.done()
+        assert running.live
+        running.done()
+        if verb == "claim":
+            ended.done()
+        await consumption.close()
+        row = await depth_of(redis, queue)
+        assert (row.ready, row.unsettled, sink.losses, sink.waiting) == (0, 0, 0, 0)
+        await broker.close()
+
+
+async def test_a_confirm_by_the_disk_waits_for_it_or_is_refused(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A job that is called safe on the disk, and isn't, is lost with the next power cut."""
+    server = await redis.info("server")
+    waits = "valkey_version" in server or server["redis_version"] >= "7.2"
+    broker = opened(f"{redis.url}?confirm=fsync")
+    assert broker.features().durable
+
+    if waits:
+        await publish(broker, queue, b"1")
+        assert (await redis.info("commandstats"))["cmdstat_waitaof"]["calls"] >= 1
+        _, sink = await consume(broker, queue)
+        assert (await sink.next()).envelope.body == b"1"
+    else:
+        with pytest.raises(BrokerUnavailable, match=r"set appendfsync always, or take Redis 7.2 or Valkey"):
+            await publish(broker, queue, b"1")
