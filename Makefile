@@ -81,10 +81,10 @@ fuzz: $(DEV)  ## ten million octets of noise and of damaged frames into the pars
 examples: $(V)-examples/stamp  ## each example, in an environment with what the examples need
 	$(V)-examples/bin/python examples/run_all.py
 
-bench: $(V)/stamp-plot  ## leveret on RabbitMQ, PostgreSQL and SQLite beside raw aio-pika: tables, and a plot in build/bench.svg
+bench: $(V)/stamp-plot  ## leveret on RabbitMQ, PostgreSQL, Redis and SQLite beside raw aio-pika: tables, and a plot in build/bench.svg
 	$(BIN)/python -m benchmarks.peers --only leveret,aio-pika --measure publish,consume,latency,sqlite --out build/bench.json $(BENCH_ARGS)
 
-bench-peers: $(V)-peers/stamp  ## leveret beside Celery, Dramatiq, Taskiq, FastStream, Node and C, and on PostgreSQL Procrastinate, PgQueuer and SAQ; results in benchmarks/results
+bench-peers: $(V)-peers/stamp  ## leveret beside Celery, Dramatiq, Taskiq, FastStream, Node and C, on PostgreSQL Procrastinate, PgQueuer and SAQ, on Redis SAQ, arq and streaq; results in benchmarks/results
 	$(V)-peers/bin/python -m benchmarks.peers $(BENCH_ARGS)
 
 clean:  ## remove what the verbs made
@@ -101,10 +101,12 @@ $(V)-examples/stamp: pyproject.toml examples/requirements.txt | $(V)-examples/bi
 	@$(LINK) $(call INSTALL,$(V)-examples) --no-build-isolation -e . -r examples/requirements.txt
 	@touch $@
 
-$(V)-peers/stamp: pyproject.toml benchmarks/peers/requirements.txt | $(V)-peers/bin/python $(RUNTIME)
+$(V)-peers/stamp: pyproject.toml benchmarks/peers/requirements.txt benchmarks/peers/requirements-arq.txt | $(V)-peers/bin/python $(RUNTIME)
 	@echo "installing leveret and its peers into $(V)-peers"
 	@$(call INSTALL,$(V)-peers) "setuptools>=80"
 	@$(LINK) $(call INSTALL,$(V)-peers) --no-build-isolation -e . -r benchmarks/peers/requirements.txt
+	@# pip would warn that arq and the rest don't fit together, and reads that variable the wrong way round
+	@PIP_NO_WARN_CONFLICTS=0 $(call INSTALL,$(V)-peers) --upgrade --target $(V)-peers/arq -r benchmarks/peers/requirements-arq.txt
 	@touch $@
 
 %/bin/python:

@@ -54,7 +54,8 @@ TOY = {
     "seconds": 0.5,
     "fails": 20,
     "sqlite_jobs": 100,
-    "measure": "publish,consume,latency,retries,sqlite",
+    "kept": 100,
+    "measure": "publish,consume,latency,retries,sqlite,results",
     "only": f"{LEVERET.name},{AIO_PIKA.name}",
     "out": "",
 }
@@ -71,7 +72,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--kind",
         default="",
-        help="some kinds of queue, with commas between: quorum, classic (with priorities), plain (classic without: the peers), sqlite, postgresql",
+        help="some kinds of queue, with commas between: quorum, classic (with priorities), plain (classic without: the peers), sqlite, postgresql, redis",
     )
     parser.add_argument("--jobs", type=int, default=20_000, help="a throughput measurement")
     parser.add_argument("--one-by-one", type=int, default=1000, help="most jobs that are awaited one by one")
@@ -81,6 +82,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--due", type=int, default=5000)
     parser.add_argument("--fails", type=int, default=5000)
     parser.add_argument("--sqlite-jobs", type=int, default=5000)
+    parser.add_argument("--kept", type=int, default=5000, help="jobs whose results are kept beside RabbitMQ")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "benchmarks", help="where SQLite files are made: a real disk"
     )

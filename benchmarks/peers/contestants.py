@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +37,8 @@ class Server(NamedTuple):
 RABBITMQ = Server("RabbitMQ", (*BOTH, "plain"), "on_rabbitmq")
 SQLITE = Server("SQLite", ("sqlite",))
 POSTGRESQL = Server("PostgreSQL", ("postgresql",), "on_postgresql")
-SERVERS = (RABBITMQ, SQLITE, POSTGRESQL)
+REDIS = Server("Redis", ("redis",), "on_redis")
+SERVERS = (RABBITMQ, SQLITE, POSTGRESQL, REDIS)
 KINDS = tuple(kind for server in SERVERS for kind in server.kinds)
 
 
@@ -77,7 +77,11 @@ class Contestant(NamedTuple):
     prepare: tuple[tuple[str, ...], ...] = ()
     """The commands that make its tables."""
     waiting: str = ""
-    """What its server is asked for the number of jobs that wait or run: a query. RabbitMQ knows by itself."""
+    """What its server is asked for the number of jobs that wait or run: a query, or a script of Redis. RabbitMQ knows by itself."""
+    results: bool = False
+    """Whether it takes part where results are kept; on RabbitMQ beside a store on Redis."""
+    apart: str = ""
+    """The folder in MADE that has its packages, where they contradict the others'."""
 
     @property
     def module(self) -> str:
@@ -91,7 +95,13 @@ class Contestant(NamedTuple):
             return f"Node {_output('node', '--version')}, amqplib {AMQPLIB}"
         if self.file.endswith(".c"):
             return f"librabbitmq {_output('pkg-config', '--modversion', 'librabbitmq')}"
-        return ", ".join(f"{name} {version(name)}" for name in self.packages)
+        return ", ".join(f"{name} {self.version(name)}" for name in self.packages)
+
+    def version(self, package: str) -> str | None:
+        """Return the version of a package as it finds it; None where it isn't installed."""
+        path = [str(MADE / self.apart)] if self.apart else sys.path
+        found = next(iter(Distribution.discover(name=package, path=path)), None)
+        return found.version if found is not None else None
 
 
 def _output(*command: str) -> str:
@@ -171,6 +181,14 @@ def _saq(processes: int) -> Commands:
     return [_python("saq", f"{PACKAGE}.with_saq.settings", "--workers", str(processes))]
 
 
+def _arq(processes: int) -> Commands:
+    return [_python("arq", f"{PACKAGE}.with_arq.Settings", "--custom-log-dict", f"{PACKAGE}.with_arq.LOG")] * processes
+
+
+def _streaq(processes: int) -> Commands:
+    return [_python("streaq", "run", f"{PACKAGE}.with_streaq:worker", "--workers", str(processes))]
+
+
 def _huey(processes: int) -> Commands:
     return [
         _python("huey.bin.huey_consumer", f"{PACKAGE}.with_huey.huey", "-w", "1", "-k", "thread", "-q", "-g", "TERM")
@@ -180,7 +198,7 @@ def _huey(processes: int) -> Commands:
 LEVERET = Contestant(
     "leveret",
     "with_leveret.py",
-    ("leveret", "pamqp", "asyncpg", "msgspec", "uvloop"),
+    ("leveret", "pamqp", "asyncpg", "hiredis", "msgspec", "uvloop"),
     "Tracing (no SDK), Retries, a RateLimit that never binds, Timeout; `leveret work`, concurrency 100, prefetch 200; publish_many; retries wait 0.25 s",
     _leveret,
     times=5,
@@ -189,6 +207,7 @@ LEVERET = Contestant(
     delays=BOTH,
     broker_held=BOTH,
     retry_delay_s=0.25,
+    results=True,
 )
 AIO_PIKA = Contestant(
     "raw aio-pika",
@@ -205,15 +224,17 @@ AIO_PIKA = Contestant(
 CELERY = Contestant(
     "Celery",
     "with_celery.py",
-    ("celery", "kombu", "amqp"),
-    "confirm_publish, acks_late, results off, solo pool (prefork costs twice the CPU a job), prefetch 200, no gossip, mingle or heartbeat events; pipelined = "
-    "8 threads; ETAs: native delayed delivery on quorum, in the worker on classic; retry(countdown=0)",
+    ("celery", "kombu", "amqp", "redis"),
+    "confirm_publish, acks_late, results off (kept: its Redis backend, shared by the threads; ResultSet.join_native), solo pool (prefork costs twice "
+    "the CPU a job), prefetch 200, no gossip, mingle or heartbeat events; pipelined = 8 threads; "
+    "ETAs: native delayed delivery on quorum, in the worker on classic; retry(countdown=0)",
     _celery,
     imports=("kombu.transport.pyamqp", "celery.apps.worker"),
     kinds=PEERS,
     peer=True,
     delays=PEERS,
     broker_held=("quorum",),
+    results=True,
     wake="celery.pidbox",  # with heartbeat events it wakes by itself, but then 2 000 ETAs on a classic queue ran 70 s late (measured)
 )
 DRAMATIQ = Contestant(
@@ -232,15 +253,16 @@ DRAMATIQ = Contestant(
 TASKIQ = Contestant(
     "Taskiq",
     "with_taskiq.py",
-    ("taskiq", "taskiq-aio-pika", "orjson"),
+    ("taskiq", "taskiq-aio-pika", "taskiq-redis", "orjson"),
     "--max-async-tasks 100 --max-prefetch 100 --ack-type when_executed, qos 200, ORJSONSerializer, 1 000 kiq() in flight; its delay queue (TTL); "
-    "SimpleRetryMiddleware (published anew at once)",
+    "SimpleRetryMiddleware (published anew at once); results kept: RedisAsyncResultBackend, orjson, gather(periodicity=0.01)",
     _taskiq,
     kinds=PEERS,
     peer=True,
     queues=(".dead_letter", ".delay"),
     delays=PEERS,
     broker_held=PEERS,
+    results=True,
 )
 FASTSTREAM = Contestant(
     "FastStream",
@@ -310,8 +332,9 @@ PGQUEUER = Contestant(
 SAQ = Contestant(
     "SAQ",
     "with_saq.py",
-    ("saq", "psycopg", "psycopg-pool", "orjson"),
-    "pool of 4 to 20, concurrency 100, notices, ttl=-1 (finished jobs are deleted), orjson; it has no batch API: 1 000 enqueue() in flight",
+    ("saq", "psycopg", "psycopg-pool", "redis", "hiredis", "orjson"),
+    "concurrency 100, ttl=-1 (finished jobs are deleted), orjson; it has no batch API: 1 000 enqueue() in flight; on PostgreSQL a pool of 4 to 20 and "
+    "notices; on Redis uvloop, and results are awaited by job.refresh(until_complete=…), which is told of them",
     _saq,
     POSTGRESQL,
     POSTGRESQL.kinds,
@@ -320,10 +343,57 @@ SAQ = Contestant(
     prepare=((*_python(f"{PACKAGE}.with_saq"),),),
     waiting="SELECT count(*) FROM saq_jobs",
 )
+LEVERET_ON_REDIS = LEVERET._replace(
+    server=REDIS,
+    kinds=REDIS.kinds,
+    waiting="""
+local base, jobs = 'lv:{' .. ARGV[1] .. '}:', 0
+for _, level in ipairs({'urgent', 'high', 'normal', 'low'}) do jobs = jobs + redis.call('LLEN', base .. level) end
+for _, held in ipairs(redis.call('KEYS', base .. 'held:*')) do jobs = jobs + redis.call('HLEN', held) end
+return jobs + redis.call('ZCARD', base .. 'delayed')
+""",
+)
+SAQ_ON_REDIS = SAQ._replace(
+    server=REDIS,
+    kinds=REDIS.kinds,
+    times=0.2,
+    prepare=(),
+    waiting="return redis.call('ZCARD', 'saq:' .. ARGV[1] .. ':incomplete')",
+    results=True,
+)
+ARQ = Contestant(
+    "arq",
+    "with_arq.py",
+    ("arq", "redis", "hiredis", "uvloop"),
+    "max_jobs 100, poll_delay 5 ms (0.5 s by default, which would be its latency), keep_result 0, uvloop, redis-py 5 (its newest); it has no batch API: "
+    "1 000 enqueue_job() in flight; a result is asked for every 5 ms",
+    _arq,
+    REDIS,
+    REDIS.kinds,
+    peer=True,
+    times=0.25,
+    waiting="return redis.call('ZCARD', ARGV[1])",
+    results=True,
+    apart="arq",
+)
+STREAQ = Contestant(
+    "streaq",
+    "with_streaq.py",
+    ("streaq", "coredis", "anyio", "uvloop"),
+    "concurrency 100 (prefetch as many), ttl=0 (no results), silent, uvloop; enqueue_many of 1 000",
+    _streaq,
+    REDIS,
+    REDIS.kinds,
+    peer=True,
+    times=0.1,
+    waiting="return redis.call('XLEN', 'streaq:' .. ARGV[1] .. ':queues:normal')",
+    results=True,
+)
 CONTESTANTS = (
     *(LEVERET, AIO_PIKA, CELERY, DRAMATIQ, TASKIQ, FASTSTREAM, NODE, C),
     *(LEVERET._replace(server=SQLITE, kinds=SQLITE.kinds), HUEY),
     *(LEVERET_ON_POSTGRESQL, PROCRASTINATE, PGQUEUER, SAQ),
+    *(LEVERET_ON_REDIS, SAQ_ON_REDIS, ARQ, STREAQ),
 )
 
 
@@ -334,7 +404,7 @@ def missing(contestant: Contestant) -> str | None:
     if contestant is C:
         return _build_c()
     for name in contestant.packages:
-        if importlib.util.find_spec(name.replace("-", "_")) is None:
+        if contestant.version(name) is None:
             return f"no {name} in {sys.prefix}: `make bench-peers` installs it"
     return None
 
@@ -393,15 +463,19 @@ def environment(
     size: int = 200,
     processes: int = 1,
     slots: Path | None = None,
+    store: str = "",
 ) -> dict[str, str]:
     """Return the environment that tells a contestant's processes what to do."""
     # a package that pip installs has its bytecode: whoever runs from a checkout writes it at the first run
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    apart = {"PYTHONPATH": str(MADE / contestant.apart)} if contestant.apart else {}
     counting = {"LD_PRELOAD": allocations_library(), "PYTHONMALLOC": "malloc"} if mode == "allocations" else {}
     return {
         **inherited,
+        **apart,
         **counting,
         "BENCH_URL": url,
+        "BENCH_STORE": store,
         "PGDSN": url,  # where `pgq` looks
         "BENCH_KIND": kind,
         "BENCH_QUEUE": queue(contestant, kind),

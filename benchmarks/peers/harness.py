@@ -7,6 +7,7 @@ import contextlib
 import json
 import mmap
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from pamqp.commands import Basic
 
 from benchmarks.peers.contestants import MADE, NODE, PACKAGE, ROOT, C, Contestant, environment, queue
-from benchmarks.peers.shape import Ran
+from benchmarks.peers.shape import KEPT_S, Ran
 from tests.rabbit.raw import connect
 
 STALL_S = 60.0
@@ -66,13 +67,74 @@ def prepare(contestant: Contestant, url: str, kind: str) -> None:
 
 
 def publish(
-    contestant: Contestant, url: str, kind: str, how: str, jobs: int, seconds: float = 0.0, *, size: int = 200
+    contestant: Contestant,
+    url: str,
+    kind: str,
+    how: str,
+    jobs: int,
+    seconds: float = 0.0,
+    *,
+    size: int = 200,
+    mode: str = "plain",
 ) -> dict[str, Any]:
     """Publish by the contestant's own means, in a process of its own; see publish.py for `how`."""
-    env = environment(contestant, url=url, kind=kind, size=size)
+    env = environment(contestant, url=url, kind=kind, size=size, mode=mode)
     if contestant.commands is None:
         return program(contestant, url, kind, how, jobs, seconds, size=size)
-    return _run([sys.executable, "-m", f"{PACKAGE}.publish", contestant.module, how, str(jobs), str(seconds)], env, 900)
+    return _run([*_publishing(contestant, how, jobs), str(seconds)], env, 900)
+
+
+def _publishing(contestant: Contestant, how: str, jobs: int) -> list[str]:
+    return [sys.executable, "-m", f"{PACKAGE}.publish", contestant.module, how, str(jobs)]
+
+
+class Keeper:
+    """A publishing process that keeps the handles of its jobs, and reads the results of all when it is asked to."""
+
+    def __init__(self, contestant: Contestant, url: str, kind: str, jobs: int, store: str) -> None:
+        env = environment(contestant, url=url, kind=kind, mode="results", store=store)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self._process = subprocess.Popen(
+            _publishing(contestant, "kept", jobs),
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+        self._log.close()
+
+    def published(self) -> dict[str, float]:
+        """Wait until it has published, and return what that took."""
+        return self._line()
+
+    def read(self) -> dict[str, float]:
+        """Let it read the results of all its jobs, and return what that took."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        return self._line()
+
+    def _line(self) -> dict[str, float]:
+        out = self._process.stdout
+        assert out is not None
+        ready, _, _ = select.select([out], [], [], KEPT_S)
+        if line := out.readline() if ready else b"":
+            found: dict[str, float] = json.loads(line)
+            return found
+        self._log.seek(0)
+        said = " ".join(self._log.read().decode(errors="replace").split())[-400:]
+        msg = f"its publisher {'ended' if ready else f'said nothing for {KEPT_S} s'}: {said}"
+        raise Refused(msg)
 
 
 def program(
@@ -120,7 +182,15 @@ class Worker:
     """A contestant's worker processes, and what they have run."""
 
     def __init__(
-        self, contestant: Contestant, url: str, kind: str, *, processes: int = 1, mode: str = "plain", size: int = 200
+        self,
+        contestant: Contestant,
+        url: str,
+        kind: str,
+        *,
+        processes: int = 1,
+        mode: str = "plain",
+        size: int = 200,
+        store: str = "",
     ) -> None:
         assert contestant.commands is not None
         self._folder = Path(tempfile.mkdtemp(prefix="leveret-bench-"))
@@ -128,7 +198,9 @@ class Worker:
         slots.mkdir()
         self._slots, self._mode, self._maps = slots, mode, dict[int, memoryview]()
         self._wake, self._url = contestant.wake, url
-        env = environment(contestant, url=url, kind=kind, mode=mode, size=size, processes=processes, slots=slots)
+        env = environment(
+            contestant, url=url, kind=kind, mode=mode, size=size, processes=processes, slots=slots, store=store
+        )
         self.begun_ns = time.monotonic_ns()
         with (self._folder / "log").open("ab") as log:
             self._processes = [

@@ -16,13 +16,14 @@ from benchmarks.peers.contestants import (
     NODE,
     POSTGRESQL,
     RABBITMQ,
+    REDIS,
     SQLITE,
     C,
     Contestant,
     Server,
     allocations_library,
 )
-from benchmarks.peers.harness import Refused, Worker, embedded_file, import_ms, outbox, program, publish
+from benchmarks.peers.harness import Keeper, Refused, Worker, embedded_file, import_ms, outbox, program, publish
 from benchmarks.peers.servers import Queue, Running
 from benchmarks.peers.shape import PREFETCH
 
@@ -37,7 +38,14 @@ class Context(NamedTuple):
 
     def queue(self, contestant: Contestant, kind: str) -> Queue:
         """Return the contestant's queue, without jobs."""
-        queue = self.servers[contestant.server].queue(contestant, kind)
+        return self._cleared(contestant.server, contestant, kind)
+
+    def store(self, contestant: Contestant, kind: str) -> str:
+        """Return the URL of a Redis that keeps the results, beside the contestant's server; without any yet."""
+        return self._cleared(REDIS, contestant, kind).url
+
+    def _cleared(self, server: Server, contestant: Contestant, kind: str) -> Queue:
+        queue = self.servers[server].queue(contestant, kind)
         queue.clear()
         return queue
 
@@ -249,6 +257,36 @@ def importing(context: Context, contestant: Contestant, kind: str) -> Row:
     return {"import_ms": import_ms(contestant, context.servers[contestant.server].url, kind)}
 
 
+def awaiting(context: Context, contestant: Contestant, kind: str) -> Row:
+    """Publish to an idle worker and wait for the result, then the next; from the call of publish to the result."""
+    queue, jobs = context.queue(contestant, kind), context.arguments.one_by_one
+    with Worker(contestant, queue.url, kind, mode="results") as worker:
+        publish(contestant, queue.url, kind, "results", 1, mode="results")
+        took = publish(contestant, queue.url, kind, "results", jobs, mode="results")["took_ns"]
+        worker.finish(jobs + 1)
+    queue.expect(0)
+    return percentiles(took[len(took) // 20 :])  # the first twentieth warms up
+
+
+def keeping(context: Context, contestant: Contestant, kind: str) -> Row:
+    """Publish jobs whose results a store keeps, work them off, then read all results; the rate is that of the three in turn."""
+    queue, store = context.queue(contestant, kind), context.store(contestant, kind)
+    with Keeper(contestant, queue.url, kind, int(context.arguments.kept * contestant.times), store) as keeper:
+        sent = keeper.published()
+        jobs = int(sent["sent"])
+        queue.expect(jobs)
+        with Worker(contestant, queue.url, kind, mode="results", store=store) as worker:
+            worker.wait(jobs)
+            work_per_s = jobs / ((worker.last_ns - worker.first_ns) / 1e9)
+            read = keeper.read()  # while the worker lives: the last results may still be on their way
+            cpu_ns = worker.cpu_ns()
+            worker.finish(jobs)
+    queue.expect(0)
+    rates = {"publish_per_s": sent["per_s"], "work_per_s": work_per_s, "read_per_s": read["per_s"]}
+    together = 1 / sum(1 / rate for rate in rates.values())
+    return {"per_s": together, **rates, "cpu_us": sent["cpu_us"] + cpu_ns / jobs / 1e3 + read["cpu_us"]}
+
+
 def relaying(context: Context, contestant: Contestant, kind: str) -> Row:
     """Publish within a transaction into an outbox, and relay it; beside `publish_many` to the same broker."""
     urls = {
@@ -320,12 +358,16 @@ def _delays(contestant: Contestant, kind: str) -> bool:
     return kind in contestant.delays
 
 
-BROKERS = (RABBITMQ, POSTGRESQL)
+def _results(contestant: Contestant, kind: str) -> bool:
+    return contestant.results and kind == contestant.kinds[0]
+
+
+BROKERS = (RABBITMQ, POSTGRESQL, REDIS)
 UNITS = (
     Unit("publish", "publish one by one", RATE, publishing("one"), _anyone, rising=True, servers=BROKERS),
     Unit("publish", "publish pipelined", RATE, publishing("many"), _anyone, rising=True, servers=BROKERS),
     Unit("consume", "consume, one process", RATE, consuming(1), _anyone, rising=True, servers=BROKERS),
-    Unit("consume", "consume, two processes", RATE, consuming(2), _workers, rising=True),
+    Unit("consume", "consume, two processes", RATE, consuming(2), _workers, rising=True, servers=(RABBITMQ, REDIS)),
     Unit(
         "allocations",
         "allocations a consumed job",
@@ -385,6 +427,31 @@ UNITS = (
         _anyone,
         rising=True,
         servers=(SQLITE,),
+    ),
+    Unit(
+        "results",
+        "a result awaited one by one, on Redis",
+        LATE,
+        awaiting,
+        _results,
+        compared="the p50",
+        servers=(REDIS,),
+    ),
+    Unit(
+        "results",
+        "jobs with results, kept by Redis",
+        {
+            "per_s": "all three /s",
+            "publish_per_s": "publish /s",
+            "work_per_s": "work /s",
+            "read_per_s": "read /s",
+            "cpu_us": "CPU µs",
+        },
+        keeping,
+        _results,
+        rising=True,
+        servers=(RABBITMQ,),
+        beside=(REDIS,),
     ),
     Unit(
         "relay",

@@ -1,7 +1,8 @@
 """One publishing process: `python -m benchmarks.peers.publish MODULE HOW JOBS [SECONDS]`; prints JSON.
 
 HOW: one (awaited one by one) | many (pipelined, or threads) | fill (the same without a warm-up) | paced (JOBS over SECONDS) |
-spread (the same, delayed by SECONDS) | delayed (each by SECONDS) | due (JOBS that fall due evenly within 1 s, which begins after SECONDS).
+spread (the same, delayed by SECONDS) | delayed (each by SECONDS) | due (JOBS that fall due evenly within 1 s, which begins after SECONDS) |
+results (one by one, each until its result is here) | kept (as many; prints JSON, waits for a line of input, reads the results of all, prints JSON).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from benchmarks.peers.shape import THREADS, WINDOW, Sender
+from benchmarks.peers.shape import RESULT, THREADS, WINDOW, Sender
 
 WARM_UP = 50
 WARM_UP_S = 1
@@ -27,12 +29,12 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def run_blocking(sender: Sender, at: int, delay_s: float | None) -> None:
+def run_blocking(sender: Sender, at: int, delay_s: float | None) -> Any:
     """Run a blocking publish: a coroutine that never waits."""
     try:
         sender.one(at, delay_s).__await__().send(None)
-    except StopIteration:
-        return
+    except StopIteration as ended:
+        return ended.value
     msg = "a blocking publish awaited something"
     raise RuntimeError(msg)
 
@@ -58,20 +60,29 @@ class Lanes:
         """Publish so many as fast as may be."""
         if self._sender.many is not None:
             await self._sender.many(jobs)
-        elif self._pool is not None:
+        else:
+            await self.each(jobs, _forget)
+
+    async def each(self, jobs: int, note: Callable[[Any], None]) -> None:
+        """Publish so many by the call that publishes one; `note` gets what each call returned."""
+        if self._pool is not None:
             each = [jobs // THREADS + (n < jobs % THREADS) for n in range(THREADS)]
-            await asyncio.gather(*(self._loop.run_in_executor(self._pool, self._some, count) for count in each))
+            await asyncio.gather(*(self._loop.run_in_executor(self._pool, self._some, count, note) for count in each))
         else:
             left = iter(range(jobs))
-            await asyncio.gather(*(self._lane(left) for _ in range(min(WINDOW, jobs))))
+            await asyncio.gather(*(self._lane(left, note) for _ in range(min(WINDOW, jobs))))
 
-    async def _lane(self, left: Iterator[int]) -> None:
+    async def _lane(self, left: Iterator[int], note: Callable[[Any], None]) -> None:
         for _ in left:
-            await self._sender.one(*_now())
+            note(await self._sender.one(*_now()))
 
-    def _some(self, jobs: int) -> None:
+    def _some(self, jobs: int, note: Callable[[Any], None]) -> None:
         for _ in range(jobs):
-            run_blocking(self._sender, 0, None)
+            note(run_blocking(self._sender, 0, None))
+
+
+def _forget(_: Any) -> None:
+    pass
 
 
 def _now() -> tuple[int, float | None]:
@@ -121,11 +132,49 @@ async def due(lanes: Lanes, jobs: int, seconds: float) -> None:
     await asyncio.gather(*(lanes.one(lambda n=n: when(n)) for n in range(jobs)))  # type: ignore[misc]
 
 
-async def run(module: str, how: str, jobs: int, seconds: float) -> dict[str, float]:
+async def read(sender: Sender, handles: list[Any]) -> None:
+    """Wait for the results of these jobs, and check them."""
+    assert sender.read is not None
+    wrong = [result for result in await sender.read(handles) if result != RESULT]
+    if wrong:
+        msg = f"{len(wrong)} of {len(handles)} results are wrong, such as {wrong[0]!r:.200}"
+        raise RuntimeError(msg)
+
+
+async def one_by_one(sender: Sender, jobs: int) -> dict[str, Any]:
+    """Publish a job and wait for its result, then the next; return how long each took."""
+    took_ns = list[int]()
+    for _ in range(jobs):
+        begun = time.monotonic_ns()
+        await read(sender, [await sender.one(begun, None)])
+        took_ns.append(time.monotonic_ns() - begun)
+    return {"took_ns": took_ns}
+
+
+async def kept(sender: Sender, lanes: Lanes, jobs: int) -> dict[str, Any]:
+    """Publish, say so, and read the results once a line comes in."""
+    handles = list[Any]()
+    await lanes.each(WARM_UP, handles.append)
+    cpu, begun = cpu_s(), time.perf_counter()
+    await lanes.each(jobs, handles.append)
+    took, used = time.perf_counter() - begun, cpu_s() - cpu
+    print(json.dumps({"sent": len(handles), "per_s": jobs / took, "cpu_us": used / jobs * 1e6}), flush=True)
+    await asyncio.to_thread(sys.stdin.readline)  # meanwhile what the contestant does beside goes on
+    cpu, begun = cpu_s(), time.perf_counter()
+    await read(sender, handles)
+    took, used = time.perf_counter() - begun, cpu_s() - cpu
+    return {"per_s": len(handles) / took, "cpu_us": used / len(handles) * 1e6}
+
+
+async def run(module: str, how: str, jobs: int, seconds: float) -> dict[str, Any]:
     """Publish, and return what it took; `sent` counts warm-up jobs too."""
     contestant = importlib.import_module(module)
     async with contestant.sending() as sender:
         lanes = Lanes(sender)
+        if how == "results":
+            return await one_by_one(sender, jobs)
+        if how == "kept":
+            return await kept(sender, lanes, jobs)
         warm = 0
         if how in ("one", "many") and jobs > 1:
             warm = min(WARM_UP, jobs)

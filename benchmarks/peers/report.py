@@ -15,6 +15,7 @@ from rich.table import Table
 
 from benchmarks.peers.contestants import (
     AIO_PIKA,
+    CELERY,
     CONTESTANTS,
     HUEY,
     LEVERET,
@@ -23,7 +24,9 @@ from benchmarks.peers.contestants import (
     POSTGRESQL,
     PROCRASTINATE,
     RABBITMQ,
+    REDIS,
     SAQ,
+    TASKIQ,
     C,
     Contestant,
     Server,
@@ -31,7 +34,13 @@ from benchmarks.peers.contestants import (
 from benchmarks.peers.measures import UNITS, Unit, entrants
 
 _METRICS = {unit.name: unit.metrics for unit in UNITS}
-LABELS = {"classic": "classic priority", "plain": "classic", "sqlite": "SQLite", "postgresql": "PostgreSQL"}
+LABELS = {
+    "classic": "classic priority",
+    "plain": "classic",
+    "sqlite": "SQLite",
+    "postgresql": "PostgreSQL",
+    "redis": "Redis",
+}
 
 Key = tuple[str, str, str]
 """A row of a table: unit, contestant and kind of queue."""
@@ -282,6 +291,13 @@ class Goals:
         """Compare with nobody."""
         self.found.append(Goal(what, self._figures.median(self.ours(unit, kind), metric), "", bound, at_least))
 
+    def memory(self, bound: float) -> None:
+        """Compare with leveret's own worker on RabbitMQ, in MB."""
+        for metric, when in (("idle_mb", "idle"), ("after_mb", "after many jobs")):
+            here, there = (self._figures.median(self.ours("memory", kind), metric) for kind in ("", "quorum"))
+            more = here - there if here is not None and there is not None else None
+            self.found.append(Goal(f"memory of a worker, {when}, MB", more, "above RabbitMQ's", bound, at_least=False))
+
 
 def goals(figures: Figures) -> list[Goal]:
     """Return every goal on RabbitMQ and SQLite with what was measured."""
@@ -362,26 +378,53 @@ def goals_on_postgresql(figures: Figures) -> list[Goal]:
     rows.against_best(one, one, 1)
     for metric in ("p50_ms", "p99_ms"):
         rows.against_best(f"latency at 200/s, {metric[:3]}", "latency at 200/s", 1, metric, rising=False)
-    for metric, when in (("idle_mb", "idle"), ("after_mb", "after many jobs")):
-        here, there = (figures.median(rows.ours("memory", kind), metric) for kind in ("", "quorum"))
-        more = here - there if here is not None and there is not None else None
-        rows.found.append(Goal(f"memory of a worker, {when}, MB", more, "above RabbitMQ's", 8, at_least=False))
+    rows.memory(8)
     rows.itself("relay of an outbox", "relay of an outbox", "share", 0.5, at_least=True)
     rows.found[-1] = rows.found[-1]._replace(beside="× publish_many to the same RabbitMQ")
     return rows.found
 
 
+def goals_on_redis(figures: Figures) -> list[Goal]:
+    """Return every goal on Redis with what was measured, as a broker and as the store beside RabbitMQ."""
+    rows = Goals(figures, REDIS.kinds[0], _on(REDIS))
+    many, work = "publish pipelined", "consume, one process"
+    rows.against_best("publish_many", many, 5)
+    rows.against_best("consume", work, 8)
+    for metric in ("p50_ms", "p99_ms"):
+        rows.against_best(f"latency at 200/s, {metric[:3]}", "latency at 200/s", 1, metric, rising=False)
+    awaited, kept = "a result awaited one by one, on Redis", "jobs with results, kept by Redis"
+    for metric in ("p50_ms", "p99_ms"):
+        rows.against(f"a result, {metric[:3]}", awaited, SAQ, 1, metric=metric, at_least=False)
+    for peer in (TASKIQ, CELERY):
+        rows.against("jobs with results, RabbitMQ quorum", kept, peer, 5, RABBITMQ.kinds[0])
+    rows.memory(12)
+    return rows.found
+
+
 def show_beside(console: Console, figures: Figures) -> None:
-    """Print the contestants on PostgreSQL as docs/performance.md has them: a row each, medians."""
-    kind = POSTGRESQL.kinds[0]
-    columns = {
-        "one by one /s": ("publish one by one", "{per_s}"),
-        "publish_many /s (CPU µs)": ("publish pipelined", "{per_s} ({cpu_us})"),
-        "consumed, one process /s (CPU µs)": ("consume, one process", "{per_s} ({cpu_us})"),
-        "latency at 200/s, p50 / p99 ms": ("latency at 200/s", "{p50_ms} / {p99_ms}"),
-        "idle MB / after many jobs": ("memory", "{idle_mb} / {after_mb}"),
-    }
-    table = Table(title="Beside its peers on PostgreSQL", title_justify="left", title_style="bold", box=box.MARKDOWN)
+    """Print the contestants on PostgreSQL and on Redis as docs/performance.md has them."""
+    _beside_on(console, figures, POSTGRESQL, _COLUMNS)
+    _beside_on(console, figures, REDIS, _COLUMNS | _COLUMNS_ON_REDIS)
+
+
+_COLUMNS = {
+    "one by one /s": ("publish one by one", "{per_s}"),
+    "publish_many /s (CPU µs)": ("publish pipelined", "{per_s} ({cpu_us})"),
+    "consumed, one process /s (CPU µs)": ("consume, one process", "{per_s} ({cpu_us})"),
+    "latency at 200/s, p50 / p99 ms": ("latency at 200/s", "{p50_ms} / {p99_ms}"),
+    "idle MB / after many jobs": ("memory", "{idle_mb} / {after_mb}"),
+}
+_COLUMNS_ON_REDIS = {
+    "consumed, two /s": ("consume, two processes", "{per_s}"),
+    "a result, p50 / p99 ms": ("a result awaited one by one, on Redis", "{p50_ms} / {p99_ms}"),
+}
+
+
+def _beside_on(console: Console, figures: Figures, server: Server, columns: dict[str, tuple[str, str]]) -> None:
+    """Print the contestants on a server: a row each, medians."""
+    kind = server.kinds[0]
+    title = f"Beside its peers on {server.name}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.MARKDOWN)
     for heading in ("", *columns):
         table.add_column(heading)
     for contestant in CONTESTANTS:
@@ -391,7 +434,7 @@ def show_beside(console: Console, figures: Figures) -> None:
             medians = {metric: figures.median(key, metric) for metric in _METRICS[unit]}
             known = {metric: _short(median) for metric, median in medians.items() if median is not None}
             cells.append(text.format(**known) if known else "–")
-        if contestant.server == POSTGRESQL and any(cell != "–" for cell in cells):
+        if contestant.server == server and any(cell != "–" for cell in cells):
             table.add_row(contestant.name, *cells)
     if table.row_count > 1:
         console.print(table)
@@ -401,6 +444,7 @@ def show_goals(console: Console, figures: Figures) -> None:
     """Print the lists of what was to be reached, as docs/performance.md has them."""
     _list(console, figures, "What was to be reached", goals(figures), RABBITMQ)
     _list(console, figures, "What was to be reached on PostgreSQL", goals_on_postgresql(figures), POSTGRESQL)
+    _list(console, figures, "What was to be reached on Redis", goals_on_redis(figures), REDIS)
 
 
 def _list(console: Console, figures: Figures, title: str, every: list[Goal], server: Server) -> None:

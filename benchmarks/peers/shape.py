@@ -10,11 +10,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 URL = os.environ.get("BENCH_URL", "amqp://guest:guest@127.0.0.1:5672/")
+STORE = os.environ.get("BENCH_STORE") or None  # where results are kept, beside the broker
 KIND = os.environ.get("BENCH_KIND", "quorum")
 QUEUE = os.environ.get("BENCH_QUEUE", "bench.unnamed")
 MODE = os.environ.get(
     "BENCH_MODE", "plain"
-)  # plain | samples (how late each job ran) | fails (each fails once) | allocations
+)  # plain | samples (how late each job ran) | fails (each fails once) | allocations | results (each returns RESULT, which is kept)
 BYTES = int(os.environ.get("BENCH_BYTES", "200"))
 PROCESSES = int(os.environ.get("BENCH_PROCESSES", "1"))
 PREFETCH = 200
@@ -22,6 +23,9 @@ WINDOW = 1000  # publishes in flight where a peer can pipeline
 THREADS = 8  # publishing threads where it can't
 MAX_PRIORITY = 6
 PRIORITY = 4
+RESULT: dict[str, Any] = {"order_id": 7, "number": "2026-0007"}
+KEPT_S = 600  # how long results are kept: longer than any measurement, so that none is gone before it is read
+READ_S = 120  # how long results are waited for
 
 _ELSE_BYTES = 80  # what the fields other than the text take as JSON
 TEXT = "x" * max(0, BYTES - _ELSE_BYTES)
@@ -40,12 +44,14 @@ def fields(at: int) -> dict[str, Any]:
 class Sender(NamedTuple):
     """How a contestant publishes; each call ends confirmed, or raises."""
 
-    one: Callable[[int, float | None], Awaitable[None]]
-    """Publish a job with that `at`, after that delay in seconds."""
+    one: Callable[[int, float | None], Awaitable[Any]]
+    """Publish a job with that `at`, after that delay in seconds; return what `read` takes, if there is a `read`."""
     many: Callable[[int], Awaitable[None]] | None
     """Publish so many as fast as its API allows; None: `one` in many tasks."""
     blocking: bool = False
     """`one` blocks its thread: many at once are `THREADS` threads."""
+    read: Callable[[list[Any]], Awaitable[list[Any]]] | None = None
+    """Wait for the results of what `one` published, in mode "results"."""
 
 
 class Ran:

@@ -1,10 +1,12 @@
 """benchmarks/peers: what it refuses, what it writes, and that docs/performance.md says what it says. Nothing is measured here."""
 
 import argparse
+import asyncio
 import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 from rich.console import Console
 
 from benchmarks.peers import __main__ as program
+from benchmarks.peers import contestants
 from benchmarks.peers.contestants import (
+    ARQ,
     CELERY,
     CONTESTANTS,
     DRAMATIQ,
@@ -21,11 +25,18 @@ from benchmarks.peers.contestants import (
     POSTGRESQL,
     PROCRASTINATE,
     RABBITMQ,
+    REDIS,
+    SAQ,
     TASKIQ,
     Contestant,
+    environment,
+    missing,
 )
+from benchmarks.peers.harness import Keeper, Refused
 from benchmarks.peers.measures import UNITS, Unit
-from benchmarks.peers.report import Figures, Goal, goals, goals_on_postgresql, show_beside, tables
+from benchmarks.peers.publish import Lanes, kept, one_by_one
+from benchmarks.peers.report import Figures, Goal, goals, goals_on_postgresql, goals_on_redis, show_beside, tables
+from benchmarks.peers.shape import RESULT, Sender
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
@@ -210,6 +221,130 @@ def test_a_worker_on_postgresql_may_have_more_memory_than_one_on_rabbitmq() -> N
     assert more() == ["–", "–"]
     figures.add(UNIT["memory"], LEVERET, "quorum", {"idle_mb": 27.0, "after_mb": 27.5})
     assert more() == ["6.50", "10.5"]
+
+
+def test_a_goal_on_redis_is_beside_those_on_redis() -> None:
+    """SAQ runs on two servers, and results are kept beside RabbitMQ too: a row of another server would decide the verdict."""
+    figures = Figures()
+    awaited, kept_there = UNIT["a result awaited one by one, on Redis"], UNIT["jobs with results, kept by Redis"]
+    for unit, one, kind, value in (
+        (UNIT["consume, one process"], LEVERET, "redis", 90.0),
+        (UNIT["consume, one process"], SAQ, "postgresql", 80.0),
+        (UNIT["consume, one process"], TASKIQ, "quorum", 60.0),
+        (UNIT["consume, one process"], SAQ, "redis", 6.0),
+        (UNIT["consume, one process"], ARQ, "redis", 10.0),
+        (awaited, LEVERET, "redis", 1.5),
+        (awaited, ARQ, "redis", 1.0),
+        (awaited, SAQ, "redis", 2.0),
+        (kept_there, LEVERET, "quorum", 60.0),
+        (kept_there, TASKIQ, "quorum", 10.0),
+        (kept_there, CELERY, "quorum", 15.0),
+    ):
+        figures.add(unit, one, kind, dict.fromkeys(unit.metrics, value))
+    found = {(row.what, row.beside): row.reached for row in goals_on_redis(figures) if row.reached is not None}
+    assert found == {
+        ("consume", "× arq, without streaq"): 9.0,
+        ("a result, p50", "× SAQ"): 0.75,
+        ("a result, p99", "× SAQ"): 0.75,
+        ("jobs with results, RabbitMQ quorum", "× Taskiq"): 6.0,
+        ("jobs with results, RabbitMQ quorum", "× Celery"): 4.0,
+    }
+
+
+def test_without_redis_no_results_are_kept_beside_rabbitmq() -> None:
+    """A machine without Redis would begin a measurement that has no store."""
+    asked = argparse.Namespace(measure="results", kind="")
+    assert {one.server for _, who in program.turns(asked, CONTESTANTS) for one, _ in who} == {RABBITMQ, REDIS}
+    assert program.turns(asked, CONTESTANTS, without=[REDIS]) == []
+    assert {one.server for _, who in program.turns(asked, CONTESTANTS, without=[RABBITMQ]) for one, _ in who} == {REDIS}
+
+
+@pytest.mark.parametrize(
+    "one",
+    [one for one in CONTESTANTS if one.server in (POSTGRESQL, REDIS)],
+    ids=lambda one: f"{one.name}, {one.server.name}",
+)
+def test_the_jobs_of_each_contestant_can_be_counted(one: Contestant) -> None:
+    """Where nothing says how many jobs are left, a job that was lost, or that wasn't settled, passes for done."""
+    assert one.waiting
+
+
+def test_packages_that_contradict_the_others_are_looked_for_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arq wants another redis-py than the rest: its row would name the version that it doesn't run on, or it would run on that."""
+    monkeypatch.setattr(contestants, "MADE", tmp_path)
+    assert "`make bench-peers` installs it" in (missing(ARQ) or "")
+    for name in ARQ.packages:
+        folder = tmp_path / ARQ.apart / f"{name}-0.7.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.7\n")
+    assert missing(ARQ) is None
+    assert ARQ.versions == ", ".join(f"{name} 0.7" for name in ARQ.packages)
+    assert environment(ARQ, url="", kind="redis")["PYTHONPATH"] == str(tmp_path / ARQ.apart)
+    assert str(tmp_path) not in environment(SAQ, url="", kind="redis").get("PYTHONPATH", "")
+
+
+async def sent_and_read(results: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Publish three jobs whose results are these, as `publish.py` does where they are kept, and return what happened."""
+    happened = list[str]()
+
+    async def one(at: int, delay_s: float | None) -> int:
+        happened.append("published")
+        return len(happened) - 1
+
+    async def read(handles: list[Any]) -> list[Any]:
+        happened.append(f"read {len(handles)}")
+        return [results[handle % len(results)] for handle in handles]
+
+    class Line:
+        """The input of the process."""
+
+        def readline(self) -> str:
+            happened.append("asked")
+            return "\n"
+
+    monkeypatch.setattr(sys, "stdin", Line())
+    monkeypatch.setattr("benchmarks.peers.publish.WARM_UP", 1)
+    sender = Sender(one, None, read=read)
+    await kept(sender, Lanes(sender), 2)
+    return happened
+
+
+def test_results_are_read_when_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading that began before the jobs were worked off would be measured as waiting."""
+    assert asyncio.run(sent_and_read([RESULT], monkeypatch)) == [*["published"] * 3, "asked", "read 3"]
+    assert json.loads(capsys.readouterr().out)["sent"] == 3
+
+
+def test_a_wrong_result_gives_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contestant that loses results, or hands out None, would be the fastest."""
+    with pytest.raises(RuntimeError, match="1 of 3 results are wrong, such as None"):
+        asyncio.run(sent_and_read([RESULT, RESULT, None], monkeypatch))
+
+
+def test_a_result_is_timed_from_the_publish_to_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time that begins after the publish hides its round trip; one that ends before the read hides the wait."""
+    clock = [100]
+    monkeypatch.setattr("benchmarks.peers.publish.time.monotonic_ns", lambda: clock[0])
+
+    async def one(at: int, delay_s: float | None) -> None:
+        clock[0] += 5
+
+    async def read(handles: list[Any]) -> list[Any]:
+        clock[0] += 7
+        return [RESULT]
+
+    assert asyncio.run(one_by_one(Sender(one, None, read=read), 3)) == {"took_ns": [12, 12, 12]}
+
+
+def test_a_publisher_that_dies_says_why() -> None:
+    """A peer that can't publish with results would end the whole run, or leave a row without a reason."""
+    absent = Contestant("absent", "with_nosuch.py", (), "")
+    with Keeper(absent, "", "quorum", 1, "") as keeper, pytest.raises(Refused, match=r"No module named .*with_nosuch"):
+        keeper.published()
 
 
 def test_without_a_server_the_rest_is_measured() -> None:
