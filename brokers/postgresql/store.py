@@ -276,7 +276,6 @@ class Store:
             self._losses += 1
             self._told = True  # tries again, even if nobody waits for it: a publisher's state is looked at
             pause_s = 0.0 if self._losses == 1 and step != "before" else None
-            said = said.removeprefix(f"{turns.where}: ")  # what quotes it names the server
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
 
     async def _beat(self) -> None:

@@ -464,7 +464,7 @@ class Turns:
             self._stopped.set_result(None)
 
     def _can_write(self, state: PublisherStateName, why_not: str) -> None:
-        self.why = why_not
+        self.why = why_not.removeprefix(f"{self.where}: ")  # what quotes it says where
         if not self.closed:
             self.publishing = self.publishing.then(self.clock.now(), state, " ".join(why_not.split()))
 
