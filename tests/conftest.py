@@ -196,6 +196,17 @@ async def postgres_url(postgres: postgresql.Postgres) -> AsyncGenerator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def postgres_database(postgres: postgresql.Postgres) -> Generator[str]:
+    """The URL of the session's database, which has leveret's schema: shared, so use queue names of your own."""
+    with asyncio.Runner() as runner:
+        made = postgres.database()
+        url = runner.run(made.__aenter__())
+        runner.run(postgresql.migrate(url))
+        yield url
+        runner.run(made.__aexit__(None, None, None))
+
+
 @pytest_asyncio.fixture
 async def postgres_node(
     postgres_found: postgresql.Found,

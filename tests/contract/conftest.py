@@ -6,7 +6,7 @@ import asyncio
 import importlib
 import os
 import pkgutil
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from leveret.schemes import can_store
 from tests.contract import harness as package
 from tests.contract.harness import Harness
-from tests.postgres.node import PgBouncer, Postgres, migrate
+from tests.postgres.node import PgBouncer, Postgres
 
 
 def _brokers() -> dict[str, type[Harness]]:
@@ -34,17 +34,6 @@ def _brokers() -> dict[str, type[Harness]]:
 
 
 BROKERS = _brokers()
-
-
-@pytest.fixture(scope="session")
-def postgres_database(postgres: Postgres) -> Generator[str]:
-    """The URL of the suite's database, which has leveret's schema: shared, so use queue names of your own."""
-    with asyncio.Runner() as runner:
-        made = postgres.database()
-        url = runner.run(made.__aenter__())
-        runner.run(migrate(url))
-        yield url
-        runner.run(made.__aexit__(None, None, None))
 
 
 @pytest.fixture(scope="session")

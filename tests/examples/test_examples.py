@@ -17,6 +17,7 @@ import pytest
 
 from tests.examples.markdown import ROOT
 from tests.rabbit.node import Rabbit
+from tests.redis.node import Server
 
 INDEX_FILES = ROOT / "examples" / "index_files"
 PROGRAM = "examples/index_files/try_out.py"
@@ -85,13 +86,28 @@ def row(output: str) -> list[int]:
     return [int(cell) for cell in line.split("│")[:4]]
 
 
-@pytest.fixture(params=["sqlite", pytest.param("rabbitmq", marks=pytest.mark.rabbit)])
+SERVERS = [
+    pytest.param("rabbitmq", marks=pytest.mark.rabbit),
+    pytest.param("postgresql", marks=pytest.mark.postgres),
+    pytest.param("redis", marks=pytest.mark.redis),
+]
+
+
+@pytest.fixture(params=["sqlite", *SERVERS])
 def broker(request: pytest.FixtureRequest) -> str | None:
     """None: the example's own default."""
-    if request.param == "sqlite":
-        return None
-    rabbit: Rabbit = request.getfixturevalue("rabbit")
-    return rabbit.url
+    match request.param:
+        case "rabbitmq":
+            rabbit: Rabbit = request.getfixturevalue("rabbit")
+            return rabbit.url
+        case "redis":
+            redis: Server = request.getfixturevalue("redis")
+            return redis.url
+        case "postgresql":
+            url: str = request.getfixturevalue("postgres_database")
+            return url
+        case _:
+            return None
 
 
 def test_the_demo_ends_with_the_right_totals_and_two_commands_that_work(
