@@ -361,7 +361,7 @@ async def test_a_lost_answer_costs_no_lease_and_settles_once(
         consumption, sink = await consume(broker, queue)
         running, ended = await sink.take(2)
 
-        link.freeze("down")
+        link.freeze("up")  # the answer to an earlier turn still comes: the one to the next turn shall be lost
         task = None
         if verb == "done":
             ended.done()
@@ -371,6 +371,10 @@ async def test_a_lost_answer_costs_no_lease_and_settles_once(
         else:
             await publish(opened(), queue, b"3")
         async with asyncio.timeout(PATIENCE_S):
+            while not link.held["up"]:
+                await asyncio.sleep(0.01)
+            link.freeze("down")
+            link.thaw("up")
             while (now := await depth_of(redis, queue)).unsettled != {"done": 1, "again": 2, "claim": 3}[verb]:
                 await asyncio.sleep(0.01)
         link.reset()
