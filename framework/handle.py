@@ -145,5 +145,5 @@ def _or_none(value: int | msgspec.UnsetType) -> int | None:
 
 
 def _keeps_nothing(job_id: str) -> ConfigurationError:
-    msg = f"nothing is known of job {job_id}, because its class keeps nothing; give the class keep=Keep(), and the app a job store"
+    msg = f"nothing is known of job {job_id}, because its class keeps nothing; give the class keep=Keep() (beside RabbitMQ, the app a store= too)"
     return ConfigurationError(msg)

@@ -37,6 +37,7 @@ class FaultProxy:
         self.refuse = self.mute = False
         self.accepted = 0
         self.passed: dict[Way, int] = {"up": 0, "down": 0}
+        self.held: dict[Way, int] = {"up": 0, "down": 0}
         self._target = (host, port)
         self._rng = rng or random.Random(0)
         self._open: dict[Way, asyncio.Event] = {"up": asyncio.Event(), "down": asyncio.Event()}
@@ -76,10 +77,10 @@ class FaultProxy:
         for way in ways or ("up", "down"):
             self._open[way].clear()
 
-    def thaw(self) -> None:
-        """End `freeze`, and pass the bytes that were held."""
-        for event in self._open.values():
-            event.set()
+    def thaw(self, *ways: Way) -> None:
+        """End `freeze`, on both ways or on `ways`, and pass the bytes that were held."""
+        for way in ways or ("up", "down"):
+            self._open[way].set()
 
     def reset(self) -> None:
         """Cut every connection with a RST to both sides."""
@@ -156,7 +157,9 @@ class FaultProxy:
         while (item := await chunks.get())[1]:
             due, data = item
             await asyncio.sleep(max(0.0, due - loop.time()))
+            self.held[way] += len(data)
             await self._open[way].wait()
+            self.held[way] -= len(data)
             if self.rate:
                 await asyncio.sleep(len(data) / self.rate)
             rest = b""

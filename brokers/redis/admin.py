@@ -28,6 +28,11 @@ log = logging.getLogger("leveret.redis")
 
 _PAGE: Final = 100
 _NEARLY_FULL: Final = 0.9
+_LOST_BY_SYNC: Final = {
+    "everysec": "confirmed jobs of up to a second (appendfsync everysec)",
+    "no": "confirmed jobs of half a minute or more (appendfsync no)",
+    None: "confirmed jobs unless appendfsync is always, which the server doesn't let us read",
+}
 _Call = Callable[[Wire], Awaitable[T]]
 
 
@@ -203,19 +208,21 @@ class RedisAdmin:
         """As `Admin.notes`: what of the server may lose jobs, or stop it from taking more."""
 
         async def read(wire: Wire) -> dict[str, str]:
-            return await info(wire, "memory", "persistence")
+            return await info(wire, "memory", "persistence", "replication")
 
         told = await self.look(self.store("notes"), "the read of the server", read)
         return [*self._durability(told), *_memory(told)]
 
     def _durability(self, told: dict[str, str]) -> list[str]:
         notes: list[str] = []
+        confirm = self._link.address.confirm
         if told.get("aof_enabled") == "0":
             notes.append("the server writes no append-only file: a restart of it loses jobs")
-        elif not self._link.synced:
-            notes.append(
-                "confirmed jobs of up to a second are lost with the server's machine (appendfsync isn't always)"
-            )
+        elif confirm == "memory" and not self._link.synced:
+            sync = None if self._link.server is None else self._link.server.sync
+            notes.append(f"a power cut of the server loses {_LOST_BY_SYNC[sync]}")
+        if confirm == "replica" and told.get("connected_slaves") == "0":
+            notes.append("the server has no replica now: with confirm=replica no job is confirmed until one has it")
         for name, what in (
             ("aof_last_write_status", "the append-only file couldn't be written"),
             ("aof_last_bgrewrite_status", "the append-only file couldn't be rewritten"),

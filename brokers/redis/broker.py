@@ -43,11 +43,9 @@ _FEATURES: Final = Features(
 )
 _BY_CONFIRM: Final[dict[Confirm, Features]] = {
     "memory": msgspec.structs.replace(
-        _FEATURES, durability="confirmed by the server's memory: the server's settings say what is lost if it dies"
+        _FEATURES, durability="confirmed by the server's memory: `leveret queues` says what a power cut loses"
     ),
-    "replica": msgspec.structs.replace(
-        _FEATURES, durability="confirmed by the memory of the server and of a replica: lost if both die"
-    ),
+    "replica": msgspec.structs.replace(_FEATURES, durability="confirmed by the memory of the server and of a replica"),
     "fsync": msgspec.structs.replace(_FEATURES, durable=True, durability="durable: confirmed by the server's disk"),
 }
 _SYNCED: Final = msgspec.structs.replace(

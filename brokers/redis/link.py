@@ -57,6 +57,7 @@ _CODES: Final[dict[str, Meaning]] = {
     "NOAUTH": "wrong",
     "WRONGTYPE": "wrong",
 }
+_NOAUTH: Final = "NOAUTH: the server wants a password, and the URL has none for it (a sentinel's is sentinel_password=)"
 _WRONG_BY_WORDS: Final = (
     "unknown command",
     "user_script",
@@ -85,9 +86,10 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     version: tuple[int, int]
     aof: bool | None
     """Whether it writes an append-only file."""
-    always: bool | None
-    """Whether it syncs that file before it answers."""
+    sync: str | None
+    """When it syncs that file: always (before it answers), everysec or no."""
     policy: str | None
+    replicas: int | None
 
     def __str__(self) -> str:
         return f"{self.product} {self.version[0]}.{self.version[1]}"
@@ -95,7 +97,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def syncs(self) -> bool:
         """Whether each answer comes after the write is on the disk."""
-        return bool(self.aof and self.always)
+        return bool(self.aof and self.sync == "always")
 
 
 def tag_of(key: str) -> str:
@@ -128,6 +130,12 @@ class Link:
     def synced(self) -> bool:
         """Whether the server that was connected to last syncs its disk before it answers."""
         return self.server is not None and self.server.syncs
+
+    @property
+    def silence(self) -> str:
+        """What to say of a server that didn't answer a new connection in time."""
+        hint = "" if self.address.tls is None else "; if it speaks no TLS, begin its URL with redis instead of rediss"
+        return f"no answer in time{hint}"
 
     async def wire(self, key: str, *, alone: bool = False) -> Wire:
         """Return the connection to the server of `key`; with `alone` one that no other key uses, since its commands wait.
@@ -212,15 +220,15 @@ class Link:
         """Find out whether the server can be used, and how durable it is."""
         version = _version(hello.get(b"version", b""))
         if version < _OLDEST:
-            msg = f"{shown(node)} is {_text(hello, b'server')} {_text(hello, b'version')}; leveret needs Redis 7.0 or later, or Valkey"
+            msg = f"{self._at(node)} is {_text(hello, b'server')} {_text(hello, b'version')}; leveret needs Redis 7.0 or later, or Valkey"
             raise ConfigurationError(msg)
         clustered = hello.get(b"mode") == b"cluster"
         if clustered != (self.address.kind == "cluster"):
             what, scheme = ("a node of a cluster", "redis+cluster") if clustered else ("no node of a cluster", "redis")
-            msg = f"{shown(node)} is {what}; begin its URL with {scheme}://"
+            msg = f"{self._at(node)} is {what}; begin its URL with {scheme}://"
             raise ConfigurationError(msg)
         if hello.get(b"role") != b"master":
-            msg = f"{shown(node)} is a replica, which takes no writes"
+            msg = f"{self._at(node)} is a replica, which takes no writes"
             raise BrokerUnavailable(msg)
         if self.address.db:
             await wire.call("SELECT", self.address.db)
@@ -230,7 +238,7 @@ class Link:
 
     async def _settings(self, wire: Wire, product: str, version: tuple[int, int]) -> Server:
         found: dict[bytes, bytes] = {}
-        told = await info(wire, "server", "memory", "persistence")
+        told = await info(wire, "server", "memory", "persistence", "replication")
         wire.server = told.get("run_id", "")
         try:
             found = await wire.call("CONFIG", "GET", "maxmemory-policy", "appendonly", "appendfsync")
@@ -244,13 +252,14 @@ class Link:
             product=product.capitalize(),
             version=version,
             aof=None if aof is None else aof == b"yes",
-            always=None if sync is None else sync == b"always",
+            sync=None if sync is None else sync.decode(errors="replace"),
             policy=None if policy is None else policy.decode(errors="replace"),
+            replicas=int(told["connected_slaves"]) if "connected_slaves" in told else None,
         )
 
     def _judge(self, server: Server, node: Node) -> None:
         """Refuse a server that would lose jobs without a word, and say what it can't promise."""
-        where = shown(node)
+        where = self._at(node)
         if server.policy not in {None, "noeviction"}:
             msg = f"{where} has maxmemory-policy {server.policy}: it would delete jobs when its memory is full; set maxmemory-policy noeviction"
             raise ConfigurationError(msg)
@@ -266,7 +275,7 @@ class Link:
             for name, value in (
                 ("maxmemory-policy", server.policy),
                 ("appendonly", server.aof),
-                ("appendfsync", server.always),
+                ("appendfsync", server.sync),
             )
             if value is None
         ]
@@ -280,28 +289,35 @@ class Link:
                 logging.WARNING,
                 f"{self.address} writes no append-only file: a restart of it loses jobs; set appendonly yes",
             )
+        if self.address.confirm == "replica" and server.replicas == 0:
+            self._say_once(
+                logging.WARNING,
+                f"{where} has no replica now: with confirm=replica no job is confirmed until one has it",
+            )
 
     def _say_once(self, level: int, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
             log.log(level, "%s", line)
 
+    def _at(self, node: Node) -> str:
+        """Return the address, and which of its servers unless it names that one alone."""
+        alone = self.address.nodes == (node,) and not self.address.service
+        return str(self.address) if alone else f"{self.address}: {shown(node)}"
+
     def _refusal(self, error: Exception, node: Node) -> LeveretError:
         """Return what stands in the way of a connection, as one line: ConfigurationError where waiting won't help."""
         if isinstance(error, LeveretError):
             return type(error)(f"{self.address}: {error}") if str(self.address) not in str(error) else error
         said = " ".join(str(error).split()) or type(error).__name__
-        at = (
-            f"{self.address}: {shown(node)}"
-            if len(self.address.nodes) > 1 or self.address.service
-            else str(self.address)
-        )
         wrong = isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
         if isinstance(error, TimeoutError):
-            said = "no answer in time"
+            said = self.silence
         elif isinstance(error, Refused):
             wrong = meaning_of(error) == "wrong"
-        msg = f"{at}: {said}"
+            if error.code == "NOAUTH":  # what Redis says here is about HELLO
+                said = _NOAUTH
+        msg = f"{self._at(node)}: {said}"
         return ConfigurationError(msg) if wrong else BrokerUnavailable(msg)
 
     async def _node(self, tag: str) -> Node:
@@ -374,7 +390,7 @@ class Link:
             ranges = await wire.call("CLUSTER", "SLOTS")
         except Refused as error:
             if "cluster support disabled" in str(error):
-                msg = f"{shown(node)} is no node of a cluster; begin its URL with redis://"
+                msg = f"{self._at(node)} is no node of a cluster; begin its URL with redis://"
                 raise ConfigurationError(msg) from error
             raise
         # an empty name stands for the node that was asked

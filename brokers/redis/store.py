@@ -23,7 +23,7 @@ from leveret.runtime import Runtime
 
 from ..leases import Lease
 from ..rows import Row
-from ..turns import WINDOW, Claimed, Run, Taker, Turn, Turns, Window, Write
+from ..turns import UNDER_WAY, WINDOW, Claimed, Run, Taker, Turn, Turns, Window, Write
 from ..turns.writes import Again, Begin, Bury, Publish
 from . import scripts
 from .entries import row_of, seq_bytes, seq_of, tail_of, unreadable
@@ -406,13 +406,16 @@ class Store:
         """Wait for the disk or a replica. If neither confirms, what was added is in doubt; the rest of the turn counts."""
         adds = [write for write in turn.writes if isinstance(write, Publish | Again | Bury)]
         until = time.monotonic() + TURN_S
-        while not await self._confirms(wire, 1000):
-            if time.monotonic() >= until or all(write.ended for write in adds):
-                whose = "no replica" if self._link.address.confirm == "replica" else "the server's disk not"
-                why = f"the server has it, and {whose} confirmed it"
-                self.turns.doubt(Turn(list[Write](adds), [], []), why)
-                self._full = self._blocked(why)
-                return
+        lacks = "no replica has" if self._link.address.confirm == "replica" else "its disk hasn't"
+        why = self.turns.under_way = f"the server has it, and {lacks} confirmed it"
+        try:
+            while not await self._confirms(wire, 1000):
+                if time.monotonic() >= until or all(write.ended for write in adds):
+                    self.turns.doubt(Turn(list[Write](adds), [], []), why)
+                    self._full = self._blocked(why)
+                    return
+        finally:
+            self.turns.under_way = UNDER_WAY
 
     async def _confirms(self, wire: Wire, limit_ms: int) -> bool:
         """Whether the last writes on `wire` are confirmed as the URL asks for."""
@@ -485,7 +488,8 @@ class Store:
         meaning = meaning_of(error)
         if meaning is None:
             raise error
-        said = " ".join(str(error).split()) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
+        silence = self._link.silence if wire is None else "no answer in time"
+        said = " ".join(str(error).split()) or (silence if isinstance(error, TimeoutError) else repr(error))
         self._link.failed(wire, error)
         if meaning == "lost" and called and turn is not None:
             # what settles or begins is tried again, after the comparison with what the server has

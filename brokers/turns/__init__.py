@@ -10,9 +10,10 @@ from .consumption import Consumption
 from .driver import Driver
 from .takers import Taker, Takers, Window
 from .turn import Turn
-from .turns import WINDOW, Turns
+from .turns import UNDER_WAY, WINDOW, Turns
 from .writes import Call, Close, Look, Open, Run, Write
 
 __all__ = [
-    "WINDOW", "Call", "Claimed", "Close", "Consumption", "Driver", "Look", "Open", "Run", "Taker", "Takers", "Turn", "Turns", "Window", "Write",
+    "UNDER_WAY", "WINDOW", "Call", "Claimed", "Close", "Consumption", "Driver", "Look", "Open", "Run", "Taker", "Takers", "Turn", "Turns",
+    "Window", "Write",
 ]  # fmt: skip

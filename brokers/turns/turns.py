@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 32 << 20
 """At most this many bytes of bodies in one transaction; a single larger job is written alone."""
+UNDER_WAY = "the write is under way"
+"""How far a write is that the driver has taken, unless the driver knows more."""
 WINDOW = 1000
 """At most this many publishes are unconfirmed at once; further publishes wait, within their deadlines."""
 CLOSE_S = 5.0
@@ -95,6 +97,8 @@ class Turns:
         """Whether the store can be written, as `Broker.publishing`."""
         self.why = ""
         """Why the store can't be written now; empty if it can."""
+        self.under_way = UNDER_WAY
+        """How far the writes are that the driver has taken: what a publish says whose time ends meanwhile."""
         # used by the loop: collected in this turn of it
         self._out = _Work()
         self._flushing = False
@@ -271,7 +275,7 @@ class Turns:
 
     def _late(self, write: Write, *, maybe: bool) -> PublishTimeout:
         away = self.why or self.publishing.why
-        why = "the write is under way" if maybe else away or "its deadline passed before it could be written"
+        why = self.under_way if maybe else away or "its deadline passed before it could be written"
         return PublishTimeout(
             f"{write.about} wasn't confirmed in time by {self.where}: {why}", job_id=write.job_id, maybe_published=maybe
         )

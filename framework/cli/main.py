@@ -36,13 +36,14 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="leveret %(version)s")
 def cli() -> None:
-    """Run typed jobs through RabbitMQ, PostgreSQL or a local SQLite file: run workers and cron, publish jobs, inspect and repair queues.
+    """Run typed jobs through RabbitMQ, PostgreSQL, Redis or a local SQLite file: run workers and cron, publish jobs, inspect and repair queues.
 
     \b
     Environment, unless an option overrides it:
       LEVERET_APP          the app, module:attribute: shop:app
       LEVERET_BROKER       amqp://user:password@host/vhost,
-                           postgresql://user:password@host/db
+                           postgresql://user:password@host/db,
+                           redis://user:password@host:6379/0
                            or sqlite:///jobs.db
       LEVERET_OUTBOX       postgresql://user:password@host/db
       LEVERET_STORE        where results are kept, such as

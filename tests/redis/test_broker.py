@@ -304,8 +304,31 @@ async def test_what_the_server_may_lose_is_said(
     assert always.features().durable
 
 
+async def test_the_notes_say_what_a_power_cut_loses_by_the_servers_settings_and_the_url(redis_node: StartRedis) -> None:
+    """Who reads that a second is lost, and loses half a minute, or nothing, has settings that nobody would choose."""
+    node = await redis_node()
+
+    async def notes(query: str = "", url: str = node.url) -> str:
+        admin = open_admin(f"{url}{query}", RUNTIME)
+        try:
+            return " ".join(await admin.notes())
+        finally:
+            await admin.close()
+
+    assert "up to a second (appendfsync everysec)" in await notes()
+    assert await notes("?confirm=replica") == (
+        "the server has no replica now: with confirm=replica no job is confirmed until one has it"
+    )
+    async with node.user() as unread:
+        assert "unless appendfsync is always" in await notes(url=unread)
+    await node.configure("appendfsync", "no")
+    assert "half a minute or more (appendfsync no)" in await notes()
+    await node.configure("appendfsync", "always")
+    assert await notes() == await notes("?confirm=fsync") == ""
+
+
 async def test_a_publish_waits_for_a_replica_that_is_there(
-    redis_node: StartRedis, opened: Opened, queue: Queue
+    redis_node: StartRedis, opened: Opened, queue: Queue, caplog: pytest.LogCaptureFixture
 ) -> None:
     """confirm=replica that is confirmed without one promises what a fail-over breaks; and workers go on without it."""
     node = await redis_node()
@@ -313,6 +336,8 @@ async def test_a_publish_waits_for_a_replica_that_is_there(
     with pytest.raises(PublishTimeout) as raised:
         await broker.publish(queue, timed(make_envelope(queue, b"1"), soon(0.5)))
     assert raised.value.maybe_published
+    assert "no replica has confirmed it" in str(raised.value)
+    assert len(said(caplog, "has no replica now")) == 1
     async with asyncio.timeout(PATIENCE_S):
         while broker.publishing.name != "blocked":
             await asyncio.sleep(0.02)
@@ -361,7 +386,7 @@ async def test_a_lost_answer_costs_no_lease_and_settles_once(
         consumption, sink = await consume(broker, queue)
         running, ended = await sink.take(2)
 
-        link.freeze("down")
+        link.freeze("up")  # the answer to an earlier turn still comes: the one to the next turn shall be lost
         task = None
         if verb == "done":
             ended.done()
@@ -371,6 +396,10 @@ async def test_a_lost_answer_costs_no_lease_and_settles_once(
         else:
             await publish(opened(), queue, b"3")
         async with asyncio.timeout(PATIENCE_S):
+            while not link.held["up"]:
+                await asyncio.sleep(0.01)
+            link.freeze("down")
+            link.thaw("up")
             while (now := await depth_of(redis, queue)).unsettled != {"done": 1, "again": 2, "claim": 3}[verb]:
                 await asyncio.sleep(0.01)
         link.reset()

@@ -32,7 +32,7 @@ async def test_what_waiting_will_not_mend_ends_a_program_with_one_line(project: 
     host = urlsplit(redis.url).netloc.rpartition("@")[2]
     for url, why in (
         (redis.url.replace(password, password[::-1]), "WRONGPASS"),
-        (redis.url.replace(f"default:{password}@", ""), "NOAUTH"),
+        (redis.url.replace(f"default:{password}@", ""), "NOAUTH: the server wants a password"),
         (f"{redis.url}?confrim=fsync", "unknown parameter 'confrim'"),
         (f"{redis.url[:-1]}99", "DB index is out of range"),
         (f"redis+cluster://default:{password}@{host}", "no node of a cluster"),
