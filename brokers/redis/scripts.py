@@ -14,7 +14,7 @@ from .wire import Script
 # its deliveries, its crashes, and its level, to which 64 is added if the job began.
 _COMMON: Final = r"""
 local SEQ, WORKERS, IDLE, DELAYED, DEAD, NEWS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local LEVELS, NORMAL, BEGUN, MOST = 6, 3, 64, 127
+local LEVELS, NORMAL, BEGUN, MOST, TERM = 6, 3, 64, 127, 4294967296
 local call, sub, byte, char, concat = redis.call, string.sub, string.byte, string.char, table.concat
 
 local function in_pieces(list, f)
@@ -92,6 +92,12 @@ local function now_ms()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
+-- Return the term of a lease; false without the lease.
+local function term_of(id)
+  local beat = call('HGET', WORKERS, id)
+  return beat and math.floor(beat / TERM)
+end
+
 -- Move jobs that are due to the ends of their levels; return whether there were any.
 local function move_due(most)
   local due = call('ZRANGEBYSCORE', DELAYED, '-inf', now_ms(), 'LIMIT', 0, most)
@@ -121,8 +127,9 @@ local function tell()
 end
 """
 
-# ARGV[1]: {beat?, takers, how many jobs of each level, delays, how many letters, claim?, wait?} in MessagePack, of which Redis reads no
+# ARGV[1]: {beat?, takers, how many jobs of each level, delays, how many letters, claim?, wait?, term} in MessagePack, of which Redis reads no
 # binary strings. So those jobs, delayed jobs and letters follow as arguments. KEYS[10 + i] is what the i-th taker holds.
+# A turn may arrive minutes after its sender gave its connection up. Then the leases have a later term, and nothing is done.
 # A taker: {id, settled, given back, begun, wanted, close?, reader?}. Returns {lost ids}, or {{}, beats, claimed, due in ms, begun}.
 _TURN: Final = r"""
 -- Make an entry of what a foreign producer pushed.
@@ -181,7 +188,7 @@ end
 local work = cmsgpack.unpack(ARGV[1])
 local takers, lost = work[2], {}
 for i = 1, #takers do
-  if call('HEXISTS', WORKERS, takers[i][1]) == 0 then lost[#lost + 1] = takers[i][1] end
+  if term_of(takers[i][1]) ~= work[8] then lost[#lost + 1] = takers[i][1] end
 end
 if #lost > 0 then return {lost} end
 
@@ -246,8 +253,8 @@ if work[7] and asked and not found then call('SET', IDLE, 1) end
 return {lost, beats, claimed, due_ms, begun}
 """
 
-# ARGV: the new worker's id.
-_REGISTER: Final = "call('HSET', WORKERS, ARGV[1], 0)"
+# ARGV: the new worker's id, and the term of its lease.
+_REGISTER: Final = "call('HSET', WORKERS, ARGV[1], string.format('%.0f', ARGV[2] * TERM))"
 
 # KEYS[11], KEYS[12]: what the worker holds, and what it reads. ARGV: its id, and whether it died.
 _RELEASE: Final = r"""
@@ -258,9 +265,12 @@ if freed then tell() end
 return 1
 """
 
-# KEYS[11]: what the worker holds. ARGV: its id. Returns the numbers of the jobs, or false if the lease is gone.
+# KEYS[11]: what the worker holds. ARGV: its id, and the new term of its lease: turns of an earlier one that are still under way do nothing.
+# Returns the numbers of the jobs, or false if the lease is gone.
 _HELD: Final = r"""
-if call('HEXISTS', WORKERS, ARGV[1]) == 0 then return false end
+local term, new = term_of(ARGV[1]), tonumber(ARGV[2])
+if not term or term > new then return false end
+if term < new then call('HSET', WORKERS, ARGV[1], string.format('%.0f', new * TERM)) end
 return call('HKEYS', KEYS[11])
 """
 
