@@ -107,6 +107,85 @@ async def test_an_entry_that_cannot_be_read_has_a_problem_and_the_others_run(
     assert (await depth_of(redis, queue)).dead == 1
 
 
+async def test_a_foreign_entry_with_an_unknown_level_has_its_place(redis: Server, opened: Opened, queue: Queue) -> None:
+    """By its level it would get to a key that is no list: lost, with all that go back with it."""
+    await publish(opened(), queue, b"1")
+    entry = b"\x9e\xcf" + (77).to_bytes(8, "big") + b"\x01\x00\x05" + b"\xa1x" * 10
+    await redis.command("RPUSH", key(queue, "normal"), entry)
+    await publish(opened(), queue, b"2")
+    consumption, sink = await consume(opened(), queue)
+    await sink.take(3)
+
+    await consumption.close()
+
+    assert (await depth_of(redis, queue)).ready == 3
+
+
+async def test_a_foreign_delayed_entry_costs_no_other_its_life(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A script that fails in its middle has taken out all the others that are due."""
+    broker = opened()
+    await broker.publish(queue, timed(make_envelope(queue, b"ours"), soon(), delay_s=0.01))
+    await redis.command("ZADD", key(queue, "delayed"), 1, b"theirs")
+
+    _, sink = await consume(broker, queue)
+
+    assert {delivery.envelope.body for delivery in await sink.take(2)} == {b"ours", b"theirs"}
+
+
+async def test_a_counter_that_was_deleted_gives_no_number_twice(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A worker's hash has one place for a number, so one of two jobs would be lost with their worker."""
+    broker = opened()
+    await publish(broker, queue, b"1", b"2", b"3")
+    await redis.command("DEL", key(queue, "seq"))
+    await publish(broker, queue, b"4", b"5", b"6")
+    consumption, sink = await consume(opened(), queue)
+    await sink.take(6)
+
+    await consumption.close()
+    _, sink = await consume(broker, queue)
+
+    assert [delivery.envelope.body for delivery in await sink.take(6)] == [b"%d" % number for number in range(1, 7)]
+
+
+async def test_large_jobs_come_in_answers_that_a_slow_link_can_pass(
+    redis: Server, opened: Opened, queue: Queue
+) -> None:
+    """An answer that takes longer than a turn may is given up, and asked for again: no job would ever run."""
+    bodies = [b"%d" % number + b"x" * (1 << 20) for number in range(10)]
+    await publish(opened(), queue, b"small", *bodies)
+    parts = urlsplit(redis.url)
+    async with FaultProxy(parts.port or 6379, host=parts.hostname or "") as link:
+        broker = opened(link.url_of(redis.url))
+        link.freeze_after("down", 5 << 20)
+        _, sink = await consume(broker, queue, prefetch=20)
+
+        first = await sink.take(4)
+        async with asyncio.timeout(PATIENCE_S):
+            while link.passed["down"] < 5 << 20:
+                await asyncio.sleep(0.01)
+        link.thaw()
+
+        assert [delivery.envelope.body for delivery in [*first, *(await sink.take(7))]] == [b"small", *bodies]
+        await broker.close()
+
+
+async def test_large_letters_are_read_some_at_a_time(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A hundred letters of 15 MiB in one answer are more than a server or a terminal has memory for."""
+    broker = opened()
+    bodies = [b"%d" % number + b"x" * (1 << 20) for number in range(6)]
+    await publish(broker, queue, *bodies)
+    _, sink = await consume(broker, queue)
+    for delivery in await sink.take(6):
+        await delivery.bury(timed(delivery.envelope, soon()))
+    admin = open_admin(redis.url, RUNTIME)
+
+    async with admin.dead(queue) as letters:
+        found = [letter.envelope.body async for letter in letters]
+
+    await admin.close()
+    assert found == bodies
+
+
 async def depth_of(redis: Server, queue: Queue) -> Any:
     admin = open_admin(redis.url, RUNTIME)
     try:
