@@ -169,8 +169,10 @@ local function take_out(level, most)
         for j = #popped, i, -1 do call('LPUSH', key, popped[j]) end
         break
       end
+      local size = #popped[i]
       entries[#entries + 1] = popped[i]
-      left, largest = left - #popped[i], math.max(largest, #popped[i])
+      left = left - size
+      if size > largest then largest = size end
     end
   end
   return entries
