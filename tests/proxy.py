@@ -6,6 +6,7 @@ async with FaultProxy(node.port) as link:     # connect the program to link.url_
     link.piece, link.gap_s = 7, 0.002         # dribble: frames arrive in pieces
     link.freeze(); link.thaw()                # half-open: TCP stays up, nothing passes
     link.freeze("up")                         # one way: what the client sends is lost; "down": confirms and deliveries
+    late = link.strand()                      # what the present connections send is held, also after their end, until `late.set()`
     link.reset()                              # RST to both sides of every connection
     link.turn_to(port)                        # new connections go to another server
     link.refuse = True                        # new connections are reset at once
@@ -37,10 +38,10 @@ class FaultProxy:
         self.refuse = self.mute = False
         self.accepted = 0
         self.passed: dict[Way, int] = {"up": 0, "down": 0}
-        self.held: dict[Way, int] = {"up": 0, "down": 0}
         self._target = (host, port)
         self._rng = rng or random.Random(0)
         self._open: dict[Way, asyncio.Event] = {"up": asyncio.Event(), "down": asyncio.Event()}
+        self._arrival = _set()
         self._left: dict[Way, int] = {}
         self._freezing: set[Way] = set()
         self._links: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
@@ -77,10 +78,16 @@ class FaultProxy:
         for way in ways or ("up", "down"):
             self._open[way].clear()
 
-    def thaw(self, *ways: Way) -> None:
-        """End `freeze`, on both ways or on `ways`, and pass the bytes that were held."""
-        for way in ways or ("up", "down"):
-            self._open[way].set()
+    def thaw(self) -> None:
+        """End `freeze`, and pass the bytes that were held."""
+        for event in self._open.values():
+            event.set()
+
+    def strand(self) -> asyncio.Event:
+        """Hold what the clients of the present connections send, until the returned event is set; new connections pass."""
+        stranded, self._arrival = self._arrival, _set()
+        stranded.clear()
+        return stranded
 
     def reset(self) -> None:
         """Cut every connection with a RST to both sides."""
@@ -142,7 +149,7 @@ class FaultProxy:
     async def _carry(self, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Read at once and write when due, so that latency is added to each chunk instead of summed over all chunks."""
         chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
-        sending = asyncio.ensure_future(self._send(way, chunks, writer))
+        sending = asyncio.ensure_future(self._send(way, chunks, writer, self._arrival if way == "up" else _set()))
         try:
             while data := await reader.read(16384):
                 due = asyncio.get_running_loop().time() + self.latency_s + self._rng.random() * self.jitter_s
@@ -152,14 +159,15 @@ class FaultProxy:
         finally:
             sending.cancel()
 
-    async def _send(self, way: Way, chunks: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+    async def _send(
+        self, way: Way, chunks: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, arrival: asyncio.Event
+    ) -> None:
         loop = asyncio.get_running_loop()
         while (item := await chunks.get())[1]:
             due, data = item
             await asyncio.sleep(max(0.0, due - loop.time()))
-            self.held[way] += len(data)
             await self._open[way].wait()
-            self.held[way] -= len(data)
+            await arrival.wait()
             if self.rate:
                 await asyncio.sleep(len(data) / self.rate)
             rest = b""
@@ -189,6 +197,12 @@ class FaultProxy:
             if self.piece:
                 await asyncio.sleep(self.gap_s)
         self.passed[way] += len(data)
+
+
+def _set() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

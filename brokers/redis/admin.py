@@ -60,7 +60,8 @@ class _Letters:
         # jobs buried later aren't read: a replay that fails at once would be read again and again
         last: int = await self._admin.run(self._store, "the dead letters", self._last)
         seen = 0
-        while True:
+        page: list[bytes] | None = [b""]
+        while page:
             page = await self._admin.run(self._store, "the dead letters", self._read(seen, last))
             if page is None:
                 msg = f"the dead letters of queue {self._queue!r} can't be read on: this reader's lease was lost"
@@ -72,8 +73,6 @@ class _Letters:
                     row = unreadable(entry, self._queue, LEVEL_NAMES[len(LEVEL_NAMES)])
                 seen = row[0]
                 yield _Letter(seen, unpack(row[3:])[0])
-            if len(page) < _PAGE:
-                return
 
     async def _last(self, wire: Wire) -> int:
         return int(await wire.call("GET", self._store.keys["seq"]) or 0)

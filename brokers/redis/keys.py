@@ -7,7 +7,7 @@
 | `read:<reader>` | a hash: the dead letters that a reader holds |
 | `delayed` | a sorted set: jobs by the moment at which they are due, Unix ms of the server |
 | `dead` | a sorted set: dead letters by number |
-| `workers` | a hash: the beats of workers and readers |
+| `workers` | a hash: the terms of the leases of workers and readers, and their beats |
 | `seq` | the last number of a job |
 | `server` | the run id of the server that gave the last numbers |
 | `idle` | is there if a worker waits for a notice |

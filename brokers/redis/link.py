@@ -212,8 +212,11 @@ class Link:
         words += ["SETNAME", re.sub(r"[^!-~]", "-", name)]
         try:
             return wire, await wire.call(*words)
-        except BaseException:
+        except BaseException as error:
             wire.close()
+            if isinstance(error, Refused) and "unknown command" in str(error):
+                msg = f"{shown(node)} doesn't know the command HELLO; leveret needs Redis 7.0 or later, or Valkey"
+                raise ConfigurationError(msg) from error
             raise
 
     async def _examine(self, wire: Wire, node: Node, hello: dict[bytes, Any]) -> None:

@@ -11,10 +11,11 @@ from typing import Final
 from .wire import Script
 
 # Lua 5.1. `unpack` takes some 7 000 values, so lists are passed in pieces. An entry begins with the bytes 158 and 207, then 8 bytes of its number,
-# its deliveries, its crashes, and its level, to which 64 is added if the job began.
+# its deliveries, its crashes, and its level, to which 64 is added if the job began. An answer ends with the entry that makes it larger than
+# BYTES: what a slow link can't take before the client gives it up would be asked for again for ever.
 _COMMON: Final = r"""
 local SEQ, WORKERS, IDLE, DELAYED, DEAD, NEWS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local LEVELS, NORMAL, BEGUN, MOST = 6, 3, 64, 127
+local LEVELS, NORMAL, BEGUN, MOST, TERM, BYTES = 6, 3, 64, 127, 4294967296, 4194304
 local call, sub, byte, char, concat = redis.call, string.sub, string.byte, string.char, table.concat
 
 local function in_pieces(list, f)
@@ -27,11 +28,24 @@ local function is_entry(entry) return #entry > 13 and sub(entry, 1, 2) == '\158\
 
 local function number_of(entry) return (struct.unpack('>I8', entry, 3)) end
 
-local function list_of(level) return KEYS[LEVELS + level] or KEYS[LEVELS + NORMAL] end
+-- A foreign entry may have any level.
+local function list_of(level) return KEYS[LEVELS + (level >= 1 and level <= 4 and level or NORMAL)] end
+
+local function now_ms()
+  local time = call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- Give numbers to so many jobs; return the last before them. A counter that was deleted goes on with numbers that no job has.
+local function count_up(count)
+  local last = call('INCRBY', SEQ, count)
+  if last == count then last = call('INCRBY', SEQ, now_ms() * 1000) end
+  return last - count
+end
 
 local function append(level, tails)
   if #tails == 0 then return end
-  local number, entries = call('INCRBY', SEQ, #tails) - #tails, {}
+  local number, entries = count_up(#tails), {}
   for i = 1, #tails do entries[i] = numbered(number + i, tails[i]) end
   in_pieces(entries, function(...) call('RPUSH', list_of(level), ...) end)
 end
@@ -87,22 +101,27 @@ local function release_letters(read)
   call('DEL', read)
 end
 
-local function now_ms()
-  local time = call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
+-- Return the term of a lease; false without the lease.
+local function term_of(id)
+  local beat = call('HGET', WORKERS, id)
+  return beat and math.floor(beat / TERM)
 end
 
--- Move jobs that are due to the ends of their levels; return whether there were any.
+-- Move jobs that are due to the ends of their levels; return whether there were any. What a foreign producer added is adopted there.
 local function move_due(most)
   local due = call('ZRANGEBYSCORE', DELAYED, '-inf', now_ms(), 'LIMIT', 0, most)
   if #due == 0 then return false end
   in_pieces(due, function(...) call('ZREM', DELAYED, ...) end)
   local by_level = {}
   for i = 1, #due do
-    local tail = sub(due[i], 11)
-    local level = byte(tail, 3)
-    by_level[level] = by_level[level] or {}
-    table.insert(by_level[level], tail)
+    if is_entry(due[i]) then
+      local tail = sub(due[i], 11)
+      local level = byte(tail, 3)
+      by_level[level] = by_level[level] or {}
+      table.insert(by_level[level], tail)
+    else
+      call('RPUSH', list_of(NORMAL), due[i])
+    end
   end
   for level, tails in pairs(by_level) do append(level, tails) end
   return true
@@ -121,24 +140,46 @@ local function tell()
 end
 """
 
-# ARGV[1]: {beat?, takers, how many jobs of each level, delays, how many letters, claim?, wait?} in MessagePack, of which Redis reads no
+# ARGV[1]: {beat?, takers, how many jobs of each level, delays, how many letters, claim?, wait?, term} in MessagePack, of which Redis reads no
 # binary strings. So those jobs, delayed jobs and letters follow as arguments. KEYS[10 + i] is what the i-th taker holds.
+# A turn may arrive minutes after its sender gave its connection up. Then the leases have a later term, and nothing is done.
 # A taker: {id, settled, given back, begun, wanted, close?, reader?}. Returns {lost ids}, or {{}, beats, claimed, due in ms, begun}.
 _TURN: Final = r"""
 -- Make an entry of what a foreign producer pushed.
 local function adopt(entry, level)
-  local number = call('INCR', SEQ)
+  local number = count_up(1) + 1
   local head = char(1, 0, level)
   if byte(entry) == 154 then return numbered(number, head .. sub(entry, 2)) end
-  local id = 'foreign-' .. number
+  local id = string.format('foreign-%.0f', number)
   local body = '\198' .. struct.pack('>I4', #entry) .. entry
   return numbered(number, head .. char(160 + #id) .. id .. '\160\176application/json\192' .. body .. '\0\192\192\192\192')
 end
 
+local left = BYTES
+
+-- Take entries out of a level's list, as many as the answer has room for; return them.
+local function take_out(level, most)
+  local key, entries, largest = list_of(level), {}, BYTES
+  while #entries < most and left > 0 do
+    local popped = call('LPOP', key, math.min(most - #entries, math.ceil(left / largest)))
+    if not popped then break end
+    if #entries == 0 then largest = 1 end
+    for i = 1, #popped do
+      if left <= 0 then
+        for j = #popped, i, -1 do call('LPUSH', key, popped[j]) end
+        break
+      end
+      local size = #popped[i]
+      entries[#entries + 1] = popped[i]
+      left = left - size
+      if size > largest then largest = size end
+    end
+  end
+  return entries
+end
+
 local function claim(held, level, most)
-  local entries = call('LPOP', KEYS[LEVELS + level], most)
-  if not entries then return {} end
-  local fields = {}
+  local entries, fields = take_out(level, most), {}
   for i = 1, #entries do
     if not is_entry(entries[i]) then entries[i] = adopt(entries[i], level) end
     fields[2 * i - 1] = sub(entries[i], 3, 10)
@@ -181,7 +222,7 @@ end
 local work = cmsgpack.unpack(ARGV[1])
 local takers, lost = work[2], {}
 for i = 1, #takers do
-  if call('HEXISTS', WORKERS, takers[i][1]) == 0 then lost[#lost + 1] = takers[i][1] end
+  if term_of(takers[i][1]) ~= work[8] then lost[#lost + 1] = takers[i][1] end
 end
 if #lost > 0 then return {lost} end
 
@@ -213,11 +254,11 @@ for level = 1, 4 do
 end
 local delays, letters = work[4], work[5]
 if #delays > 0 then
-  local number, now, later = call('INCRBY', SEQ, #delays) - #delays, now_ms(), take(#delays)
+  local number, now, later = count_up(#delays), now_ms(), take(#delays)
   for i = 1, #later do call('ZADD', DELAYED, now + delays[i], numbered(number + i, later[i])) end
 end
 if letters > 0 then
-  local number, tails = call('INCRBY', SEQ, letters) - letters, take(letters)
+  local number, tails = count_up(letters), take(letters)
   for i = 1, letters do call('ZADD', DEAD, number + i, numbered(number + i, tails[i])) end
 end
 for i = 1, #takers do
@@ -246,8 +287,8 @@ if work[7] and asked and not found then call('SET', IDLE, 1) end
 return {lost, beats, claimed, due_ms, begun}
 """
 
-# ARGV: the new worker's id.
-_REGISTER: Final = "call('HSET', WORKERS, ARGV[1], 0)"
+# ARGV: the new worker's id, and the term of its lease.
+_REGISTER: Final = "call('HSET', WORKERS, ARGV[1], string.format('%.0f', ARGV[2] * TERM))"
 
 # KEYS[11], KEYS[12]: what the worker holds, and what it reads. ARGV: its id, and whether it died.
 _RELEASE: Final = r"""
@@ -258,9 +299,12 @@ if freed then tell() end
 return 1
 """
 
-# KEYS[11]: what the worker holds. ARGV: its id. Returns the numbers of the jobs, or false if the lease is gone.
+# KEYS[11]: what the worker holds. ARGV: its id, and the new term of its lease: turns of an earlier one that are still under way do nothing.
+# Returns the numbers of the jobs, or false if the lease is gone.
 _HELD: Final = r"""
-if call('HEXISTS', WORKERS, ARGV[1]) == 0 then return false end
+local term, new = term_of(ARGV[1]), tonumber(ARGV[2])
+if not term or term > new then return false end
+if term < new then call('HSET', WORKERS, ARGV[1], string.format('%.0f', new * TERM)) end
 return call('HKEYS', KEYS[11])
 """
 
@@ -280,10 +324,14 @@ return #entries
 # KEYS[11]: what the reader holds. ARGV: its id, the last number that it has read, the highest that it may read, and how many.
 _READ: Final = r"""
 if call('HEXISTS', WORKERS, ARGV[1]) == 0 then return false end
-local letters = call('ZRANGEBYSCORE', DEAD, '(' .. ARGV[2], ARGV[3], 'LIMIT', 0, ARGV[4])
-if #letters == 0 then return letters end
-call('ZREM', DEAD, unpack(letters))
-for i = 1, #letters do call('HSET', KEYS[11], sub(letters[i], 3, 10), letters[i]) end
+local letters, size = {}, 0
+while #letters < tonumber(ARGV[4]) and size < BYTES do
+  local letter = call('ZRANGEBYSCORE', DEAD, '(' .. ARGV[2], ARGV[3], 'LIMIT', 0, 1)[1]
+  if not letter then break end
+  call('ZREM', DEAD, letter)
+  call('HSET', KEYS[11], sub(letter, 3, 10), letter)
+  letters[#letters + 1], size = letter, size + #letter
+end
 return letters
 """
 
@@ -343,7 +391,7 @@ fresh()
 call('ZADD', key, 1, 'x') call('ZRANGEBYSCORE', key, '-inf', 1, 'LIMIT', 0, 1) call('ZRANGE', key, 0, 0, 'WITHSCORES') call('ZCARD', key)
 call('ZREM', key, 'x')
 fresh()
-call('SET', key, 1) call('GET', key) call('INCRBY', key, 1) call('INCR', key) call('EXISTS', key) call('UNLINK', key) call('TIME')
+call('SET', key, 1) call('GET', key) call('INCRBY', key, 1) call('EXISTS', key) call('UNLINK', key) call('TIME')
 if ARGV[1] ~= '' and call('EXISTS', SEQ) == 1 and call('GET', KEYS[12]) ~= ARGV[1] then
   call('SET', KEYS[12], ARGV[1])
   call('INCRBY', SEQ, 1048576)

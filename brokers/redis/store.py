@@ -107,6 +107,8 @@ class Store:
         """The jobs that each lease holds, by number."""
         self._doubtful = False
         """Whether the server may hold other jobs for our leases than we know: an answer was lost, or it is another server."""
+        self._term = 0
+        """The number of such doubts. The leases on the server have it, so that a turn that arrives late does nothing."""
         self._died: list[int] = []
         """Leases of dead workers, to be released."""
         self._registered: list[int] = []
@@ -286,15 +288,16 @@ class Store:
             await self._release(wire, self._leftover[-1], died=False)
             self._leftover.pop()
         if self._doubtful:
+            self._term += 1
             for taker in self.turns.takers.all:
-                if taker.lease.id is not None and taker.windows:
+                if taker.lease.id is not None:
                     await self._compare(wire, taker.lease, taker.lease.id)
             self._doubtful = False
         for taker in self.turns.takers.all:
             if taker.lease.id is None:
                 # no counter of the server's: that may go back at a fail-over, and two workers would have the same number
                 lease = secrets.randbits(_LEASE_BITS)
-                await self.evaluate(wire, scripts.REGISTER, [], lease)
+                await self.evaluate(wire, scripts.REGISTER, [], lease, self._term)
                 self._registered.append(lease)
                 self.turns.takers.lease(taker, lease)
 
@@ -304,7 +307,9 @@ class Store:
         A job that we don't know was claimed by a turn whose answer was lost, or its settlement was lost with a server: it is delivered
         again. One that the server doesn't hold for us was settled by such a turn, or waits on a server that lost its claim.
         """
-        fields: list[bytes] | None = await self.evaluate(wire, scripts.HELD, [self.keys.held(worker)], worker)
+        fields: list[bytes] | None = await self.evaluate(
+            wire, scripts.HELD, [self.keys.held(worker)], worker, self._term
+        )
         if fields is None:
             return
         known, there = self._held.get(lease, {}), set(map(seq_of, fields))
@@ -338,10 +343,12 @@ class Store:
             [(window, min(free, _CLAIMED_AT_ONCE)) for window, free in turn.wanted(taker)] for taker in takers.all
         ]
         begins = _begins(turn)
-        if beat or turn.writes or turn.done or turn.back or any(wanted):
+        # a worker whose hands are full moves what is due, too: else it would look again at once, for ever
+        due = takers.taking and time.monotonic() >= self._next_due
+        if beat or due or turn.writes or turn.done or turn.back or any(wanted):
             holders = [_holder(taker, turn, begins, wants) for taker, wants in zip(takers.all, wanted, strict=True)]
             counts, delays = list(map(len, jobs)), [delay_ms for delay_ms, _ in later]
-            work = _encode((beat, holders, counts, delays, len(letters), takers.taking, self._listens))
+            work = _encode((beat, holders, counts, delays, len(letters), takers.taking, self._listens, self._term))
             blobs = (work, *chain.from_iterable(jobs), *(job for _, job in later), *letters)
             adds = any(isinstance(write, Publish) for write in turn.writes)
             words, count = self._words()

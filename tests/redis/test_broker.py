@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, cast
@@ -14,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from leveret.broker import Broker
-from leveret.brokers.redis import open_admin, open_broker
+from leveret.brokers.redis import open_admin, open_broker, store
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
@@ -106,6 +107,85 @@ async def test_an_entry_that_cannot_be_read_has_a_problem_and_the_others_run(
     assert (await depth_of(redis, queue)).dead == 1
 
 
+async def test_a_foreign_entry_with_an_unknown_level_has_its_place(redis: Server, opened: Opened, queue: Queue) -> None:
+    """By its level it would get to a key that is no list: lost, with all that go back with it."""
+    await publish(opened(), queue, b"1")
+    entry = b"\x9e\xcf" + (77).to_bytes(8, "big") + b"\x01\x00\x05" + b"\xa1x" * 10
+    await redis.command("RPUSH", key(queue, "normal"), entry)
+    await publish(opened(), queue, b"2")
+    consumption, sink = await consume(opened(), queue)
+    await sink.take(3)
+
+    await consumption.close()
+
+    assert (await depth_of(redis, queue)).ready == 3
+
+
+async def test_a_foreign_delayed_entry_costs_no_other_its_life(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A script that fails in its middle has taken out all the others that are due."""
+    broker = opened()
+    await broker.publish(queue, timed(make_envelope(queue, b"ours"), soon(), delay_s=0.01))
+    await redis.command("ZADD", key(queue, "delayed"), 1, b"theirs")
+
+    _, sink = await consume(broker, queue)
+
+    assert {delivery.envelope.body for delivery in await sink.take(2)} == {b"ours", b"theirs"}
+
+
+async def test_a_counter_that_was_deleted_gives_no_number_twice(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A worker's hash has one place for a number, so one of two jobs would be lost with their worker."""
+    broker = opened()
+    await publish(broker, queue, b"1", b"2", b"3")
+    await redis.command("DEL", key(queue, "seq"))
+    await publish(broker, queue, b"4", b"5", b"6")
+    consumption, sink = await consume(opened(), queue)
+    await sink.take(6)
+
+    await consumption.close()
+    _, sink = await consume(broker, queue)
+
+    assert [delivery.envelope.body for delivery in await sink.take(6)] == [b"%d" % number for number in range(1, 7)]
+
+
+async def test_large_jobs_come_in_answers_that_a_slow_link_can_pass(
+    redis: Server, opened: Opened, queue: Queue
+) -> None:
+    """An answer that takes longer than a turn may is given up, and asked for again: no job would ever run."""
+    bodies = [b"%d" % number + b"x" * (1 << 20) for number in range(10)]
+    await publish(opened(), queue, b"small", *bodies)
+    parts = urlsplit(redis.url)
+    async with FaultProxy(parts.port or 6379, host=parts.hostname or "") as link:
+        broker = opened(link.url_of(redis.url))
+        link.freeze_after("down", 5 << 20)
+        _, sink = await consume(broker, queue, prefetch=20)
+
+        first = await sink.take(4)
+        async with asyncio.timeout(PATIENCE_S):
+            while link.passed["down"] < 5 << 20:
+                await asyncio.sleep(0.01)
+        link.thaw()
+
+        assert [delivery.envelope.body for delivery in [*first, *(await sink.take(7))]] == [b"small", *bodies]
+        await broker.close()
+
+
+async def test_large_letters_are_read_some_at_a_time(redis: Server, opened: Opened, queue: Queue) -> None:
+    """A hundred letters of 15 MiB in one answer are more than a server or a terminal has memory for."""
+    broker = opened()
+    bodies = [b"%d" % number + b"x" * (1 << 20) for number in range(6)]
+    await publish(broker, queue, *bodies)
+    _, sink = await consume(broker, queue)
+    for delivery in await sink.take(6):
+        await delivery.bury(timed(delivery.envelope, soon()))
+    admin = open_admin(redis.url, RUNTIME)
+
+    async with admin.dead(queue) as letters:
+        found = [letter.envelope.body async for letter in letters]
+
+    await admin.close()
+    assert found == bodies
+
+
 async def depth_of(redis: Server, queue: Queue) -> Any:
     admin = open_admin(redis.url, RUNTIME)
     try:
@@ -163,6 +243,27 @@ async def test_thousands_of_jobs_are_settled_and_given_back_at_once(opened: Open
     assert all(delivery.redelivered for delivery in released)
 
 
+@pytest.mark.fault
+async def test_a_job_that_is_due_at_a_worker_with_full_hands_stops_nothing(opened: Opened) -> None:
+    """A driver that looks for the job without a pause takes the loop from the handlers until its next beat, seconds later."""
+    queue = Queue(f"t-{uuid.uuid4().hex[:12]}", priorities=False)
+    broker = opened()
+    _, sink = await consume(broker, queue, prefetch=1)
+    await publish(broker, queue, b"held")
+    held = await sink.next()
+    await broker.publish(queue, timed(make_envelope(queue, b"due"), soon(), delay_s=0.2))
+    longest_s, last = 0.0, time.monotonic()
+    ends = last + 2.0
+
+    while last < ends:
+        await asyncio.sleep(0.01)
+        longest_s, last = max(longest_s, time.monotonic() - last), time.monotonic()
+    held.done()
+
+    assert (await sink.next()).envelope.body == b"due"
+    assert longest_s < 3.0
+
+
 async def test_nothing_is_kept_of_a_finished_job(redis: Server, opened: Opened, queue: Queue) -> None:
     """A server that fills up with finished work stops to take new work."""
     broker = opened()
@@ -201,6 +302,37 @@ async def test_an_answer_that_is_lost_is_a_publish_that_may_have_happened(
         await publish(broker, queue, b"after")
         assert (await depth_of(redis, queue)).ready == 3
         await broker.close()
+
+
+@pytest.mark.fault
+async def test_a_turn_that_arrives_after_its_worker_gave_it_up_does_nothing(
+    redis: Server, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel sends it again when a link is back. It would claim a job that nobody knows of: held for as long as the worker lives."""
+    monkeypatch.setattr(store, "TURN_S", 1.0)
+    queue = Queue(f"t-{uuid.uuid4().hex[:12]}", priorities=False)
+    parts = urlsplit(redis.url)
+    async with FaultProxy(parts.port or 6379, host=parts.hostname or "") as link:
+        broker, direct = opened(link.url_of(redis.url)), opened()
+        _, sink = await consume(broker, queue, prefetch=1)
+        late = link.strand()
+        await publish(direct, queue, b"1")
+        held = await sink.next()
+        await publish(direct, queue, b"2")
+        before, calls = link.passed["up"], await script_calls(redis)
+        late.set()
+        async with asyncio.timeout(PATIENCE_S):
+            while link.passed["up"] == before or await script_calls(redis) == calls:
+                await asyncio.sleep(0.01)
+        held.done()
+
+        assert (await sink.next()).envelope.body == b"2"
+        await broker.close()
+
+
+async def script_calls(redis: Server) -> int:
+    found = await redis.info("commandstats")
+    return int(found["cmdstat_evalsha"]["calls"])
 
 
 async def test_a_key_of_somebody_else_is_one_line(redis: Server, opened: Opened, queue: Queue) -> None:
@@ -376,9 +508,11 @@ async def test_a_full_server_says_so_and_takes_jobs_again(redis_node: StartRedis
 
 @pytest.mark.parametrize("verb", ["done", "again", "claim"])
 async def test_a_lost_answer_costs_no_lease_and_settles_once(
-    redis: Server, opened: Opened, queue: Queue, verb: str
+    redis: Server, opened: Opened, queue: Queue, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is restarted under load would otherwise run each job again that a worker has in its hands."""
+    for name in ("FIRST_POLL_S", "POLL_S"):
+        monkeypatch.setattr(store, name, 600.0)  # no turn is under way when the link freezes
     parts = urlsplit(redis.url)
     async with FaultProxy(parts.port or 6379, host=parts.hostname or "") as link:
         broker = opened(link.url_of(redis.url))
@@ -386,27 +520,27 @@ async def test_a_lost_answer_costs_no_lease_and_settles_once(
         consumption, sink = await consume(broker, queue)
         running, ended = await sink.take(2)
 
-        link.freeze("up")  # the answer to an earlier turn still comes: the one to the next turn shall be lost
-        task = None
+        link.freeze("down")
+        task: asyncio.Task[Any] | None = None
         if verb == "done":
             ended.done()
         elif verb == "again":
             retried = msgspec.structs.replace(ended.envelope, attempt=2)
             task = asyncio.create_task(ended.again(timed(retried, soon())))
         else:
-            await publish(opened(), queue, b"3")
+            task = asyncio.create_task(publish(broker, queue, b"3"))
         async with asyncio.timeout(PATIENCE_S):
-            while not link.held["up"]:
-                await asyncio.sleep(0.01)
-            link.freeze("down")
-            link.thaw("up")
             while (now := await depth_of(redis, queue)).unsettled != {"done": 1, "again": 2, "claim": 3}[verb]:
                 await asyncio.sleep(0.01)
         link.reset()
         link.thaw()
 
-        if task is not None:
+        if verb == "again":
+            assert task is not None
             assert await task, now
+        elif task is not None:
+            with pytest.raises(PublishTimeout):
+                await task
         if verb != "done":
             again = await sink.next()
             assert (again.redelivered, again.envelope.attempt) == (True, 2 if verb == "again" else 1)

@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
+from leveret.brokers.redis import open_admin
+from leveret.errors import ConfigurationError
+from leveret.runtime import Runtime
 from tests.cli.command import Project, Ran
 from tests.conftest import StartRedis
 from tests.redis.node import Server
@@ -41,6 +44,21 @@ async def test_what_waiting_will_not_mend_ends_a_program_with_one_line(project: 
 
         assert ran.code == 2, ran
         assert why in ran.line, ran
+
+
+async def test_a_server_that_is_too_old_for_a_greeting_is_called_too_old() -> None:
+    """An unknown command says nothing of the version that is needed."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(4096):
+            writer.write(b"-ERR unknown command `HELLO`, with args beginning with: `3`, \r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as old:
+        admin = open_admin(f"redis://127.0.0.1:{old.sockets[0].getsockname()[1]}", Runtime(app="tests"))
+        with pytest.raises(ConfigurationError, match=r"leveret needs Redis 7\.0 or later"):
+            await admin.notes()
+        await admin.close()
 
 
 @pytest.mark.fault
