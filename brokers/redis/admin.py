@@ -17,14 +17,14 @@ from ..rows import Letter, Row, packed, unpack
 from ..turns import Close, Look, Open, Run, Taker, Write
 from . import scripts
 from .address import Address
-from .entries import row_of, seq_bytes, tail_of, unreadable
+from .entries import read, seq_bytes, tail_of
 from .keys import LEVEL_NAMES, LEVEL_NUMBERS
 from .link import Link, info
 from .store import Store
 from .wire import Wire
 
-T = TypeVar("T")
 log = logging.getLogger("leveret.redis")
+T = TypeVar("T")
 
 _PAGE: Final = 100
 _NEARLY_FULL: Final = 0.9
@@ -67,12 +67,10 @@ class _Letters:
                 msg = f"the dead letters of queue {self._queue!r} can't be read on: this reader's lease was lost"
                 raise BrokerUnavailable(msg)
             for entry in page:
-                try:
-                    row = row_of(entry, self._queue)
-                except (ValueError, IndexError, TypeError):
-                    row = unreadable(entry, self._queue, LEVEL_NAMES[len(LEVEL_NAMES)])
-                seen = row[0]
-                yield _Letter(seen, unpack(row[3:])[0])
+                row, _ = read(entry, self._queue, LEVEL_NAMES[len(LEVEL_NAMES)])
+                if row[0] <= last:  # a foreign producer's has got a new number
+                    seen = row[0]
+                yield _Letter(row[0], unpack(row[3:])[0])
 
     async def _last(self, wire: Wire) -> int:
         return int(await wire.call("GET", self._store.keys["seq"]) or 0)

@@ -27,7 +27,8 @@ from leveret.runtime import Runtime
 from .. import turns
 from .address import Address, Confirm
 from .link import Link
-from .store import Store, shared_log
+from .store import Store
+from .voice import shared_log
 
 _FEATURES: Final = Features(
     durable=False,

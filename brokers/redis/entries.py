@@ -9,6 +9,7 @@ A foreign producer pushes an array of those ten columns to the list of a level, 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -30,9 +31,29 @@ def seq_of(field: bytes) -> int:
     return int.from_bytes(field, "big")
 
 
+class Unkeepable(ValueError):
+    """A value of a job can't be kept."""
+
+
 def tail_of(row: Row) -> bytes:
-    """Return the entry of a new job without its number, which a script gives it. ValueError or OverflowError if a value can't be kept."""
-    return _encode((_NO_NUMBER, 1, 0, LEVEL_NUMBERS[row[1]], *row[3:]))[_NUMBERED:]
+    """Return the entry of a new job without its number, which a script gives it; Unkeepable if a value can't be kept."""
+    try:
+        return _encode((_NO_NUMBER, 1, 0, LEVEL_NUMBERS[row[1]], *row[3:]))[_NUMBERED:]
+    except (ValueError, OverflowError) as error:
+        raise Unkeepable(str(error)) from error
+
+
+def by_level(rows: Sequence[Row], now_ms: float) -> tuple[list[list[bytes]], list[tuple[int, bytes]]]:
+    """Return the new jobs of each level, and those with a delay in ms: the server's clock may be another."""
+    levels: list[list[bytes]] = [[] for _ in LEVEL_NUMBERS]
+    later: list[tuple[int, bytes]] = []
+    for row in rows:
+        due_ms = row[2]
+        if due_ms is None:
+            levels[LEVEL_NUMBERS[row[1]] - 1].append(tail_of(row))
+        else:
+            later.append((max(0, round(due_ms - now_ms)), tail_of(row)))
+    return levels, later
 
 
 def row_of(entry: bytes, queue: str) -> list[Any]:
@@ -42,23 +63,13 @@ def row_of(entry: bytes, queue: str) -> list[Any]:
     return row
 
 
-def unreadable(entry: bytes, queue: str, level: str) -> list[Any]:
-    """Return the row of an entry that can't be read: its body is the whole entry."""
-    seq: int = struct.unpack_from(">Q", entry, 2)[0]
-    return [
-        seq,
-        1,
-        0,
-        queue,
-        level,
-        f"unreadable-{seq}",
-        "",
-        "application/octet-stream",
-        None,
-        entry,
-        0,
-        None,
-        None,
-        None,
-        None,
-    ]
+def read(entry: bytes, queue: str, level: str) -> tuple[list[Any], str | None]:
+    """Return the row of any entry, and why it can't be read, if so: then its body is the whole entry."""
+    try:
+        return row_of(entry, queue), None
+    except (ValueError, IndexError, TypeError) as error:
+        seq: int = struct.unpack_from(">Q", entry, 2)[0]
+        row = [
+            seq, 1, 0, queue, level, f"unreadable-{seq}", "", "application/octet-stream", None, entry, 0, None, None, None, None,
+        ]  # fmt: skip
+        return row, f"its entry in Redis can't be read: {error}"

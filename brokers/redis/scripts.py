@@ -101,6 +101,16 @@ local function release_letters(read)
   call('DEL', read)
 end
 
+-- Make an entry of what a foreign producer pushed.
+local function adopt(entry, level)
+  local number = count_up(1) + 1
+  local head = char(1, 0, level)
+  if byte(entry) == 154 then return numbered(number, head .. sub(entry, 2)) end
+  local id = string.format('foreign-%.0f', number)
+  local body = '\198' .. struct.pack('>I4', #entry) .. entry
+  return numbered(number, head .. char(160 + #id) .. id .. '\160\176application/json\192' .. body .. '\0\192\192\192\192')
+end
+
 -- Return the term of a lease; false without the lease.
 local function term_of(id)
   local beat = call('HGET', WORKERS, id)
@@ -145,16 +155,6 @@ end
 # A turn may arrive minutes after its sender gave its connection up. Then the leases have a later term, and nothing is done.
 # A taker: {id, settled, given back, begun, wanted, close?, reader?}. Returns {lost ids}, or {{}, beats, claimed, due in ms, begun}.
 _TURN: Final = r"""
--- Make an entry of what a foreign producer pushed.
-local function adopt(entry, level)
-  local number = count_up(1) + 1
-  local head = char(1, 0, level)
-  if byte(entry) == 154 then return numbered(number, head .. sub(entry, 2)) end
-  local id = string.format('foreign-%.0f', number)
-  local body = '\198' .. struct.pack('>I4', #entry) .. entry
-  return numbered(number, head .. char(160 + #id) .. id .. '\160\176application/json\192' .. body .. '\0\192\192\192\192')
-end
-
 local left = BYTES
 
 -- Take entries out of a level's list, as many as the answer has room for; return them.
@@ -329,6 +329,7 @@ while #letters < tonumber(ARGV[4]) and size < BYTES do
   local letter = call('ZRANGEBYSCORE', DEAD, '(' .. ARGV[2], ARGV[3], 'LIMIT', 0, 1)[1]
   if not letter then break end
   call('ZREM', DEAD, letter)
+  if not is_entry(letter) then letter = adopt(letter, NORMAL) end
   call('HSET', KEYS[11], sub(letter, 3, 10), letter)
   letters[#letters + 1], size = letter, size + #letter
 end

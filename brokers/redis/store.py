@@ -22,11 +22,10 @@ from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.runtime import Runtime
 
 from ..leases import Lease
-from ..rows import Row
 from ..turns import UNDER_WAY, WINDOW, Claimed, Run, Taker, Turn, Turns, Window, Write
 from ..turns.writes import Again, Begin, Bury, Publish
 from . import scripts
-from .entries import row_of, seq_bytes, seq_of, tail_of, unreadable
+from .entries import Unkeepable, by_level, read, row_of, seq_bytes, seq_of, tail_of
 from .keys import LEVEL_NUMBERS, Keys
 from .link import Link, meaning_of
 from .wire import Lost, Refused, Script, Wire, packed_words
@@ -50,30 +49,7 @@ _LEASE_BITS: Final = 48  # a number of Lua is exact to 53
 _BUSY_PAUSE_S: Final = 0.02
 _ROOM_S: Final = 1.0
 """How often a server without memory is asked whether it has some again, seconds."""
-_OF_OUTAGES: Final = ("%s can't be written", "%s can be written again")
 _encode: Final = msgspec.msgpack.Encoder().encode
-
-
-class _OneVoice(logging.Filter):
-    """Drops what another queue of the same broker has said of the same outage."""
-
-    _last = ""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """As `logging.Filter`."""
-        line = str(record.msg)
-        if not line.startswith(_OF_OUTAGES):
-            return True
-        new, self._last = line != self._last, line
-        return new
-
-
-def shared_log() -> logging.Logger:
-    """Return a logger for all queues of a broker: an outage is said once."""
-    shared = logging.Logger(log.name)  # noqa: LOG001 - its filter is this broker's, and nobody looks it up
-    shared.parent = log
-    shared.addFilter(_OneVoice())
-    return shared
 
 
 @final
@@ -335,8 +311,8 @@ class Store:
         """Do all the work of a turn by one script; return the leases that are gone, if any: then nothing was done."""
         takers = self.turns.takers
         turn.gather()
-        jobs, later = _by_level(turn.jobs, self._clock.now() * 1000)
-        letters = [_tail(row) for row in turn.letters]
+        jobs, later = by_level(turn.jobs, self._clock.now() * 1000)
+        letters = [tail_of(row) for row in turn.letters]
         beat = bool(takers.all) and time.monotonic() >= takers.next_beat
         takers.may_find_jobs()
         wanted = [
@@ -403,7 +379,7 @@ class Store:
             turn.claim(taker, window, free, [row_of(entry, queue) for entry in entries])
         except (ValueError, IndexError, TypeError):  # a foreign producer's: the others are read, and this one is buried
             for entry in entries:
-                row, problem = _read_alone(entry, queue, window.level)
+                row, problem = read(entry, queue, window.level)
                 turn.claim(taker, window, 1, [row])
                 if problem is not None:
                     turn.claimed[taker][-1].problem = problem
@@ -487,7 +463,7 @@ class Store:
     def _failed(self, error: Exception, turn: Turn | None, wire: Wire | None, *, called: bool) -> None:
         """End a turn that failed, by what its error means."""
         turns = self.turns
-        if isinstance(error, _Unkeepable) and turn is not None:
+        if isinstance(error, Unkeepable) and turn is not None:
             turns.rolled_back()
             turns.refuse(turn, f"Redis refuses it: {error}")
             self._told = True
@@ -527,31 +503,6 @@ class Store:
             turns.hold_up(said, pause_s=pause_s, quiet_s=_SAY_AFTER_S, state="connecting")
 
 
-@final
-class _Unkeepable(Exception):
-    """A value of a job can't be kept."""
-
-
-def _tail(row: Row) -> bytes:
-    try:
-        return tail_of(row)
-    except (ValueError, OverflowError) as error:
-        raise _Unkeepable(str(error)) from error
-
-
-def _by_level(rows: Sequence[Row], now_ms: float) -> tuple[list[list[bytes]], list[tuple[int, bytes]]]:
-    """Return the new jobs of each level, and those with a delay: the server's clock may be another."""
-    levels: list[list[bytes]] = [[] for _ in LEVEL_NUMBERS]
-    later: list[tuple[int, bytes]] = []
-    for row in rows:
-        due_ms = row[2]
-        if due_ms is None:
-            levels[LEVEL_NUMBERS[row[1]] - 1].append(_tail(row))
-        else:
-            later.append((max(0, round(due_ms - now_ms)), _tail(row)))
-    return levels, later
-
-
 def _begins(turn: Turn) -> dict[Lease, list[Begin]]:
     """Return the beginnings of jobs by lease; without a living lease a job doesn't begin."""
     found: dict[Lease, list[Begin]] = {}
@@ -577,13 +528,6 @@ def _holder(
         taker in turn.closing,
         not taker.windows,
     )
-
-
-def _read_alone(entry: bytes, queue: str, level: str) -> tuple[list[Any], str | None]:
-    try:
-        return row_of(entry, queue), None
-    except (ValueError, IndexError, TypeError) as error:
-        return unreadable(entry, queue, level), f"its entry in Redis can't be read: {error}"
 
 
 def _wrong(where: str, error: Exception, said: str) -> ConfigurationError:

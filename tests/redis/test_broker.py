@@ -132,6 +132,28 @@ async def test_a_foreign_delayed_entry_costs_no_other_its_life(redis: Server, op
     assert {delivery.envelope.body for delivery in await sink.take(2)} == {b"ours", b"theirs"}
 
 
+async def test_foreign_dead_letters_are_listed_and_dropped_like_ours(
+    redis: Server, opened: Opened, queue: Queue
+) -> None:
+    """One member that is no entry would hide every letter behind an error, or take another's place."""
+    broker = opened()
+    await publish(broker, queue, b"ours")
+    _, sink = await consume(broker, queue)
+    ours = await sink.next()
+    await ours.bury(timed(ours.envelope, soon()))
+    await redis.command("ZADD", key(queue, "dead"), 1, b"a", 1, b"b")
+    admin = open_admin(redis.url, RUNTIME)
+
+    async with admin.dead(queue) as letters:
+        found = [letter async for letter in letters]
+        for letter in found:
+            await letters.drop(letter)
+
+    assert {letter.envelope.body for letter in found} == {b"a", b"b", b"ours"}
+    assert (await depth_of(redis, queue)).dead == 0
+    await admin.close()
+
+
 async def test_a_counter_that_was_deleted_gives_no_number_twice(redis: Server, opened: Opened, queue: Queue) -> None:
     """A worker's hash has one place for a number, so one of two jobs would be lost with their worker."""
     broker = opened()
