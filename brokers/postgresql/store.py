@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
@@ -20,7 +19,7 @@ import asyncpg
 from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.runtime import Runtime
 
-from ..turns import WINDOW, Claimed, Taker, Turn, Turns
+from ..turns import WINDOW, Claimed, OnLoop, Taker, Turn, Turns
 from .address import Address
 from .cursors import Cursors
 from .link import Link, meaning_of, reported
@@ -59,10 +58,11 @@ _Step: TypeAlias = Literal["before", "within", "commit", "alone"]
 
 
 @final
-class Store:
+class Store(OnLoop):
     """The schema at `address`, which one loop of this process uses: the `Driver` of its `turns`."""
 
     def __init__(self, address: Address, runtime: Runtime, *, name: str = "leveret", patient: bool = True) -> None:
+        super().__init__(log)
         self.turns = Turns(str(address), runtime, log, self, not_yet=f"{address} wasn't reached yet")
         self.enter: Callable[[Connection, Sequence[Change | Progress]], Awaitable[None]] | None = None
         """Enters changes into the job store, if that is in this schema."""
@@ -71,8 +71,6 @@ class Store:
         """Whether a server that can't be reached is tried again until the deadlines of the writes."""
         self._sql = Statements(address.schema)
         self._link = Link(address, runtime, self._sql.channel, self._noticed, name=name)
-        self._news = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
         self._names: set[str] = set()
         """The queues that are known to be in the table."""
         self._leftover: list[int] = []
@@ -82,8 +80,6 @@ class Store:
         """The numbers of held jobs whose level leveret doesn't know."""
         self._missing: set[int] = set()
         """The workers whose backends weren't there at the last look."""
-        self._told = False
-        """Whether a notice came since the last turn began."""
         self._idle = False
         """Whether the last look found nothing."""
         self._marks: dict[Taker, list[str]] = {}
@@ -93,26 +89,6 @@ class Store:
         self._next_due = 0.0
         self._next_look = 0.0
 
-    def start(self) -> None:
-        """As `Driver.start`."""
-        self._task = asyncio.get_running_loop().create_task(self._main())
-
-    def wake(self) -> None:
-        """As `Driver.wake`."""
-        self._news.set()
-
-    def tell(self, function: Callable[..., object], /, *args: object) -> None:
-        """As `Driver.tell`."""
-        function(*args)
-
-    async def close(self) -> None:
-        """Close the turns, and end the task if it hangs in the network."""
-        await self.turns.close()
-        if self._task is not None and not self._task.done():
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-
     def _noticed(self, notice: str) -> None:
         self._told = True
         if notice == "freed":
@@ -120,19 +96,6 @@ class Store:
         elif notice == "later":
             self._next_due = 0.0
         self._news.set()
-
-    async def _main(self) -> None:
-        try:
-            while await self._collect():
-                await self._turn()
-        except Exception as error:
-            log.exception("the driver of %s ended; the jobs that it held are delivered again", self.turns.where)
-            self.turns.give_up(
-                ConfigurationError(f"the driver of {self.turns.where} ended because of a bug in leveret: {error!r}")
-            )
-        finally:
-            await self._leave()
-            self.turns.end()
 
     async def _leave(self) -> None:
         """Free all held jobs if the server answers; otherwise other workers free them when the leases end."""
@@ -149,23 +112,6 @@ class Store:
             log.debug("%s: the leases weren't released: %s", self.turns.where, error)
         finally:
             self._link.abandon()
-
-    async def _collect(self) -> bool:
-        """Wait for work; return False when the driver must end."""
-        while (pause_s := self.turns.pause_s) > 0:  # new work isn't tried before the back-off is over
-            await self._wait(pause_s)
-        told = self._told and not self.turns.closed
-        await self._wait(0.0 if told else self.turns.patience(self._wait_s()))
-        return self.turns.collect()
-
-    async def _wait(self, limit_s: float | None) -> None:
-        if limit_s is None:
-            await self._news.wait()
-        elif limit_s > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(limit_s):
-                    await self._news.wait()
-        self._news.clear()
 
     def _wait_s(self) -> float:
         """Return how long a worker waits for a notice before it looks for jobs."""

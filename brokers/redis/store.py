@@ -10,8 +10,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Final, final
 
@@ -22,7 +21,7 @@ from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.runtime import Runtime
 
 from ..leases import Lease
-from ..turns import UNDER_WAY, WINDOW, Claimed, Run, Taker, Turn, Turns, Window, Write
+from ..turns import UNDER_WAY, WINDOW, Claimed, OnLoop, Run, Taker, Turn, Turns, Window, Write
 from ..turns.writes import Again, Begin, Bury, Publish
 from . import scripts
 from .entries import Unkeepable, by_level, read, row_of, seq_bytes, seq_of, tail_of
@@ -53,12 +52,13 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 
 
 @final
-class Store:
+class Store(OnLoop):
     """The queue `queue`, which one loop of this process uses through `link`: the `Driver` of its `turns`."""
 
     def __init__(
         self, link: Link, queue: str, runtime: Runtime, *, said_by: logging.Logger = log, patient: bool = True
     ) -> None:
+        super().__init__(log)
         where = str(link.address)
         self.keys = Keys(link.address.prefix, queue)
         self._link = link
@@ -70,8 +70,6 @@ class Store:
         self._clock = runtime.clock
         self._patient = patient
         """Whether a server that can't be reached is tried again until the deadlines of the writes."""
-        self._news = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
         self._wire: Wire | None = None
         """The connection on which the queue's keys were examined."""
         self._listens = False
@@ -92,8 +90,6 @@ class Store:
         self._of: tuple[tuple[int, bool], ...] | None = None
         self._packed = (b"", 0)
         """The packed keys for the takers `_of`."""
-        self._told = False
-        """Whether a notice came since the last turn began."""
         self._poll_s = 0.0
         self._losses = 0
         self._next_due = 0.0
@@ -107,26 +103,6 @@ class Store:
         state = self.turns.publishing
         return self._full if self._full is not None and state.name == "ready" else state
 
-    def start(self) -> None:
-        """As `Driver.start`."""
-        self._task = asyncio.get_running_loop().create_task(self._main())
-
-    def wake(self) -> None:
-        """As `Driver.wake`."""
-        self._news.set()
-
-    def tell(self, function: Callable[..., object], /, *args: object) -> None:
-        """As `Driver.tell`."""
-        function(*args)
-
-    async def close(self) -> None:
-        """Close the turns, and end the task if it hangs in the network."""
-        await self.turns.close()
-        if self._task is not None and not self._task.done():
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-
     async def evaluate(self, wire: Wire, script: Script, keys: Sequence[str], *arguments: bytes | str | int) -> Any:
         """Call a script with the queue's keys, then `keys`."""
         names = (*self.keys.common, *keys)
@@ -137,19 +113,6 @@ class Store:
     def _noticed(self, _: bytes = b"") -> None:
         self._told = True
         self._news.set()
-
-    async def _main(self) -> None:
-        try:
-            while await self._collect():
-                await self._turn()
-        except Exception as error:
-            log.exception("the driver of %s ended; the jobs that it held are delivered again", self.turns.where)
-            self.turns.give_up(
-                ConfigurationError(f"the driver of {self.turns.where} ended because of a bug in leveret: {error!r}")
-            )
-        finally:
-            await self._leave()
-            self.turns.end()
 
     async def _leave(self) -> None:
         """Free all held jobs if the server answers; otherwise other workers free them when the leases end."""
@@ -164,25 +127,11 @@ class Store:
         except Exception as error:  # noqa: BLE001 - what can't be freed now comes back when the leases end
             log.debug("%s: the leases weren't released: %s", self.turns.where, error)
 
-    async def _collect(self) -> bool:
-        """Wait for work; return False when the driver must end."""
-        while (pause_s := self.turns.pause_s) > 0:  # new work isn't tried before the back-off is over
-            await self._wait(pause_s)
-        told = self._told and not self.turns.closed
-        patience = 0.0 if told else self.turns.patience(self._wait_s())
-        if self._full is not None:
-            patience = _ROOM_S if patience is None else min(patience, _ROOM_S)
-        await self._wait(patience)
-        return self.turns.collect()
-
-    async def _wait(self, limit_s: float | None) -> None:
-        if limit_s is None:
-            await self._news.wait()
-        elif limit_s > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(limit_s):
-                    await self._news.wait()
-        self._news.clear()
+    def _patience(self) -> float | None:
+        patience = super()._patience()
+        if self._full is None:
+            return patience
+        return _ROOM_S if patience is None else min(patience, _ROOM_S)
 
     def _wait_s(self) -> float:
         """Return how long a worker waits for a notice before it looks for jobs."""

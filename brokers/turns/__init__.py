@@ -8,12 +8,13 @@ or output. A store has a `Driver`, which does each `Turn` by its own statements:
 from .claimed import Claimed
 from .consumption import Consumption
 from .driver import Driver
+from .on_loop import OnLoop
 from .takers import Taker, Takers, Window
 from .turn import Turn
 from .turns import UNDER_WAY, WINDOW, Turns
 from .writes import Call, Close, Look, Open, Run, Write
 
 __all__ = [
-    "UNDER_WAY", "WINDOW", "Call", "Claimed", "Close", "Consumption", "Driver", "Look", "Open", "Run", "Taker", "Takers", "Turn", "Turns",
+    "UNDER_WAY", "WINDOW", "Call", "Claimed", "Close", "Consumption", "Driver", "Look", "OnLoop", "Open", "Run", "Taker", "Takers", "Turn", "Turns",
     "Window", "Write",
 ]  # fmt: skip
