@@ -167,6 +167,10 @@ class Bench:
         """Wait until handlers have written `count` lines of `verb`."""
         await eventually(lambda: len(self.recorder.ids(verb)) >= count, lambda: self.logs)
 
+    async def until_started(self, job_id: str) -> None:
+        """Wait until a handler has started with this job."""
+        await eventually(lambda: job_id in self.recorder.ids("start"), lambda: self.logs)
+
     async def until_ended(self, ids: "list[str] | set[str]", timeout_s: float = PATIENCE_S) -> None:
         """Wait until a handler has ended for each of `ids`."""
         wanted = set(ids)

@@ -174,18 +174,24 @@ async def test_thirty_kills_lose_no_confirmed_job_and_no_job_runs_twice_at_once(
     rng = random.Random(seed)
     path, confirmed_log, worker_log = tmp_path / "jobs.db", tmp_path / "confirmed", tmp_path / "worked"
     died: dict[int, float] = {}
+
+    def hit() -> bool:
+        """Return whether a job that a killed worker had run was run again."""
+        return any(words[0] == "start" and words[4] == "1" for words in diary.read(worker_log))
+
     with programs() as running:
         publisher = Program(_PUBLISHER, path, confirmed_log, "25")
         running.append(publisher)
         running += [Program(_WORKER, path, worker_log, "0") for _ in range(4)]
         await line(worker_log, "done")
-        for _ in range(30):
-            await asyncio.sleep(rng.uniform(0.05, 0.5))
-            victim = rng.choice(running)
-            killed, killed_at = await asyncio.to_thread(victim.kill)
-            died[killed] = killed_at
-            victim.start()
-        await asyncio.sleep(1.0)
+        async with asyncio.timeout(90):
+            # on a slow machine thirty kills may hit programs that hadn't begun yet
+            while len(died) < 30 or len(diary.read(confirmed_log)) <= 500 or not hit():
+                await asyncio.sleep(rng.uniform(0.05, 0.5))
+                victim = rng.choice(running)
+                killed, killed_at = await asyncio.to_thread(victim.kill)
+                died[killed] = killed_at
+                victim.start()
         publisher.process.terminate()
         publisher.process.wait(10)
         async with asyncio.timeout(60):
@@ -195,7 +201,6 @@ async def test_thirty_kills_lose_no_confirmed_job_and_no_job_runs_twice_at_once(
     confirmed = {words[0] for words in diary.read(confirmed_log)}
     runs = diary.read(worker_log)
     done = Counter(words[2] for words in runs if words[0] == "done")
-    assert len(confirmed) > 500, f"seed {seed}: too few to prove anything"
     assert confirmed - done.keys() == set(), f"seed {seed}"
     # whatever ran twice ran after the death of who had it
     open_runs: defaultdict[str, list[str]] = defaultdict(list)
@@ -209,7 +214,6 @@ async def test_thirty_kills_lose_no_confirmed_job_and_no_job_runs_twice_at_once(
             open_runs[job_id] = [pid]
         elif verb in ("done", "again"):
             open_runs[job_id].remove(pid)
-    assert any(words[0] == "start" and words[4] == "1" for words in runs), "no kill hit a running job"
     with closing(sqlite3.connect(path)) as file:
         assert file.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert file.execute("SELECT count(*) FROM jobs").fetchone() == (0,)
