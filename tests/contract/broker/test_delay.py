@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.contract.broker.jobs import bodies, publish
+from tests.contract.broker.jobs import bodies, declare_delays, publish
 from tests.contract.harness import Harness, consume
 
 
@@ -30,6 +30,7 @@ async def test_a_short_delay_is_not_held_up_by_a_long_one(harness: Harness) -> N
     """In a single queue of delayed jobs the one at the head blocks all behind it."""
     broker, queue = harness.open(), harness.queue()
     _, sink = await consume(broker, queue)
+    await declare_delays(broker, harness)
 
     await publish(broker, queue, b"long", delay_s=2.0)
     await publish(broker, queue, b"short", delay_s=0.25)
