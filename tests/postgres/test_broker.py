@@ -265,14 +265,15 @@ async def test_a_killed_backend_costs_no_delivery(opened: Opened, postgres: Post
     _, sink = await consume(broker, QUEUE)
     held = await sink.take(5)
     _, others = await consume(other, QUEUE)
-    await asyncio.sleep(0.3)  # no turn is under way
 
+    backends = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    # of a turn that is just committed nobody knows what it claimed, which costs the lease
+    end = "SELECT state = 'idle' AND pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid = $1"
     for _ in range(3):
-        await postgres.query(
-            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
-            url=postgres_url,
-        )
+        async with asyncio.timeout(PATIENCE_S):
+            for [pid] in await postgres.query(backends, url=postgres_url):
+                while [row[0] for row in await postgres.query(end, pid, url=postgres_url)] == [False]:
+                    await asyncio.sleep(0.01)
         await asyncio.sleep(1.0)  # as long as others need to see that a backend is gone
 
     assert all(delivery.live for delivery in held)
