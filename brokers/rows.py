@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -107,6 +108,11 @@ def packed(queue: str, envelope: Envelope, when_ms: int | None) -> Row:
 def when_ms(envelope: Envelope, clock: Clock) -> int | None:
     """Return the time before which a job isn't claimed, Unix ms; None if the job may run at once."""
     return envelope.due_ms if envelope.due_in_s(clock.now()) else None
+
+
+def delay_ms(due_ms: int, now_ms: float) -> int:
+    """Return the delay after which a job is due at `due_ms` by a server whose clock may be another; rounded up, so that none is due early."""
+    return max(0, math.ceil(due_ms - now_ms - 1e-3))  # as `moment_ms`
 
 
 def unpack(row: Sequence[Any]) -> tuple[Envelope, str | None]:

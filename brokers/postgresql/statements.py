@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from leveret.job import LEVELS
 
-from ..rows import COLUMNS, JOB_ID, Row
+from ..rows import COLUMNS, JOB_ID, Row, delay_ms
 from .schema import in_schema
 
 LEVEL_NUMBERS: Final = {level.value: number for number, level in enumerate(LEVELS, 1)}
@@ -169,7 +169,7 @@ def columns(rows: Sequence[Row], now_ms: float | None) -> Iterable[Sequence[Any]
     """Return the columns of rows. With `now_ms`, the moment in each row becomes a delay: the server's clock may be another."""
     queue, level, when, *rest = zip(*rows, strict=True)
     if now_ms is not None:
-        when = tuple(None if due_ms is None else max(0, round(due_ms - now_ms)) for due_ms in when)
+        when = tuple(None if due_ms is None else delay_ms(due_ms, now_ms) for due_ms in when)
     return queue, level, when, *rest
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ..rows import Row
+from ..rows import Row, delay_ms
 from .keys import LEVEL_NAMES, LEVEL_NUMBERS
 
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -52,7 +52,7 @@ def by_level(rows: Sequence[Row], now_ms: float) -> tuple[list[list[bytes]], lis
         if due_ms is None:
             levels[LEVEL_NUMBERS[row[1]] - 1].append(tail_of(row))
         else:
-            later.append((max(0, round(due_ms - now_ms)), tail_of(row)))
+            later.append((delay_ms(due_ms, now_ms), tail_of(row)))
     return levels, later
 
 

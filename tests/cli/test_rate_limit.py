@@ -47,7 +47,8 @@ def test_the_limit_is_reached_though_one_process_has_the_backlog(project: Projec
     assert max(holders.values()) > JOBS * 0.9  # or the test shows nothing
     gaps = [later - earlier for earlier, later in pairwise(starts)]
     assert 1 / statistics.median(gaps) == pytest.approx(10, rel=0.05)  # a machine that stalls once moves the mean alone
-    assert (JOBS - 1) / (starts[-1] - starts[0]) < 10.5
+    # from the first that wasn't late itself
+    assert min((JOBS - 1 - place) / (starts[-1] - start) for place, start in enumerate(starts[:10])) < 10.5
 
 
 def test_a_limit_that_changes_at_a_reload_is_shared_again(project: Project) -> None:

@@ -86,15 +86,18 @@ async def test_purge_deletes_what_waits_and_nothing_else(harness: Harness) -> No
     consumption, sink = await consume(broker, queue, prefetch=1)
     await broker.publish(queue, timed(make_envelope(queue, b"held"), soon()))
     held = await sink.next()
-    started = time.monotonic()
-    await broker.publish(queue, timed(make_envelope(queue, b"delayed"), soon(), delay_s=2))
-    for number in range(3):
-        await broker.publish(queue, timed(make_envelope(queue, b"%d" % number), soon()))
     other = harness.queue()
     await broker.publish(other, timed(make_envelope(other), soon()))
+    for number in range(3):
+        await broker.publish(queue, timed(make_envelope(queue, b"%d" % number), soon()))
+    # what is declared and connected now takes no time later, when the delayed job mustn't fall due
+    await broker.publish(other, timed(make_envelope(other), soon(), delay_s=60))
+    await depth(admin, queue)
+    started = time.monotonic()
+    await broker.publish(queue, timed(make_envelope(queue, b"delayed"), soon(), delay_s=2))
 
-    assert time.monotonic() - started < 2, "too slow a machine: the delayed job is due already"
     assert await admin.purge(queue) == 3
+    assert time.monotonic() - started < 2, "too slow a machine: the delayed job is due already"
 
     assert held.live
     held.done()

@@ -22,7 +22,8 @@ from tests.outbox.shop import eventually
 from tests.postgres.node import Postgres
 from tests.rabbit.node import Node, Rabbit
 
-_LOST = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, PublishError, TimeoutError)
+_LOST = (OSError, EOFError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, PublishError)
+"""What leveret too takes for the loss of a connection."""
 
 
 class Orders:

@@ -252,7 +252,7 @@ async def test_a_frozen_link_is_given_up_and_an_idle_one_is_kept(rabbit: Rabbit)
         closed = await until_closed(connection)
         assert closed.scope == "socket"
         assert "nothing was heard" in closed.text
-        assert 1.5 < time.monotonic() - frozen < 3.5
+        assert 1.5 < time.monotonic() - frozen < 6  # once more an interval after each time that this loop stood still
 
 
 @pytest.mark.fault

@@ -488,7 +488,7 @@ async def test_a_publish_waits_for_a_replica_that_is_there(
     node = await redis_node()
     broker = opened(f"{node.url}?confirm=replica")
     with pytest.raises(PublishTimeout) as raised:
-        await broker.publish(queue, timed(make_envelope(queue, b"1"), soon(0.5)))
+        await broker.publish(queue, timed(make_envelope(queue, b"1"), soon(1.5)))  # it connects first
     assert raised.value.maybe_published
     assert "no replica has confirmed it" in str(raised.value)
     assert len(said(caplog, "has no replica now")) == 1

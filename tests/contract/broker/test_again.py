@@ -9,7 +9,7 @@ import pytest
 
 from leveret.errors import PublishError
 from leveret.job import Priority
-from tests.contract.broker.jobs import publish, rest_of
+from tests.contract.broker.jobs import declare_delays, publish, rest_of
 from tests.contract.harness import Harness, consume, depth, received, soon, timed
 
 
@@ -18,6 +18,7 @@ async def test_again_delivers_the_new_envelope_and_the_original_is_gone(harness:
     """A retry that keeps the original runs twice; one that comes early hammers what just failed."""
     broker, queue = harness.open(), harness.queue()
     await publish(broker, queue, b"1", headers={"x-tenant-id": "a"}, priority=Priority.HIGH)
+    await declare_delays(broker, harness)
 
     consumption, sink = await consume(broker, queue)
     first = await sink.next()

@@ -14,6 +14,7 @@ from tests.contract.harness.base import (
     ready,
     received,
     soon,
+    soonest_s,
     timed,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "ready",
     "received",
     "soon",
+    "soonest_s",
     "timed",
 ]

@@ -16,9 +16,11 @@ async def test_a_retry_is_the_same_job_with_one_attempt_more(harness: Harness) -
     work = job_class(queue)
     app = make_app(harness, work, runs)
 
-    [job_id] = await publish(app, work(n=7), priority=Priority.HIGH, headers={"x-tenant-id": "a"}, correlation_id="c")
     async with app.worker(queues=[queue.name]):
         started = time.monotonic()
+        [job_id] = await publish(
+            app, work(n=7), priority=Priority.HIGH, headers={"x-tenant-id": "a"}, correlation_id="c"
+        )
         attempts = [await runs.next() for _ in range(3)]
         took_s = time.monotonic() - started
 

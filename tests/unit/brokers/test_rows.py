@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from leveret.brokers.rows import BODY, COLUMNS, JOB_ID, headers_text, pack, packed, unpack, when_ms
+from leveret.brokers.rows import BODY, COLUMNS, JOB_ID, delay_ms, headers_text, pack, packed, unpack, when_ms
 from leveret.clock import ManualClock
 from leveret.envelope import Envelope
 from leveret.errors import InvalidJob
@@ -118,3 +118,9 @@ def test_only_a_moment_to_come_delays_a_job() -> None:
     jobs = [msgspec.structs.replace(make_envelope(QUEUE), due_ms=due_ms) for due_ms in (None, 999_000, 1_001_000)]
 
     assert [when_ms(job, clock) for job in jobs] == [None, None, 1_001_000]
+
+
+@pytest.mark.parametrize(("now_ms", "left_ms"), [(749.6, 251), (750.0, 250), (750.0002, 250), (1000.4, 0)])
+def test_a_delay_in_whole_milliseconds_is_no_shorter_than_what_is_left(now_ms: float, left_ms: int) -> None:
+    """A server that counts it from a later moment would let the job start before it was asked for."""
+    assert delay_ms(1000, now_ms) == left_ms

@@ -29,10 +29,11 @@ async def test_at_most_so_many_tasks_and_bytes_run_at_once() -> None:
 
 async def test_what_was_started_ends_before_a_ctrl_c_is_obeyed() -> None:
     """A job that was published and whose letter isn't removed is in both places, and runs again with the next replay."""
-    done = list[int]()
+    done, begun, goes_on = list[int](), list[int](), asyncio.Event()
 
     async def work(number: int) -> None:
-        await asyncio.sleep(0.01)
+        begun.append(number)
+        await goes_on.wait()
         done.append(number)
 
     async def command() -> None:
@@ -41,8 +42,11 @@ async def test_what_was_started_ends_before_a_ctrl_c_is_obeyed() -> None:
                 await together.start(work(number), 0)
 
     task = asyncio.create_task(command())
-    await asyncio.sleep(0.001)
+    while len(begun) < 2:
+        await asyncio.sleep(0)
     task.cancel()  # as asyncio.run does at a Ctrl-C
+    await asyncio.sleep(0)
+    goes_on.set()
 
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -33,7 +33,7 @@ async def test_a_run_that_is_cancelled_before_its_first_step_holds_up_no_stop() 
 
     assert not ran
     assert work.drained
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 2.5, "it waited for its grace"
     assert work.consumer.counts == {Kind.NOT_STARTED: 1}
     assert work.consumer.running == 0
     async with working(app, grace_s=3):  # the broker has the job again

