@@ -179,7 +179,10 @@ async def test_a_restarted_server_costs_no_lease(node: Node) -> None:
 
     await node.stop()
     await node.start()
-    await one.publish(queue, timed(make_envelope(queue, b"after"), soon()))
+    await one.publish(queue, timed(make_envelope(queue, b"after"), soon(30)))
+    async with asyncio.timeout(40):
+        while not sink.waiting + others.waiting:
+            await asyncio.sleep(0.01)
     await asyncio.sleep(2.5)  # some looks at who is there
 
     assert all(delivery.live for delivery in held)
