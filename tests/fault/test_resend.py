@@ -67,7 +67,8 @@ async def test_a_batch_is_resent_and_a_deadline_ends_it(rabbit: Rabbit, raw: Raw
         async with app.publisher() as publisher:
             await publisher.publish(Note())
             link.freeze("down")
-            batch = asyncio.create_task(publisher.publish_many([Outgoing(Note(n), resend=True) for n in range(300)]))
+            jobs = [Outgoing(Note(n), resend=True) for n in range(300)]
+            batch = asyncio.create_task(publisher.publish_many(jobs, timeout_s=30))
             await asyncio.sleep(0.2)
             link.reset()
             link.thaw()
