@@ -94,8 +94,12 @@ class Choice(Generic[T]):
     """Start or unpack it, if that is needed. Raises Unavailable if that fails."""
 
 
+_given: set[int] = set()
+"""Ports that `free_ports` has returned: some node may bind one later, or only now and then."""
+
+
 def free_ports(count: int) -> list[int]:
-    """Return free ports of 127.0.0.1, below the range that the kernel gives to outgoing connections.
+    """Return free ports of 127.0.0.1, below the range that the kernel gives to outgoing connections. None is returned twice soon.
 
     The processes of `pytest -n` look in separate parts of it: two that look at once would find the same.
     """
@@ -104,11 +108,17 @@ def free_ports(count: int) -> list[int]:
         int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]),
         int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
     )
-    for port in random.sample(range(26000 + part, 31990, parts), 500):
+    ports = range(26000 + part, 31990, parts)
+    if len(_given) > len(ports) // 2:
+        _given.clear()
+    for port in random.sample(ports, len(ports)):
+        if port in _given:
+            continue
         with socket.socket() as one, contextlib.suppress(OSError):
             one.bind(("127.0.0.1", port))
             found.append(port)
             if len(found) == count:
+                _given.update(found)
                 return found
     msg = "127.0.0.1 has no free port between 26000 and 31990"
     raise RuntimeError(msg)

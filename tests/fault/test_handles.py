@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +16,8 @@ from leveret import App, Handle, Job, Keep, Queue, StoreUnavailable
 from leveret.runtime import Runtime
 from leveret.schemes import open_store
 from leveret.store import Change, Store
-from tests.contract.harness import PATIENCE_S
+from tests.conftest import StartPostgres, StartRedis
+from tests.fault.bench import PATIENCE_S
 from tests.postgres import node as postgresql
 from tests.proxy import FaultProxy
 from tests.redis import node as redises
@@ -30,13 +32,16 @@ StartNode: TypeAlias = Callable[[], Awaitable[postgresql.Node | redises.Node]]
     params=[pytest.param("postgresql", marks=pytest.mark.postgres), pytest.param("redis", marks=pytest.mark.redis)]
 )
 def start_node(request: pytest.FixtureRequest) -> StartNode:
-    """Start a server of the test's own, which can keep records."""
-    start = request.getfixturevalue("postgres_node" if request.param == "postgresql" else "redis_node")
+    """Start a server of the test's own, which can keep records and loses none by a kill."""
+    if request.param == "redis":
+        start_redis: StartRedis = request.getfixturevalue("redis_node")
+        # a server that syncs each second may answer before it has written to its file, while the disk is busy
+        return partial(start_redis, conf={"appendfsync": "always"})
+    start_postgres: StartPostgres = request.getfixturevalue("postgres_node")
 
-    async def started() -> postgresql.Node | redises.Node:
-        node = await start()
-        if isinstance(node, postgresql.Node):
-            await postgresql.migrate(node.url)
+    async def started() -> postgresql.Node:
+        node = await start_postgres()
+        await postgresql.migrate(node.url)
         return node
 
     return started

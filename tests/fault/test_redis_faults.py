@@ -187,6 +187,7 @@ async def test_no_clock_ends_a_lease_or_hastens_a_job(node: Node) -> None:
         _, others = await consume(other, queue)
 
         for publisher, off_s in ((one, -3600.0), (other, 3600.0)):
+            began = time.monotonic()
             later = timed(make_envelope(queue, b"later"), soon(), delay_s=1.0, clock=OffClock(off_s))
             await publisher.publish(queue, later)
             published = time.monotonic()
@@ -194,7 +195,9 @@ async def test_no_clock_ends_a_lease_or_hastens_a_job(node: Node) -> None:
                 while not sink.waiting + others.waiting:
                     await asyncio.sleep(0.01)
             delivery = await (sink if sink.waiting else others).next()
-            assert 0.9 <= time.monotonic() - published < 1 + 1.1 + SLOW_S
+            came = time.monotonic()
+            assert came - began >= 0.9, "the delay counts from the call: a slow disk confirms it later"
+            assert came - published < 1 + 1.1 + SLOW_S
             delivery.done()
         # as long as the other needs to see that beats stand still
         await asyncio.sleep(since + LEASE_S + BEAT_S + 1.0 - time.monotonic())
@@ -293,23 +296,30 @@ async def test_nothing_is_kept_of_finished_jobs(node: Node, record_property: Cal
     async with brokers(open_broker(node.url, RUNTIME)) as (broker,):
         _, sink = await consume(broker, queue, prefetch=500)
 
-        async def work() -> tuple[int, int]:
-            """Publish and finish `count` jobs; return how many octets and keys the server then has."""
+        async def work() -> None:
+            """Publish and finish `count` jobs."""
             for _ in range(count // 500):
                 jobs = [timed(make_envelope(queue, b"x" * 300), soon(60)) for _ in range(500)]
                 await asyncio.gather(*(broker.publish(queue, job) for job in jobs))
                 for delivery in await sink.take(len(jobs)):
                     delivery.done()
             await until_settled(node, queue)
+
+        async def kept() -> tuple[int, int]:
+            """Return how many octets, without those of clients, and how many keys the server has."""
             used = await node.info("memory")
             return int(used["used_memory"]) - int(used["mem_clients_normal"]), await node.command("DBSIZE")
 
-        first = await work()
-        second = await work()
+        await work()
+        octets, keys = await kept()
+        await work()
+        ends, most = time.monotonic() + 40, 50_000 + count / 2  # what a server needs by itself varies by some pages
+        while (more := (await kept())[0] - octets) >= most:  # it counts clients that came or went a while later
+            assert time.monotonic() < ends, f"{more} octets more after {count} jobs"
+            await asyncio.sleep(0.1)
 
-        record_property("counts", f"{second[0] - first[0]} octets more after {count} jobs")
-        assert second[1] == first[1]
-        assert second[0] - first[0] < 50_000 + count / 2, "what a server needs by itself varies by some pages"
+        record_property("counts", f"{more} octets more after {count} jobs")
+        assert (await kept())[1] == keys
 
 
 @pytest.mark.parametrize("confirm", ["memory", "replica"])

@@ -26,13 +26,13 @@ class Note(Job, name="note", queue=_queue):
 
 
 async def lost(
-    link: FaultProxy, node: AsyncExitStack, publisher: Publisher, *, resend: bool
+    link: FaultProxy, node: AsyncExitStack, publisher: Publisher, raw: Raw, *, resend: bool
 ) -> list[Receipt | BaseException]:
     """Publish 20 jobs, end their node before a confirm comes, and return how each of them ended."""
     await publisher.publish(Note())
     link.freeze("down")
-    jobs = [asyncio.create_task(publisher.publish(Note(), resend=resend)) for _ in range(20)]
-    await asyncio.sleep(0.3)  # time enough for the broker to take them
+    jobs = [asyncio.create_task(publisher.publish(Note(), resend=resend, timeout_s=30)) for _ in range(20)]
+    await raw.until_count(_queue.name, 21)
     await node.aclose()
     return await asyncio.gather(*jobs, return_exceptions=True)
 
@@ -46,7 +46,7 @@ async def test_a_lost_publish_is_repeated_under_its_id_only_where_the_caller_say
             first = await node.enter_async_context(FaultProxy(port))
             app = App("shop", broker=f"{first.url},{second.url}")
             async with app.publisher() as publisher:
-                ends = await lost(first, node, publisher, resend=resend)
+                ends = await lost(first, node, publisher, raw, resend=resend)
                 await publisher.publish(Note())
         ids = Counter(found.properties.message_id for found in await raw.take_all(_queue.name))
         assert len(ids) == 22, "a lost job"
@@ -67,7 +67,8 @@ async def test_a_batch_is_resent_and_a_deadline_ends_it(rabbit: Rabbit, raw: Raw
         async with app.publisher() as publisher:
             await publisher.publish(Note())
             link.freeze("down")
-            batch = asyncio.create_task(publisher.publish_many([Outgoing(Note(n), resend=True) for n in range(300)]))
+            jobs = [Outgoing(Note(n), resend=True) for n in range(300)]
+            batch = asyncio.create_task(publisher.publish_many(jobs, timeout_s=30))
             await asyncio.sleep(0.2)
             link.reset()
             link.thaw()

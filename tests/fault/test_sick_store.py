@@ -56,7 +56,8 @@ class SickStore:
 @pytest.fixture(params=["killed", "full", "hung", "slow"])
 async def store(request: pytest.FixtureRequest, redis_node: StartRedis) -> AsyncGenerator[SickStore]:
     """A store that is well."""
-    node = await redis_node()
+    # a server that syncs each second may answer before it has written to its file, while the disk is busy
+    node = await redis_node(conf={"appendfsync": "always"})
     async with FaultProxy(node.port) as link:
         yield SickStore(node, link, request.param)
 

@@ -373,9 +373,11 @@ class Sentinel(Node):
         return int(port)
 
     async def knows_all(self) -> bool:
-        """Return whether it knows the replicas and the other two."""
+        """Return whether it knows the other two, and two replicas that it could promote."""
         known = await self.command("SENTINEL", "MASTER", self.NAME)
-        return (int(known["num-slaves"]), int(known["num-other-sentinels"])) == (2, 2)
+        replicas = await self.command("SENTINEL", "REPLICAS", self.NAME)
+        follow = [one for one in replicas if one["flags"] == "slave" and one["master-link-status"] == "ok"]
+        return (len(follow), int(known["num-other-sentinels"])) == (2, 2)
 
     def _arguments(self) -> Sequence[str]:
         return ("--sentinel",)
