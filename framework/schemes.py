@@ -41,6 +41,7 @@ _SCHEMES = {
     "amqp": "leveret.brokers.rabbitmq",
     "amqps": "leveret.brokers.rabbitmq",
     "postgresql": "leveret.brokers.postgresql",
+    "postgres": "leveret.brokers.postgresql",
     "redis": "leveret.brokers.redis",
     "rediss": "leveret.brokers.redis",
     "redis+cluster": "leveret.brokers.redis",

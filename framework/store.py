@@ -161,6 +161,8 @@ class Store(Protocol):
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
         """Enter changes and progress, in order, in one transaction; a change that is late, or progress of another run, has no effect.
 
+        Progress of a publish without a change may have a transaction of its own.
+
         A change keeps what the record has of `body`, `created_ms` and, unless it begins a run, `started_ms`. It clears `progress` and
         `note` where it begins a run. The end of a publish clears `asked`; so does the start of a pass that follows an end.
         """

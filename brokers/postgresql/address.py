@@ -87,8 +87,8 @@ class Address(msgspec.Struct, frozen=True):
 def address_of(url: str) -> Address:
     """Return the address in `url`; ConfigurationError if it can't be read.
 
-    The form is postgresql://user:password@host1:5432,host2/db?schema=leveret&prepared=on, with libpq's parameters. What is left
-    out comes from libpq's environment variables, such as PGPASSWORD.
+    The form is postgresql://user:password@host1:5432,host2/db?schema=leveret&prepared=on, with libpq's parameters; postgres:// is
+    the same. What is left out comes from libpq's environment variables, such as PGPASSWORD.
     """
     shown = redact_url(url)
 
@@ -121,7 +121,8 @@ def address_of(url: str) -> Address:
         raise refused(f"has target_session_attrs={session}: it must be one of {', '.join(_SESSIONS)}")
     if "," in f"{hosts}{query.get('host', '')}":
         query.setdefault("target_session_attrs", "read-write")
-    return Address(parts._replace(query=urlencode(query)).geturl(), schema, prepared == "on")
+    dsn = parts._replace(scheme="postgresql", query=urlencode(query)).geturl()
+    return Address(dsn, schema, prepared == "on")
 
 
 async def connect(address: Address, timeout_s: float, *, prepared: bool, name: str) -> Connection:

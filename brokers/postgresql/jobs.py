@@ -17,7 +17,7 @@ from leveret.store import STAGES, Abort, Change, Key, Progress, Record, State, V
 from ..records import Watched, in_order, record_of
 from .address import Address
 from .link import Link, meaning_of
-from .records import RecordStatements, columns
+from .records import RecordStatements, columns, is_mixed
 
 if TYPE_CHECKING:
     from .link import Connection
@@ -50,7 +50,12 @@ class PostgresJobs:
         self._closed = False
 
     async def write(self, changes: Sequence[Change | Progress], /) -> None:
-        """As `Store.write`."""
+        """As `Store.write`. Progress of publishes without a change is written first: in one transaction it would lock out of order."""
+        if is_mixed(changes):
+            changed = {one.key for one in changes if isinstance(one, Change)}
+            if alone := [one for one in changes if one.key not in changed]:
+                await self.write(alone)
+                changes = [one for one in changes if one.key in changed]
 
         async def enter(connection: Connection) -> None:
             await self._sql.write(connection, changes)
@@ -205,4 +210,4 @@ class PostgresJobs:
 
 def _is_several(changes: Sequence[Change | Progress]) -> bool:
     """Whether it takes several statements to enter the changes."""
-    return len({change.publish for change in changes}) < len(changes) or len(set(map(type, changes))) > 1
+    return len({change.publish for change in changes}) < len(changes) or is_mixed(changes)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from leveret.store import Change, Progress, Verdict
 
 from ..records import ABRIDGED, COLUMNS, entry_of, storable, verdict_of
@@ -63,7 +65,11 @@ class RecordStatements:
         self.trim = sql("SELECT {schema}.trim_records($1)")
 
     async def write(self, connection: Connection, changes: Sequence[Change | Progress]) -> None:
-        """As `Store.write`, in the transaction of `connection`, if there is one."""
+        """As `Store.write`, in the transaction of `connection`, if there is one.
+
+        Progress of a publish without a change mustn't be among changes of others: `locking_first` can't order its lock.
+        """
+        changes = locking_first(changes)
         for places in rounds_of(changes):
             those = [(place, changes[place]) for place in places]
             if entered := [(place, one) for place, one in those if isinstance(one, Change)]:
@@ -107,6 +113,31 @@ def rounds_of(changes: Sequence[Change | Progress]) -> list[list[int]]:
             rounds.append([])
         rounds[count].append(place)
     return rounds
+
+
+def locking_first(changes: Sequence[Change | Progress]) -> Sequence[Change | Progress]:
+    """Return changes of which the first round locks all records in the order of their keys.
+
+    A round has one statement for changes and one for progress. If some publishes begin with a change and others with progress, a change
+    goes before that progress too. It is too late for every record, so it locks the record and has no other effect.
+    """
+    if not is_mixed(changes):
+        return changes
+    first = {one.key: one for one in reversed(changes)}
+    if not is_mixed(list(first.values())):
+        return changes
+    changed = {one.key: one for one in reversed(changes) if isinstance(one, Change)}
+    found: list[Change | Progress] = []
+    for one in changes:
+        if isinstance(one, Progress) and first[one.key] is one and (change := changed.get(one.key)):
+            found.append(msgspec.structs.replace(change, state="queued", passes=-1, result=None, body=None))
+        found.append(one)
+    return found
+
+
+def is_mixed(changes: Sequence[Change | Progress]) -> bool:
+    """Return whether there are both changes and progress."""
+    return len(set(map(type, changes))) > 1
 
 
 def columns(rows: Sequence[Sequence[Any]], count: int = 0) -> Sequence[Sequence[Any]]:

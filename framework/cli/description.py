@@ -17,7 +17,7 @@ from ..broker import Features
 from ..chain import bind
 from ..consuming.handler import Handler, check_limits
 from ..consuming.limits import Limits, limits_of
-from ..consuming.returns import check_kept
+from ..consuming.returns import check_results
 from ..cron.schedule import Schedule
 from ..errors import ConfigurationError
 from ..job import Queue
@@ -166,7 +166,7 @@ async def describe(app: App[Any], now: datetime) -> AppRecord:
     outbox = app.outbox_url()
     app.open_outbox(runtime)
     store = app.open_store(runtime)
-    check_kept([handler for handler in handlers if handler.spec.keep is not None], stored=store is not None)
+    check_results(handlers, stored=store is not None)
     broker = app.open_broker(runtime)
     try:
         features = broker.features()

@@ -14,17 +14,17 @@ from ..schemes import NO_STORE
 from .handler import Handler
 
 
-def check_kept(kept: Sequence[Handler], *, stored: bool) -> None:
-    """Raise ConfigurationError if one of these handlers, whose classes have `keep`, can't have its results kept. `stored`: there is a store."""
-    for handler in kept:
+def check_results(handlers: Sequence[Handler], *, stored: bool) -> None:
+    """Raise ConfigurationError for a handler that can't return the result of its job, or a result that nothing keeps. `stored`: there is a store."""
+    for handler in handlers:
         check_returns(handler)
-    if kept and not stored:
-        msg = f"handler {kept[0].name}: {kept[0].job_class.__name__} has keep=, but {NO_STORE}"
-        raise ConfigurationError(msg)
+        if handler.spec.keep is not None and not stored:
+            msg = f"handler {handler.name}: {handler.job_class.__name__} has keep=, but {NO_STORE}"
+            raise ConfigurationError(msg)
 
 
 def check_returns(handler: Handler) -> None:
-    """Raise ConfigurationError for a handler whose annotation surely isn't the result of its job; only for a class with `keep`.
+    """Raise ConfigurationError for a handler whose annotation surely isn't the result of its job: what it returns would bury each job.
 
     An annotation that is missing, can't be resolved or says little passes: each value is checked, too.
     """
@@ -39,7 +39,8 @@ def check_returns(handler: Handler) -> None:
     if not wrong:
         return
     if result is None:
-        fix = f"return None or an outcome, or derive {job} from Job[{_name(wrong[0])}]"
+        kept = "" if handler.spec.keep is not None else " with keep=Keep()"
+        fix = f"return None or an outcome, or derive {job} from Job[{' | '.join(map(_name, wrong))}]{kept}"
         msg = f"handler {handler.name} returns {_name(said)}, but {job} has no result; {fix}"
     else:
         msg = f"handler {handler.name} returns {_name(said)}, but the result of {job} is {_name(result)}; correct one of them"
@@ -62,7 +63,7 @@ def _fits(said: Any, result: Any) -> bool:
     if said is type(None):
         return result is None or any(_is_vague(one) or one is type(None) for one in _members(result))
     if result is None:
-        return _is_vague(said)
+        return _is_vague(said) or _may_be_none(said)
     return any(_is_vague(one) or _fits_one(said, one) for one in _members(result)) or _is_vague(said)
 
 
@@ -76,6 +77,14 @@ def _fits_one(said: Any, result: Any) -> bool:
     if said_class is not result_class or len(said_args) != len(result_args):
         return True
     return all(_fits(one, other) for one, other in zip(said_args, result_args, strict=True))
+
+
+def _may_be_none(said: Any) -> bool:
+    said_class: Any = typing.get_origin(said) or said
+    try:
+        return not isinstance(said_class, type) or isinstance(None, said_class)
+    except TypeError:  # a protocol
+        return True
 
 
 def _is_vague(kind: Any) -> bool:

@@ -20,6 +20,7 @@ from ..settings import redact_url
 from .consumer import Consumer
 from .handler import Handler, check_limits
 from .limits import Concurrency, limits_of
+from .returns import check_results
 from .settlement import Ended
 from .state import Watch, Worker
 
@@ -178,15 +179,12 @@ async def working(
 
 async def _recording(sender: Sender, broker: Broker, handlers: Sequence[Handler], runtime: Runtime) -> Recording | None:
     """Return what enters the jobs of `handlers` into the job store of `sender`; None if none of their classes has `keep`."""
-    kept = [handler for handler in handlers if handler.spec.keep is not None]
-    if not kept:
+    results = sender.results if any(handler.spec.keep is not None for handler in handlers) else None
+    check_results(handlers, stored=results is not None)
+    if results is None:
         return None
     from .recording import Recording
-    from .returns import check_kept
 
-    results = sender.results
-    check_kept(kept, stored=results is not None)
-    assert results is not None
     shared = is_sharing(broker) and broker.shares(results.store, results.recorder.note)
     recording = Recording(results.recorder, handlers, runtime, shared=shared)
     await results.recorder.check()

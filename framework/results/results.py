@@ -118,7 +118,8 @@ class KeptJobs(Generic[_R]):
         check_seconds("result(): timeout_s", timeout_s)
         self._results.check_open()
         try:
-            record = await answer_of(self._ended(job_id, publish), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                record = await self._ended(job_id, publish)
         except TimeoutError:
             trouble = self._results.waiter.trouble
             why = f", and the store doesn't answer: {trouble}" if trouble else "; handle.status() says how it is"

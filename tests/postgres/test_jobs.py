@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 import pytest_asyncio
 
@@ -14,7 +15,7 @@ from leveret.brokers.postgresql import open_store
 from leveret.errors import ConfigurationError, StoreUnavailable
 from leveret.runtime import Runtime
 from leveret.settings import Settings
-from leveret.store import Key, Store
+from leveret.store import Change, Key, Progress, Store
 from tests.cli.command import Project
 from tests.conftest import StartPostgres
 from tests.contract.store.changes import Publish
@@ -164,6 +165,61 @@ async def test_no_call_of_a_worker_or_waiter_reads_the_whole_table(postgres: Pos
     assert row["seq_scan"] <= 3  # one for each index that the migration made
     by_age = "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'records_seq'"
     assert (await postgres.query(by_age, url=url))[0]["idx_tup_read"] == 0  # it has every record
+
+
+def ends_after_progress(publishes: Sequence[Publish]) -> list[Change | Progress]:
+    """Return ends, of which some bring their last progress, as in a worker's turn."""
+    ends = [((one.at(1.0),) if place % 2 == 0 else ()) + (one.is_("done"),) for place, one in enumerate(publishes)]
+    return [each for end in reversed(ends) for each in end]
+
+
+def ends_beside_progress(publishes: Sequence[Publish]) -> list[Change | Progress]:
+    """Return ends, and progress of other jobs, as a worker writes them twice a second."""
+    return [one.at(0.5) if place % 2 == 0 else one.is_("done") for place, one in enumerate(publishes)]
+
+
+def progress_beside_ends(publishes: Sequence[Publish]) -> list[Change | Progress]:
+    """Return the same with an end as the first."""
+    return [one.at(0.5) if place % 2 else one.is_("done") for place, one in enumerate(publishes)]
+
+
+@pytest.mark.parametrize("changes_of", [ends_after_progress, ends_beside_progress, progress_beside_ends])
+async def test_records_are_locked_in_the_order_of_their_keys(
+    changes_of: Callable[[Sequence[Publish]], list[Change | Progress]], postgres: Postgres, url: str, store: Store
+) -> None:
+    """A worker's turn and a publisher's late `queued` would each wait for a record of the other's, until the server ends one of them."""
+    publishes = sorted((Publish() for _ in range(8)), key=lambda one: one.key)
+    await store.write([one.is_("running") for one in publishes])
+    holder = await asyncpg.connect(url)
+    async with holder.transaction():
+        await holder.execute("SELECT 1 FROM leveret.records WHERE job_id = $1 FOR UPDATE", publishes[0].key.job_id)
+
+        writing = asyncio.create_task(store.write(changes_of(publishes)))
+        waits = f"SELECT 1 FROM pg_stat_activity WHERE {holder.get_server_pid()} = ANY (pg_blocking_pids(pid))"
+        async with asyncio.timeout(PATIENCE_S):
+            while not await postgres.query(waits, url=url):
+                await asyncio.sleep(0.005)
+        free = await postgres.query("SELECT job_id FROM leveret.records FOR UPDATE SKIP LOCKED", url=url)
+    await writing
+    await holder.close()
+
+    assert {row[0] for row in free} == {one.key.job_id for one in publishes[1:]}
+
+
+async def test_an_end_with_progress_is_entered_without_an_earlier_record(store: Store) -> None:
+    """A job whose start the store missed would stay at the change that only locks its record, and its result would be lost."""
+    first, other = Publish(), Publish()
+    end = first.is_("done", passes=2, attempt=3, result=b"7", body=b"{}")
+
+    await store.write([other.is_("running"), first.at(1.0, passes=2, attempt=3), end])
+    found = await store.read([first.key, other.key])
+
+    record, beside = found
+    assert record is not None
+    assert (record.state, record.passes, record.attempt, record.result, record.body) == ("done", 2, 3, b"7", b"{}")
+    assert (record.created_ms, record.started_ms, record.progress) == (end.at_ms, None, None)
+    assert beside is not None
+    assert beside.state == "running"
 
 
 async def test_a_start_touches_no_index(postgres: Postgres, url: str, store: Store) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from leveret import schemes
 from leveret.errors import ConfigurationError
+from leveret.runtime import Runtime
 from leveret.schemes import broker_module
 
 
@@ -27,8 +28,25 @@ def test_a_scheme_that_nobody_serves_is_named_with_those_that_are() -> None:
 
     assert str(refused.value) == (
         "the broker's URL 'kafka://shop:***@db/shop' has no known scheme: neither leveret nor an installed package "
-        "has a broker for kafka://; a URL begins with one of amqp://, amqps://, postgresql://, redis://, rediss://, sqlite://, memory://"
+        "has a broker for kafka://; a URL begins with one of amqp://, amqps://, postgresql://, postgres://, redis://, rediss://, sqlite://, memory://"
     )
+
+
+async def test_the_short_scheme_of_postgresql_opens_all_that_a_url_is_for() -> None:
+    """A program whose host hands out postgres:// would have to rewrite the URL of its broker, store or outbox."""
+    url, runtime = "postgres://shop:pw@db.invalid/shop", Runtime(app="shop")
+    module = broker_module(url)
+    opened = [
+        module.open_broker(url, runtime),
+        module.open_admin(url, runtime),
+        schemes.open_store(url, runtime),
+        schemes.open_outbox(url, runtime),
+        schemes.open_outbox_admin(url, runtime),
+        schemes.open_migrator(url, runtime),
+    ]
+
+    assert {type(each).__module__.rpartition(".")[0] for each in opened} == {"leveret.brokers.postgresql"}
+    assert schemes.can_store(url)
 
 
 @pytest.mark.parametrize(("library", "extra"), schemes._EXTRAS.items())

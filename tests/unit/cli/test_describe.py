@@ -256,6 +256,7 @@ async def test_what_is_kept_of_a_job_and_where_is_shown() -> None:
 async def test_results_that_nothing_can_keep_are_refused_here() -> None:
     """A worker that can't start is noticed in the deploy, not before."""
     nowhere, wrong = App("shop", broker="amqp://rabbit.example/"), App("shop", broker="sqlite:///shop.db")
+    unkept = App("shop", broker="sqlite:///shop.db")
 
     @nowhere.handler
     async def count(job: Count) -> int:
@@ -265,10 +266,16 @@ async def test_results_that_nothing_can_keep_are_refused_here() -> None:
     async def count_wrong(job: Count) -> str:
         return ""
 
+    @unkept.handler
+    async def note(job: Note) -> int:
+        return job.n
+
     with pytest.raises(ConfigurationError, match="Count has keep=, but nothing keeps the results of jobs"):
         await describe(nowhere, NOW)
     with pytest.raises(ConfigurationError, match="returns str, but the result of Count is int"):
         await describe(wrong, NOW)
+    with pytest.raises(ConfigurationError, match="returns int, but Note has no result"):
+        await describe(unkept, NOW)
 
 
 async def test_schedules_show_their_next_slots_in_their_zone() -> None:

@@ -5,12 +5,13 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any, Never, NoReturn, Protocol, TypeVar, cast
 
 import msgspec
 import pytest
+from typing_extensions import TypeAliasType
 
 from leveret import Attempt, Bury, Done, Job, Keep, Outcome, Retry, Settings, Snooze
 from leveret.broker import Delivery
@@ -863,7 +864,7 @@ async def main():
 
 asyncio.run(main())
 print([name for name in sys.modules if "leveret.results" in name or name in
-       ("leveret.store", "leveret.consuming.recording", "leveret.consuming.returns", "leveret.brokers.memory.jobs")])
+       ("leveret.store", "leveret.consuming.recording", "leveret.brokers.memory.jobs")])
 """
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
 
@@ -928,6 +929,15 @@ class Mean(Job[float | None], name="image.mean", queue=images, keep=Keep()):
     """A job whose result may be None."""
 
 
+Nothing = TypeAliasType("Nothing", Retry | None)
+
+
+class Says(Protocol):
+    """None is one, to the type checkers."""
+
+    def __str__(self) -> str: ...
+
+
 class Names(Job[dict[str, list[int]]], name="image.names", queue=images, keep=Keep()):
     """A job with a generic result."""
 
@@ -943,6 +953,11 @@ class Names(Job[dict[str, list[int]]], name="image.names", queue=images, keep=Ke
         (Resize, ...),
         (Paint, None),
         (Paint, Outcome | None),
+        *((Plain, says) for says in (..., Any, object, None, NoReturn, Never, Retry, Outcome | None, Any | Bury)),
+        (Plain, TypeVar("T")),
+        (Plain, Nothing),
+        (Plain, Says),
+        (Plain, Hashable),
         (Mean, int),
         (Mean, None),
         (Mean, float | None),
@@ -959,10 +974,11 @@ async def test_an_annotation_that_may_be_the_result_passes(job: Any, returns: An
         pass
 
 
-async def test_an_annotation_that_cannot_be_resolved_passes() -> None:
+@pytest.mark.parametrize("job", [Resize, Plain])
+async def test_an_annotation_that_cannot_be_resolved_passes(job: Any) -> None:
     """A type that is imported for the checkers only would be refused, though every value of it is right."""
-    bench, handle = Bench(), annotated(Resize, "Nowhere")
-    bench.handler(job=Resize)(handle)
+    bench, handle = Bench(), annotated(job, "Nowhere")
+    bench.handler(job=job)(handle)
     async with bench.works():
         pass
 
@@ -981,7 +997,11 @@ async def test_an_annotation_that_cannot_be_resolved_passes() -> None:
             r"returns dict\[str, list\[str\]\], but the result of Names is dict\[str, list\[int\]\]",
         ),
         (Names, list[int], r"returns list\[int\]"),
-        (Paint, Thumbnail, r"Paint has no result; return None or an outcome, or derive Paint from Job\[Thumbnail\]"),
+        (Paint, Thumbnail, r"Paint has no result; return None or an outcome, or derive Paint from Job\[Thumbnail\]$"),
+        (Plain, int, r"returns int, but Plain has no result; .* derive Plain from Job\[int\] with keep=Keep\(\)$"),
+        (Plain, int | str | None, r"derive Plain from Job\[int \| str\] with keep=Keep\(\)$"),
+        (Plain, list[int], r"derive Plain from Job\[list\[int\]\] with keep=Keep\(\)$"),
+        (Plain, Retry | bool, r"returns leveret.outcome.Retry \| bool, but Plain has no result"),
     ],
 )
 async def test_an_annotation_that_cannot_be_the_result_is_refused_at_the_start(

@@ -234,6 +234,25 @@ async def test_no_result_waits_longer_than_its_time_limit(newest: bool) -> None:
     assert took_s < 4, "it waited for the store"
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+async def test_many_results_are_awaited_without_a_task_for_each(by_id: bool) -> None:
+    """Of ten thousand that time out together the last would be late by the time that it takes to end as many tasks."""
+    shop, count = Shop(), 50
+    async with shop.publisher() as publisher:
+        handles = [await published(shop, publisher, Measure()) for _ in range(count)]
+        if by_id:
+            handles = [publisher.handle(handle.job_id, Measure) for handle in handles]
+        before = asyncio.all_tasks()
+        waits = [asyncio.create_task(handle.result(timeout_s=60)) for handle in handles]
+        while sum(map(len, shop.store.questions)) < count:
+            await asyncio.sleep(0)
+        others = asyncio.all_tasks() - before - set(waits)
+        for wait in waits:
+            wait.cancel()
+
+    assert len(others) < count / 2
+
+
 async def test_a_time_out_says_that_the_store_is_down() -> None:
     """Somebody would look for a slow handler."""
     shop = Shop()
@@ -372,7 +391,7 @@ async def test_who_asks_is_replaced_when_all_tasks_are_cancelled(by_id: bool) ->
         own = publisher.handle(handle.job_id, Measure) if by_id else handle
         before = asyncio.all_tasks()
         waits = asyncio.create_task(own.result(timeout_s=30))
-        while len(theirs := asyncio.all_tasks() - before - {waits}) < 2:
+        while len(theirs := asyncio.all_tasks() - before) < 2:
             await asyncio.sleep(0)
         for task in theirs:
             task.cancel()

@@ -17,6 +17,14 @@ def test_leverets_own_parameters_are_taken_out_of_the_url() -> None:
     assert address_of("postgresql://db/shop") == Address("postgresql://db/shop", "leveret", prepared=True)
 
 
+def test_both_names_of_the_scheme_are_one_address() -> None:
+    """Hosted databases hand out postgres://. A broker and a store of one database would no longer share a transaction."""
+    address = address_of("postgres://shop:pw@db/shop?schema=jobs")
+
+    assert address == address_of("postgresql://shop:pw@db/shop?schema=jobs")
+    assert str(address) == "postgresql://shop:***@db/shop"
+
+
 @pytest.mark.parametrize(
     ("url", "attributes"),
     [
