@@ -42,7 +42,7 @@ class _Letters(Letters):
     def __init__(self, access: Access, store: Store, queue: Queue, taker: Taker) -> None:
         super().__init__(queue.name)
         self._access = access
-        self._evaluate, self._keys = store.evaluate, store.keys
+        self._keys = store.keys
         self._taker = taker
 
     async def _last(self) -> int:
@@ -55,7 +55,7 @@ class _Letters(Letters):
     async def _page(self, seen: int, last: int) -> list[tuple[Any, ...]]:
         async def claim(wire: Wire) -> list[bytes] | None:
             reader = self._taker.lease.id or 0
-            page: list[bytes] | None = await self._evaluate(
+            page: list[bytes] | None = await self._keys.evaluate(
                 wire, scripts.READ, [self._keys.read(reader)], reader, seen, last, PAGE
             )
             return page
@@ -73,7 +73,7 @@ class _Letters(Letters):
         async def take(wire: Wire) -> bool:
             reader = self._taker.lease.id or 0
             names = [self._keys.read(reader)]
-            return bool(await self._evaluate(wire, scripts.TAKE, names, reader, seq_bytes(seq), *added))
+            return bool(await self._keys.evaluate(wire, scripts.TAKE, names, reader, seq_bytes(seq), *added))
 
         taken: bool = await self._access.run(about, take)
         return taken
@@ -107,7 +107,7 @@ class RedisAdmin:
         async def read(wire: Wire) -> list[int]:
             workers = [int(worker) for worker in await wire.call("HKEYS", store.keys["workers"])]
             names = [*map(store.keys.held, workers), *map(store.keys.read, workers)]
-            counts: list[int] = await store.evaluate(wire, scripts.DEPTH, names)
+            counts: list[int] = await store.keys.evaluate(wire, scripts.DEPTH, names)
             return counts
 
         *counts, held, delayed, dead, known = await access.look(f"the read of queue {queue.name!r}", read)
@@ -162,7 +162,7 @@ class RedisAdmin:
         store, access = self._store(queue.name)
 
         async def delete(wire: Wire) -> tuple[int, int]:
-            count, more = await store.evaluate(wire, scripts.PURGE, [])
+            count, more = await store.keys.evaluate(wire, scripts.PURGE, [])
             return count, more
 
         purged, more = 0, 1
