@@ -12,12 +12,14 @@ import ssl
 from binascii import crc_hqx
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Literal, TypeAlias, final
+from contextlib import suppress
+from typing import Any, Final, Literal, TypeAlias, cast, final
 
 import msgspec
 
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError
 from leveret.runtime import Runtime
+from leveret.waits import first_of
 
 from .address import Address, Node, shown
 from .wire import Part, Refused, Wire
@@ -28,6 +30,8 @@ _OLDEST: Final = (7, 0)
 _WAITS_FOR_DISK: Final = (7, 2)
 """The first version that has WAITAOF."""
 _SLOTS: Final = 16384
+_SILENT_S: Final = 1.0
+"""A server that is silent to TLS for this long is asked whether it speaks without, seconds."""
 
 Meaning: TypeAlias = Literal["lost", "moved", "busy", "full", "blocked", "wrong"]
 """What an error says of the command and of the server:
@@ -124,6 +128,8 @@ class Link:
         """The servers of the cluster that were known last: those of the URL may be gone."""
         self._primary: Node | None = None
         self._asking = asyncio.Lock()
+        self._answered: Node | None = None
+        """The sentinel or node that said last where the servers are."""
         self._said: set[str] = set()
 
     @property
@@ -203,21 +209,48 @@ class Link:
         self, node: Node, user: str | None, password: str | None, name: str
     ) -> tuple[Wire, dict[bytes, Any]]:
         """Return a new connection, and what the server says of itself."""
-        host, port = node
-        tls = None if self.address.tls is None else self.address.tls.context()
-        _, wire = await asyncio.get_running_loop().create_connection(Wire, host, port, ssl=tls)
+        wire = await self._connect(node)
         words: list[Part] = ["HELLO", 3]
         if password is not None:
             words += ["AUTH", user or "default", password]
         words += ["SETNAME", re.sub(r"[^!-~]", "-", name)]
         try:
-            return wire, await wire.call(*words)
+            hello = await wire.call(*words)
+            if not isinstance(hello, dict):
+                msg = f"{shown(node)} answers HELLO 3 in an older protocol, as some proxies do; leveret needs Redis 7.0 or later, or Valkey"
+                raise ConfigurationError(msg)
+            return wire, cast("dict[bytes, Any]", hello)
         except BaseException as error:
             wire.close()
             if isinstance(error, Refused) and "unknown command" in str(error):
                 msg = f"{shown(node)} doesn't know the command HELLO; leveret needs Redis 7.0 or later, or Valkey"
                 raise ConfigurationError(msg) from error
             raise
+
+    async def _connect(self, node: Node) -> Wire:
+        (host, port), loop = node, asyncio.get_running_loop()
+        if self.address.tls is None:
+            _, wire = await loop.create_connection(Wire, host, port)
+        else:
+            opening = asyncio.ensure_future(loop.create_connection(Wire, host, port, ssl=self.address.tls.context()))
+            await first_of(opening, self._find_no_tls(node))
+            _, wire = opening.result()
+        return wire
+
+    async def _find_no_tls(self, node: Node) -> None:
+        """Raise ConfigurationError if a server that is silent to TLS answers without: it waits for the rest of a command."""
+        await asyncio.sleep(_SILENT_S)
+        host, port = node
+        with suppress(OSError):
+            _, wire = await asyncio.get_running_loop().create_connection(Wire, host, port)
+            try:
+                with suppress(Refused):  # it may want a password
+                    await wire.call("PING")
+            finally:
+                wire.close()
+            msg = f"{shown(node)} speaks no TLS; begin its URL with redis instead of rediss"
+            raise ConfigurationError(msg)
+        await asyncio.get_running_loop().create_future()  # the handshake says what is wrong, or takes too long
 
     async def _examine(self, wire: Wire, node: Node, hello: dict[bytes, Any]) -> None:
         """Find out whether the server can be used, and how durable it is."""
@@ -351,8 +384,14 @@ class Link:
         return self._slots[place][2]
 
     async def _ask_each(self, ask: Callable[[Node, Wire], Awaitable[bool]]) -> None:
-        """Ask sentinels or nodes of a cluster one after another, until one knows the answer."""
+        """Ask sentinels or nodes of a cluster one after another, until one knows the answer.
+
+        The one that knew it last is asked last: it may be wrong for as long as the others can't reach it.
+        """
         nodes = list(dict.fromkeys((*self._seen, *self.address.nodes)))
+        if self._answered in nodes:
+            first = nodes.index(self._answered) + 1
+            nodes = nodes[first:] + nodes[:first]
         errors: list[LeveretError] = []
         limit_s = self._runtime.settings.connect_timeout_s / len(nodes)
         for node in nodes:
@@ -361,6 +400,7 @@ class Link:
                     wire = await self._to_ask(node)
                     try:
                         if await ask(node, wire):
+                            self._answered = node
                             return
                     finally:
                         wire.close()
