@@ -11,18 +11,16 @@ import re
 import ssl
 from binascii import crc_hqx
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, Literal, TypeAlias, cast, final
-
-import msgspec
 
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError
 from leveret.runtime import Runtime
 from leveret.waits import first_of
 
 from .address import Address, Node, shown
-from .wire import Part, Refused, Wire
+from .wire import Part, Refused, Server, Wire
 
 log = logging.getLogger("leveret.redis")
 
@@ -83,27 +81,6 @@ def meaning_of(error: Exception) -> Meaning | None:
     return "lost" if isinstance(error, (OSError, EOFError, LeveretError)) else None  # TimeoutError is an OSError
 
 
-class Server(msgspec.Struct, frozen=True, kw_only=True):
-    """What a server said of itself; None for what it doesn't let us read."""
-
-    product: str
-    version: tuple[int, int]
-    aof: bool | None
-    """Whether it writes an append-only file."""
-    sync: str | None
-    """When it syncs that file: always (before it answers), everysec or no."""
-    policy: str | None
-    replicas: int | None
-
-    def __str__(self) -> str:
-        return f"{self.product} {self.version[0]}.{self.version[1]}"
-
-    @property
-    def syncs(self) -> bool:
-        """Whether each answer comes after the write is on the disk."""
-        return bool(self.aof and self.sync == "always")
-
-
 def tag_of(key: str) -> str:
     """Return the part of a key that decides on its slot."""
     found = re.search(r"\{([^}]+)\}", key)
@@ -134,8 +111,10 @@ class Link:
 
     @property
     def synced(self) -> bool:
-        """Whether the server that was connected to last syncs its disk before it answers."""
-        return self.server is not None and self.server.syncs
+        """Whether the server that was connected to last syncs its disk before it answers, and so do the others of a cluster."""
+        if self.server is None:
+            return False
+        return self.server.syncs and all(wire.server.syncs for wire in self._wires.values() if not wire.closed)
 
     @property
     def silence(self) -> str:
@@ -149,7 +128,18 @@ class Link:
         Raises ConfigurationError if waiting won't help, else BrokerUnavailable, within the setting `connect_timeout_s`.
         """
         tag = tag_of(key)
-        place = (await self._node(tag), tag if alone else "")
+        return await self._to((await self._node(tag), tag if alone else ""))
+
+    async def primaries(self) -> Sequence[Node]:
+        """Return the nodes of a cluster that have slots."""
+        await self._node("")
+        return self._seen
+
+    async def to(self, node: Node) -> Wire:
+        """Return the connection to a node of a cluster. Raises as `wire`."""
+        return await self._to((node, ""))
+
+    async def _to(self, place: tuple[Node, str]) -> Wire:
         found = self._wires.get(place)
         if found is not None and not found.closed:
             return found
@@ -270,12 +260,11 @@ class Link:
             await wire.call("SELECT", self.address.db)
         server = await self._settings(wire, _text(hello, b"server"), version)
         self._judge(server, node)
-        self.server = server
+        wire.server = self.server = server
 
     async def _settings(self, wire: Wire, product: str, version: tuple[int, int]) -> Server:
         found: dict[bytes, bytes] = {}
         told = await info(wire, "server", "memory", "persistence", "replication")
-        wire.server = told.get("run_id", "")
         try:
             found = await wire.call("CONFIG", "GET", "maxmemory-policy", "appendonly", "appendfsync")
         except Refused:  # a hosted server forbids CONFIG; INFO says a part of it
@@ -287,6 +276,7 @@ class Link:
         return Server(
             product=product.capitalize(),
             version=version,
+            run_id=told.get("run_id", ""),
             aof=None if aof is None else aof == b"yes",
             sync=None if sync is None else sync.decode(errors="replace"),
             policy=None if policy is None else policy.decode(errors="replace"),

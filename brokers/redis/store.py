@@ -20,7 +20,7 @@ from leveret.broker import PublisherState
 from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.runtime import Runtime
 
-from ..leases import Lease
+from ..leases import BEAT_S, LEASE_S, Lease
 from ..turns import UNDER_WAY, WINDOW, Claimed, OnLoop, Run, Taker, Turn, Turns, Window, Write
 from ..turns.writes import Again, Begin, Bury, Publish
 from . import scripts
@@ -48,6 +48,8 @@ _LEASE_BITS: Final = 48  # a number of Lua is exact to 53
 _BUSY_PAUSE_S: Final = 0.02
 _ROOM_S: Final = 1.0
 """How often a server without memory is asked whether it has some again, seconds."""
+_UNCONFIRMED_S: Final = 2.0
+"""How long a turn waits for a confirm if the one before got none, seconds; a file that is synced each second takes up to two."""
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -96,6 +98,8 @@ class Store(OnLoop):
         self._full: PublisherState | None = None
         """Since when the server has no memory for a job, or no replica that confirms it."""
         self._ask_for_room = 0.0
+        self._unconfirmed = False
+        """Whether the log said that nothing confirms jobs."""
 
     @property
     def publishing(self) -> PublisherState:
@@ -179,11 +183,11 @@ class Store(OnLoop):
     async def _examine(self, wire: Wire) -> None:
         """Find out on a new connection whether the scripts may do all that they do, before one of them fails in its middle."""
         names = [self.keys["probe"], self.keys["server"]]
-        wrong: bytes = await self.evaluate(wire, scripts.PROBE, names, wire.server)
+        wrong: bytes = await self.evaluate(wire, scripts.PROBE, names, wire.server.run_id)
         if wrong:
             msg = f"{self.turns.where}: the key {wrong.decode(errors='replace')}; choose another prefix=… in the URL"
             raise ConfigurationError(msg)
-        if self._wire is not None and (wire.server != self._wire.server or not wire.server):
+        if self._wire is not None and (wire.server.run_id != self._wire.server.run_id or not wire.server.run_id):
             self._doubtful = True
         self._wire, self._listens, self._tried = wire, False, False
         self._next_due = 0.0
@@ -283,7 +287,7 @@ class Store(OnLoop):
             if answer[0]:
                 gone: list[int] = answer[0]
                 return gone
-            if adds:
+            if adds and not self._alone:
                 self._full = None
             self._read(answer, turn, begins, wanted)
         for run in turn.calls:
@@ -335,25 +339,43 @@ class Store(OnLoop):
             window.maybe = len(entries) == free
 
     async def _wait_for_confirm(self, wire: Wire, turn: Turn) -> None:
-        """Wait for the disk or a replica. If neither confirms, what was added is in doubt; the rest of the turn counts."""
+        """Wait for the disk or a replica. If neither confirms, what was added is in doubt; the rest of the turn counts.
+
+        From then on each turn waits for some seconds only, until something is confirmed: jobs that end meanwhile are settled.
+        """
         adds = [write for write in turn.writes if isinstance(write, Publish | Again | Bury)]
-        until = time.monotonic() + TURN_S
+        until = time.monotonic() + (_UNCONFIRMED_S if self._unconfirmed else TURN_S)
         lacks = "no replica has" if self._link.address.confirm == "replica" else "its disk hasn't"
         why = self.turns.under_way = f"the server has it, and {lacks} confirmed it"
         try:
             while not await self._confirms(wire, 1000):
                 if time.monotonic() >= until or all(write.ended for write in adds):
                     self.turns.doubt(Turn(list[Write](adds), [], []), why)
+                    if not self._unconfirmed:
+                        self._unconfirmed = True
+                        self._said_by.warning(
+                            "%s confirms no jobs: %s; publishes end with PublishTimeout, and retries take some seconds longer",
+                            self.turns.where,
+                            why,
+                        )
                     self._full = self._blocked(why)
                     return
         finally:
             self.turns.under_way = UNDER_WAY
+        self._takes_jobs()
+
+    def _takes_jobs(self) -> None:
+        """Note that the server takes jobs, and that they are confirmed as the URL asks for."""
+        self._full = None
+        if self._unconfirmed:
+            self._unconfirmed = False
+            self._said_by.info("%s confirms jobs again", self.turns.where)
 
     async def _confirms(self, wire: Wire, limit_ms: int) -> bool:
         """Whether the last writes on `wire` are confirmed as the URL asks for."""
         if self._link.address.confirm == "replica":
             return bool(await self._ask(wire, "WAIT", 1, limit_ms) >= 1)
-        if self._link.server is not None and self._link.server.syncs:
+        if wire.server.syncs:
             return True
         return bool((await self._ask(wire, "WAITAOF", 1, 0, limit_ms))[0] >= 1)
 
@@ -372,7 +394,7 @@ class Store(OnLoop):
                 raise
             self._ask_for_room = time.monotonic() + _ROOM_S
         else:
-            self._full = None
+            self._takes_jobs()
 
     def _blocked(self, why: str) -> PublisherState:
         self._ask_for_room = time.monotonic() + _ROOM_S
@@ -406,8 +428,20 @@ class Store(OnLoop):
         for taker in self.turns.takers.all:
             if taker.lease.id in lost:
                 self._held.pop(taker.lease, None)
-                self.turns.takers.expired(taker)
+                self._lose(taker)
         self._told = True
+
+    def _lose(self, taker: Taker) -> None:
+        takers = self.turns.takers
+        if time.monotonic() - takers.next_beat + BEAT_S >= LEASE_S:
+            takers.expired(taker)
+            return
+        self._said_by.warning(
+            "the lease on %s is gone although its beats arrived: somebody deleted its keys (FLUSHALL?), a fail-over or a restart lost them, "
+            "or this machine was suspended; the jobs that it held are delivered again if the server still has them",
+            self.turns.where,
+        )
+        takers.lose(taker)
 
     def _failed(self, error: Exception, turn: Turn | None, wire: Wire | None, *, called: bool) -> None:
         """End a turn that failed, by what its error means."""
