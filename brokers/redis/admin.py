@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -16,12 +17,12 @@ from ..letters import PAGE, Letters
 from ..rows import Row
 from ..turns import Access, Taker
 from . import scripts
-from .address import Address
+from .address import Address, Node, shown
 from .entries import read, seq_bytes, tail_of
 from .keys import LEVEL_NAMES, LEVEL_NUMBERS
 from .link import Link, info
 from .store import Store
-from .wire import Wire
+from .wire import Server, Wire
 
 log = logging.getLogger("leveret.redis")
 
@@ -129,23 +130,40 @@ class RedisAdmin:
         """As `Admin.delayed`; returns None, since `depths` counts the delayed jobs of each queue."""
 
     async def notes(self) -> list[str]:
-        """As `Admin.notes`: what of the server may lose jobs, or stop it from taking more."""
+        """As `Admin.notes`: what of a server may lose jobs, or stop it from taking more. What isn't so on all nodes of a cluster names those."""
 
-        async def read(wire: Wire) -> dict[str, str]:
-            return await info(wire, "memory", "persistence", "replication")
+        async def read(wire: Wire) -> list[tuple[str, list[str]]]:
+            if self._link.address.kind != "cluster":
+                return [("", await self._said_by(wire))]
+            nodes = await self._link.primaries()
+            return list(zip(map(shown, nodes), await asyncio.gather(*map(self._said_at, nodes)), strict=True))
 
         _, access = self._store("notes")
-        told = await access.look("the read of the server", read)
-        return [*self._durability(told), *_memory(told)]
+        servers = await access.look("the read of the server", read)
+        said: dict[str, list[str]] = {}
+        for name, notes in servers:
+            for note in notes:
+                said.setdefault(note, []).append(name)
+        return [note if len(names) == len(servers) else f"{', '.join(names)}: {note}" for note, names in said.items()]
 
-    def _durability(self, told: dict[str, str]) -> list[str]:
+    async def _said_at(self, node: Node) -> list[str]:
+        try:
+            async with asyncio.timeout(self._runtime.settings.connect_timeout_s / 2):
+                return await self._said_by(await self._link.to(node))
+        except (BrokerUnavailable, OSError) as error:
+            return [f"the server can't be asked: {error or 'no answer in time'}"]
+
+    async def _said_by(self, wire: Wire) -> list[str]:
+        told = await info(wire, "memory", "persistence", "replication")
+        return [*self._durability(told, wire.server), *_memory(told)]
+
+    def _durability(self, told: dict[str, str], server: Server) -> list[str]:
         notes: list[str] = []
         confirm = self._link.address.confirm
         if told.get("aof_enabled") == "0":
             notes.append("the server writes no append-only file: a restart of it loses jobs")
-        elif confirm == "memory" and not self._link.synced:
-            sync = None if self._link.server is None else self._link.server.sync
-            notes.append(f"a power cut of the server loses {_LOST_BY_SYNC[sync]}")
+        elif confirm == "memory" and not server.syncs:
+            notes.append(f"a power cut of the server loses {_LOST_BY_SYNC[server.sync]}")
         if confirm == "replica" and told.get("connected_slaves") == "0":
             notes.append("the server has no replica now: with confirm=replica no job is confirmed until one has it")
         for name, what in (

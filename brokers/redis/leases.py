@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
+import time
 from collections.abc import Sequence
 from typing import Final, final
 
-from ..leases import Lease
-from ..turns import Claimed, Turn, Turns
+from ..leases import BEAT_S, LEASE_S, Lease
+from ..turns import Claimed, Taker, Turn, Turns
 from . import scripts
 from .entries import seq_bytes, seq_of
 from .keys import Keys
@@ -20,9 +22,10 @@ _LEASE_BITS: Final = 48  # a number of Lua is exact to 53
 class Leases:
     """The leases of the takers of `turns`, as far as this process knows."""
 
-    def __init__(self, turns: Turns, keys: Keys) -> None:
+    def __init__(self, turns: Turns, keys: Keys, said_by: logging.Logger) -> None:
         self._turns = turns
         self._keys = keys
+        self._said_by = said_by
         self.doubtful = False
         """Whether the server may hold other jobs for our leases than we know: an answer was lost, or it is another server."""
         self.term = 0
@@ -113,4 +116,16 @@ class Leases:
         for taker in self._turns.takers.all:
             if taker.lease.id in gone:
                 self._held.pop(taker.lease, None)
-                self._turns.takers.expired(taker)
+                self._lose(taker)
+
+    def _lose(self, taker: Taker) -> None:
+        takers = self._turns.takers
+        if time.monotonic() - takers.next_beat + BEAT_S >= LEASE_S:
+            takers.expired(taker)
+            return
+        self._said_by.warning(
+            "the lease on %s is gone although its beats arrived: somebody deleted its keys (FLUSHALL?), a fail-over or a restart lost them, "
+            "or this machine was suspended; the jobs that it held are delivered again if the server still has them",
+            self._turns.where,
+        )
+        takers.lose(taker)

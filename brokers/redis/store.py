@@ -71,8 +71,8 @@ class Store(OnLoop):
         self._listens = False
         """Whether notices arrive. If they don't, polling finds what is new."""
         self._tried = False
-        self._leases = Leases(self.turns, self.keys)
-        self._confirming = Confirming(link, self.keys, self.turns, runtime.clock)
+        self._leases = Leases(self.turns, self.keys, said_by)
+        self._confirming = Confirming(link, self.keys, self.turns, runtime.clock, said_by)
         self._of: tuple[tuple[int, bool], ...] | None = None
         self._packed = (b"", 0)
         """The packed keys for the takers `_of`."""
@@ -153,11 +153,11 @@ class Store(OnLoop):
     async def _examine(self, wire: Wire) -> None:
         """Find out on a new connection whether the scripts may do all that they do, before one of them fails in its middle."""
         names = [self.keys["probe"], self.keys["server"]]
-        wrong: bytes = await self.keys.evaluate(wire, scripts.PROBE, names, wire.server)
+        wrong: bytes = await self.keys.evaluate(wire, scripts.PROBE, names, wire.server.run_id)
         if wrong:
             msg = f"{self.turns.where}: the key {wrong.decode(errors='replace')}; choose another prefix=… in the URL"
             raise ConfigurationError(msg)
-        if self._wire is not None and (wire.server != self._wire.server or not wire.server):
+        if self._wire is not None and (wire.server.run_id != self._wire.server.run_id or not wire.server.run_id):
             self._leases.doubtful = True
         self._wire, self._listens, self._tried = wire, False, False
         self._next_due = 0.0
@@ -213,7 +213,7 @@ class Store(OnLoop):
             if answer[0]:
                 gone: list[int] = answer[0]
                 return gone
-            if adds:
+            if adds and not self._alone:
                 self._confirming.blocked = None
             self._read(answer, turn, begins, wanted)
         for run in turn.calls:

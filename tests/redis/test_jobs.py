@@ -241,6 +241,35 @@ async def test_no_answer_is_larger_than_some_megabytes(redis: Server, store: Sto
     assert await calls_of(redis, "evalsha") >= before + 3
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [("RPUSH", "theirs"), ("SET", "its number"), ("SETRANGE", 82, "theirs")],  # behind the head of 82 bytes
+    ids=["another type", "a short text", "a text that is none of ours"],
+)
+async def test_a_record_that_cannot_be_read_hides_no_other(
+    spoil: tuple[str | int, ...], redis: Server, prefix: str, store: Store
+) -> None:
+    """One key that somebody else wrote would end each wait that is asked for with it, and `leveret jobs list`."""
+    spoiled, good = Publish(), Publish()
+    await store.write([spoiled.is_("running"), good.is_("running")])
+    verb, *rest = spoil
+    name = f"{prefix}:{{jobs:0}}:r:{spoiled.key.job_id}"
+    if verb != "SETRANGE":
+        await redis.command("DEL", name)
+    number = spoiled.key.publish.to_bytes(8, "big", signed=True)
+    await redis.command(verb, name, *(number if word == "its number" else word for word in rest))
+
+    assert [record and record.key for record in await store.read([spoiled.key, good.key])] == [None, good.key]
+    assert [record.key for record in await store.list(limit=9)] == [good.key]
+    assert [record.key for record in await store.list(queue=(await read(store, good)).queue, limit=9)] == [good.key]
+    assert list(await store.asked([spoiled.key, good.key])) == []
+    assert list(await store.begin([good.is_("running"), spoiled.is_("running")])) == ["go", "go"]
+    await store.write([spoiled.is_("done", result=b"1"), good.is_("done")])
+
+    assert {record.key for record in await store.ended([spoiled.key, good.key])} == {spoiled.key, good.key}
+    assert (await read(store, spoiled)).result == b"1"
+
+
 async def test_a_full_server_takes_no_states_and_still_answers(redis_node: StartRedis) -> None:
     """A store that is full can't even be emptied, or says nothing of it."""
     node = await redis_node()
