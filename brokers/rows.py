@@ -28,22 +28,6 @@ COLUMNS: Final = (
 )  # fmt: skip
 """The columns that `unpack` takes, in their order. A `Row` has one more, after the level: when the job is due, or when it was buried."""
 
-
-class Letter:
-    """A row of a table of dead letters, as an admin hands it out. Each table has a class for its own, so that no other admin takes it."""
-
-    __slots__ = ("envelope", "seq")
-
-    def __init__(self, seq: int, envelope: Envelope) -> None:
-        self.seq = seq
-        self.envelope = envelope
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.envelope.job_id
-
-
 _PRIORITIES: Final[Mapping[object, Priority]] = {priority.value: priority for priority in Priority}
 
 # Types that a foreign producer's headers may hold and JSON doesn't have.

@@ -79,7 +79,7 @@ class Admin(Protocol):
         """Delete the waiting jobs of `queue`, on all levels, and return how many. Delayed, unsettled and dead jobs stay."""
         ...
 
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters]:
         """Open the dead letters of `queue`; until closed, the letters read so far are hidden from everyone else.
 
         RabbitMQ hides some more: the reader takes letters ahead.
@@ -110,7 +110,7 @@ class OutboxAdmin(Protocol):
         """Return a row for each queue that has jobs or dead letters in the outbox, by name."""
         ...
 
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters]:
         """Open the outbox's dead letters of `queue`. A replay puts a letter back into the outbox. They aren't hidden from anybody."""
         ...
 

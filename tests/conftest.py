@@ -3,15 +3,16 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from typing import Protocol, TypeVar
 
 import pytest
 import pytest_asyncio
 import trustme
 from hypothesis import settings
 
-from tests.nodes import Unavailable, absent
+from tests.nodes import Server, Unavailable, absent, ours
 from tests.postgres import node as postgresql
 from tests.rabbit.cluster import Cluster
 from tests.rabbit.network import NoNetwork
@@ -91,62 +92,81 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+class Startable(Protocol):
+    """A server, or a cluster of some."""
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+_F = TypeVar("_F")
+_S = TypeVar("_S", bound=Startable)
+
+
+def _found(find: Callable[[], _F]) -> _F:
+    try:
+        return find()
+    except Unavailable as error:
+        absent(str(error))
+
+
+@contextmanager
+def _running(server: _S) -> Generator[_S]:
+    """Start the server, if it is ours, and end it in the end."""
+    try:
+        if not (isinstance(server, Server) and server.why_no_levers):
+            asyncio.run(server.start())
+        yield server
+    finally:
+        asyncio.run(server.close())
+
+
+async def _start(node: _S, started: AsyncExitStack) -> _S:
+    started.push_async_callback(node.close)
+    await node.start()
+    return node
+
+
 @pytest.fixture(scope="session")
 def rabbit_found() -> Rabbit | Installation:
     """What there is to run on, looked up once; none fails with CI=true, and otherwise skips and says what would help."""
-    try:
-        return find_rabbit()
-    except Unavailable as error:
-        absent(str(error))
+    return _found(find_rabbit)
 
 
 @pytest.fixture(scope="session")
 def rabbit(rabbit_found: Rabbit | Installation) -> Generator[Rabbit]:
     """The session's broker: shared, so use queue names of your own, and leave it running."""
-    shared = Node(rabbit_found) if isinstance(rabbit_found, Installation) else rabbit_found
-    try:
-        if isinstance(shared, Node):
-            asyncio.run(shared.start())
+    with _running(Node(rabbit_found) if isinstance(rabbit_found, Installation) else rabbit_found) as shared:
         yield shared
-    finally:
-        asyncio.run(shared.close())
 
 
 @pytest_asyncio.fixture
 async def rabbit_node(rabbit_found: Rabbit | Installation) -> AsyncGenerator[StartNode]:
     """Start nodes of the test's own, to kill, pause and fill; skips where the broker isn't ours to run."""
-    started: list[Node] = []
+    async with AsyncExitStack() as started:
 
-    async def start(
-        *, conf: Mapping[str, str] | None = None, advanced: Mapping[str, int] | None = None, plugins: Sequence[str] = ()
-    ) -> Node:
-        if not isinstance(rabbit_found, Installation):
-            pytest.skip(rabbit_found.why_no_levers)
-        node = Node(rabbit_found, conf=conf, advanced=advanced, plugins=plugins)
-        started.append(node)
-        await node.start()
-        return node
+        async def start(
+            *,
+            conf: Mapping[str, str] | None = None,
+            advanced: Mapping[str, int] | None = None,
+            plugins: Sequence[str] = (),
+        ) -> Node:
+            return await _start(Node(ours(rabbit_found), conf=conf, advanced=advanced, plugins=plugins), started)
 
-    yield start
-    for node in started:
-        await node.close()
+        yield start
 
 
 @pytest.fixture(scope="session")
 def shared_cluster(rabbit_found: Rabbit | Installation) -> Generator[Cluster]:
     """The session's cluster of three nodes; use `cluster`, which mends what a test leaves broken."""
-    if not isinstance(rabbit_found, Installation):
-        pytest.skip(rabbit_found.why_no_levers)
-    shared = Cluster(rabbit_found)
     try:
-        asyncio.run(shared.start())
-        yield shared
+        with _running(Cluster(ours(rabbit_found))) as shared:
+            yield shared
     except NoNetwork as error:
         if os.geteuid() != 0:
             pytest.skip(str(error))
         absent(str(error))
-    finally:
-        asyncio.run(shared.close())
 
 
 @pytest_asyncio.fixture
@@ -167,25 +187,18 @@ async def raw(rabbit: Rabbit) -> AsyncGenerator[Raw]:
 @pytest.fixture(scope="session")
 def postgres_found() -> postgresql.Found:
     """What there is to run on, looked up once; none fails with CI=true, and otherwise skips and says what would help."""
-    try:
-        return postgresql.find_postgres()
-    except Unavailable as error:
-        absent(str(error))
+    return _found(postgresql.find_postgres)
 
 
 @pytest.fixture(scope="session")
 def postgres(postgres_found: postgresql.Found) -> Generator[postgresql.Postgres]:
     """The session's server: shared, so use a `database` of your own, and leave it running. It syncs nothing to the disk."""
     if isinstance(postgres_found, postgresql.Postgres):
-        shared = postgres_found
+        found = postgres_found
     else:
-        shared = postgresql.Node(postgres_found, conf={"fsync": "off", "full_page_writes": "off"})
-    try:
-        if isinstance(shared, postgresql.Node):
-            asyncio.run(shared.start())
+        found = postgresql.Node(postgres_found, conf={"fsync": "off", "full_page_writes": "off"})
+    with _running(found) as shared:
         yield shared
-    finally:
-        asyncio.run(shared.close())
 
 
 @pytest_asyncio.fixture
@@ -212,69 +225,41 @@ async def postgres_node(
     postgres_found: postgresql.Found,
 ) -> AsyncGenerator[StartPostgres]:
     """Start servers of the test's own, to kill, pause and copy; skips where the server isn't ours to run."""
-    started: list[postgresql.Node] = []
+    async with AsyncExitStack() as started:
 
-    async def start(*, conf: Mapping[str, str | int] | None = None, clock: bool = False) -> postgresql.Node:
-        if isinstance(postgres_found, postgresql.Postgres):
-            pytest.skip(postgres_found.why_no_levers)
-        node = postgresql.Node(postgres_found, conf=conf, clock=clock)
-        started.append(node)
-        await node.start()
-        return node
+        async def start(*, conf: Mapping[str, str | int] | None = None, clock: bool = False) -> postgresql.Node:
+            return await _start(postgresql.Node(ours(postgres_found), conf=conf, clock=clock), started)
 
-    yield start
-    for node in started:
-        await node.close()
+        yield start
 
 
 @pytest.fixture(scope="session")
 def redis_found() -> redises.Found:
     """What there is to run on, looked up once; none fails with CI=true, and otherwise skips and says what would help."""
-    try:
-        return redises.find_redis()
-    except Unavailable as error:
-        absent(str(error))
+    return _found(redises.find_redis)
 
 
 @pytest.fixture(scope="session")
 def redis(redis_found: redises.Found) -> Generator[redises.Server]:
     """The session's server: shared, so use queue names of your own, and leave it running."""
-    shared = redis_found if isinstance(redis_found, redises.Server) else redises.Node(redis_found)
-    try:
-        if isinstance(shared, redises.Node):
-            asyncio.run(shared.start())
+    with _running(redis_found if isinstance(redis_found, redises.Server) else redises.Node(redis_found)) as shared:
         yield shared
-    finally:
-        asyncio.run(shared.close())
 
 
 @pytest.fixture(scope="session")
 def redis_cluster(redis_found: redises.Found) -> Generator[redises.Cluster]:
     """The session's cluster of three: shared, so use queue names of your own, and leave it running."""
-    if isinstance(redis_found, redises.Server):
-        pytest.skip(redis_found.why_no_levers)
     # a node that a case holds up for some seconds isn't gone
-    shared = redises.Cluster(redis_found, conf={"cluster-node-timeout": 60_000})
-    try:
-        asyncio.run(shared.start())
+    with _running(redises.Cluster(ours(redis_found), conf={"cluster-node-timeout": 60_000})) as shared:
         yield shared
-    finally:
-        asyncio.run(shared.close())
 
 
 @pytest_asyncio.fixture
 async def redis_node(redis_found: redises.Found) -> AsyncGenerator[StartRedis]:
     """Start servers of the test's own, to kill, pause and copy; skips where the server isn't ours to run."""
-    started: list[redises.Node] = []
+    async with AsyncExitStack() as started:
 
-    async def start(*, conf: redises.Conf | None = None, authority: trustme.CA | None = None) -> redises.Node:
-        if isinstance(redis_found, redises.Server):
-            pytest.skip(redis_found.why_no_levers)
-        node = redises.Node(redis_found, conf=conf, authority=authority)
-        started.append(node)
-        await node.start()
-        return node
+        async def start(*, conf: redises.Conf | None = None, authority: trustme.CA | None = None) -> redises.Node:
+            return await _start(redises.Node(ours(redis_found), conf=conf, authority=authority), started)
 
-    yield start
-    for node in started:
-        await node.close()
+        yield start

@@ -43,6 +43,47 @@ def absent(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+class Server:
+    """A server for tests: `url` always works; the levers work only if the tests own the process."""
+
+    def __init__(self, url: str, *, why_no_levers: str = "") -> None:
+        self.url = url
+        self.why_no_levers = why_no_levers
+
+    def _no_lever(self) -> NoReturn:
+        pytest.skip(self.why_no_levers)
+
+    async def start(self) -> None:
+        """Start the server with its old data, and return once it answers. A running server is left alone."""
+        self._no_lever()
+
+    async def stop(self) -> None:
+        """Stop the server as an administrator would; kill it after 60 s."""
+        self._no_lever()
+
+    async def kill9(self) -> None:
+        """End the server at once: none of its code runs. Its data stays for the next `start`."""
+        self._no_lever()
+
+    def pause(self) -> None:
+        """Hang the server: connections stay up, and nothing answers."""
+        self._no_lever()
+
+    def resume(self) -> None:
+        """End `pause`."""
+        self._no_lever()
+
+    async def close(self) -> None:
+        """End all processes that were started for the server."""
+
+
+def ours(found: Server | T) -> T:
+    """Return the programs that were found to run servers of; skip the test if it is a server that isn't ours."""
+    if isinstance(found, Server):
+        pytest.skip(found.why_no_levers)
+    return found
+
+
 @dataclass(frozen=True)
 class Installation:
     """A server's programs, which can be run as child processes."""

@@ -123,7 +123,7 @@ class MemoryAdmin:
             self._contents.changed()
         return count
 
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters]:
         """As `Admin.dead`; jobs that are buried while the dead letters are open aren't read."""
         return _Letters(self._contents, queue.name)
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, TypeAlias, final
 
 import asyncpg
 
-from leveret.admin import DeadLetter, DeadLetters, Depth
-from leveret.envelope import Envelope
-from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.admin import DeadLetters, Depth
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from ..rows import Letter, Row, packed, unpack
-from ..turns import Close, Look, Open, Run, Taker, Write
+from ..letters import PAGE, Letters
+from ..rows import Row
+from ..turns import Access, Taker
 from .address import Address
 from .schema import in_schema
 from .statements import LEVEL_NAMES, READ, Statements, columns
@@ -26,10 +24,8 @@ from .store import Store
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
-T = TypeVar("T")
 log = logging.getLogger("leveret.postgresql")
 
-_PAGE = 100
 _PURGED_AT_ONCE = 5000
 _LEVELS = f"ARRAY[{', '.join(map(str, LEVEL_NAMES))}]::smallint[]"
 
@@ -84,99 +80,51 @@ FROM pg_stat_replication WHERE backend_xmin IS NOT NULL AND age(backend_xmin) > 
 ORDER BY 2 NULLS LAST LIMIT 5
 """
 _ROWS_KEPT = "SELECT sum(n_dead_tup)::bigint FROM pg_stat_all_tables WHERE schemaname = $1"
-_LAST_DEAD = "SELECT max(seq) FROM {schema}.dead WHERE queue = $1"
+_LAST_DEAD = "SELECT coalesce(max(seq), 0) FROM {schema}.dead WHERE queue = $1"
 _TAKE_DEAD = "DELETE FROM {schema}.dead WHERE queue = $1 AND seq = $2 AND reader = $3"
 
 
 @final
-class _Letter(Letter):
-    """A row of `dead` that a reader holds."""
-
-    __slots__ = ()
-
-
-@final
-class _Letters:
+class _Letters(Letters):
     """The dead letters of one queue, claimed page by page under a separate lease."""
 
+    store = "the PostgreSQL broker"
+
     def __init__(self, admin: PostgresAdmin, queue: Queue, taker: Taker) -> None:
+        super().__init__(queue.name)
         self._admin = admin
-        self._queue = queue.name
         self._taker = taker
 
-    def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        return self._pages()
+    async def _last(self) -> int:
+        async def read(connection: Connection) -> int:
+            found: int = await connection.fetchval(self._admin.sql(_LAST_DEAD), self.queue)
+            return found
 
-    async def _pages(self) -> AsyncIterator[DeadLetter]:
-        # jobs buried later aren't read: a replay that fails at once would be read again and again
-        last: int | None = await self._admin.run("the dead letters", self._last)
-        seen = 0
-        while last is not None:
-            page = await self._admin.run("the dead letters", self._claim(seen, last))
-            for row in page:
-                yield _Letter(row[0], unpack(row[1:])[0])
-            if len(page) < _PAGE:
-                return
-            seen = page[-1][0]
+        last: int = await self._admin.access.run("the dead letters", read)
+        return last
 
-    async def _last(self, connection: Connection) -> int | None:
-        found: int | None = await connection.fetchval(self._admin.sql(_LAST_DEAD), self._queue)
-        return found
-
-    def _claim(self, seen: int, last: int) -> Callable[[Connection], Awaitable[list[asyncpg.Record]]]:
+    async def _page(self, seen: int, last: int) -> list[asyncpg.Record]:
         async def claim(connection: Connection) -> list[asyncpg.Record]:
             reader = self._taker.lease.id
-            rows = await connection.fetch(self._admin.sql(_PAGE_OF_DEAD), reader, self._queue, seen, last, _PAGE)
+            rows = await connection.fetch(self._admin.sql(_PAGE_OF_DEAD), reader, self.queue, seen, last, PAGE)
             return sorted(rows, key=lambda row: int(row[0]))
 
-        return claim
+        page: list[asyncpg.Record] = await self._admin.access.run("the dead letters", claim)
+        return page
 
-    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """As `DeadLetters.replay`, in one transaction. BrokerUnavailable if the lease was lost meanwhile; then nothing is published."""
-        await self._take(letter, f"the replay of job {envelope.job_id}", packed(letter.envelope.queue, envelope, None))
-
-    async def drop(self, letter: DeadLetter) -> None:
-        """As `DeadLetters.drop`."""
-        await self._take(letter, f"the drop of job {letter.envelope.job_id}", None)
-
-    async def _take(self, letter: DeadLetter, about: str, row: Row | None) -> None:
-        if not isinstance(letter, _Letter):
-            msg = f"replay() and drop() take a dead letter of the PostgreSQL broker, not {letter!r}"
-            raise TypeError(msg)
-        seq, admin = letter.seq, self._admin
+    async def _take(self, seq: int, about: str, job: Row | None) -> bool:
+        admin = self._admin
 
         async def take(connection: Connection) -> bool:
-            taken = await connection.execute(admin.sql(_TAKE_DEAD), self._queue, seq, self._taker.lease.id)
+            taken = await connection.execute(admin.sql(_TAKE_DEAD), self.queue, seq, self._taker.lease.id)
             if taken != "DELETE 1":
                 return False
-            if row is not None:
-                await connection.execute(admin.statements.add_jobs, *columns([row], 0.0))
+            if job is not None:
+                await connection.execute(admin.statements.add_jobs, *columns([job], 0.0))
             return True
 
-        if not await admin.run(about, take):
-            msg = f"{about} wasn't done: this reader no longer holds the dead letter; read it again"
-            raise BrokerUnavailable(msg, job_id=letter.envelope.job_id)
-
-
-@final
-class _Open(AbstractAsyncContextManager[DeadLetters, None]):
-    """Holds the dead letters of a queue for the time of a `with` block."""
-
-    def __init__(self, admin: PostgresAdmin, queue: Queue) -> None:
-        self._admin = admin
-        self._queue = queue
-        self._taker = Taker()
-
-    async def __aenter__(self) -> DeadLetters:
-        try:
-            await self._admin.hold(self._taker)
-        except BaseException:
-            await self._admin.release(self._taker, self._queue)
-            raise
-        return _Letters(self._admin, self._queue, self._taker)
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._admin.release(self._taker, self._queue)
+        taken: bool = await admin.access.run(about, take)
+        return taken
 
 
 @final
@@ -189,27 +137,13 @@ class PostgresAdmin:
 
     def __init__(self, address: Address, runtime: Runtime) -> None:
         self._address = address
-        self._runtime = runtime
         self._store = Store(address, runtime, name="leveret admin", patient=False)
+        self.access = Access(self._store.turns, runtime, log)
         self.statements = Statements(address.schema)
 
     def sql(self, text: str) -> str:
         """Return a statement for the schema."""
         return in_schema(self._address.schema, text)
-
-    async def run(self, about: str, call: Callable[[Connection], Awaitable[T]]) -> T:
-        """Run `call` in a transaction that writes."""
-        result: T = await self._run(Run(about=about, call=call, deadline=self._deadline()))
-        return result
-
-    async def _run(self, write: Write) -> Any:
-        try:
-            return await self._store.turns.run(write)
-        except PublishTimeout as error:
-            raise BrokerUnavailable(str(error)) from error
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self._runtime.settings.connect_timeout_s
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
         """As `Admin.depths`; no lock of a row stops the read. The jobs of a dead worker count as unsettled until another worker runs."""
@@ -217,7 +151,7 @@ class PostgresAdmin:
         async def read(connection: Connection) -> list[Depth]:
             return [await self._read(connection, queue) for queue in queues]
 
-        rows: list[Depth] = await self._run(Look(about="the read of the queues", call=read, deadline=self._deadline()))
+        rows: list[Depth] = await self.access.look("the read of the queues", read)
         return rows
 
     async def _read(self, connection: Connection, queue: Queue) -> Depth:
@@ -264,9 +198,7 @@ class PostgresAdmin:
                 for who, since in holders
             ]
 
-        notes: list[str] = await self._run(
-            Look(about="the read of what holds vacuum back", call=read, deadline=self._deadline())
-        )
+        notes: list[str] = await self.access.look("the read of what holds vacuum back", read)
         return notes
 
     async def purge(self, queue: Queue) -> int:
@@ -281,32 +213,21 @@ class PostgresAdmin:
 
         purged = 0
         while True:
-            count, *place = await self.run(f"the purge of queue {queue.name!r}", delete)
+            deleted: tuple[int, int, int] = await self.access.run(f"the purge of queue {queue.name!r}", delete)
+            count, level, seq = deleted
             purged += count
             if count == _PURGED_AT_ONCE:
-                behind = (place[0], place[1])
+                behind = (level, seq)
             elif behind == _START:
                 return purged
             else:  # once more: jobs fell due, or were freed, behind the batches before
                 behind = _START
 
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+    @asynccontextmanager
+    async def dead(self, queue: Queue) -> AsyncGenerator[DeadLetters]:
         """As `Admin.dead`; if this process dies, its letters are free again as the jobs of a dead worker are."""
-        return _Open(self, queue)
-
-    async def hold(self, taker: Taker) -> None:
-        """Get a lease."""
-        await self._run(Open(about="opening the dead letters", taker=taker, deadline=self._deadline()))
-
-    async def release(self, taker: Taker, queue: Queue) -> None:
-        """Free the letters that are held under the lease."""
-        try:
-            await self._run(Close(about="closing the dead letters", taker=taker, deadline=self._deadline()))
-        except (BrokerUnavailable, ConfigurationError) as error:
-            # they are free again when this process has ended, as those of a killed process are
-            log.warning(
-                "the dead letters of queue %r can't be opened by others until this process ends: %s", queue.name, error
-            )
+        async with self.access.reader(queue) as taker:
+            yield _Letters(self, queue, taker)
 
     async def close(self) -> None:
         """As `Admin.close`."""

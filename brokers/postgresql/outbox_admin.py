@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar, cast, final
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, TypeVar, final
 
 import asyncpg
 
-from leveret.admin import DeadLetter, DeadLetters, OutboxDepth
-from leveret.envelope import Envelope
+from leveret.admin import DeadLetters, OutboxDepth
 from leveret.errors import BrokerUnavailable, ConfigurationError
-from leveret.headers import pack_headers
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from ..rows import Letter, headers_text, unpack
+from ..letters import PAGE, Letters
+from ..rows import Row
 from .address import Address
 from .link import Link, meaning_of
 from .schema import in_schema
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from .link import Connection
 
 T = TypeVar("T")
-_PAGE: Final = 100
 _BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '2s'"
 _NOW_MS: Final = "floor(extract(epoch FROM clock_timestamp()) * 1000)"
 _DEPTHS: Final = (
@@ -35,7 +32,7 @@ _DEPTHS: Final = (
     f" FROM (SELECT queue, count(*) AS jobs, ({_NOW_MS} - min(added_ms)) / 1000 AS oldest_s FROM {{schema}}.outbox GROUP BY queue) w"
     " FULL JOIN (SELECT queue, count(*) AS jobs FROM {schema}.outbox_dead GROUP BY queue) d ON d.queue = w.queue ORDER BY 1"
 )
-_LAST: Final = "SELECT max(seq) FROM {schema}.outbox_dead WHERE queue = $1"
+_LAST: Final = "SELECT coalesce(max(seq), 0) FROM {schema}.outbox_dead WHERE queue = $1"
 _READ_PAGE: Final = (
     f"SELECT seq, {READ} FROM {{schema}}.outbox_dead WHERE queue = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4"  # noqa: S608
 )
@@ -47,64 +44,32 @@ _REPLAY: Final = (
 _DROP: Final = "WITH letter AS (DELETE FROM {schema}.outbox_dead WHERE queue = $1 AND seq = $2 RETURNING 1) SELECT count(*) FROM letter"
 
 
-async def _fetch(
-    text: str, arguments: Sequence[object], connection: Connection, sql: Callable[[str], str]
-) -> list[asyncpg.Record]:
-    return await connection.fetch(sql(text), *arguments)
-
-
 @final
-class _Letter(Letter):
-    """A row of `outbox_dead`."""
+class _Letters(Letters):
+    """The dead letters of one queue. They aren't hidden from others."""
 
-    __slots__ = ()
-
-
-@final
-class _Letters:
-    """The dead letters of one queue, read page by page."""
+    store = "the outbox"
+    gone = "somebody else replayed or dropped it meanwhile"
 
     def __init__(self, admin: PostgresOutboxAdmin, queue: Queue) -> None:
+        super().__init__(queue.name)
         self._admin = admin
-        self._queue = queue.name
 
-    def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        return self._pages()
+    async def _last(self) -> int:
+        last: int = await self._admin.run(lambda connection, sql: connection.fetchval(sql(_LAST), self.queue))
+        return last
 
-    async def _pages(self) -> AsyncGenerator[DeadLetter, None]:
-        # what is buried later isn't read: a replay that fails at once would be read again and again
-        last = await self._admin.run(lambda connection, sql: connection.fetchval(sql(_LAST), self._queue))
-        seen = -1
-        while last is not None:
-            arguments = self._queue, seen, last, _PAGE
-            page = await self._admin.run(partial(_fetch, _READ_PAGE, arguments))
-            for row in page:
-                seen = row[0]
-                yield _Letter(seen, unpack(tuple(row)[1:])[0])
-            if len(page) < _PAGE:
-                return
-
-    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """As `DeadLetters.replay`: put the job back into the outbox, in one statement."""
-        await self._take(
-            "replay", letter, lambda seq: (_REPLAY, (self._queue, seq, headers_text(pack_headers(envelope))))
+    async def _page(self, seen: int, last: int) -> list[asyncpg.Record]:
+        return await self._admin.run(
+            lambda connection, sql: connection.fetch(sql(_READ_PAGE), self.queue, seen, last, PAGE)
         )
 
-    async def drop(self, letter: DeadLetter) -> None:
-        """As `DeadLetters.drop`."""
-        await self._take("drop", letter, lambda seq: (_DROP, (self._queue, seq)))
-
-    async def _take(
-        self, what: str, letter: DeadLetter, statement: Callable[[int], tuple[str, tuple[object, ...]]]
-    ) -> None:
-        if not isinstance(letter, _Letter):
-            msg = f"replay() and drop() take a dead letter of the outbox, not {letter!r}"
-            raise TypeError(msg)
-        text, arguments = statement(letter.seq)
-        taken = await self._admin.run(lambda connection, sql: connection.fetchval(sql(text), *arguments))
-        if not taken:
-            msg = f"the {what} of job {letter.job_id} wasn't done: somebody else replayed or dropped it meanwhile"
-            raise BrokerUnavailable(msg, job_id=letter.job_id)
+    async def _take(self, seq: int, about: str, job: Row | None) -> bool:  # noqa: ARG002 - the URL alone names a call here
+        text, headers = (_DROP, ()) if job is None else (_REPLAY, job[-1:])
+        taken: int = await self._admin.run(
+            lambda connection, sql: connection.fetchval(sql(text), self.queue, seq, *headers)
+        )
+        return bool(taken)
 
 
 @final
@@ -145,12 +110,9 @@ class PostgresOutboxAdmin:
         ]
 
     @asynccontextmanager
-    async def _dead(self, queue: Queue) -> AsyncGenerator[DeadLetters, None]:
-        yield _Letters(self, queue)
-
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+    async def dead(self, queue: Queue) -> AsyncGenerator[DeadLetters]:
         """As `OutboxAdmin.dead`."""
-        return cast("AbstractAsyncContextManager[DeadLetters, None]", self._dead(queue))
+        yield _Letters(self, queue)
 
     async def close(self) -> None:
         """As `OutboxAdmin.close`."""

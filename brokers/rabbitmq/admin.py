@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pamqp import commands
 
@@ -124,14 +124,12 @@ class RabbitAdmin:
     async def _connect(self) -> Connection:
         return await self._nodes.connect(self._name, self._timeout_s)
 
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
-        """As `Admin.dead`; empty if the queue has no dead-letter queue."""
-        return cast("AbstractAsyncContextManager[DeadLetters, None]", self._dead(queue.name))
-
     @asynccontextmanager
-    async def _dead(self, name: str) -> AsyncGenerator[RabbitDeadLetters]:
-        found = await self.count(topology.dead_queue(name))
-        letters = RabbitDeadLetters(self, await self.step(self._connect()), name, 0 if found is None else found[0])
+    async def dead(self, queue: Queue) -> AsyncGenerator[DeadLetters]:
+        """As `Admin.dead`; empty if the queue has no dead-letter queue."""
+        found = await self.count(topology.dead_queue(queue.name))
+        count = 0 if found is None else found[0]
+        letters = RabbitDeadLetters(self, await self.step(self._connect()), queue.name, count)
         try:
             yield letters
         finally:

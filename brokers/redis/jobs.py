@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeAlias, TypeVar, final
 from zlib import crc32
@@ -115,9 +115,7 @@ class RedisJobs:
                 seen: int = answer[0]
                 places: Sequence[int] = answer[1::2]
                 texts: Sequence[bytes] = answer[2::2]
-                found += [
-                    records.record_of(left[place].job_id, text)[1] for place, text in zip(places, texts, strict=True)
-                ]
+                found += [record for _, record in _readable((left[place].job_id for place in places), texts)]
                 start += seen
         return found
 
@@ -174,7 +172,7 @@ class RedisJobs:
             while start and len(own) < limit:
                 answer = await self._call(tag, records.LIST, start, look, limit - len(own), *wanted)
                 start, ids, texts = answer[0], answer[1::2], answer[2::2]
-                own += [records.record_of(job_id.decode(), text) for job_id, text in zip(ids, texts, strict=True)]
+                own += _readable((job_id.decode(errors="replace") for job_id in ids), texts)
             found += own
         found.sort(key=_count, reverse=True)
         return [record for _, record in found[:limit]]
@@ -308,6 +306,12 @@ def _is_fault(error: Exception) -> bool:
     said = str(error)
     of_script = isinstance(error, Refused) and error.code in {"ERR", "WRONGTYPE"} and "user_script" in said
     return of_script and not any(words in said for words in _OF_RIGHTS)
+
+
+def _readable(job_ids: Iterable[str], texts: Iterable[bytes]) -> list[tuple[float, Record]]:
+    """Return records with their counts. One that can't be read isn't there: it mustn't hide the others."""
+    found = map(records.record_of, job_ids, texts)
+    return [one for one in found if one is not None]
 
 
 def _text(text: str) -> bytes:

@@ -16,9 +16,12 @@
 
 from __future__ import annotations
 
-from typing import Final, final
+from collections.abc import Sequence
+from typing import Any, Final, final
 
 from leveret.job import LEVELS
+
+from .wire import Part, Script, Wire, packed_words
 
 LEVEL_NUMBERS: Final = {level.value: number for number, level in enumerate(LEVELS, 1)}
 """The numbers of the levels, the most urgent first."""
@@ -41,6 +44,12 @@ class Keys:
 
     def __getitem__(self, name: str) -> str:
         return self.base + name
+
+    async def evaluate(self, wire: Wire, script: Script, others: Sequence[str], *arguments: Part) -> Any:
+        """Call a script with the common keys, then `others`."""
+        names = (*self.common, *others)
+        words = packed_words((len(names), *names, *arguments))
+        return await wire.evaluate(script, words, 1 + len(names) + len(arguments))
 
     def held(self, worker: int) -> str:
         """Return the key of what a worker holds."""

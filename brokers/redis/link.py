@@ -11,16 +11,16 @@ import re
 import ssl
 from binascii import crc_hqx
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable
-from typing import Any, Final, Literal, TypeAlias, final
-
-import msgspec
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final, Literal, TypeAlias, cast, final
 
 from leveret.errors import BrokerUnavailable, ConfigurationError, LeveretError
 from leveret.runtime import Runtime
+from leveret.waits import first_of
 
 from .address import Address, Node, shown
-from .wire import Part, Refused, Wire
+from .wire import Part, Refused, Server, Wire
 
 log = logging.getLogger("leveret.redis")
 
@@ -28,6 +28,8 @@ _OLDEST: Final = (7, 0)
 _WAITS_FOR_DISK: Final = (7, 2)
 """The first version that has WAITAOF."""
 _SLOTS: Final = 16384
+_SILENT_S: Final = 1.0
+"""A server that is silent to TLS for this long is asked whether it speaks without, seconds."""
 
 Meaning: TypeAlias = Literal["lost", "moved", "busy", "full", "blocked", "wrong"]
 """What an error says of the command and of the server:
@@ -79,27 +81,6 @@ def meaning_of(error: Exception) -> Meaning | None:
     return "lost" if isinstance(error, (OSError, EOFError, LeveretError)) else None  # TimeoutError is an OSError
 
 
-class Server(msgspec.Struct, frozen=True, kw_only=True):
-    """What a server said of itself; None for what it doesn't let us read."""
-
-    product: str
-    version: tuple[int, int]
-    aof: bool | None
-    """Whether it writes an append-only file."""
-    sync: str | None
-    """When it syncs that file: always (before it answers), everysec or no."""
-    policy: str | None
-    replicas: int | None
-
-    def __str__(self) -> str:
-        return f"{self.product} {self.version[0]}.{self.version[1]}"
-
-    @property
-    def syncs(self) -> bool:
-        """Whether each answer comes after the write is on the disk."""
-        return bool(self.aof and self.sync == "always")
-
-
 def tag_of(key: str) -> str:
     """Return the part of a key that decides on its slot."""
     found = re.search(r"\{([^}]+)\}", key)
@@ -124,12 +105,16 @@ class Link:
         """The servers of the cluster that were known last: those of the URL may be gone."""
         self._primary: Node | None = None
         self._asking = asyncio.Lock()
+        self._answered: Node | None = None
+        """The sentinel or node that said last where the servers are."""
         self._said: set[str] = set()
 
     @property
     def synced(self) -> bool:
-        """Whether the server that was connected to last syncs its disk before it answers."""
-        return self.server is not None and self.server.syncs
+        """Whether the server that was connected to last syncs its disk before it answers, and so do the others of a cluster."""
+        if self.server is None:
+            return False
+        return self.server.syncs and all(wire.server.syncs for wire in self._wires.values() if not wire.closed)
 
     @property
     def silence(self) -> str:
@@ -143,7 +128,18 @@ class Link:
         Raises ConfigurationError if waiting won't help, else BrokerUnavailable, within the setting `connect_timeout_s`.
         """
         tag = tag_of(key)
-        place = (await self._node(tag), tag if alone else "")
+        return await self._to((await self._node(tag), tag if alone else ""))
+
+    async def primaries(self) -> Sequence[Node]:
+        """Return the nodes of a cluster that have slots."""
+        await self._node("")
+        return self._seen
+
+    async def to(self, node: Node) -> Wire:
+        """Return the connection to a node of a cluster. Raises as `wire`."""
+        return await self._to((node, ""))
+
+    async def _to(self, place: tuple[Node, str]) -> Wire:
         found = self._wires.get(place)
         if found is not None and not found.closed:
             return found
@@ -203,21 +199,48 @@ class Link:
         self, node: Node, user: str | None, password: str | None, name: str
     ) -> tuple[Wire, dict[bytes, Any]]:
         """Return a new connection, and what the server says of itself."""
-        host, port = node
-        tls = None if self.address.tls is None else self.address.tls.context()
-        _, wire = await asyncio.get_running_loop().create_connection(Wire, host, port, ssl=tls)
+        wire = await self._connect(node)
         words: list[Part] = ["HELLO", 3]
         if password is not None:
             words += ["AUTH", user or "default", password]
         words += ["SETNAME", re.sub(r"[^!-~]", "-", name)]
         try:
-            return wire, await wire.call(*words)
+            hello = await wire.call(*words)
+            if not isinstance(hello, dict):
+                msg = f"{shown(node)} answers HELLO 3 in an older protocol, as some proxies do; leveret needs Redis 7.0 or later, or Valkey"
+                raise ConfigurationError(msg)
+            return wire, cast("dict[bytes, Any]", hello)
         except BaseException as error:
             wire.close()
             if isinstance(error, Refused) and "unknown command" in str(error):
                 msg = f"{shown(node)} doesn't know the command HELLO; leveret needs Redis 7.0 or later, or Valkey"
                 raise ConfigurationError(msg) from error
             raise
+
+    async def _connect(self, node: Node) -> Wire:
+        (host, port), loop = node, asyncio.get_running_loop()
+        if self.address.tls is None:
+            _, wire = await loop.create_connection(Wire, host, port)
+        else:
+            opening = asyncio.ensure_future(loop.create_connection(Wire, host, port, ssl=self.address.tls.context()))
+            await first_of(opening, self._find_no_tls(node))
+            _, wire = opening.result()
+        return wire
+
+    async def _find_no_tls(self, node: Node) -> None:
+        """Raise ConfigurationError if a server that is silent to TLS answers without: it waits for the rest of a command."""
+        await asyncio.sleep(_SILENT_S)
+        host, port = node
+        with suppress(OSError):
+            _, wire = await asyncio.get_running_loop().create_connection(Wire, host, port)
+            try:
+                with suppress(Refused):  # it may want a password
+                    await wire.call("PING")
+            finally:
+                wire.close()
+            msg = f"{shown(node)} speaks no TLS; begin its URL with redis instead of rediss"
+            raise ConfigurationError(msg)
+        await asyncio.get_running_loop().create_future()  # the handshake says what is wrong, or takes too long
 
     async def _examine(self, wire: Wire, node: Node, hello: dict[bytes, Any]) -> None:
         """Find out whether the server can be used, and how durable it is."""
@@ -237,12 +260,11 @@ class Link:
             await wire.call("SELECT", self.address.db)
         server = await self._settings(wire, _text(hello, b"server"), version)
         self._judge(server, node)
-        self.server = server
+        wire.server = self.server = server
 
     async def _settings(self, wire: Wire, product: str, version: tuple[int, int]) -> Server:
         found: dict[bytes, bytes] = {}
         told = await info(wire, "server", "memory", "persistence", "replication")
-        wire.server = told.get("run_id", "")
         try:
             found = await wire.call("CONFIG", "GET", "maxmemory-policy", "appendonly", "appendfsync")
         except Refused:  # a hosted server forbids CONFIG; INFO says a part of it
@@ -254,6 +276,7 @@ class Link:
         return Server(
             product=product.capitalize(),
             version=version,
+            run_id=told.get("run_id", ""),
             aof=None if aof is None else aof == b"yes",
             sync=None if sync is None else sync.decode(errors="replace"),
             policy=None if policy is None else policy.decode(errors="replace"),
@@ -351,8 +374,14 @@ class Link:
         return self._slots[place][2]
 
     async def _ask_each(self, ask: Callable[[Node, Wire], Awaitable[bool]]) -> None:
-        """Ask sentinels or nodes of a cluster one after another, until one knows the answer."""
+        """Ask sentinels or nodes of a cluster one after another, until one knows the answer.
+
+        The one that knew it last is asked last: it may be wrong for as long as the others can't reach it.
+        """
         nodes = list(dict.fromkeys((*self._seen, *self.address.nodes)))
+        if self._answered in nodes:
+            first = nodes.index(self._answered) + 1
+            nodes = nodes[first:] + nodes[:first]
         errors: list[LeveretError] = []
         limit_s = self._runtime.settings.connect_timeout_s / len(nodes)
         for node in nodes:
@@ -361,6 +390,7 @@ class Link:
                     wire = await self._to_ask(node)
                     try:
                         if await ask(node, wire):
+                            self._answered = node
                             return
                     finally:
                         wire.close()

@@ -105,8 +105,15 @@ def numbers(text: bytes) -> Sequence[int]:
     return [number for (number,) in struct.iter_unpack(">q", text)]
 
 
-def record_of(job_id: str, text: bytes) -> tuple[float, Record]:
-    """Return the store's count of a record, and the record; without result and body if the text ends before them."""
+def record_of(job_id: str, text: bytes) -> tuple[float, Record] | None:
+    """Return the store's count of a record, and the record, without result and body if the text ends before them; None if it can't be read."""
+    try:
+        return _record_of(job_id, text)
+    except (msgspec.MsgspecError, struct.error, KeyError):
+        return None
+
+
+def _record_of(job_id: str, text: bytes) -> tuple[float, Record]:
     publish, count, passes, attempt, created, started, at, keep_until, state, asked, *sizes = _HEAD.unpack_from(text)
     parts: list[bytes] = []
     start = _HEAD.size
@@ -154,13 +161,23 @@ local P, HEAD, SIZE, MOST = KEYS[1], '>c8dddddddBBI4I4I4I4', {_HEAD.size}, {_MOS
 local CHANGE, PUBLISH = '>c8ddBddI4I4I4I4', '>c8I2c0'
 local call = redis.call
 
+-- Return a record up to a byte; '' for what is none: a key of another type, or a text that is shorter.
+local function peek(key, last)
+  local text = redis.pcall('GETRANGE', key, 0, last)
+  if type(text) == 'table' then
+    if string.sub(text['err'], 1, 9) ~= 'WRONGTYPE' then error(text) end
+    return ''
+  end
+  return #text < (last < 0 and SIZE or last + 1) and '' or text
+end
+
 -- Return the key of the record of a publish, and the record up to a byte; false if there is none, with the key for a new one.
 local function find(id, publish, last)
   local key = P .. 'r:' .. id
-  local first = call('GETRANGE', key, 0, last)
+  local first = peek(key, last)
   if string.sub(first, 1, 8) == publish then return key, first end
   local other = P .. 't:' .. publish .. id
-  local text = call('GETRANGE', other, 0, last)
+  local text = peek(other, last)
   if text ~= '' then return other, text end
   return first == '' and key or other, false
 end
@@ -401,7 +418,7 @@ OF_ID: Final = _script(
     """\
 -- Return the publishes of an id, the last first, at most so many.
 local id, limit, found = ARGV[1], tonumber(ARGV[2]), {}
-local first = call('GETRANGE', P .. 'r:' .. id, 0, 15)
+local first = peek(P .. 'r:' .. id, 15)
 local publish, number = nil, -1
 if first ~= '' then publish, number = struct.unpack('>c8d', first) end
 local start, others = 0, nil
@@ -440,7 +457,8 @@ for i = 1, #page, 2 do
       local _, _, _, _, _, _, _, _, state, _, size1, size2 = struct.unpack(HEAD, head)
       if of_state == 0 or state == of_state then
         local text = call('GETRANGE', key, 0, SIZE + size1 + size2 - 1)
-        local told = cmsgpack.unpack(string.sub(text, SIZE + 1, SIZE + size1))
+        local readable, told = pcall(cmsgpack.unpack, string.sub(text, SIZE + 1, SIZE + size1))
+        if not readable or type(told) ~= 'table' then told = {} end
         if (of_queue == '' or told[1] == of_queue) and (of_job == '' or told[2] == of_job) then
           found[#found + 1], found[#found + 2] = id, text
           size = size + #text

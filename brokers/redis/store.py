@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import secrets
 import time
 from collections.abc import Sequence
 from itertools import chain
@@ -21,13 +20,15 @@ from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.runtime import Runtime
 
 from ..leases import Lease
-from ..turns import UNDER_WAY, WINDOW, Claimed, OnLoop, Run, Taker, Turn, Turns, Window, Write
-from ..turns.writes import Again, Begin, Bury, Publish
+from ..turns import WINDOW, OnLoop, Run, Taker, Turn, Turns, Window, Write
+from ..turns.writes import Begin, Publish
 from . import scripts
-from .entries import Unkeepable, by_level, read, row_of, seq_bytes, seq_of, tail_of
+from .confirming import ROOM_S, TURN_S, Confirming
+from .entries import Unkeepable, by_level, read, row_of, tail_of
 from .keys import LEVEL_NUMBERS, Keys
+from .leases import Leases
 from .link import Link, meaning_of
-from .wire import Lost, Refused, Script, Wire, packed_words
+from .wire import Lost, Refused, Wire, packed_words
 
 log = logging.getLogger("leveret.redis")
 
@@ -37,17 +38,12 @@ POLL_S: Final = 1.0
 """How often a worker that hears notices looks for jobs, seconds."""
 POLL_WITHOUT_NOTICES_S: Final = 0.1
 """How often a worker looks that hears none."""
-TURN_S: Final = 10.0
-"""How long a turn may take, seconds, and a second more for each MB of bodies; then the connection is given up."""
 _BYTES_A_SECOND: Final = 1 << 20
 _WRITES_AT_ONCE: Final = WINDOW // 2
 """At most this many writes are in a turn, so that a publisher can make as many while the server works."""
 _CLAIMED_AT_ONCE: Final = 1000
 _SAY_AFTER_S: Final = 1.0
-_LEASE_BITS: Final = 48  # a number of Lua is exact to 53
 _BUSY_PAUSE_S: Final = 0.02
-_ROOM_S: Final = 1.0
-"""How often a server without memory is asked whether it has some again, seconds."""
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -75,40 +71,20 @@ class Store(OnLoop):
         self._listens = False
         """Whether notices arrive. If they don't, polling finds what is new."""
         self._tried = False
-        self._leftover: list[int] = []
-        """Leases of ours that ended before they were used, and are to be released."""
-        self._held: dict[Lease, dict[int, Claimed]] = {}
-        """The jobs that each lease holds, by number."""
-        self._doubtful = False
-        """Whether the server may hold other jobs for our leases than we know: an answer was lost, or it is another server."""
-        self._term = 0
-        """The number of such doubts. The leases on the server have it, so that a turn that arrives late does nothing."""
-        self._died: list[int] = []
-        """Leases of dead workers, to be released."""
-        self._registered: list[int] = []
-        """Leases that a turn has got which isn't over."""
+        self._leases = Leases(self.turns, self.keys, said_by)
+        self._confirming = Confirming(link, self.keys, self.turns, runtime.clock, said_by)
         self._of: tuple[tuple[int, bool], ...] | None = None
         self._packed = (b"", 0)
         """The packed keys for the takers `_of`."""
         self._poll_s = 0.0
         self._losses = 0
         self._next_due = 0.0
-        self._full: PublisherState | None = None
-        """Since when the server has no memory for a job, or no replica that confirms it."""
-        self._ask_for_room = 0.0
 
     @property
     def publishing(self) -> PublisherState:
         """As `Broker.publishing`, of this queue."""
         state = self.turns.publishing
-        return self._full if self._full is not None and state.name == "ready" else state
-
-    async def evaluate(self, wire: Wire, script: Script, keys: Sequence[str], *arguments: bytes | str | int) -> Any:
-        """Call a script with the queue's keys, then `keys`."""
-        names = (*self.keys.common, *keys)
-        return await wire.evaluate(
-            script, packed_words((len(names), *names, *arguments)), 1 + len(names) + len(arguments)
-        )
+        return self._confirming.blocked or state if state.name == "ready" else state
 
     def _noticed(self, _: bytes = b"") -> None:
         self._told = True
@@ -116,12 +92,10 @@ class Store(OnLoop):
 
     async def _leave(self) -> None:
         """Free all held jobs if the server answers; otherwise other workers free them when the leases end."""
-        leases = [taker.lease.id for taker in self.turns.takers.all if taker.lease.id is not None]
         try:
             async with asyncio.timeout(2.0):
                 if self._wire is not None and not self._wire.closed:
-                    for lease in (*leases, *self._leftover):
-                        await self._release(self._wire, lease, died=False)
+                    await self._leases.release_all(self._wire)
                     if self._listens:
                         await self._wire.unsubscribe(self.keys.news)
         except Exception as error:  # noqa: BLE001 - what can't be freed now comes back when the leases end
@@ -129,9 +103,9 @@ class Store(OnLoop):
 
     def _patience(self) -> float | None:
         patience = super()._patience()
-        if self._full is None:
+        if self._confirming.blocked is None:
             return patience
-        return _ROOM_S if patience is None else min(patience, _ROOM_S)
+        return ROOM_S if patience is None else min(patience, ROOM_S)
 
     def _wait_s(self) -> float:
         """Return how long a worker waits for a notice before it looks for jobs."""
@@ -156,12 +130,12 @@ class Store(OnLoop):
                     for look in looks:
                         look.result = await look.call(wire)
                     turns.looked(looks)
-                if self._full is not None and time.monotonic() >= self._ask_for_room:
-                    await self._seek_room(wire)
+                if self._confirming.blocked is not None:
+                    await self._confirming.look(wire)
                 if not (turns.waiting or turns.takers.all or turns.publishing.name == "connecting"):
                     turns.rest()
                     return
-                await self._prepare_leases(wire)
+                await self._leases.prepare(wire)
                 turn = self._take(limit)
                 if wire.closed:
                     raise Lost("the connection is closed")
@@ -171,7 +145,7 @@ class Store(OnLoop):
                 self._lost(lost)
             else:
                 if self._alone and (turn.jobs or turn.letters):
-                    await self._wait_for_confirm(wire, turn)
+                    await self._confirming.wait(wire, turn)
                 self._committed(turn)
         except Exception as error:  # noqa: BLE001 - `meaning_of` sorts them
             self._failed(error, turn, wire, called=called)
@@ -179,12 +153,12 @@ class Store(OnLoop):
     async def _examine(self, wire: Wire) -> None:
         """Find out on a new connection whether the scripts may do all that they do, before one of them fails in its middle."""
         names = [self.keys["probe"], self.keys["server"]]
-        wrong: bytes = await self.evaluate(wire, scripts.PROBE, names, wire.server)
+        wrong: bytes = await self.keys.evaluate(wire, scripts.PROBE, names, wire.server.run_id)
         if wrong:
             msg = f"{self.turns.where}: the key {wrong.decode(errors='replace')}; choose another prefix=… in the URL"
             raise ConfigurationError(msg)
-        if self._wire is not None and (wire.server != self._wire.server or not wire.server):
-            self._doubtful = True
+        if self._wire is not None and (wire.server.run_id != self._wire.server.run_id or not wire.server.run_id):
+            self._leases.doubtful = True
         self._wire, self._listens, self._tried = wire, False, False
         self._next_due = 0.0
         wire.lost.add_done_callback(lambda _: self._noticed())
@@ -203,52 +177,6 @@ class Store(OnLoop):
             )
         else:
             self._listens = True
-
-    async def _prepare_leases(self, wire: Wire) -> None:
-        """Free what dead workers and lost leases of ours hold, and get the leases that are missing."""
-        while self._died:
-            await self._release(wire, self._died[-1], died=True)
-            self._died.pop()
-        while self._leftover:
-            await self._release(wire, self._leftover[-1], died=False)
-            self._leftover.pop()
-        if self._doubtful:
-            self._term += 1
-            for taker in self.turns.takers.all:
-                if taker.lease.id is not None:
-                    await self._compare(wire, taker.lease, taker.lease.id)
-            self._doubtful = False
-        for taker in self.turns.takers.all:
-            if taker.lease.id is None:
-                # no counter of the server's: that may go back at a fail-over, and two workers would have the same number
-                lease = secrets.randbits(_LEASE_BITS)
-                await self.evaluate(wire, scripts.REGISTER, [], lease, self._term)
-                self._registered.append(lease)
-                self.turns.takers.lease(taker, lease)
-
-    async def _compare(self, wire: Wire, lease: Lease, worker: int) -> None:
-        """Make what we know of the jobs of a lease agree with what the server has.
-
-        A job that we don't know was claimed by a turn whose answer was lost, or its settlement was lost with a server: it is delivered
-        again. One that the server doesn't hold for us was settled by such a turn, or waits on a server that lost its claim.
-        """
-        fields: list[bytes] | None = await self.evaluate(
-            wire, scripts.HELD, [self.keys.held(worker)], worker, self._term
-        )
-        if fields is None:
-            return
-        known, there = self._held.get(lease, {}), set(map(seq_of, fields))
-        if strange := [seq_bytes(seq) for seq in there - known.keys()]:
-            await self.evaluate(wire, scripts.RETURN, [self.keys.held(worker)], *strange)
-        for seq in known.keys() - there:
-            delivery = known[seq]
-            if not delivery.settled:  # else its settlement is tried again, and finds nothing
-                delivery.settled = True
-                delivery.window.held -= 1
-                del known[seq]
-
-    async def _release(self, wire: Wire, lease: int, *, died: bool) -> None:
-        await self.evaluate(wire, scripts.RELEASE, [self.keys.held(lease), self.keys.read(lease)], lease, int(died))
 
     def _take(self, limit: asyncio.Timeout) -> Turn:
         turn = self.turns.take(_WRITES_AT_ONCE)
@@ -273,7 +201,9 @@ class Store(OnLoop):
         if beat or due or turn.writes or turn.done or turn.back or any(wanted):
             holders = [_holder(taker, turn, begins, wants) for taker, wants in zip(takers.all, wanted, strict=True)]
             counts, delays = list(map(len, jobs)), [delay_ms for delay_ms, _ in later]
-            work = _encode((beat, holders, counts, delays, len(letters), takers.taking, self._listens, self._term))
+            work = _encode(
+                (beat, holders, counts, delays, len(letters), takers.taking, self._listens, self._leases.term)
+            )
             blobs = (work, *chain.from_iterable(jobs), *(job for _, job in later), *letters)
             adds = any(isinstance(write, Publish) for write in turn.writes)
             words, count = self._words()
@@ -283,8 +213,8 @@ class Store(OnLoop):
             if answer[0]:
                 gone: list[int] = answer[0]
                 return gone
-            if adds:
-                self._full = None
+            if adds and not self._alone:
+                self._confirming.blocked = None
             self._read(answer, turn, begins, wanted)
         for run in turn.calls:
             run.result = await run.call(wire)
@@ -311,7 +241,7 @@ class Store(OnLoop):
         _, beats, claimed, due_ms, begun = answer
         if beats:
             numbers = list(map(int, beats))
-            self._died += takers.silent(turn, zip(numbers[::2], numbers[1::2], strict=True))
+            self._leases.died += takers.silent(turn, zip(numbers[::2], numbers[1::2], strict=True))
         self._next_due = math.inf if due_ms is None else time.monotonic() + due_ms / 1000
         results = iter(begun)
         for taker in takers.all:
@@ -334,79 +264,22 @@ class Store(OnLoop):
                     turn.claimed[taker][-1].problem = problem
             window.maybe = len(entries) == free
 
-    async def _wait_for_confirm(self, wire: Wire, turn: Turn) -> None:
-        """Wait for the disk or a replica. If neither confirms, what was added is in doubt; the rest of the turn counts."""
-        adds = [write for write in turn.writes if isinstance(write, Publish | Again | Bury)]
-        until = time.monotonic() + TURN_S
-        lacks = "no replica has" if self._link.address.confirm == "replica" else "its disk hasn't"
-        why = self.turns.under_way = f"the server has it, and {lacks} confirmed it"
-        try:
-            while not await self._confirms(wire, 1000):
-                if time.monotonic() >= until or all(write.ended for write in adds):
-                    self.turns.doubt(Turn(list[Write](adds), [], []), why)
-                    self._full = self._blocked(why)
-                    return
-        finally:
-            self.turns.under_way = UNDER_WAY
-
-    async def _confirms(self, wire: Wire, limit_ms: int) -> bool:
-        """Whether the last writes on `wire` are confirmed as the URL asks for."""
-        if self._link.address.confirm == "replica":
-            return bool(await self._ask(wire, "WAIT", 1, limit_ms) >= 1)
-        if self._link.server is not None and self._link.server.syncs:
-            return True
-        return bool((await self._ask(wire, "WAITAOF", 1, 0, limit_ms))[0] >= 1)
-
-    async def _ask(self, wire: Wire, *words: str | int) -> Any:
-        async with asyncio.timeout(TURN_S):
-            return await wire.call(*words)
-
-    async def _seek_room(self, wire: Wire) -> None:
-        """Ask whether the server takes jobs again."""
-        try:
-            await self.evaluate(wire, scripts.ROOM, [])
-            if self._alone and not await self._confirms(wire, 100):
-                raise Refused("NOREPLICAS nothing confirms it")
-        except Refused as error:
-            if meaning_of(error) not in {"full", "blocked"}:
-                raise
-            self._ask_for_room = time.monotonic() + _ROOM_S
-        else:
-            self._full = None
-
-    def _blocked(self, why: str) -> PublisherState:
-        self._ask_for_room = time.monotonic() + _ROOM_S
-        now = self._clock.now()
-        return PublisherState.at(now, "blocked", why) if self._full is None else self._full.then(now, "blocked", why)
-
     def _committed(self, turn: Turn) -> None:
         self._losses = 0
-        self._registered.clear()
-        for taker, deliveries in turn.claimed.items():
-            self._held.setdefault(taker.lease, {}).update((delivery.seq, delivery) for delivery in deliveries)
-        for settled in (turn.gone, turn.given_back):
-            for lease, deliveries in settled.items():
-                known = self._held.get(lease, {})
-                for delivery in deliveries:
-                    known.pop(delivery.seq, None)
-        for taker in turn.closing:
-            self._held.pop(taker.lease, None)
+        self._leases.committed(turn)
         if turn.claimed:
             self._poll_s = FIRST_POLL_S
         else:
             longest_s = POLL_S if self._listens else POLL_WITHOUT_NOTICES_S
             self._poll_s = min(max(self._poll_s * 5, FIRST_POLL_S), longest_s)
-        if self._died:
+        if self._leases.died:
             self._told = True
         self.turns.committed(turn)
 
     def _lost(self, lost: list[int]) -> None:
         """End a turn that found leases gone: their jobs are somebody else's."""
         self.turns.rolled_back()
-        for taker in self.turns.takers.all:
-            if taker.lease.id in lost:
-                self._held.pop(taker.lease, None)
-                self.turns.takers.expired(taker)
+        self._leases.expired(lost)
         self._told = True
 
     def _failed(self, error: Exception, turn: Turn | None, wire: Wire | None, *, called: bool) -> None:
@@ -427,9 +300,8 @@ class Store(OnLoop):
             # what settles or begins is tried again, after the comparison with what the server has
             doubtful: list[Write] = [write for write in turn.writes if isinstance(write, Publish | Run)]
             turns.doubt(Turn(doubtful, [], []), f"the connection was lost before the answer: {said}")
-            self._doubtful = True
-        self._leftover += self._registered
-        self._registered.clear()
+            self._leases.doubtful = True
+        self._leases.rolled_back()
         turns.rolled_back()
         self._next_due = 0.0
         if meaning == "wrong":
@@ -439,7 +311,7 @@ class Store(OnLoop):
         elif meaning == "busy":
             turns.hold_up(said, pause_s=_BUSY_PAUSE_S, quiet_s=_SAY_AFTER_S)
         elif meaning == "full" and turn is not None:
-            self._full = self._blocked(said)
+            self._confirming.block(said)
             turns.no_room(turn, said)
             self._told = True
         elif meaning in {"full", "blocked"}:

@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 log = logging.getLogger("leveret.redis")
-_OF_OUTAGES: Final = ("%s can't be written", "%s can be written again")
+_OF_OUTAGES: Final = ("%s can't be written", "%s can be written again", "%s confirms")
 
 
 class _OneVoice(logging.Filter):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeAlias, cast, final
 
 import hiredis
+import msgspec
 
 Part: TypeAlias = bytes | str | int
 """A word of a command."""
@@ -62,6 +63,29 @@ def packed(*parts: Part) -> bytes:
     return b"*%d\r\n%b" % (len(parts), packed_words(parts))
 
 
+class Server(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server said of itself; None for what it doesn't let us read."""
+
+    product: str = ""
+    version: tuple[int, int] = (0, 0)
+    run_id: str = ""
+    """Another one after each restart; empty if it says none."""
+    aof: bool | None = None
+    """Whether it writes an append-only file."""
+    sync: str | None = None
+    """When it syncs that file: always (before it answers), everysec or no."""
+    policy: str | None = None
+    replicas: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.product} {self.version[0]}.{self.version[1]}"
+
+    @property
+    def syncs(self) -> bool:
+        """Whether each answer comes after the write is on the disk."""
+        return bool(self.aof and self.sync == "always")
+
+
 @final
 class Wire(asyncio.Protocol):
     """An open connection. The loop calls the methods from `connection_made` to `connection_lost`."""
@@ -69,8 +93,8 @@ class Wire(asyncio.Protocol):
     def __init__(self) -> None:
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Ends when the connection does."""
-        self.server = ""
-        """The run id of the server; empty if it says none."""
+        self.server = Server()
+        """What the server said of itself when it was connected to."""
         self._transport: asyncio.Transport | None = None
         self._reader = hiredis.Reader(replyError=Refused, notEnoughData=_NOTHING)
         self._waiting: deque[asyncio.Future[Any]] = deque()

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from leveret.admin import DeadLetter, DeadLetters, Depth
-from leveret.envelope import Envelope
-from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
+from leveret.admin import DeadLetters, Depth
 from leveret.job import Queue
 from leveret.runtime import Runtime
 
-from ..rows import Letter, Row, packed, unpack
-from ..turns import Call, Close, Look, Open, Run, Taker, Write
+from ..letters import PAGE, Letters
+from ..rows import Row
+from ..turns import Access, Taker
 from .statements import INSERTS, READ
 from .store import Store
 
 log = logging.getLogger("leveret.sqlite")
 
-_PAGE = 100
 _PURGED_AT_ONCE = 5000
 
 # each is answered from one of the partial indexes, without reading the jobs
@@ -41,6 +38,8 @@ _PAGE_OF_DEAD = (
     "SELECT seq FROM dead WHERE queue = ? AND claimed_by IS NULL AND seq > ? AND seq <= ? ORDER BY seq LIMIT ?)"
     f" RETURNING seq, {READ}"
 )
+_LAST_DEAD = "SELECT coalesce(max(seq), 0) FROM dead WHERE queue = ?"
+_TAKE_DEAD = "DELETE FROM dead WHERE seq = ? AND claimed_by = ?"
 
 
 def _changed(statement: str, arguments: tuple[object, ...], file: sqlite3.Connection) -> int:
@@ -48,91 +47,42 @@ def _changed(statement: str, arguments: tuple[object, ...], file: sqlite3.Connec
 
 
 @final
-class _Letter(Letter):
-    """A row of `dead` that a reader holds."""
-
-    __slots__ = ()
-
-
-@final
-class _Letters:
+class _Letters(Letters):
     """The dead letters of one queue, claimed page by page under a separate lease."""
 
-    def __init__(self, admin: SqliteAdmin, queue: Queue, taker: Taker) -> None:
-        self._admin = admin
-        self._queue = queue.name
+    store = "the SQLite broker"
+
+    def __init__(self, access: Access, queue: Queue, taker: Taker) -> None:
+        super().__init__(queue.name)
+        self._access = access
         self._taker = taker
 
-    def __aiter__(self) -> AsyncIterator[DeadLetter]:
-        return self._pages()
-
-    async def _pages(self) -> AsyncIterator[DeadLetter]:
+    async def _last(self) -> int:
         if self._taker.lease.id is None:
-            return  # the file doesn't exist
-        # jobs buried later aren't read: a replay that fails at once would be read again and again
-        last = await self._admin.run(
-            "the dead letters",
-            lambda file: file.execute("SELECT max(seq) FROM dead WHERE queue = ?", (self._queue,)).fetchone()[0],
+            return 0  # the file doesn't exist
+        last: int = await self._access.run(
+            "the dead letters", lambda file: file.execute(_LAST_DEAD, (self.queue,)).fetchone()[0]
         )
-        seen = 0
-        while last is not None:
-            page: list[Any] = await self._admin.run("the dead letters", partial(self._claim, seen, last))
-            for seq, *row in page:
-                yield _Letter(seq, unpack(row)[0])
-            if len(page) < _PAGE:
-                return
-            seen = page[-1][0]
+        return last
 
-    def _claim(self, seen: int, last: int, file: sqlite3.Connection) -> list[Any]:
-        return sorted(file.execute(_PAGE_OF_DEAD, (self._taker.lease.id, self._queue, seen, last, _PAGE)).fetchall())
+    async def _page(self, seen: int, last: int) -> list[Any]:
+        def claim(file: sqlite3.Connection) -> list[Any]:
+            arguments = (self._taker.lease.id, self.queue, seen, last, PAGE)
+            return sorted(file.execute(_PAGE_OF_DEAD, arguments).fetchall())
 
-    async def replay(self, letter: DeadLetter, envelope: Envelope) -> None:
-        """As `DeadLetters.replay`, in one transaction. BrokerUnavailable if the lease was lost meanwhile; then nothing is published."""
-        await self._take(letter, f"the replay of job {envelope.job_id}", packed(letter.envelope.queue, envelope, None))
+        page: list[Any] = await self._access.run("the dead letters", claim)
+        return page
 
-    async def drop(self, letter: DeadLetter) -> None:
-        """As `DeadLetters.drop`."""
-        await self._take(letter, f"the drop of job {letter.envelope.job_id}", None)
-
-    async def _take(self, letter: DeadLetter, about: str, row: Row | None) -> None:
-        if not isinstance(letter, _Letter):
-            msg = f"replay() and drop() take a dead letter of the SQLite broker, not {letter!r}"
-            raise TypeError(msg)
-        seq = letter.seq
-
+    async def _take(self, seq: int, about: str, job: Row | None) -> bool:
         def take(file: sqlite3.Connection) -> bool:
-            if not file.execute(
-                "DELETE FROM dead WHERE seq = ? AND claimed_by = ?", (seq, self._taker.lease.id)
-            ).rowcount:
+            if not file.execute(_TAKE_DEAD, (seq, self._taker.lease.id)).rowcount:
                 return False
-            if row is not None:
-                file.execute(INSERTS["jobs"][-1][1], row)
+            if job is not None:
+                file.execute(INSERTS["jobs"][-1][1], job)
             return True
 
-        if not await self._admin.run(about, take):
-            msg = f"{about} wasn't done: this reader no longer holds the dead letter; read it again"
-            raise BrokerUnavailable(msg, job_id=letter.envelope.job_id)
-
-
-@final
-class _Open(AbstractAsyncContextManager[DeadLetters, None]):
-    """Holds the dead letters of a queue for the time of a `with` block."""
-
-    def __init__(self, admin: SqliteAdmin, queue: Queue) -> None:
-        self._admin = admin
-        self._queue = queue
-        self._taker = Taker()
-
-    async def __aenter__(self) -> DeadLetters:
-        try:
-            await self._admin.hold(self._taker)
-        except BaseException:
-            await self._admin.release(self._taker, self._queue)
-            raise
-        return _Letters(self._admin, self._queue, self._taker)
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._admin.release(self._taker, self._queue)
+        taken: bool = await self._access.run(about, take)
+        return taken
 
 
 @final
@@ -144,32 +94,20 @@ class SqliteAdmin:
 
     def __init__(self, path: str, runtime: Runtime) -> None:
         self._path = Path(path)
-        self._runtime = runtime
+        self._clock = runtime.clock
         self._turns = Store(path, runtime, create=False).turns
-
-    async def run(self, about: str, call: Call) -> Any:
-        """Run `call` in a transaction that writes."""
-        return await self._run(Run(about=about, call=call, deadline=self._deadline()))
-
-    async def _run(self, write: Write) -> Any:
-        try:
-            return await self._turns.run(write)
-        except PublishTimeout as error:
-            raise BrokerUnavailable(str(error)) from error
-
-    def _deadline(self) -> float:
-        return time.monotonic() + self._runtime.settings.connect_timeout_s
+        self._access = Access(self._turns, runtime, log)
 
     async def depths(self, queues: Sequence[Queue]) -> list[Depth]:
         """As `Admin.depths`; no lock stops the read. The jobs of a dead worker count as unsettled until another worker runs."""
         if not self._path.exists():
             return [_depth(queue, {}, 0, 0, 0, exists=False) for queue in queues]
-        now_ms = self._runtime.clock.now() * 1000
+        now_ms = self._clock.now() * 1000
 
         def read(file: sqlite3.Connection) -> list[Depth]:
             return [self._read(file, queue, now_ms) for queue in queues]
 
-        rows: list[Depth] = await self._run(Look(about="the read of the queues", call=read, deadline=self._deadline()))
+        rows: list[Depth] = await self._access.look("the read of the queues", read)
         return rows
 
     def _read(self, file: sqlite3.Connection, queue: Queue, now_ms: float) -> Depth:
@@ -205,33 +143,22 @@ class SqliteAdmin:
             return 0
         purged = 0
         while True:
-            now_ms = self._runtime.clock.now() * 1000
+            now_ms = self._clock.now() * 1000
             arguments = (queue.name, queue.name, now_ms, _PURGED_AT_ONCE)
-            count: int = await self.run(f"the purge of queue {queue.name!r}", partial(_changed, _PURGE, arguments))
+            about = f"the purge of queue {queue.name!r}"
+            count: int = await self._access.run(about, partial(_changed, _PURGE, arguments))
             purged += count
             if count < _PURGED_AT_ONCE:
                 return purged
 
-    def dead(self, queue: Queue) -> AbstractAsyncContextManager[DeadLetters, None]:
+    @asynccontextmanager
+    async def dead(self, queue: Queue) -> AsyncGenerator[DeadLetters]:
         """As `Admin.dead`; if this process dies, its letters are free again as the jobs of a dead worker are."""
-        return _Open(self, queue)
-
-    async def hold(self, taker: Taker) -> None:
-        """Get a lease, if the file exists."""
-        if self._path.exists():
-            await self._run(Open(about="opening the dead letters", taker=taker, deadline=self._deadline()))
-
-    async def release(self, taker: Taker, queue: Queue) -> None:
-        """Free the letters that are held under the lease."""
         if not self._path.exists():
+            yield _Letters(self._access, queue, Taker())
             return
-        try:
-            await self._run(Close(about="closing the dead letters", taker=taker, deadline=self._deadline()))
-        except (BrokerUnavailable, ConfigurationError) as error:
-            # they are free again when this process has ended, as those of a killed process are
-            log.warning(
-                "the dead letters of queue %r can't be opened by others until this process ends: %s", queue.name, error
-            )
+        async with self._access.reader(queue) as taker:
+            yield _Letters(self._access, queue, taker)
 
     async def close(self) -> None:
         """As `Admin.close`."""

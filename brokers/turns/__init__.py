@@ -5,6 +5,7 @@ publishes, settlements and claims of its loop; all of them share the next one. T
 or output. A store has a `Driver`, which does each `Turn` by its own statements: on a thread, or on the loop.
 """
 
+from .access import Access
 from .claimed import Claimed
 from .consumption import Consumption
 from .driver import Driver
@@ -12,9 +13,8 @@ from .on_loop import OnLoop
 from .takers import Taker, Takers, Window
 from .turn import Turn
 from .turns import UNDER_WAY, WINDOW, Turns
-from .writes import Call, Close, Look, Open, Run, Write
+from .writes import Look, Run, Write
 
 __all__ = [
-    "UNDER_WAY", "WINDOW", "Call", "Claimed", "Close", "Consumption", "Driver", "Look", "OnLoop", "Open", "Run", "Taker", "Takers", "Turn", "Turns",
-    "Window", "Write",
+    "UNDER_WAY", "WINDOW", "Access", "Claimed", "Consumption", "Driver", "Look", "OnLoop", "Run", "Taker", "Takers", "Turn", "Turns", "Window", "Write",
 ]  # fmt: skip

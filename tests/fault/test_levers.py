@@ -10,6 +10,7 @@ import aio_pika
 import aiormq
 import pytest
 
+from tests.nodes import ours
 from tests.rabbit.cluster import Cluster
 from tests.rabbit.node import Installation, Node, Rabbit
 from tests.rabbit.raw import Raw, connect
@@ -22,9 +23,7 @@ QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
 @pytest.fixture(scope="module")
 def node(rabbit_found: Rabbit | Installation) -> Generator[Node]:
     """A node of this module's own: its limits are changed."""
-    if not isinstance(rabbit_found, Installation):
-        pytest.skip(rabbit_found.why_no_levers)
-    own = Node(rabbit_found)
+    own = Node(ours(rabbit_found))
     try:
         asyncio.run(own.start())
         yield own

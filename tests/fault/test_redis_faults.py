@@ -22,8 +22,9 @@ from tests.fault.bench import Bench, eventually
 from tests.fault.clock import OffClock
 from tests.fault.load import Load
 from tests.fault.strikes import JOBS, SLOW_S, kill_all_in_turn
+from tests.nodes import ours
 from tests.proxy import FaultProxy
-from tests.redis.node import Cluster, Found, Node, Sentinels, Server
+from tests.redis.node import Cluster, Found, Node, Sentinels
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(240)]
 
@@ -42,9 +43,7 @@ async def node(redis_node: StartRedis) -> Node:
 @pytest_asyncio.fixture
 async def sentinels(redis_found: Found) -> AsyncGenerator[Sentinels]:
     """A primary, a replica and three sentinels of the test's own."""
-    if isinstance(redis_found, Server):
-        pytest.skip(redis_found.why_no_levers)
-    started = Sentinels(redis_found)
+    started = Sentinels(ours(redis_found))
     try:
         await started.start()
         yield started
@@ -55,9 +54,7 @@ async def sentinels(redis_found: Found) -> AsyncGenerator[Sentinels]:
 @pytest_asyncio.fixture
 async def cluster(redis_found: Found) -> AsyncGenerator[Cluster]:
     """Three primaries, each with a replica, of the test's own."""
-    if isinstance(redis_found, Server):
-        pytest.skip(redis_found.why_no_levers)
-    started = Cluster(redis_found, replicas=True)
+    started = Cluster(ours(redis_found), replicas=True)
     try:
         await started.start()
         yield started

@@ -9,6 +9,7 @@ import pytest
 from leveret import Publisher, Worker, WorkerState
 from tests.fault.bench import eventually
 from tests.fault.shop import Shop, census, id_of, until_census
+from tests.nodes import ours
 from tests.rabbit.node import Installation, Node, Rabbit
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(180)]
@@ -17,9 +18,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(180)]
 @pytest.fixture(scope="module")
 def node(rabbit_found: Rabbit | Installation) -> Generator[Node]:
     """The node of these tests, which they restart."""
-    if not isinstance(rabbit_found, Installation):
-        pytest.skip(rabbit_found.why_no_levers)
-    node = Node(rabbit_found)
+    node = Node(ours(rabbit_found))
     try:
         asyncio.run(node.start())
         yield node

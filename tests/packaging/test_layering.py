@@ -16,7 +16,7 @@ _FILES = sorted(file for folder in _PACKAGES for file in (_ROOT / folder).rglob(
 # shared nouns. `testing` stands beside `process`.
 _NOUNS = "the shared nouns"
 # What the brokers that keep rows in a store share.
-_OF_BROKERS = {"leveret.brokers.leases", "leveret.brokers.records", "leveret.brokers.rows", "leveret.brokers.turns"}
+_OF_BROKERS = {f"leveret.brokers.{noun}" for noun in ("leases", "letters", "records", "rows", "turns")}
 _BELOW = {
     "cli": {"process", "app", "consuming", "cron", "publishing", "results", _NOUNS},
     "process": {"app", "consuming", "cron", "publishing", "results", _NOUNS},

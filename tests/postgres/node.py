@@ -9,15 +9,15 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import asyncpg
-import pytest
 
 from leveret.runtime import Runtime
 from leveret.schemes import open_migrator
 from leveret.settings import redact
+from tests import nodes
 from tests.nodes import Choice, free_ports, has_docker, tail, url_at, write
 from tests.postgres.installation import (
     Installation,
@@ -42,38 +42,11 @@ async def migrate(url: str) -> None:
     await migrator.migrate(lambda _: None)
 
 
-class Postgres:
+class Postgres(nodes.Server):
     """A PostgreSQL for tests: `url` always works; the levers work only if the tests own the process (`Node`)."""
-
-    def __init__(self, url: str, *, why_no_levers: str = "") -> None:
-        self.url = url
-        self.why_no_levers = why_no_levers
-
-    def _no_lever(self) -> NoReturn:
-        pytest.skip(self.why_no_levers)
-
-    async def start(self) -> None:
-        """Start the server with its old data, and return once it takes connections. A running server is left alone."""
-        self._no_lever()
-
-    async def stop(self) -> None:
-        """Stop the server as an administrator would; kill it after 60 s."""
-        self._no_lever()
-
-    async def kill9(self) -> None:
-        """Stop the server as a power cut would: none of its code runs. Its data stays for the next `start`."""
-        self._no_lever()
 
     def kill9_backend(self, pid: int) -> None:
         """Kill the process of one connection: the server then ends all others too, and recovers as after a crash."""
-        self._no_lever()
-
-    def pause(self) -> None:
-        """Hang the server with all that it forked: connections stay up, and nothing answers."""
-        self._no_lever()
-
-    def resume(self) -> None:
-        """End `pause`."""
         self._no_lever()
 
     def step_clock(self, ahead_s: float) -> None:
@@ -91,9 +64,6 @@ class Postgres:
     async def pooler(self, **conf: str | int) -> "PgBouncer":
         """Start a PgBouncer before this server, in transaction mode; `conf` are its own settings' names."""
         self._no_lever()
-
-    async def close(self) -> None:
-        """End all processes that were started for the server."""
 
     async def query(self, sql: str, *arguments: Any, url: str | None = None) -> list[asyncpg.Record]:
         """Run one statement on a connection of its own, as the superuser unless `url` says another, and return its rows."""

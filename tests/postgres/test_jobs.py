@@ -1,10 +1,8 @@
 """The job store in a PostgreSQL, beyond what every store promises."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -15,16 +13,14 @@ from leveret.brokers.postgresql import open_store
 from leveret.errors import ConfigurationError, StoreUnavailable
 from leveret.runtime import Runtime
 from leveret.settings import Settings
-from leveret.store import Change, Key, Progress, Store
+from leveret.store import Change, Progress, Store
 from tests.cli.command import Project
 from tests.conftest import StartPostgres
 from tests.contract.store.changes import Publish
+from tests.contract.store.ends import PATIENCE_S, Ends, answered
 from tests.postgres.node import Postgres, migrate
 
-_T = TypeVar("_T")
-
 RUNTIME = Runtime(app="shop")
-PATIENCE_S = 30.0
 
 
 @pytest_asyncio.fixture
@@ -41,33 +37,6 @@ async def store(url: str) -> AsyncGenerator[Store]:
     opened = open_store(url, RUNTIME)
     yield opened
     await opened.close()
-
-
-async def answered(ask: Callable[[], Awaitable[_T]]) -> _T:
-    """Ask until the store answers."""
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            with suppress(StoreUnavailable):
-                return await ask()
-
-
-class Ends:
-    """The ends that a store has told."""
-
-    def __init__(self) -> None:
-        self.keys: set[Key] = set()
-        self._news = asyncio.Event()
-
-    def __call__(self, ended: Sequence[Key], /) -> None:
-        self.keys.update(ended)
-        self._news.set()
-
-    async def has(self, keys: set[Key]) -> None:
-        """Wait until all of these were told."""
-        async with asyncio.timeout(PATIENCE_S):
-            while not keys <= self.keys:
-                self._news.clear()
-                await self._news.wait()
 
 
 async def test_only_ends_that_somebody_waits_for_are_told(postgres: Postgres, url: str, store: Store) -> None:

@@ -16,6 +16,7 @@ import asyncpg
 import pytest
 
 from tests.conftest import StartPostgres
+from tests.nodes import ours
 from tests.postgres.node import Found, Postgres
 from tests.postgres.process import processes
 from tests.proxy import FaultProxy
@@ -271,8 +272,7 @@ time.sleep(600)
 @pytest.mark.parametrize("state", ["running", "paused"])
 async def test_a_server_ends_with_the_tests_that_are_killed(state: str, postgres_found: Found) -> None:
     """A server that nobody ends keeps its memory, its port and its folder until the machine is started again."""
-    if isinstance(postgres_found, Postgres):
-        pytest.skip(postgres_found.why_no_levers)
+    ours(postgres_found)
     tests = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _TESTS_THAT_ARE_KILLED, state, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE
     )

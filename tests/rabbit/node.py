@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
-
-import pytest
+from typing import Literal
 
 from leveret.settings import redact
 from tests import nodes
@@ -67,46 +65,16 @@ end).
 """
 
 
-class Rabbit:
+class Rabbit(nodes.Server):
     """A RabbitMQ for tests: `url` always works; the levers work only if the tests own the process (`Node`)."""
-
-    def __init__(self, url: str, *, why_no_levers: str = "") -> None:
-        self.url = url
-        self.why_no_levers = why_no_levers
-
-    def _no_lever(self) -> NoReturn:
-        pytest.skip(self.why_no_levers)
-
-    async def start(self) -> None:
-        """Start the node with its old data, and return once AMQP answers. A running node is left alone."""
-        self._no_lever()
-
-    async def stop(self) -> None:
-        """Stop the node as an administrator would."""
-        self._no_lever()
-
-    async def kill9(self) -> None:
-        """Stop the node as a power cut would: none of its code runs. Its data stays for the next `start`; see `flush`."""
-        self._no_lever()
 
     async def flush(self) -> None:
         """Write the list of quorum queues to disk. Call before `kill9`, or RabbitMQ forgets queues declared in the last second."""
         self._no_lever()
 
-    def pause(self) -> None:
-        """Hang the node: connections stay up, and nothing answers."""
-        self._no_lever()
-
-    def resume(self) -> None:
-        """End `pause`."""
-        self._no_lever()
-
     async def ctl(self, *arguments: str, timeout_s: float = 60) -> str:
         """Run rabbitmqctl, which takes 1 to 2 s, and return its output; RuntimeError with its stderr if it fails."""
         self._no_lever()
-
-    async def close(self) -> None:
-        """End all processes that were started for the broker."""
 
     async def eval(self, erlang: str) -> str:
         """Evaluate Erlang in the node, within milliseconds, and return its value; RuntimeError if it raises."""

@@ -12,10 +12,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 from urllib.parse import urlsplit
 
-import pytest
 import trustme
 from redis import asyncio as client
 from redis.asyncio.retry import Retry
@@ -23,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from leveret.settings import redact
+from tests import nodes
 from tests.nodes import (
     NOBODY,
     Choice,
@@ -96,35 +96,8 @@ async def soon(true: Callable[[], Awaitable[bool]], what: str) -> None:
         await asyncio.sleep(0.02)  # another's state has no event
 
 
-class Server:
+class Server(nodes.Server):
     """A Redis for tests: `url` always works; the levers work only if the tests own the process (`Node`)."""
-
-    def __init__(self, url: str, *, why_no_levers: str = "") -> None:
-        self.url = url
-        self.why_no_levers = why_no_levers
-
-    def _no_lever(self) -> NoReturn:
-        pytest.skip(self.why_no_levers)
-
-    async def start(self) -> None:
-        """Start the server with its old data, and return once it takes commands. A running server is left alone."""
-        self._no_lever()
-
-    async def stop(self) -> None:
-        """Stop the server as an administrator would; kill it after 60 s."""
-        self._no_lever()
-
-    async def kill9(self) -> None:
-        """End the server as the kernel's out-of-memory killer does: none of its code runs. Its data stays for the next `start`."""
-        self._no_lever()
-
-    def pause(self) -> None:
-        """Hang the server: connections stay up, and nothing answers."""
-        self._no_lever()
-
-    def resume(self) -> None:
-        """End `pause`."""
-        self._no_lever()
 
     async def hold(self, what: Literal["WRITE", "ALL"]) -> None:
         """Let writes, or all commands, of all clients wait (CLIENT PAUSE); reads go on while writes wait."""
@@ -153,9 +126,6 @@ class Server:
     async def promote(self) -> None:
         """Make a replica a server that takes writes."""
         self._no_lever()
-
-    async def close(self) -> None:
-        """End all processes that were started for the server."""
 
     async def command(self, *words: str | int | bytes) -> Any:
         """Run one command on a connection of its own, and return the answer."""

@@ -15,14 +15,14 @@ import pytest
 import pytest_asyncio
 
 from leveret.broker import Broker
-from leveret.brokers.redis import open_admin, open_broker, store
+from leveret.brokers.redis import confirming, open_admin, open_broker, store
 from leveret.errors import BrokerUnavailable, ConfigurationError, PublishTimeout
 from leveret.job import Priority, Queue
 from leveret.runtime import Runtime
 from tests.conftest import StartRedis
 from tests.contract.harness import PATIENCE_S, consume, depth, make_envelope, soon, timed
 from tests.proxy import FaultProxy
-from tests.redis.node import Server, ask
+from tests.redis.node import Cluster, Server, ask
 
 RUNTIME = Runtime(app="tests")
 Opened = Callable[..., Broker]
@@ -505,6 +505,82 @@ async def test_a_publish_waits_for_a_replica_that_is_there(
     assert (await sink.next()).envelope.body == b"2"
     assert await ask(node.url, "LLEN", key(queue, "normal")) == 0
     await until_ready(broker)
+
+
+@pytest.mark.fault
+async def test_without_a_replica_retries_hold_up_jobs_for_some_seconds_and_the_log_says_why(
+    redis_node: StartRedis, opened: Opened, queue: Queue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A queue whose jobs fail would stand still for ten seconds at each retry, and nothing would say why."""
+    caplog.set_level(logging.INFO)
+    node = await redis_node()
+    direct, broker = opened(node.url), opened(f"{node.url}?confirm=replica")
+    await publish(direct, queue, b"1", b"2")
+    _, sink = await consume(broker, queue)
+    first, second = await sink.take(2)
+    with pytest.raises(PublishTimeout):
+        await broker.publish(queue, timed(make_envelope(queue), soon(0.1)))
+
+    with pytest.raises(PublishTimeout, match="no replica has confirmed it"):
+        async with asyncio.timeout(0.8 * confirming.TURN_S):
+            await first.again(timed(msgspec.structs.replace(first.envelope, attempt=2), soon(60)))
+    async with asyncio.timeout(0.8 * confirming.TURN_S):
+        for delivery in (second, *(await sink.take(2))):  # the publish and the retry
+            delivery.done()
+        while (await depth_of(node, queue)).unsettled:
+            await asyncio.sleep(0.05)
+
+    assert len(said(caplog, "confirms no jobs: the server has it, and no replica has confirmed it")) == 1
+    await node.replica()
+    await publish(broker, queue, b"3")
+    await until_ready(broker)
+    assert len(said(caplog, "confirms jobs again")) == 1
+
+
+async def test_keys_that_somebody_deletes_are_said_to_be_deleted(
+    redis: Server, opened: Opened, queue: Queue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After FLUSHALL the log would blame a worker that stood still; and jobs that come later must run."""
+    broker = opened()
+    await publish(broker, queue, b"1")
+    _, sink = await consume(broker, queue)
+    held = await sink.next()
+
+    await redis.command("DEL", *(await redis.command("KEYS", key(queue, "*"))))
+    await publish(broker, queue, b"2")
+
+    assert (await sink.next()).envelope.body == b"2"
+    assert (held.live, sink.losses) == (False, 1)
+    assert len(said(caplog, "FLUSHALL")) == 1
+    assert said(caplog, "sent no beat") == []
+
+
+async def test_each_node_of_a_cluster_counts(redis_cluster: Cluster) -> None:
+    """A full node, or one that syncs nothing, takes its share of the jobs: asked of another node, nothing is wrong."""
+    nodes, broker = redis_cluster.primaries, open_broker(redis_cluster.url, RUNTIME)
+    admin = open_admin(redis_cluster.url, RUNTIME)
+    try:
+        await nodes[1].configure("appendfsync", "always")
+        await nodes[2].configure("appendfsync", "no")
+        for node in nodes[:2]:
+            queue = Queue("elsewhere")
+            while await redis_cluster.owner(f"{{{queue.name}}}") is not node:
+                queue = Queue(f"t-{uuid.uuid4().hex[:12]}")
+            await publish(broker, queue, b"x")
+            await admin.purge(queue)
+        durable = broker.features().durable
+        await nodes[2].configure("maxmemory", 1)
+        notes = await admin.notes()
+    finally:
+        await asyncio.gather(broker.close(), admin.close())
+        for node in nodes:
+            await node.configure("appendfsync", "everysec")
+            await node.configure("maxmemory", 0)
+
+    assert not durable
+    for number, what in ((0, "appendfsync everysec"), (2, "appendfsync no"), (2, "memory is nearly full")):
+        assert [note.startswith(f"127.0.0.1:{nodes[number].port}: ") for note in notes if what in note] == [True], notes
+    assert len(notes) == 3, "the second node has nothing to say"
 
 
 async def test_a_full_server_says_so_and_takes_jobs_again(redis_node: StartRedis, opened: Opened, queue: Queue) -> None:

@@ -4,11 +4,9 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -22,18 +20,16 @@ from leveret.errors import ConfigurationError, StoreUnavailable
 from leveret.ids import new_job_id
 from leveret.runtime import Runtime
 from leveret.settings import Settings
-from leveret.store import Key, Record, Store
+from leveret.store import Record, Store
 from tests.cli.command import Project, Ran
 from tests.conftest import StartRedis
 from tests.contract.store.changes import Publish
+from tests.contract.store.ends import PATIENCE_S, Ends, answered
 from tests.rabbit.node import Rabbit
 from tests.redis.node import Cluster, Server
 
-_T = TypeVar("_T")
-
 RUNTIME = Runtime(app="shop")
 HURRIED = Runtime(app="shop", settings=Settings(connect_timeout_s=1.0))
-PATIENCE_S = 30.0
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
@@ -57,15 +53,6 @@ async def store(url: str) -> AsyncGenerator[Store]:
     await opened.close()
 
 
-async def answered(ask: Callable[[], Awaitable[_T]]) -> _T:
-    """Ask until the store answers."""
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            with suppress(StoreUnavailable):
-                return await ask()
-            await asyncio.sleep(0.02)
-
-
 async def calls_of(server: Server, command: str) -> int:
     """Return how often the server has executed a command."""
     counts = (await server.info("commandstats")).get(f"cmdstat_{command}")
@@ -77,25 +64,6 @@ async def read(store: Store, publish: Publish) -> Record:
     (record,) = await store.read([publish.key])
     assert record is not None
     return record
-
-
-class Ends:
-    """The ends that a store has told."""
-
-    def __init__(self) -> None:
-        self.keys: set[Key] = set()
-        self._news = asyncio.Event()
-
-    def __call__(self, ended: Sequence[Key], /) -> None:
-        self.keys.update(ended)
-        self._news.set()
-
-    async def has(self, keys: set[Key]) -> None:
-        """Wait until all of these were told."""
-        async with asyncio.timeout(PATIENCE_S):
-            while not keys <= self.keys:
-                self._news.clear()
-                await self._news.wait()
 
 
 async def test_only_ends_that_somebody_waits_for_are_told(redis: Server, url: str, store: Store) -> None:
@@ -271,6 +239,35 @@ async def test_no_answer_is_larger_than_some_megabytes(redis: Server, store: Sto
 
     assert [len(record.result or b"") for record in found if record is not None] == [1 << 20] * 12
     assert await calls_of(redis, "evalsha") >= before + 3
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [("RPUSH", "theirs"), ("SET", "its number"), ("SETRANGE", 82, "theirs")],  # behind the head of 82 bytes
+    ids=["another type", "a short text", "a text that is none of ours"],
+)
+async def test_a_record_that_cannot_be_read_hides_no_other(
+    spoil: tuple[str | int, ...], redis: Server, prefix: str, store: Store
+) -> None:
+    """One key that somebody else wrote would end each wait that is asked for with it, and `leveret jobs list`."""
+    spoiled, good = Publish(), Publish()
+    await store.write([spoiled.is_("running"), good.is_("running")])
+    verb, *rest = spoil
+    name = f"{prefix}:{{jobs:0}}:r:{spoiled.key.job_id}"
+    if verb != "SETRANGE":
+        await redis.command("DEL", name)
+    number = spoiled.key.publish.to_bytes(8, "big", signed=True)
+    await redis.command(verb, name, *(number if word == "its number" else word for word in rest))
+
+    assert [record and record.key for record in await store.read([spoiled.key, good.key])] == [None, good.key]
+    assert [record.key for record in await store.list(limit=9)] == [good.key]
+    assert [record.key for record in await store.list(queue=(await read(store, good)).queue, limit=9)] == [good.key]
+    assert list(await store.asked([spoiled.key, good.key])) == []
+    assert list(await store.begin([good.is_("running"), spoiled.is_("running")])) == ["go", "go"]
+    await store.write([spoiled.is_("done", result=b"1"), good.is_("done")])
+
+    assert {record.key for record in await store.ended([spoiled.key, good.key])} == {spoiled.key, good.key}
+    assert (await read(store, spoiled)).result == b"1"
 
 
 async def test_a_full_server_takes_no_states_and_still_answers(redis_node: StartRedis) -> None:

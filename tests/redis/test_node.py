@@ -16,6 +16,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, ReadOnlyErr
 from redis.exceptions import ConnectionError as Away
 
 from tests.conftest import StartRedis
+from tests.nodes import ours
 from tests.proxy import FaultProxy
 from tests.redis.node import Cluster, Connection, Found, Node, Sentinels, Server, ask
 
@@ -181,9 +182,7 @@ async def test_only_who_trusts_the_authority_speaks_tls(redis_node: StartRedis, 
 @pytest.mark.parametrize("why", ["the primary is killed", "an administrator says so"])
 async def test_sentinels_promote_a_replica(why: str, redis_found: Found) -> None:
     """Teams that have no cluster fail over by sentinels: these must do it without a hand."""
-    if isinstance(redis_found, Server):
-        pytest.skip(redis_found.why_no_levers)
-    sentinels = Sentinels(redis_found)
+    sentinels = Sentinels(ours(redis_found))
     try:
         await sentinels.start()
         primary = await sentinels.primary()
@@ -206,9 +205,7 @@ async def test_sentinels_promote_a_replica(why: str, redis_found: Found) -> None
 @pytest.mark.fault
 async def test_a_clusters_replica_takes_over_and_slots_move(redis_found: Found) -> None:
     """What a client does at MOVED and at a fail-over is tested on it."""
-    if isinstance(redis_found, Server):
-        pytest.skip(redis_found.why_no_levers)
-    cluster = Cluster(redis_found, replicas=True)
+    cluster = Cluster(ours(redis_found), replicas=True)
     try:
         await cluster.start()
         first = await cluster.owner("{emails}")
@@ -245,8 +242,7 @@ time.sleep(600)
 @pytest.mark.parametrize("state", ["running", "paused"])
 async def test_a_server_ends_with_the_tests_that_are_killed(state: str, redis_found: Found) -> None:
     """A server that nobody ends keeps its memory, its port and its folder until the machine is started again."""
-    if isinstance(redis_found, Server):
-        pytest.skip(redis_found.why_no_levers)
+    ours(redis_found)
     tests = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _TESTS_THAT_ARE_KILLED, state, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE
     )

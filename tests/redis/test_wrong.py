@@ -1,17 +1,25 @@
 """What a program says that can't use its Redis: one line, without the password, and it ends."""
 
 import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import trustme
 
-from leveret.brokers.redis import open_admin
+from leveret.brokers.redis import link, open_admin, open_broker
+from leveret.brokers.redis.wire import packed_words
 from leveret.errors import ConfigurationError
+from leveret.job import Queue
 from leveret.runtime import Runtime
 from tests.cli.command import Project, Ran
 from tests.conftest import StartRedis
+from tests.contract.harness import make_envelope, soon, timed
+from tests.nodes import free_ports
+from tests.proxy import FaultProxy
 from tests.redis.node import Server
 
 
@@ -48,17 +56,90 @@ async def test_what_waiting_will_not_mend_ends_a_program_with_one_line(project: 
 
 async def test_a_server_that_is_too_old_for_a_greeting_is_called_too_old() -> None:
     """An unknown command says nothing of the version that is needed."""
-
-    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(4096):
-            writer.write(b"-ERR unknown command `HELLO`, with args beginning with: `3`, \r\n")
-        writer.close()
-
-    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as old:
-        admin = open_admin(f"redis://127.0.0.1:{old.sockets[0].getsockname()[1]}", Runtime(app="tests"))
+    async with answering({"HELLO": b"-ERR unknown command `HELLO`, with args beginning with: `3`, \r\n"}) as port:
+        admin = open_admin(f"redis://127.0.0.1:{port}", Runtime(app="tests"))
         with pytest.raises(ConfigurationError, match=r"leveret needs Redis 7\.0 or later"):
             await admin.notes()
         await admin.close()
+
+
+async def test_a_server_that_greets_in_the_older_protocol_is_called_so() -> None:
+    """A proxy between a program and its Redis may know the command and not the protocol: "'list' object has no attribute" helps nobody."""
+    async with answering({"HELLO": b"*2\r\n$6\r\nserver\r\n$5\r\nredis\r\n"}) as port:
+        admin = open_admin(f"redis://127.0.0.1:{port}", Runtime(app="tests"))
+        with pytest.raises(ConfigurationError, match="in an older protocol, as some proxies do"):
+            await admin.notes()
+        await admin.close()
+
+
+async def test_a_server_without_tls_is_called_so_at_once(redis: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the rest of a command: a worker with one letter too many in its URL would try for ever."""
+    monkeypatch.setattr(link, "_SILENT_S", 0.05)
+    password = str(urlsplit(redis.url).password)
+    admin = open_admin(redis.url.replace("redis://", "rediss://"), Runtime(app="tests"))
+    with pytest.raises(ConfigurationError, match=r"speaks no TLS; begin its URL with redis instead of rediss") as said:
+        await admin.notes()
+    assert password not in str(said.value)
+    await admin.close()
+
+
+@pytest.mark.fault
+async def test_a_server_that_is_slow_with_tls_is_not_taken_for_one_without(
+    redis_node: StartRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow link would end workers whose URL is right."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    node = await redis_node(authority=authority)
+    monkeypatch.setattr(link, "_SILENT_S", 0.05)
+    async with FaultProxy(node.tls_port) as slow:
+        slow.latency_s = 0.2
+        url = f"{node.tls_url}?ssl_ca_certs={tmp_path}/ca.crt".replace(f":{node.tls_port}", f":{slow.port}")
+        admin = open_admin(url, Runtime(app="tests"))
+        assert await admin.notes()
+        await admin.close()
+        assert slow.accepted > 1, "it was asked whether it speaks without"
+
+
+@pytest.mark.parametrize("lie", ["a dead address", "a replica"])
+async def test_one_sentinel_that_is_wrong_holds_nobody_up(lie: str, redis: Server) -> None:
+    """A sentinel that the others can't reach names the old primary for hours: who asks it alone stands still as long."""
+    host, port = urlsplit(redis.url).hostname, urlsplit(redis.url).port
+    assert host is not None
+    assert port is not None
+    queue = Queue(f"t-{uuid.uuid4().hex[:12]}")
+    async with answering({"HELLO": greeting("replica")}) as replica:
+        wrong = ("127.0.0.1", free_ports(1)[0] if lie == "a dead address" else replica)
+        async with sentinel(*wrong) as one, sentinel(*wrong) as two, sentinel(host, port) as right:
+            login = urlsplit(redis.url).netloc.rpartition("@")[0]
+            hosts = f"127.0.0.1:{one},127.0.0.1:{two},127.0.0.1:{right}"
+            broker = open_broker(f"redis+sentinel://{login}@{hosts}/mymaster", Runtime(app="tests"))
+            await broker.publish(queue, timed(make_envelope(queue), soon()))
+            await broker.close()
+
+
+def greeting(role: str) -> bytes:
+    """What a server answers to HELLO."""
+    said = {"server": "redis", "version": "7.0.0", "mode": "standalone", "role": role}
+    return b"%%%d\r\n" % len(said) + b"".join(packed_words(pair) for pair in said.items())
+
+
+def sentinel(host: str, port: int) -> AbstractAsyncContextManager[int]:
+    """A sentinel that says that this is the primary; its port."""
+    return answering({"HELLO": greeting("master"), "SENTINEL": b"*2\r\n" + packed_words((host, port))})
+
+
+@asynccontextmanager
+async def answering(answers: Mapping[str, bytes]) -> AsyncGenerator[int]:
+    """A server that answers to commands by their first words; its port."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while command := await reader.read(4096):
+            writer.write(next(text for name, text in answers.items() if name.encode() in command))
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
 
 
 @pytest.mark.fault

@@ -1,33 +1,25 @@
 """What a job store hears of a worker's jobs, and what it decides."""
 
 import asyncio
-import random
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Hashable, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any, Never, NoReturn, Protocol, TypeVar, cast
+from typing import Any
 
 import msgspec
 import pytest
-from typing_extensions import TypeAliasType
 
-from leveret import Attempt, Bury, Done, Job, Keep, Outcome, Retry, Settings, Snooze
-from leveret.broker import Delivery
-from leveret.consuming.recording import Recording
-from leveret.consuming.settlement import Settlement
+from leveret import Attempt, Bury, Done, Job, Keep, Outcome, Settings, Snooze
 from leveret.consuming.worker import working
-from leveret.envelope import Envelope
-from leveret.errors import BrokerUnavailable, ConfigurationError
-from leveret.middleware import Retries, Rule
-from leveret.outcome import Aborted, Ending, Expired, Kind
-from leveret.results.recorder import Recorder
+from leveret.errors import ConfigurationError
+from leveret.middleware import Retries
+from leveret.outcome import Kind
 from leveret.runtime import Runtime
-from leveret.store import Change, Key, Progress, State, Store
-from tests.unit import runs
+from leveret.store import Progress, Store
 
-from .kept import Bench, Blocks, Paint, Plain, Resize, Thumbnail, ended, images, queued, turns, until
+from .kept import Bench, Blocks, Paint, Plain, Resize, Thumbnail, ended, images, turns, until
 
 
 async def test_a_result_is_in_the_store_before_its_job_is_acknowledged() -> None:
@@ -312,44 +304,6 @@ async def test_jobs_that_never_ran_fail_in_the_store() -> None:
     assert bench.store.life("strange") == [("failed", 0, 1)]
 
 
-async def test_an_aborted_job_never_starts() -> None:
-    """An abort that was confirmed would have no effect."""
-    bench, runs = Bench(), list[Paint]()
-
-    @bench.handler
-    async def paint(job: Paint) -> None:
-        runs.append(job)
-
-    key = await bench.publish(Paint())
-    await bench.store.write([queued(key)])
-    assert await bench.store.abort(key) == "aborted"
-    async with bench.works() as work:
-        await ended(work, Kind.ABORTED)
-
-    assert not runs
-    assert (await bench.record(key)).state == "aborted"
-    assert bench.contents.state(bench.clock).unsettled == 0
-
-
-async def test_an_abort_hits_no_other_publish_of_the_same_id() -> None:
-    """A job that was published again after the abort would never run."""
-    bench, runs = Bench(), list[int]()
-
-    @bench.handler
-    async def paint(job: Paint, attempt: Attempt) -> None:
-        runs.append(attempt.envelope.publish)
-
-    aborted, other = await bench.publish(Paint(), publish=1), await bench.publish(Paint(), publish=2)
-    await bench.store.write([queued(aborted)])
-    await bench.store.abort(aborted)
-    async with bench.works() as work:
-        await ended(work, Kind.ABORTED)
-        await ended(work, Kind.DONE)
-
-    assert runs == [2]
-    assert (await bench.record(other)).state == "done"
-
-
 async def test_a_delivery_of_a_job_that_has_ended_is_settled_without_a_run() -> None:
     """A worker that dies between the store and its acknowledgement would cost a second run."""
     bench, runs = Bench(), list[Paint]()
@@ -386,160 +340,6 @@ async def test_a_dead_letter_that_somebody_moves_back_by_hand_runs() -> None:
         await ended(work, Kind.DONE)
 
     assert len(runs) == 2
-
-
-async def test_a_running_job_is_cancelled_and_not_retried() -> None:
-    """An abort would wait for the job's end, or come to nothing with the next attempt."""
-    bench, blocks = Bench(middleware=[Retries(Rule(Exception, immediate=3))]), Blocks()
-
-    @bench.handler
-    async def paint(job: Paint, attempt: Attempt) -> None:
-        await blocks(attempt)
-
-    async with bench.works() as work:
-        key = await bench.publish(Paint())
-        await blocks.begun.wait()
-        assert await bench.store.abort(key) == "asked"
-        await bench.passes(0.5)  # workers hear within a second
-        await ended(work, Kind.ABORTED)
-
-    assert (blocks.runs, blocks.ends) == (1, ["finally"])
-    record = await bench.record(key)
-    assert (record.state, record.asked) == ("aborted", False)
-    assert bench.contents.state(bench.clock).dead == 0
-
-
-async def test_a_failure_of_the_clean_up_after_an_abort_is_the_end_of_the_job() -> None:
-    """A job that somebody aborted would be retried, in place or later."""
-    bench, blocks = Bench(middleware=[Retries(Rule(Exception, immediate=3))]), Blocks()
-
-    @bench.handler
-    async def paint(job: Paint, attempt: Attempt) -> None:
-        try:
-            await blocks(attempt)
-        except asyncio.CancelledError:
-            msg = "the brush is gone"
-            raise RuntimeError(msg) from None
-
-    async with bench.works() as work:
-        key = await bench.publish(Paint())
-        await blocks.begun.wait()
-        await bench.store.abort(key)
-        await bench.passes(0.5)
-        while not work.consumer.counts:  # the pause before a try in place
-            await bench.passes(0.05)
-        await ended(work, Kind.ABORTED)
-
-    assert blocks.runs == 1
-    assert (await bench.record(key)).state == "aborted"
-
-
-async def test_a_def_sees_that_it_is_to_end() -> None:
-    """A thread can't be cancelled: it would run on for hours."""
-    bench, begun, aborting = Bench(), threading.Event(), threading.Event()
-
-    @bench.handler
-    def paint(job: Paint, attempt: Attempt) -> None:
-        begun.set()
-        while not attempt.aborting:
-            aborting.wait(0.001)
-        msg = "stopped half-way"
-        raise RuntimeError(msg)
-
-    async with bench.works() as work:
-        key = await bench.publish(Paint())
-        await until(begun.is_set)
-        await bench.store.abort(key)
-        await bench.passes(0.5)
-        await ended(work, Kind.ABORTED)
-
-    assert (await bench.record(key)).state == "aborted"
-
-
-async def test_a_job_that_runs_to_its_end_is_done_whoever_aborts_it() -> None:
-    """The store would say "aborted" of a job whose effect is there."""
-    bench, blocks, after = Bench(), Blocks(), asyncio.Event()
-
-    async def lingers(attempt: Attempt, proceed: Any) -> Outcome:
-        said: Outcome = await proceed(attempt)
-        await after.wait()
-        return said
-
-    @bench.handler(middleware=[lingers])
-    async def paint(job: Paint, attempt: Attempt) -> None:
-        await blocks(attempt)
-
-    async with bench.works() as work:
-        key = await bench.publish(Paint())
-        await blocks.begun.wait()
-        blocks.goes_on.set()
-        await turns()
-        assert await bench.store.abort(key) == "asked"
-        await bench.passes(0.5)
-        after.set()
-        await ended(work, Kind.DONE)
-
-    assert blocks.ends == ["to its end", "finally"]
-    record = await bench.record(key)
-    assert (record.state, record.asked) == ("done", False)
-
-
-async def test_a_job_whose_middleware_waits_is_cancelled_before_its_handler() -> None:
-    """A lock that is held for hours would hold up the abort."""
-    bench, waits, runs = Bench(), asyncio.Event(), list[Paint]()
-
-    async def locks(attempt: Attempt, proceed: Any) -> Outcome:
-        waits.set()
-        await asyncio.Event().wait()
-        return await proceed(attempt)
-
-    @bench.handler(middleware=[locks])
-    def paint(job: Paint) -> None:
-        runs.append(job)
-
-    async with bench.works() as work:
-        key = await bench.publish(Paint())
-        await waits.wait()
-        await bench.store.abort(key)
-        await bench.passes(0.5)
-        await ended(work, Kind.ABORTED)
-
-    assert not runs
-
-
-async def test_an_abort_that_meets_starts_ends_and_retries_leaves_one_truth() -> None:
-    """The store would say "aborted" of a job that ran to its end, or "done" of one that was cut short."""
-    bench, rng, finished, answers = Bench(), random.Random(22), set[Key](), dict[Key, str]()
-
-    @bench.handler
-    async def paint(job: Paint, attempt: Attempt) -> None:
-        await bench.clock.sleep(rng.uniform(0, 2))
-        if attempt.number == 1 and rng.random() < 0.3:
-            raise Retry(rng.uniform(0, 1))
-        finished.add(Key(attempt.job_id, attempt.envelope.publish))
-
-    async def aborts(key: Key) -> None:
-        await bench.clock.sleep(rng.uniform(0, 4))
-        answers[key] = await bench.store.abort(key)
-
-    async with bench.works() as work, asyncio.TaskGroup() as tasks:
-        keys = [Key(f"id-{n}", publish) for n in range(100) for publish in (1, 2)]  # each id twice
-        for key in keys:
-            await bench.publish(Paint(), key.job_id, publish=key.publish)
-        await bench.store.write([queued(key) for key in keys])
-        for key in keys:
-            if rng.random() < 0.7:
-                tasks.create_task(aborts(key))
-        while work.consumer.counts[Kind.DONE] + work.consumer.counts[Kind.ABORTED] < len(keys) or work.consumer.busy:
-            await bench.passes(0.05)
-
-    states = {key: (await bench.record(key)).state for key in keys}
-    assert set(states.values()) == {"done", "aborted"}
-    assert {key for key, state in states.items() if state == "done"} == finished
-    assert {states[key] for key, answer in answers.items() if answer == "aborted"} == {"aborted"}
-    assert {states[key] for key, answer in answers.items() if answer == "finished"} == {"done"}
-    assert {states[key] for key in keys if key not in answers} == {"done"}
-    assert set(answers.values()) == {"aborted", "asked", "finished"}
 
 
 async def test_the_latest_progress_is_written_twice_a_second() -> None:
@@ -700,121 +500,6 @@ async def test_the_body_is_kept_where_the_class_says_so() -> None:
     assert ((await bench.record(copied)).body, (await bench.record(painted)).body) == (b"{}", None)
 
 
-class Beside:
-    """A delivery of a broker that shares its transactions with the store; it keeps what each settlement was to enter."""
-
-    consumers = 0
-    queue = images
-
-    def __init__(self, *lives: bool, refuses: bool = False) -> None:
-        self.envelope = Envelope(job_id="id-1", job="image.resize", queue="images", body=b"{}", publish=7)
-        self.changes: Sequence[Change | Progress] = ()
-        self.entered: list[tuple[str, Sequence[tuple[State, int, int]]]] = []
-        self._lives = [*lives] or [True]
-        self._refuses = refuses
-
-    @property
-    def live(self) -> bool:
-        return self._lives.pop(0) if self._lives[1:] else self._lives[0]
-
-    def done(self) -> None:
-        self._settle("done")
-
-    async def again(self, _: Envelope) -> bool:
-        return self._settle("again")
-
-    async def bury(self, _: Envelope) -> bool:
-        if self._refuses:
-            raise BrokerUnavailable("its dead letters are full")
-        return self._settle("bury")
-
-    def _settle(self, how: str) -> bool:
-        states: list[tuple[State, int, int]] = [
-            (each.state, each.passes, each.attempt) for each in self.changes if isinstance(each, Change)
-        ]
-        self.entered.append((how, states))
-        return True
-
-
-async def settle(delivery: Beside, ending: Ending, *, stops: bool = False) -> list[Change | Progress]:
-    """End a run of a worker that shares; return what its recorder was told."""
-    bench, told = Bench(), Heard()
-
-    @bench.handler
-    async def resize(job: Resize) -> Thumbnail:
-        return Thumbnail(64)
-
-    runtime = runs.runtime()
-    recording = Recording(cast("Recorder", told), bench.handlers(), runtime, shared=True)
-    settlement = Settlement([], runtime, recording=recording)
-    if stops:
-        settlement.replacing.stop()
-    settled, attempt = cast("Delivery", cast("Any", delivery)), runs.attempt()
-    ending = await recording.end(settled, attempt, ending)
-    rest = settlement.end(settled, attempt, ending, None)
-    if rest is not None:
-        await rest
-    return told.notes
-
-
-class Heard:
-    """A recorder that only listens."""
-
-    def __init__(self) -> None:
-        self.notes: list[Change | Progress] = []
-
-    def note(self, what: Change | Progress) -> None:
-        self.notes.append(what)
-
-    async def end(self, change: Change, *, required: bool = False) -> bool:
-        self.notes.append(change)
-        return not required
-
-
-@pytest.mark.parametrize(
-    ("ending", "how", "state"),
-    [
-        (Done(Thumbnail(64)), "done", ("done", 0, 1)),
-        (Done("no thumbnail"), "bury", ("failed", 0, 1)),
-        (Aborted(), "done", ("aborted", 0, 1)),
-        (Expired(False), "done", ("expired", 0, 1)),
-        (Expired(True), "bury", ("expired", 0, 1)),
-        (Retry(5), "again", ("retrying", 1, 2)),
-        (Snooze(5), "again", ("delayed", 1, 1)),
-        (Bury("no"), "bury", ("failed", 0, 1)),
-    ],
-)
-async def test_beside_the_brokers_jobs_each_settlement_enters_its_state(
-    ending: Ending, how: str, state: tuple[State, int, int]
-) -> None:
-    """Written apart, a worker that dies between the two leaves a state that isn't so."""
-    delivery = Beside()
-
-    notes = await settle(delivery, ending)
-
-    assert (delivery.entered, notes) == ([(how, [state])], [])
-
-
-async def test_a_burial_that_waits_in_the_broker_enters_nothing() -> None:
-    """A job would be "failed" whose letter is nowhere."""
-    delivery = Beside(refuses=True)
-
-    notes = await settle(delivery, Bury("no"), stops=True)
-
-    assert (delivery.entered, notes) == ([("again", [])], [])
-
-
-@pytest.mark.parametrize("lives", [[False], [True, False]], ids=["before", "in the last moment"])
-async def test_an_end_whose_lease_was_lost_is_written_by_itself(lives: list[bool]) -> None:
-    """This worker acknowledges the redelivery without a run: the job would "run" for ever."""
-    delivery = Beside(*lives)
-
-    notes = await settle(delivery, Done(Thumbnail(64)))
-
-    assert delivery.entered == []
-    assert [each.state for each in notes if isinstance(each, Change)] == ["done"]
-
-
 async def test_a_class_without_keep_costs_nothing() -> None:
     """Every job of every service would pay for the results of a few."""
     bench, runs = Bench(), list[Plain]()
@@ -910,131 +595,3 @@ async def test_a_store_that_refuses_the_worker_is_known_at_the_start(monkeypatch
             pass
     assert not entered
     assert bench.store.closed
-
-
-def annotated(job: Any, returns: Any) -> Any:
-    """Return a handler with an annotation."""
-
-    async def handle(job: Any) -> Any: ...
-
-    handle.__annotations__ = {"job": job, "return": returns} if returns is not ... else {"job": job}
-    return handle
-
-
-class Wide(Thumbnail):
-    height: int = 0
-
-
-class Mean(Job[float | None], name="image.mean", queue=images, keep=Keep()):
-    """A job whose result may be None."""
-
-
-Nothing = TypeAliasType("Nothing", Retry | None)
-
-
-class Says(Protocol):
-    """None is one, to the type checkers."""
-
-    def __str__(self) -> str: ...
-
-
-class Names(Job[dict[str, list[int]]], name="image.names", queue=images, keep=Keep()):
-    """A job with a generic result."""
-
-
-@pytest.mark.parametrize(
-    ("job", "returns"),
-    [
-        (Resize, Thumbnail),
-        (Resize, Wide),
-        (Resize, Thumbnail | Retry | Bury),
-        (Resize, Done),
-        (Resize, Any),
-        (Resize, ...),
-        (Paint, None),
-        (Paint, Outcome | None),
-        *((Plain, says) for says in (..., Any, object, None, NoReturn, Never, Retry, Outcome | None, Any | Bury)),
-        (Plain, TypeVar("T")),
-        (Plain, Nothing),
-        (Plain, Says),
-        (Plain, Hashable),
-        (Mean, int),
-        (Mean, None),
-        (Mean, float | None),
-        (Names, dict[str, list[int]]),
-        (Names, dict[str, Any]),
-        (Names, dict),
-    ],
-)
-async def test_an_annotation_that_may_be_the_result_passes(job: Any, returns: Any) -> None:
-    """A right handler would be refused."""
-    bench = Bench()
-    bench.handler(annotated(job, returns))
-    async with bench.works():
-        pass
-
-
-@pytest.mark.parametrize("job", [Resize, Plain])
-async def test_an_annotation_that_cannot_be_resolved_passes(job: Any) -> None:
-    """A type that is imported for the checkers only would be refused, though every value of it is right."""
-    bench, handle = Bench(), annotated(job, "Nowhere")
-    bench.handler(job=job)(handle)
-    async with bench.works():
-        pass
-
-
-@pytest.mark.parametrize(
-    ("job", "returns", "says"),
-    [
-        (Resize, int, "returns int, but the result of Resize is Thumbnail; correct one of them"),
-        (Resize, None, "returns None, but the result of Resize is Thumbnail"),
-        (Resize, Thumbnail | None, "but the result of Resize is Thumbnail"),
-        (Wide, Thumbnail, ""),
-        (Mean, str, "returns str, but the result of Mean is float | None"),
-        (
-            Names,
-            dict[str, list[str]],
-            r"returns dict\[str, list\[str\]\], but the result of Names is dict\[str, list\[int\]\]",
-        ),
-        (Names, list[int], r"returns list\[int\]"),
-        (Paint, Thumbnail, r"Paint has no result; return None or an outcome, or derive Paint from Job\[Thumbnail\]$"),
-        (Plain, int, r"returns int, but Plain has no result; .* derive Plain from Job\[int\] with keep=Keep\(\)$"),
-        (Plain, int | str | None, r"derive Plain from Job\[int \| str\] with keep=Keep\(\)$"),
-        (Plain, list[int], r"derive Plain from Job\[list\[int\]\] with keep=Keep\(\)$"),
-        (Plain, Retry | bool, r"returns leveret.outcome.Retry \| bool, but Plain has no result"),
-    ],
-)
-async def test_an_annotation_that_cannot_be_the_result_is_refused_at_the_start(
-    job: Any, returns: Any, says: str
-) -> None:
-    """Every job of that class would be buried, in production."""
-    if job is Wide:
-        job, says = _Widened, "returns Thumbnail, but the result of _Widened is Wide"
-    bench = Bench()
-    bench.handler(annotated(job, returns))
-    with pytest.raises(ConfigurationError, match=says):
-        async with bench.works():
-            pass
-
-
-class _Widened(Job[Wide], name="image.widened", queue=images, keep=Keep()):
-    """A job whose result is a subclass."""
-
-
-async def test_a_result_that_nothing_can_decode_is_refused_at_the_start() -> None:
-    """Every job of that class would be buried, in production."""
-
-    class Locks(Job[threading.Event | threading.Barrier], name="image.locks", queue=images, keep=Keep()):
-        pass
-
-    bench = Bench()
-
-    @bench.handler
-    async def locks(job: Locks) -> threading.Event:
-        return threading.Event()
-
-    with pytest.raises(
-        ConfigurationError, match=r"the result of Locks, .* can't be decoded: Type unions may not contain"
-    ):
-        async with bench.works():
-            pass
