@@ -277,9 +277,11 @@ class Taker:
         try:
             for tag, name in tags:
                 if held[name] < self._window(name) and (self.queue.type == "quorum" or not self.names[name]):
-                    got = await self._channel.get(name, CLOSE_TIMEOUT_S)
-                    if got is not None:
-                        self._taking(name)(got.tag, got.redelivered, got.properties, got.body)
+                    # the channel may hand over the last settlements only after the first get (see `settled`), the second is behind them
+                    for _ in range(2 if self.names[name] and self.queue.type == "quorum" else 1):
+                        got = await self._channel.get(name, CLOSE_TIMEOUT_S)
+                        if got is not None:
+                            self._taking(name)(got.tag, got.redelivered, got.properties, got.body)
                 await self._channel.cancel(tag, CLOSE_TIMEOUT_S)
         finally:
             self._withheld = False
