@@ -26,7 +26,7 @@ ALONE_AFTER_S = 60.0
 BURST_S = 1.0
 """For how long suspects run one after another before the other jobs have their turn, seconds; a longer run is a turn by itself."""
 _NEXT_S = 0.05
-"""How long the next suspect is waited for before the others go on, seconds."""
+"""How long the next suspect is waited for before the others go on, and the others before the next suspect, seconds."""
 
 
 class Suspects:
@@ -100,14 +100,20 @@ class Suspects:
             self._give_back(self._waiting.popleft().delivery)
 
     async def _run(self) -> None:
-        """Run the suspects in bursts; after each, the other jobs run for as long."""
+        """Run the suspects in bursts; after each, the other jobs run for as long, if there are any."""
         try:
             while self._waiting:
-                if (rests_s := self._others_until - self._clock.monotonic()) > 0:
-                    await first_of(self._stopped.wait(), self._clock.sleep(rests_s))
+                await self._rest()
                 await self._burst()
         finally:
             self._under_way = False
+
+    async def _rest(self) -> None:
+        """Let the other jobs run until their time is over, or none of them is here."""
+        while (left_s := self._others_until - self._clock.monotonic()) > 0 and not self._stopped.is_set():
+            await first_of(self._stopped.wait(), self._clock.sleep(min(left_s, _NEXT_S)))
+            if not (self._slots.running or self._slots.held):
+                break
 
     async def _burst(self) -> None:
         """Run suspects one after another, each alone, for a second, or for one run that takes longer."""

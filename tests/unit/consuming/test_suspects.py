@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -112,6 +113,23 @@ async def test_many_suspects_leave_the_others_their_turns(tmp_path: Path) -> Non
     assert set(firsts) >= set(range(7))
     assert max(turns) < 10, "the others waited for every suspect"
     assert all(len(together) == 1 for together in shop.together if together & set(range(7)))
+
+
+async def test_suspects_do_not_wait_for_others_that_are_not_there(tmp_path: Path) -> None:
+    """After an outage of the workers a few long suspects are what is left: each waited as long again as the one before it ran."""
+    shop = Shop(tmp_path / "jobs.db", 2, 2)
+    shop.takes_s = 2.0
+    await shop.publish()
+
+    async with working(shop.app) as work:
+        shop.gate.set()
+        await until_counted(work, Kind.DONE, 1)
+        ended = time.monotonic()
+        await shop.until_running(1)
+        waited_s = time.monotonic() - ended
+        await until_counted(work, Kind.DONE, 2)
+
+    assert waited_s < 1.0
 
 
 async def test_at_the_limit_a_job_is_buried_without_a_run(tmp_path: Path) -> None:
