@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast, final
 
 import msgspec
 
+from leveret.clock import moment_ms
 from leveret.envelope import Envelope
 from leveret.errors import BrokerUnavailable, ConfigurationError
 from leveret.headers import pack_headers
@@ -107,8 +108,8 @@ class PostgresLine:
             if self._marked:
                 await connection.execute(self._sql.works)
             self._marked, self._poll_s = False, FIRST_POLL_S
-            now_ms = self._runtime.clock.now() * 1000
-            return [_waiting(tuple(row), now_ms, deadline) for row in rows]
+            now = self._runtime.clock.now()
+            return [_waiting(tuple(row), now, deadline) for row in rows]
 
     async def settle(self, published: Sequence[int], dead: Sequence[tuple[int, Envelope]]) -> None:
         """As `Line.settle`."""
@@ -182,14 +183,14 @@ class PostgresLine:
             raise (ConfigurationError if meaning == "wrong" else BrokerUnavailable)(msg) from error
 
 
-def _waiting(row: tuple[Any, ...], now_ms: float, deadline: float) -> Waiting:
+def _waiting(row: tuple[Any, ...], now: float, deadline: float) -> Waiting:
     """Return the job of a row: it is due when its delay, which began at the publish, is over."""
     seq, waited_ms, delay_ms, queue_type, priorities = row[:_BEHIND]
     envelope, problem = unpack(row[_BEHIND:])
     if waited_ms is None:
         waited_ms, problem = 0, problem or "its added_ms is before 1970, so nobody knows when it is due"
     waited_ms = max(0, waited_ms)  # the server's clock may have been set back since
-    due_ms = None if delay_ms is None or waited_ms >= delay_ms else round(now_ms + delay_ms - waited_ms)
+    due_ms = None if delay_ms is None or waited_ms >= delay_ms else moment_ms(now + (delay_ms - waited_ms) / 1000)
     envelope = msgspec.structs.replace(envelope, due_ms=due_ms, deadline=deadline)
     queue = _queue(envelope.queue, queue_type, priorities)
     if isinstance(queue, str):

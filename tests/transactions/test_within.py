@@ -146,9 +146,9 @@ async def test_a_statement_that_takes_too_long_leaves_the_transaction_usable(nam
         async with other.transaction():
             await other.execute("LOCK TABLE leveret.jobs IN ACCESS EXCLUSIVE MODE")
             with pytest.raises(PublishTimeout, match="wasn't added to the transaction") as caught:
-                await shop.publish(Order(2), job_id="late", timeout_s=0.1)
+                await shop.publish(Order(2), job_id="late", timeout_s=0.3)
             with pytest.raises(PublishManyError, match="none of 2 jobs was added to the transaction"):
-                await shop.publish_many([Order(3), Order(4)], timeout_s=0.1)
+                await shop.publish_many([Order(3), Order(4)], timeout_s=0.3)
         await shop.publish(Order(5), job_id="in time")
         await shop.execute(
             "DO $$ BEGIN ASSERT current_setting('statement_timeout') = '77s', current_setting('statement_timeout'); END $$"
