@@ -58,6 +58,7 @@ class Connection:
             url,
             protocol=3,
             decode_responses=True,
+            encoding_errors="surrogateescape",  # a key that isn't UTF-8 is there to be moved, too
             socket_timeout=_ANSWER_S,
             socket_connect_timeout=_ANSWER_S,
             retry=Retry(NoBackoff(), 0),
