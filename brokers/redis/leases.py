@@ -37,7 +37,7 @@ class Leases:
         self._registered: list[int] = []
         """Leases that a turn has got which isn't over."""
         self._leftover: list[int] = []
-        """Leases of ours that ended before they were used, and are to be released."""
+        """Leases of ours that ended before they were used, or by somebody else's hand, and are to be released."""
 
     async def prepare(self, wire: Wire) -> None:
         """Free what dead workers and lost leases of ours hold, and get the leases that are missing."""
@@ -112,7 +112,8 @@ class Leases:
         self._registered.clear()
 
     def expired(self, gone: Sequence[int]) -> None:
-        """End the leases that the server no longer has: their jobs are somebody else's."""
+        """End the leases that the server no longer has: what it may still hold for them is freed by the next turn."""
+        self._leftover += gone
         for taker in self._turns.takers.all:
             if taker.lease.id in gone:
                 self._held.pop(taker.lease, None)

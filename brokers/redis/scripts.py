@@ -290,13 +290,13 @@ return {lost, beats, claimed, due_ms, begun}
 # ARGV: the new worker's id, and the term of its lease.
 _REGISTER: Final = "call('HSET', WORKERS, ARGV[1], string.format('%.0f', ARGV[2] * TERM))"
 
-# KEYS[11], KEYS[12]: what the worker holds, and what it reads. ARGV: its id, and whether it died.
+# KEYS[11], KEYS[12]: what the worker holds, and what it reads. ARGV: its id, and whether it died. Its lease may be gone: somebody may
+# have deleted `workers` alone.
 _RELEASE: Final = r"""
-if call('HDEL', WORKERS, ARGV[1]) == 0 then return 0 end
+call('HDEL', WORKERS, ARGV[1])
 local freed = release(KEYS[11], ARGV[2] == '1')
 release_letters(KEYS[12])
 if freed then tell() end
-return 1
 """
 
 # KEYS[11]: what the worker holds. ARGV: its id, and the new term of its lease: turns of an earlier one that are still under way do nothing.

@@ -555,6 +555,40 @@ async def test_keys_that_somebody_deletes_are_said_to_be_deleted(
     assert said(caplog, "sent no beat") == []
 
 
+async def test_jobs_come_back_although_somebody_deleted_the_leases_alone(
+    redis: Server, opened: Opened, queue: Queue
+) -> None:
+    """What a worker holds is found by its lease alone: its jobs would stay held for ever, and no count would show them."""
+    broker = opened()
+    await publish(broker, queue, b"held")
+    _, sink = await consume(broker, queue)
+    held = await sink.next()
+
+    await redis.command("DEL", key(queue, "workers"))
+
+    again = await sink.next()
+    assert (again.envelope.body, again.redelivered, held.live) == (b"held", True, False)
+    again.done()
+
+
+async def test_dead_letters_come_back_although_somebody_deleted_the_leases_alone(
+    redis: Server, opened: Opened, queue: Queue
+) -> None:
+    """A letter that is being read would be in no list of dead letters any more."""
+    broker, admin = opened(), open_admin(redis.url, RUNTIME)
+    await publish(broker, queue, b"1")
+    _, sink = await consume(broker, queue)
+    delivery = await sink.next()
+    await delivery.bury(timed(delivery.envelope, soon()))
+    async with admin.dead(queue) as letters:
+        assert [letter.envelope.body async for letter in letters] == [b"1"]
+
+        await redis.command("DEL", key(queue, "workers"))
+
+    await admin.close()
+    assert (await depth_of(redis, queue)).dead == 1
+
+
 async def test_each_node_of_a_cluster_counts(redis_cluster: Cluster) -> None:
     """A full node, or one that syncs nothing, takes its share of the jobs: asked of another node, nothing is wrong."""
     nodes, broker = redis_cluster.primaries, open_broker(redis_cluster.url, RUNTIME)
