@@ -319,6 +319,29 @@ async def test_nothing_is_kept_of_finished_jobs(node: Node, record_property: Cal
         assert (await kept())[1] == keys
 
 
+async def test_what_a_dead_worker_holds_comes_back_although_somebody_deleted_the_leases(node: Node) -> None:
+    """Who tidies dead workers up by hand would leave their jobs where nobody looks."""
+    queue = Queue("jobs")
+    async with (
+        FaultProxy(node.port) as link,
+        brokers(open_broker(link.url_of(node.url), RUNTIME), open_broker(node.url, RUNTIME)) as (dying, other),
+    ):
+        _, sink = await consume(dying, queue, prefetch=1)
+        await publish(other, queue, b"held")
+        await sink.next()
+        _, others = await consume(other, queue)
+        await publish(other, queue, b"next")
+        await take(others, b"next")  # by now it knows the lease of the other one
+        link.freeze()
+
+        await node.command("DEL", f"lv:{{{queue.name}}}:workers")
+
+        delivery = await others.next(LEASE_S)
+        assert (delivery.envelope.body, delivery.redelivered) == (b"held", True)
+        delivery.done()
+        link.thaw()
+
+
 @pytest.mark.parametrize("confirm", ["memory", "replica"])
 async def test_a_promoted_replica_lacks_what_it_had_not_received_and_no_more(
     redis_node: StartRedis, confirm: str
