@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import pytest_asyncio
 
+from leveret import App, Attempt, Job, Keep, Retry
 from leveret.broker import Broker
 from leveret.brokers.leases import BEAT_S, LEASE_S
 from leveret.brokers.redis import open_admin, open_broker
@@ -482,3 +483,34 @@ async def test_slots_that_move_lose_and_repeat_nothing(cluster: Cluster, bench: 
     counts = load.counts()
     assert (counts.lost, counts.strange, counts.repeated) == (0, 0, 0)
     await worker.drained()
+
+
+class Sum(Job[int], name="sum", queue=Queue("sums"), keep=Keep()):
+    """A job with a result."""
+
+    n: int
+    fails: bool = False
+
+
+async def test_results_of_a_full_server_come_once_it_has_room(node: Node) -> None:
+    """One Redis with jobs and results that is full refuses the results: a worker that waited for it would finish nothing and free nothing."""
+    full, app = asyncio.Event(), App("sums", broker=node.url, store=node.url)
+
+    @app.handler(job=Sum)
+    async def add(job: Sum, attempt: Attempt) -> int:
+        await full.wait()
+        if job.fails and attempt.number == 1:
+            raise Retry(0.1)
+        return job.n
+
+    async with app.worker(), app.publisher() as publisher:
+        handles = [await publisher.publish(Sum(n, fails=n % 2 == 1), timeout_s=30) for n in range(20)]
+        await node.configure("maxmemory", 1)
+        full.set()
+        await until_settled(node, Queue("sums"))
+        with pytest.raises(TimeoutError):
+            await handles[0].result(timeout_s=0.2)
+        await node.configure("maxmemory", 0)
+        results = await asyncio.gather(*(handle.result(timeout_s=40) for handle in handles))
+
+    assert results == list(range(20))
