@@ -37,7 +37,9 @@ class Leases:
         self._registered: list[int] = []
         """Leases that a turn has got which isn't over."""
         self._leftover: list[int] = []
-        """Leases of ours that ended before they were used, or by somebody else's hand, and are to be released."""
+        """Leases that ended before they were used, or by somebody else's hand, and are to be released."""
+        self._seen: set[int] = set()
+        """All leases that the server had when it was asked last."""
 
     async def prepare(self, wire: Wire) -> None:
         """Free what dead workers and lost leases of ours hold, and get the leases that are missing."""
@@ -110,6 +112,12 @@ class Leases:
         """Release the leases that a failed turn has got."""
         self._leftover += self._registered
         self._registered.clear()
+
+    def saw(self, leases: Sequence[int]) -> None:
+        """Note all leases that the server has. What one holds that is no longer there is freed by the next turn: nobody else may know of it."""
+        there = set(leases)
+        self._leftover += self._seen - there
+        self._seen = there
 
     def expired(self, gone: Sequence[int]) -> None:
         """End the leases that the server no longer has: what it may still hold for them is freed by the next turn."""

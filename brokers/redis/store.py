@@ -242,6 +242,7 @@ class Store(OnLoop):
         if beats:
             numbers = list(map(int, beats))
             self._leases.died += takers.silent(turn, zip(numbers[::2], numbers[1::2], strict=True))
+            self._leases.saw(numbers[::2])
         self._next_due = math.inf if due_ms is None else time.monotonic() + due_ms / 1000
         results = iter(begun)
         for taker in takers.all:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import pytest_asyncio
 
+from leveret import App, Attempt, Job, Keep, Retry
 from leveret.broker import Broker
 from leveret.brokers.leases import BEAT_S, LEASE_S
 from leveret.brokers.redis import open_admin, open_broker
@@ -319,6 +320,29 @@ async def test_nothing_is_kept_of_finished_jobs(node: Node, record_property: Cal
         assert (await kept())[1] == keys
 
 
+async def test_what_a_dead_worker_holds_comes_back_although_somebody_deleted_the_leases(node: Node) -> None:
+    """Who tidies dead workers up by hand would leave their jobs where nobody looks."""
+    queue = Queue("jobs")
+    async with (
+        FaultProxy(node.port) as link,
+        brokers(open_broker(link.url_of(node.url), RUNTIME), open_broker(node.url, RUNTIME)) as (dying, other),
+    ):
+        _, sink = await consume(dying, queue, prefetch=1)
+        await publish(other, queue, b"held")
+        await sink.next()
+        _, others = await consume(other, queue)
+        await publish(other, queue, b"next")
+        await take(others, b"next")  # by now it knows the lease of the other one
+        link.freeze()
+
+        await node.command("DEL", f"lv:{{{queue.name}}}:workers")
+
+        delivery = await others.next(LEASE_S)
+        assert (delivery.envelope.body, delivery.redelivered) == (b"held", True)
+        delivery.done()
+        link.thaw()
+
+
 @pytest.mark.parametrize("confirm", ["memory", "replica"])
 async def test_a_promoted_replica_lacks_what_it_had_not_received_and_no_more(
     redis_node: StartRedis, confirm: str
@@ -459,3 +483,34 @@ async def test_slots_that_move_lose_and_repeat_nothing(cluster: Cluster, bench: 
     counts = load.counts()
     assert (counts.lost, counts.strange, counts.repeated) == (0, 0, 0)
     await worker.drained()
+
+
+class Sum(Job[int], name="sum", queue=Queue("sums"), keep=Keep()):
+    """A job with a result."""
+
+    n: int
+    fails: bool = False
+
+
+async def test_results_of_a_full_server_come_once_it_has_room(node: Node) -> None:
+    """One Redis with jobs and results that is full refuses the results: a worker that waited for it would finish nothing and free nothing."""
+    full, app = asyncio.Event(), App("sums", broker=node.url, store=node.url)
+
+    @app.handler(job=Sum)
+    async def add(job: Sum, attempt: Attempt) -> int:
+        await full.wait()
+        if job.fails and attempt.number == 1:
+            raise Retry(0.1)
+        return job.n
+
+    async with app.worker(), app.publisher() as publisher:
+        handles = [await publisher.publish(Sum(n, fails=n % 2 == 1), timeout_s=30) for n in range(20)]
+        await node.configure("maxmemory", 1)
+        full.set()
+        await until_settled(node, Queue("sums"))
+        with pytest.raises(TimeoutError):
+            await handles[0].result(timeout_s=0.2)
+        await node.configure("maxmemory", 0)
+        results = await asyncio.gather(*(handle.result(timeout_s=40) for handle in handles))
+
+    assert results == list(range(20))
