@@ -302,7 +302,7 @@ def abort(target: StoreTarget, job_ids: tuple[str, ...], as_json: bool) -> int:
     """Abort jobs: each publish of each ID that hasn't ended.
 
     A job that waits never starts. One that runs is cancelled by its worker within about a second, and isn't retried; a `def` handler
-    ends when it looks at `attempt.aborting`. If ID is a UUID, its beginning is enough. The exit code is 1 if one had ended before.
+    has to look at `attempt.aborting`, and to raise. If ID is a UUID, its beginning is enough. The exit code is 1 if one had ended before.
 
     \b
     Example:
