@@ -58,7 +58,7 @@ ENTRY_POINTS = "leveret.brokers"
 
 
 def broker_module(url: str | None, of: str = "broker") -> BrokerModule:
-    """Return the module that serves the scheme of `url`, the URL of a broker or a store.
+    """Return the module that serves the scheme of `url`, the URL of a broker, a store or an outbox (`of`).
 
     Raises ConfigurationError if no module does, or if a library of an extra is missing.
     """
@@ -78,8 +78,10 @@ def broker_module(url: str | None, of: str = "broker") -> BrokerModule:
     if name is None:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES if "+" not in scheme)
         none = f": neither leveret nor an installed package has a broker for {scheme}://" if "://" in url else ""
-        if of == "store":
-            none, known = "", "postgresql://, sqlite://, memory://"
+        if of == "outbox":
+            none, known = "", "postgresql://, postgres://"
+        elif of == "store":
+            none, known = "", "postgresql://, postgres://, redis://, rediss://, sqlite://, memory://"
         msg = f"the {of}'s URL {redact_url(url)!r} has no known scheme{none}; a URL begins with one of {known}"
         raise ConfigurationError(msg)
     try:
@@ -88,7 +90,7 @@ def broker_module(url: str | None, of: str = "broker") -> BrokerModule:
         library = (error.name or "").partition(".")[0]
         if library not in _EXTRAS:
             raise
-        msg = f"a broker's URL with {scheme}:// needs {library}; install the extra leveret[{_EXTRAS[library]}], which brings it"
+        msg = f"a {of}'s URL with {scheme}:// needs {library}; install the extra leveret[{_EXTRAS[library]}], which brings it"
         raise ConfigurationError(msg) from error
 
 
@@ -101,7 +103,7 @@ def open_migrator(url: str | None, runtime: Runtime) -> Migrator | None:
 
 def open_outbox(url: str, runtime: Runtime) -> Outbox:
     """Return the outbox at `url`, without connecting; ConfigurationError if that is no database for one."""
-    make: Callable[[str, Runtime], Outbox] | None = getattr(broker_module(url), "open_outbox", None)
+    make: Callable[[str, Runtime], Outbox] | None = getattr(broker_module(url, "outbox"), "open_outbox", None)
     if make is None:
         msg = f"the outbox {redact_url(url)!r} must be in the user's database; its URL begins with postgresql://"
         raise ConfigurationError(msg)

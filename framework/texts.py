@@ -31,7 +31,9 @@ def named(error: BaseException) -> str:
 
 
 def why_failed(error: str, reason: str) -> str:
-    """Return the last error of a job and the reason for its burial as one text. A reason that quotes the error stands for both."""
+    """Return the last error of a job and the reason for its burial as one text. The one that quotes the other stands for both."""
+    if reason in error:
+        return error
     return "; ".join(text for text in (error if error not in reason else "", reason) if text)
 
 

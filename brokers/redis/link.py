@@ -248,7 +248,11 @@ class Link:
         if version < _OLDEST:
             msg = f"{self._at(node)} is {_text(hello, b'server')} {_text(hello, b'version')}; leveret needs Redis 7.0 or later, or Valkey"
             raise ConfigurationError(msg)
-        clustered = hello.get(b"mode") == b"cluster"
+        mode = hello.get(b"mode")
+        if mode == b"sentinel":
+            msg = f"{self._at(node)} is a sentinel; begin its URL with redis+sentinel:// and end it with the service's name, such as /mymaster"
+            raise ConfigurationError(msg)
+        clustered = mode == b"cluster"
         if clustered != (self.address.kind == "cluster"):
             what, scheme = ("a node of a cluster", "redis+cluster") if clustered else ("no node of a cluster", "redis")
             msg = f"{self._at(node)} is {what}; begin its URL with {scheme}://"
@@ -410,8 +414,14 @@ class Link:
         wire, _ = await self._greet(node, user, password, self._name)
         return wire
 
-    async def _read_primary(self, _: Node, wire: Wire) -> bool:
-        found = await wire.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.service)
+    async def _read_primary(self, node: Node, wire: Wire) -> bool:
+        try:
+            found = await wire.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.service)
+        except Refused as error:
+            if "unknown command" in str(error):
+                msg = f"{shown(node)} is no sentinel; name the sentinels, or begin the URL with redis://"
+                raise ConfigurationError(msg) from error
+            raise
         if found is None:
             msg = f"the sentinel knows no service {self.address.service!r}"
             raise ConfigurationError(msg)

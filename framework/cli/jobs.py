@@ -162,7 +162,7 @@ def list_jobs(target: StoreTarget, which: Which, limit: int, as_json: bool) -> N
       job      the job's name
       queue    its queue
       state    its state; while it runs, how far it is
-      runs     the number of its last attempt, or of the
+      attempt  the number of its last attempt, or of the
                first one that is to come
       since    when the state began, UTC
       text     the last error, the reason or the note;
@@ -192,7 +192,7 @@ def list_jobs(target: StoreTarget, which: Which, limit: int, as_json: bool) -> N
     # a pipe gets whole ids, as it gets whole lines
     short = short_forms(ids) if terminal else {one: one for one in ids}
     print_table(
-        ["id", "job", "queue", "state", ">runs", "since", "text"],
+        ["id", "job", "queue", "state", ">attempt", "since", "text"],
         [
             [short[one.id], one.job, one.queue, _state(one), one.attempt, moment(one.since_ms), _text(one)]
             for one in shown
@@ -261,7 +261,7 @@ def _shown(one: JobRecord, app: str | None) -> str:
         ("state", f"{_state(one)} since {moment(one.since_ms)}"),
         ("published", moment(one.created_at_ms)),
         ("started", moment(one.started_at_ms)),
-        ("runs", f"{one.attempt}, republished {counted(one.passes, 'time')}"),
+        ("attempt", f"{one.attempt}, republished {counted(one.passes, 'time')}"),
         ("progress", one.progress is not None and f"{one.progress:.0%}"),
         ("note", one.note),
         ("error", one.error),
@@ -302,7 +302,7 @@ def abort(target: StoreTarget, job_ids: tuple[str, ...], as_json: bool) -> int:
     """Abort jobs: each publish of each ID that hasn't ended.
 
     A job that waits never starts. One that runs is cancelled by its worker within about a second, and isn't retried; a `def` handler
-    ends when it looks at `attempt.aborting`. If ID is a UUID, its beginning is enough. The exit code is 1 if one had ended before.
+    has to look at `attempt.aborting`, and to raise. If ID is a UUID, its beginning is enough. The exit code is 1 if one had ended before.
 
     \b
     Example:

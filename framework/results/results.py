@@ -156,7 +156,7 @@ class KeptJobs(Generic[_R]):
     def _result(self, record: Record) -> _R:
         job_id, what = record.job_id, f"job {self._name} {record.job_id}"
         if record.job != self._name:
-            msg = f"{what}: the last job of this id is a {record.job}; give handle() its class, or each class ids of its own"
+            msg = f"{what}: the last job with this id is of another class, {record.job}; give handle() that class, or each class its own ids"
             raise ResultUnavailable(msg, job_id=job_id)
         match record.state:
             case "failed":

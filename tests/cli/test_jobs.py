@@ -88,7 +88,7 @@ def test_list_shows_the_last_jobs_first_and_by_options(project: Project, stored:
     table = project.run("jobs", "list")
 
     heads, *rows = table.out.splitlines()
-    assert heads.split() == ["id", "job", "queue", "state", "runs", "since", "text"]
+    assert heads.split() == ["id", "job", "queue", "state", "attempt", "since", "text"]
     assert [row.split()[0] for row in rows] == [ids["queued"], ids["running"], ids["failed"], ids["done"]]
     assert "running 40%" in rows[1]
     assert "two of five" in rows[1]

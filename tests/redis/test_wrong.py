@@ -47,6 +47,7 @@ async def test_what_waiting_will_not_mend_ends_a_program_with_one_line(project: 
         (f"{redis.url}?confrim=fsync", "unknown parameter 'confrim'"),
         (f"{redis.url[:-1]}99", "DB index is out of range"),
         (f"redis+cluster://default:{password}@{host}", "no node of a cluster"),
+        (f"redis+sentinel://default:{password}@{host}/mymaster?sentinel_password={password}", f"{host} is no sentinel"),
     ):
         ran = await says(project, url, password)
 
@@ -118,9 +119,18 @@ async def test_one_sentinel_that_is_wrong_holds_nobody_up(lie: str, redis: Serve
             await broker.close()
 
 
-def greeting(role: str) -> bytes:
+async def test_a_sentinel_at_the_url_of_a_server_is_called_so() -> None:
+    """It has no role, and a worker would wait for ever for "a replica" to be promoted."""
+    async with answering({"HELLO": greeting("", mode="sentinel")}) as port:
+        admin = open_admin(f"redis://127.0.0.1:{port}", Runtime(app="tests"))
+        with pytest.raises(ConfigurationError, match=r"is a sentinel; begin its URL with redis\+sentinel://"):
+            await admin.notes()
+        await admin.close()
+
+
+def greeting(role: str, mode: str = "standalone") -> bytes:
     """What a server answers to HELLO."""
-    said = {"server": "redis", "version": "7.0.0", "mode": "standalone", "role": role}
+    said = {"server": "redis", "version": "7.0.0", "mode": mode, "role": role}
     return b"%%%d\r\n" % len(said) + b"".join(packed_words(pair) for pair in said.items())
 
 

@@ -1,5 +1,6 @@
 """Which broker serves a URL, and what a user reads where none can."""
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -29,6 +30,23 @@ def test_a_scheme_that_nobody_serves_is_named_with_those_that_are() -> None:
     assert str(refused.value) == (
         "the broker's URL 'kafka://shop:***@db/shop' has no known scheme: neither leveret nor an installed package "
         "has a broker for kafka://; a URL begins with one of amqp://, amqps://, postgresql://, postgres://, redis://, rediss://, sqlite://, memory://"
+    )
+
+
+def test_a_store_and_an_outbox_name_the_schemes_that_serve_them() -> None:
+    """Somebody with a typo in LEVERET_STORE would read that Redis keeps no results, or look at the URL of the broker."""
+    runtime = Runtime(app="shop")
+    with pytest.raises(ConfigurationError) as store:
+        schemes.open_store("reddis://shop:hunter2@host/0", runtime)
+    with pytest.raises(ConfigurationError) as outbox:
+        schemes.open_outbox("postgress://shop:hunter2@db/shop", runtime)
+
+    assert str(store.value) == (
+        "the store's URL 'reddis://shop:***@host/0' has no known scheme; a URL begins with one of "
+        "postgresql://, postgres://, redis://, rediss://, sqlite://, memory://"
+    )
+    assert str(outbox.value) == (
+        "the outbox's URL 'postgress://shop:***@db/shop' has no known scheme; a URL begins with one of postgresql://, postgres://"
     )
 
 
@@ -82,6 +100,8 @@ def test_a_broker_over_a_library_names_its_extra(
     assert str(refused.value) == (
         f"a broker's URL with {scheme}:// needs {library}; install the extra leveret[{extra}], which brings it"
     )
+    with pytest.raises(ConfigurationError, match=f"a store's URL with {re.escape(scheme)}:// needs {library}"):
+        schemes.open_store(f"{scheme}://shop:hunter2@db/shop", Runtime(app="shop"))
 
 
 def test_a_missing_module_of_no_extra_is_not_explained_away(trial: Path) -> None:

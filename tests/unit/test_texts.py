@@ -72,10 +72,11 @@ def test_the_name_of_an_error_is_on_one_line() -> None:
         ("OSError: full", "OSError: full", "OSError: full"),
         ("OSError: full", "out of attempts", "OSError: full; out of attempts"),
         ("OSError: full", "", "OSError: full"),
+        ("WrongResult: not int", "not int", "WrongResult: not int"),
         ("", "buried by its handler", "buried by its handler"),
         ("", "", ""),
     ],
 )
-def test_a_reason_that_quotes_the_error_is_said_once(error: str, reason: str, why: str) -> None:
+def test_an_error_and_a_reason_that_quote_each_other_are_said_once(error: str, reason: str, why: str) -> None:
     """`JobFailed` and `leveret jobs list` say the same error twice."""
     assert why_failed(error, reason) == why

@@ -354,7 +354,8 @@ async def test_a_handle_by_id_is_of_no_other_class() -> None:
         answers = (await handle.abort(), (await handle.status()).state, (await shop.record(other)).state)
         await shop.change(other, "done", result=b"7", content_type="application/json")
         with pytest.raises(
-            ResultUnavailable, match=r"the last job of this id is a image.measure; give handle\(\) its class"
+            ResultUnavailable,
+            match=r"the last job with this id is of another class, image.measure; give handle\(\) that class",
         ):
             await handle.result(timeout_s=5)
 
