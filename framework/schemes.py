@@ -90,7 +90,7 @@ def broker_module(url: str | None, of: str = "broker") -> BrokerModule:
         library = (error.name or "").partition(".")[0]
         if library not in _EXTRAS:
             raise
-        msg = f"a {of}'s URL with {scheme}:// needs {library}; install the extra leveret[{_EXTRAS[library]}], which brings it"
+        msg = f"the {of}'s URL with {scheme}:// needs {library}; install the extra leveret[{_EXTRAS[library]}], which brings it"
         raise ConfigurationError(msg) from error
 
 

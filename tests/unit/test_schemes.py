@@ -79,7 +79,7 @@ def test_a_missing_library_is_one_line_with_the_extra_that_brings_it(
         broker_module("trial://")
 
     assert str(refused.value) == (
-        f"a broker's URL with trial:// needs {library}; install the extra leveret[{extra}], which brings it"
+        f"the broker's URL with trial:// needs {library}; install the extra leveret[{extra}], which brings it"
     )
 
 
@@ -98,9 +98,9 @@ def test_a_broker_over_a_library_names_its_extra(
         broker_module(f"{scheme}://shop:hunter2@db/shop")
 
     assert str(refused.value) == (
-        f"a broker's URL with {scheme}:// needs {library}; install the extra leveret[{extra}], which brings it"
+        f"the broker's URL with {scheme}:// needs {library}; install the extra leveret[{extra}], which brings it"
     )
-    with pytest.raises(ConfigurationError, match=f"a store's URL with {re.escape(scheme)}:// needs {library}"):
+    with pytest.raises(ConfigurationError, match=f"the store's URL with {re.escape(scheme)}:// needs {library}"):
         schemes.open_store(f"{scheme}://shop:hunter2@db/shop", Runtime(app="shop"))
 
 
