@@ -45,7 +45,8 @@ def _check_expired(where: str, expired: object) -> None:
 
 def _check_name(kind: str, name: object) -> str:
     if not isinstance(name, str):
-        msg = f"a {kind}'s name must be a str, not {name!r}"
+        hint = '; give name="…"' if kind == "job" else ""
+        msg = f"a {kind}'s name must be a str, not {name!r}{hint}"
         raise TypeError(msg)
     if not _NAME.match(name) or len(name) > MAX_NAME_BYTES:
         msg = f"a {kind}'s name must have 1 to {MAX_NAME_BYTES} characters of [A-Za-z0-9_.-], not {name!r}"

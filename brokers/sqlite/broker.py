@@ -47,6 +47,7 @@ _FEATURES = Features(
     window_per_level=True,
     deletable=False,
 )
+_SLASHES = "write three slashes before a relative path, four before an absolute path"
 
 
 def path_of(url: str) -> str:
@@ -55,7 +56,9 @@ def path_of(url: str) -> str:
     path = unquote(parts.path.removeprefix("/"))
     problem = None
     if parts.netloc:
-        problem = "has a host: write three slashes before a relative path, four before an absolute path"
+        problem = f"has a host: {_SLASHES}"
+    elif not url.partition(":")[2].startswith("//"):
+        problem = f"has too few slashes: {_SLASHES}"
     elif parts.query or parts.fragment:
         problem = "takes no options"
     elif not path or "\0" in path:

@@ -86,7 +86,7 @@ async def asynchronous(kind: type[Any], value: Any) -> Any:
     ("keywords", "says"),
     [
         ({"name": "x"}, 'queue must be a Queue, not None; give queue=Queue\\("…"\\)'),
-        ({"queue": emails}, "name must be a str, not None"),
+        ({"queue": emails}, "name must be a str, not None; give name="),
         ({"name": "x", "queue": "emails"}, "not 'emails'; give queue=Queue"),
         ({"name": "a b", "queue": emails}, "must have 1 to"),
         ({"name": "x", "queue": emails, "priority": 3}, "priority must be a Priority"),

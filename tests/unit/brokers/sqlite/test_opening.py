@@ -84,6 +84,9 @@ def test_three_slashes_are_relative_and_four_absolute(tmp_path: Path, monkeypatc
     assert path_of("sqlite:///jobs.db") == str(tmp_path / "jobs.db")
     assert path_of("sqlite:///a/b%20c.db") == str(tmp_path / "a" / "b c.db")
     assert path_of("sqlite:////var/lib/jobs.db") == "/var/lib/jobs.db"
+    for url in ("sqlite:jobs.db", "sqlite:/var/lib/jobs.db"):
+        with pytest.raises(ConfigurationError, match="has too few slashes: write three slashes before a relative path"):
+            path_of(url)
 
 
 async def test_a_relative_path_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
