@@ -69,12 +69,18 @@ class Consumption(Taker):
         self.taking = False
 
     async def close(self) -> None:
-        """As `Consumption.close`; if the store stays unwritable, held jobs come back when the lease ends, and finished jobs may run again."""
+        """As `Consumption.close`; if the store stays unwritable, held jobs come back when the lease ends, and finished jobs may run again.
+
+        Without jobs, an unwritable store isn't waited for.
+        """
         if self._closed:
             return
         self._closed = True
         self.taking = False
         if self._turns.closed:
+            return
+        if self._turns.why and not self.holds:
+            self._turns.post(self._closing())
             return
         try:
             await self._turns.run(self._closing(self._turns.close_by()))

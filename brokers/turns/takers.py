@@ -44,6 +44,11 @@ class Taker:
         self.ready = False
         """Whether the store has registered the taker, and can be written."""
 
+    @property
+    def holds(self) -> bool:
+        """Whether it holds jobs."""
+        return any(window.held for window in self.windows)
+
     def arrived(self, deliveries: Sequence[Claimed], /) -> None:
         """Take newly claimed deliveries. This method and the following are called on the loop."""
 

@@ -23,7 +23,7 @@ from .claimed import Claimed
 from .driver import Driver
 from .takers import Taker, Takers
 from .turn import Turn
-from .writes import OVER, PENDING, TAKEN, End, Look, Open, Posted, Publish, Write
+from .writes import OVER, PENDING, TAKEN, Close, End, Look, Open, Posted, Publish, Write
 
 if TYPE_CHECKING:
     from leveret.store import Change, Progress
@@ -298,7 +298,7 @@ class Turns:
             return 0.0
         if self._stop_by is not None:
             self._drop_late(now)
-            return min(self._stop_by, self._not_before) - now if self._work else 0.0
+            return min(self._stop_by, self._not_before) - now if self._left else 0.0
         if self._not_before > now:
             return self._not_before - now
         if self._work:
@@ -314,7 +314,17 @@ class Turns:
             self._in = _Work()
             if self._stop_by is None:
                 return True
-            return bool(self._work) and time.monotonic() < self._stop_by
+            return self._left and time.monotonic() < self._stop_by
+
+    @property
+    def _left(self) -> bool:
+        """Whether a close has work to wait for: to a store that can't be written, a lease without jobs isn't worth it, and ends by itself."""
+        work = self._work
+        return bool(work) and not (
+            self.why
+            and not (work.done or work.back)
+            and all(isinstance(write, Open | Close) and not write.taker.holds for write in work.writes)
+        )
 
     def _drop_late(self, now: float) -> None:
         # a write whose deadline passed is never taken, even if the busy loop hasn't expired it yet

@@ -617,6 +617,29 @@ async def test_closing_without_work_does_not_wait_for_a_store_that_is_away(monke
     await asyncio.wait_for(shelf.turns.close(), PATIENCE_S)
 
 
+@pytest.mark.parametrize("was_there", [True, False])
+async def test_a_worker_without_jobs_does_not_wait_for_a_store_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, was_there: bool
+) -> None:
+    """Each deploy during an outage would take 10 s, and be cut off by whoever gives no more."""
+    monkeypatch.setattr(turns, "CLOSE_S", 1000.0)
+    shelf = Shelf(
+        Runtime(app="unit", clock=ManualClock(), settings=Settings(reconnect_base_s=1e6, reconnect_cap_s=1e6))
+    )
+    if was_there:
+        consumption, _ = await consume(shelf)
+        shelf.fault = lambda _: Away("nobody answers")
+        with pytest.raises(PublishTimeout, match="nobody answers"):
+            await publish(shelf, b"1", time.monotonic() + 0.1)
+    else:
+        shelf.fault = lambda _: Away("nobody answers")
+        consumption, _ = await consume(shelf)
+
+    async with asyncio.timeout(PATIENCE_S):
+        await consumption.close()
+        await shelf.turns.close()
+
+
 async def test_a_store_without_work_waits_for_ever(shelf: Shelf) -> None:
     """A web service that publishes now and then would wake up 40 times a second for nothing."""
     await publish(shelf, b"1")
