@@ -34,7 +34,7 @@ def why_failed(error: str, reason: str) -> str:
     """Return the last error of a job and the reason for its burial as one text. The one that quotes the other stands for both."""
     if reason in error:
         return error
-    return "; ".join(text for text in (error if error not in reason else "", reason) if text)
+    return reason if error in reason else f"{error}; {reason}"
 
 
 _HANG = re.compile(r" *(?:\S.{0,14}? {2,}(?=\S))?")

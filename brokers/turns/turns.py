@@ -320,10 +320,10 @@ class Turns:
     def _left(self) -> bool:
         """Whether a close has work to wait for: to a store that can't be written, a lease without jobs isn't worth it, and ends by itself."""
         work = self._work
-        return bool(work) and not (
-            self.why
-            and not (work.done or work.back)
-            and all(isinstance(write, Open | Close) and not write.taker.holds for write in work.writes)
+        if not self.why:
+            return bool(work)
+        return bool(work.done or work.back) or any(
+            not isinstance(write, Open | Close) or write.taker.holds for write in work.writes
         )
 
     def _drop_late(self, now: float) -> None:
